@@ -1,0 +1,43 @@
+"""Constrained L0 sparsity for PyTorch: name a density, train once, get a smaller model."""
+
+from l0fast import functional
+from l0fast.constraint import DensityConstraint, L0Penalty
+from l0fast.density import density
+from l0fast.dual import DualAscent
+from l0fast.hard_concrete import HardConcrete
+from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
+from l0fast.prune import prune
+from l0fast.saving import load_pruned, save_pruned
+from l0fast.sparsify import param_groups, sparsify_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DensityConstraint",
+    "DualAscent",
+    "HardConcrete",
+    "L0Conv1d",
+    "L0Conv2d",
+    "L0Conv3d",
+    "L0Linear",
+    "L0Penalty",
+    "Trainer",
+    "TrainerSettings",
+    "__version__",
+    "density",
+    "functional",
+    "load_pruned",
+    "param_groups",
+    "prune",
+    "save_pruned",
+    "sparsify_",
+]
+
+
+def __getattr__(name: str) -> object:
+    # The trainer is loaded when it is asked for: a user's own loop needs none of it.
+    if name in ("Trainer", "TrainerSettings"):
+        from l0fast import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module 'l0fast' has no attribute {name!r}")

@@ -1,0 +1,8 @@
+"""`python -m l0fast`: the command."""
+
+import sys
+
+from l0fast.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

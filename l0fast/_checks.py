@@ -1,0 +1,51 @@
+"""Checks of what a caller passes in: one clear line, raised before anything is changed."""
+
+from __future__ import annotations
+
+import math
+from typing import NoReturn
+
+
+def refuse(
+    name: str, got: object, expected: str, error: type[Exception] = ValueError
+) -> NoReturn:
+    """Raises `error` with the one form every message of the library has."""
+    raise error(f"{name}: got {got!r}; expected {expected}")
+
+
+def number(
+    name: str,
+    value: object,
+    expected: str,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    open_low: bool = False,
+    open_high: bool = False,
+) -> float:
+    """`value` as a float, if it is a finite number between `low` and `high`.
+
+    `expected` is the range in words; `open_low` and `open_high` leave the end itself out.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        refuse(name, value, expected, TypeError)
+    value = float(value)
+    below = value <= low if open_low else value < low
+    above = value >= high if open_high else value > high
+    if not math.isfinite(value) or below or above:
+        refuse(name, value, expected)
+    return value
+
+
+def density(name: str, value: object, low: float = 0.0) -> float:
+    """`value` as a density: a number in (0, 1], or in [low, 1] where `low` is given."""
+    if low:
+        return number(name, value, f"a density in [{low:.6g}, 1]", low=low, high=1.0)
+    return number(name, value, "a density in (0, 1]", low=0.0, high=1.0, open_low=True)
+
+
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Refuses a `value` that is not among `choices`."""
+    if value not in choices:
+        words = ", ".join(repr(choice) for choice in choices)
+        refuse(name, value, f"one of {words}")

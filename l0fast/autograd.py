@@ -1,0 +1,149 @@
+"""The binding: each op's forward and hand-derived backward as one node of autograd.
+
+On a CPU these are autograd Functions over the reference maths (a custom op costs four times as
+much a call there); `backend` is settled per call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from l0fast import gated_weight as maths
+from l0fast.hard_concrete import HardConcrete
+
+
+def segment_sums(probability: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """[L] sums over consecutive segments of `probability` [N], in at least float32."""
+    dtype = torch.promote_types(probability.dtype, torch.float32)
+    if len(sizes) == 1:
+        return probability.sum(dtype=dtype).reshape(1)
+    return torch.stack([part.sum(dtype=dtype) for part in probability.split(list(sizes))])
+
+
+class _HardConcrete(torch.autograd.Function):
+    """(log_alpha [N], noise [N]) -> (z [N], expected_open [L])."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        log_alpha: Tensor,
+        noise: Tensor,
+        sizes: tuple[int, ...],
+        distribution: HardConcrete,
+    ) -> tuple[Tensor, Tensor]:
+        z = distribution.gate(log_alpha, noise)
+        probability = distribution.open_probability(log_alpha)
+        ctx.sizes, ctx.distribution = sizes, distribution
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(z, probability)
+        return z, segment_sums(probability, sizes)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -> Any:
+        z, probability = ctx.saved_tensors
+        dlog_alpha = None
+        if dz is not None:
+            dlog_alpha = ctx.distribution.gate_backward(dz, z)
+        if dopen is not None:
+            parts = zip(dopen.to(probability.dtype).unbind(), ctx.sizes, strict=True)
+            spread = torch.cat([part.expand(size) for part, size in parts])
+            term = ctx.distribution.open_probability_backward(spread, probability)
+            dlog_alpha = term if dlog_alpha is None else dlog_alpha.add_(term)
+        return dlog_alpha, None, None, None
+
+
+class _GatedWeight(torch.autograd.Function):
+    """(weight, log_alpha, noise) -> (weight * z, expected_open 0-d)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        log_alpha: Tensor,
+        noise: Tensor,
+        dim: int | None,
+        distribution: HardConcrete,
+    ) -> tuple[Tensor, Tensor]:
+        z = distribution.gate(log_alpha, noise)
+        probability = distribution.open_probability(log_alpha)
+        ctx.dim, ctx.distribution = dim, distribution
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(weight, z, probability)
+        masked = maths.mask(weight, z.to(weight.dtype), dim)
+        return masked, segment_sums(probability.view(-1), (probability.numel(),)).view(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dmasked: Tensor | None, dopen: Tensor | None) -> Any:
+        weight, z, probability = ctx.saved_tensors
+        dweight = dlog_alpha = None
+        if dmasked is not None:
+            dweight, dz = maths.mask_backward(dmasked, weight, z.to(weight.dtype), ctx.dim)
+            dlog_alpha = ctx.distribution.gate_backward(dz.to(z.dtype), z)
+        if dopen is not None:
+            spread = dopen.to(probability.dtype).expand_as(probability)
+            term = ctx.distribution.open_probability_backward(spread, probability)
+            dlog_alpha = term if dlog_alpha is None else dlog_alpha.add_(term)
+        return dweight, dlog_alpha, None, None, None
+
+
+class _GatedLinear(torch.autograd.Function):
+    """linear(x * z, weight, bias), with z's gradient taken from the weight's.
+
+    Where z > 0:  dz[k] = sum_n weight[n, k] * dweight[n, k] / z[k], so a first layer, whose x
+    needs no gradient, runs no product for it. Where z == 0 dweight is exactly 0, and so is dz.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
+        gated = x * z
+        ctx.save_for_backward(gated, weight, z)
+        return torch.nn.functional.linear(gated, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        gated, weight, z = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias, needs_z = ctx.needs_input_grad
+        dx = dweight = dbias = dz = None
+        rows = dy.reshape(-1, dy.shape[-1])
+        if needs_weight or needs_z:
+            columns = gated.reshape(-1, gated.shape[-1]).to(dy.dtype)
+            dweight = torch.mm(rows.t(), columns).to(weight.dtype)
+        if needs_z:
+            assert dweight is not None
+            tiny = torch.finfo(z.dtype).tiny
+            dz = (weight * dweight).sum(0).to(z.dtype).div_(z.clamp(min=tiny))
+        if needs_bias:
+            dbias = rows.sum(0).to(weight.dtype)
+        if needs_x:
+            dx = torch.matmul(dy, weight.to(dy.dtype)).to(z.dtype).mul_(z)
+        return dx, dweight, dbias, dz
+
+
+def hard_concrete(
+    log_alpha: Tensor, noise: Tensor, sizes: tuple[int, ...], distribution: HardConcrete
+) -> tuple[Tensor, Tensor]:
+    """The checked call of `functional.hard_concrete` on the torch backend."""
+    return _HardConcrete.apply(log_alpha, noise, sizes, distribution)  # type: ignore[return-value]
+
+
+def gated_weight(
+    weight: Tensor,
+    log_alpha: Tensor,
+    noise: Tensor,
+    dim: int | None,
+    distribution: HardConcrete,
+) -> tuple[Tensor, Tensor]:
+    """The checked call of `functional.gated_weight` on the torch backend."""
+    return _GatedWeight.apply(weight, log_alpha, noise, dim, distribution)  # type: ignore[return-value]
+
+
+def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
+    """linear(x * z, weight, bias): x [..., K], weight [N, K], bias [N] or None, z [K]."""
+    return _GatedLinear.apply(x, weight, bias, z)  # type: ignore[return-value]

@@ -1,0 +1,211 @@
+"""How dense a model is: expected and realised, by layer and in all; parameters and MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.layers import Gated, expected_open, gated_layers
+from l0fast.sparsify import example_args
+
+WHOLE_MODEL = "model"
+"""The name of the one group that holds every gated layer."""
+
+
+def require_gated(model: nn.Module) -> dict[str, Gated]:
+    """Name -> gated layer; refused if the model has none."""
+    layers = gated_layers(model)
+    if not layers:
+        _checks.refuse("model", type(model).__name__, "a model with gates (see sparsify_)")
+    return layers
+
+
+def target_groups(
+    model: nn.Module, target: float | Mapping[str, float]
+) -> dict[str, tuple[tuple[str, ...], float]]:
+    """Group name -> (names of its layers, target): one group for a number, or one for each key.
+
+    A key is a layer's name or a glob pattern. Refused: an unknown key, a layer in two groups, a
+    target outside what its group can reach.
+    """
+    layers = require_gated(model)
+    if isinstance(target, Mapping):
+        if not target:
+            _checks.refuse("target", target, "at least one layer or pattern")
+        chosen: dict[str, tuple[str, ...]] = {}
+        owner: dict[str, str] = {}
+        for key in target:
+            if not isinstance(key, str):
+                _checks.refuse("target", key, "layer names or patterns as keys", TypeError)
+            matched = tuple(name for name in layers if fnmatchcase(name, key))
+            if not matched:
+                _checks.refuse("target", key, f"a pattern that matches one of {list(layers)}")
+            for name in matched:
+                if name in owner:
+                    _checks.refuse(
+                        "target", key, f"layers of one group only ({name!r} is in {owner[name]!r})"
+                    )
+                owner[name] = key
+            chosen[key] = matched
+    else:
+        chosen = {WHOLE_MODEL: tuple(layers)}
+    groups: dict[str, tuple[tuple[str, ...], float]] = {}
+    for key, matched in chosen.items():
+        value: Any = target[key] if isinstance(target, Mapping) else target
+        name = "target" if key == WHOLE_MODEL else f"target[{key!r}]"
+        _checks.density(name, value)
+        lowest = lowest_density([layers[layer] for layer in matched])
+        groups[key] = matched, _checks.density(name, value, low=lowest)
+    return groups
+
+
+def gated_parameters(layers: list[Gated]) -> int:
+    """How many parameters the gates of `layers` control."""
+    return sum(layer.num_gates * layer.group_size for layer in layers)
+
+
+def lowest_density(layers: list[Gated]) -> float:
+    """The least density that the gates can reach with a unit left in each layer."""
+    one_each = sum(layer.group_size for layer in layers) / gated_parameters(layers)
+    bound = max(layer.distribution.lowest_density for layer in layers)
+    return max(one_each, bound)
+
+
+def group_weights(groups: list[tuple[str, ...]], layers: dict[str, Gated]) -> Tensor:
+    """[C, L]: density of group c = weights[c] @ (expected open gates of each layer)."""
+    weights = torch.zeros(len(groups), len(layers), dtype=torch.float64)
+    column = {name: index for index, name in enumerate(layers)}
+    for row, names in enumerate(groups):
+        total = gated_parameters([layers[name] for name in names])
+        for name in names:
+            weights[row, column[name]] = layers[name].group_size / total
+    return weights
+
+
+def expected_densities(layers: dict[str, Gated], weights: Tensor) -> Tensor:
+    """[C] differentiable expected densities, from `group_weights` on the layers' device."""
+    return torch.mv(weights, expected_open(list(layers.values())).to(weights.dtype))
+
+
+def count_params(model: nn.Module) -> int:
+    """Parameters of a model, each tensor once; the gates' log_alpha do not count."""
+    gates = {id(layer.log_alpha) for layer in gated_layers(model).values()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in gates)
+
+
+def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
+    """Multiply-accumulates of one forward on `example_inputs`, by module name ("" is all).
+
+    Matrix products and convolutions count, as `torch.utils.flop_counter` does.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # it loads Triton
+
+    training = [(module, module.training) for module in model.modules()]
+    names = {id(module): name for name, module in model.named_modules()}
+    root = type(model).__name__
+    try:
+        model.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(*example_args(example_inputs))
+    finally:
+        for module, mode in training:
+            module.training = mode
+    counts = counter.get_flop_counts()
+    macs = {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name in names.values()}
+    macs[""] = counter.get_total_flops() // 2
+    return macs
+
+
+@dataclass(frozen=True)
+class LayerDensity:
+    """A row of the table: one gated layer, or all of them."""
+
+    name: str
+    gates: str
+    open_gates: int
+    num_gates: int
+    expected: float
+    """Expected L0 / gated parameters."""
+    realised: float
+    """The same with the evaluation gates: parameters of open gates / gated parameters."""
+    params: int
+    """Gated parameters."""
+    macs: int | None
+    """Multiply-accumulates of the layer, all gates open, for the examples given."""
+
+
+@dataclass(frozen=True)
+class DensityTable:
+    """What `density` returns: a row for each gated layer, and one for all; prints as a table."""
+
+    layers: tuple[LayerDensity, ...]
+    total: LayerDensity
+
+    def __str__(self) -> str:
+        head = ("layer", "gates", "open", "of", "expected", "realised", "params", "MACs")
+        rows = [head]
+        for row in (*self.layers, self.total):
+            macs = "-" if row.macs is None else f"{row.macs:,}"
+            densities = f"{row.expected:.4f}", f"{row.realised:.4f}"
+            counts = str(row.open_gates), str(row.num_gates)
+            rows.append((row.name, row.gates, *counts, *densities, f"{row.params:,}", macs))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        lines: list[str] = []
+        for row in rows:
+            cells = [
+                cell.ljust(width) if column < 2 else cell.rjust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            lines.append("  ".join(cells).rstrip())
+        return "\n".join(lines)
+
+
+def density(model: nn.Module, example_inputs: Any = None) -> DensityTable:
+    """The density of a model with gates: a table, by layer and in all.
+
+    Args:
+        model: a model with gates.
+        example_inputs: what its forward takes; where given, the table has MACs.
+
+    Returns:
+        DensityTable(layers, total), which prints as a table.
+
+    Raises:
+        ValueError: the model has no gates.
+    """
+    layers = require_gated(model)
+    macs = None if example_inputs is None else count_macs(model, example_inputs)
+    rows: list[LayerDensity] = []
+    with torch.no_grad():
+        for name, layer in layers.items():
+            open_gates = int((layer.evaluation_gates() > 0).sum())
+            rows.append(
+                LayerDensity(
+                    name=name,
+                    gates=layer.gates,
+                    open_gates=open_gates,
+                    num_gates=layer.num_gates,
+                    expected=float(layer.open_probability().double().mean()),
+                    realised=open_gates / layer.num_gates,
+                    params=layer.num_gates * layer.group_size,
+                    macs=None if macs is None else macs[name],
+                )
+            )
+    params = sum(row.params for row in rows)
+    total = LayerDensity(
+        name="total",
+        gates="",
+        open_gates=sum(row.open_gates for row in rows),
+        num_gates=sum(row.num_gates for row in rows),
+        expected=sum(row.expected * row.params for row in rows) / params,
+        realised=sum(row.realised * row.params for row in rows) / params,
+        params=params,
+        macs=None if macs is None else sum(row.macs or 0 for row in rows),
+    )
+    return DensityTable(tuple(rows), total)

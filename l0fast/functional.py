@@ -1,0 +1,151 @@
+"""The stateless door: the two fused ops, checked and with defaults."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks, autograd, philox
+from l0fast.hard_concrete import HardConcrete
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+class Gates(NamedTuple):
+    """One draw: the gates, and how many are expected to be open in each segment."""
+
+    z: Tensor
+    expected_open: Tensor
+
+
+class GatedWeight(NamedTuple):
+    """A masked weight, and how many of its gates are expected to be open."""
+
+    weight: Tensor
+    expected_open: Tensor
+
+
+def _floating(name: str, value: object) -> Tensor:
+    if not isinstance(value, Tensor):
+        _checks.refuse(name, type(value).__name__, "a tensor", TypeError)
+    if not value.is_floating_point():
+        _checks.refuse(name, str(value.dtype), "a floating dtype", TypeError)
+    return value
+
+
+def _noise(
+    log_alpha: Tensor, distribution: HardConcrete, seed: int | None, step: int, tensor: int
+) -> Tensor:
+    """Logistic noise for every gate: torch's generator, or Philox where a seed is named."""
+    if seed is None:
+        uniform = torch.rand_like(log_alpha, memory_format=torch.contiguous_format)
+    else:
+        uniform = philox.uniform(
+            log_alpha.numel(), seed, step=step, tensor=tensor, device=log_alpha.device
+        ).view(log_alpha.shape)
+    return distribution.logistic_noise(uniform.to(log_alpha.dtype))
+
+
+def hard_concrete(
+    log_alpha: Tensor,
+    sizes: tuple[int, ...] | None = None,
+    *,
+    distribution: HardConcrete | None = None,
+    seed: int | None = None,
+    step: int = 0,
+    tensor: int = 0,
+    backend: str = "auto",
+) -> Gates:
+    """Samples gates and counts how many are expected to be open, in one pass each way.
+
+    Equals:
+        u = torch.rand_like(log_alpha)
+        z = distribution.gate(log_alpha, torch.logit(u, eps=1e-6))
+        p = distribution.open_probability(log_alpha)
+        expected_open = torch.stack([part.sum() for part in p.split(sizes)])
+
+    Args:
+        log_alpha: the gates' locations, any shape without `sizes`, [N] with them; floating.
+        sizes: lengths of consecutive segments (for example one per layer), with sum N; without
+            it the whole is one segment.
+        distribution: the gates' distribution; HardConcrete() by default.
+        seed: without it the noise comes from torch's generator; with it, from Philox keyed by
+            (seed, step, tensor), equal on every backend and device.
+        step: counts the draws of a seed.
+        tensor: tells apart the tensors drawn in one step.
+        backend: "torch" (the reference), "triton" (the kernel), or "auto": the kernel on CUDA.
+
+    Returns:
+        Gates(z of log_alpha's shape and dtype, expected_open [L], at least float32).
+
+    Raises:
+        ValueError, TypeError: an argument of a wrong type, shape or value.
+
+    Source: Louizos et al., 2018, eqs. 10-12 and 24.
+    """
+    log_alpha = _floating("log_alpha", log_alpha)
+    _checks.one_of("backend", backend, BACKENDS)
+    if sizes is None:
+        sizes = (log_alpha.numel(),)
+    elif log_alpha.dim() != 1 or sum(sizes) != log_alpha.numel():
+        _checks.refuse("sizes", sizes, f"lengths with the sum of {tuple(log_alpha.shape)}")
+    distribution = distribution or HardConcrete()
+    flat = log_alpha.reshape(-1)
+    work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+    noise = _noise(work, distribution, seed, step, tensor)
+    z, expected_open = autograd.hard_concrete(work, noise, sizes, distribution)
+    return Gates(z.to(log_alpha.dtype).view(log_alpha.shape), expected_open)
+
+
+def gated_weight(
+    weight: Tensor,
+    log_alpha: Tensor,
+    *,
+    dim: int | None = None,
+    distribution: HardConcrete | None = None,
+    seed: int | None = None,
+    step: int = 0,
+    tensor: int = 0,
+    backend: str = "auto",
+) -> GatedWeight:
+    """Samples a weight's gates, masks it and counts the open ones, in one pass each way.
+
+    Equals:
+        z, expected_open = hard_concrete(log_alpha, ...)
+        masked = weight * z                            # z over dimension `dim`, if one is named
+
+    Args:
+        weight: any shape; floating.
+        log_alpha: of the weight's shape (a gate for each weight), or [weight.shape[dim]].
+        dim: the dimension of `weight` along which the gates run.
+        distribution, seed, step, tensor, backend: as in `hard_concrete`.
+
+    Returns:
+        GatedWeight(weight of the weight's shape and dtype, expected_open 0-d).
+
+    Raises:
+        ValueError, TypeError: an argument of a wrong type, shape or value.
+
+    Source: Louizos et al., 2018, eqs. 10-12 and 24.
+    """
+    weight = _floating("weight", weight)
+    log_alpha = _floating("log_alpha", log_alpha)
+    _checks.one_of("backend", backend, BACKENDS)
+    if dim is None:
+        expected = tuple(weight.shape)
+    elif -weight.dim() <= dim < weight.dim():
+        dim %= weight.dim()
+        expected = (weight.shape[dim],)
+    else:
+        _checks.refuse("dim", dim, f"a dimension of weight {tuple(weight.shape)}")
+    if tuple(log_alpha.shape) != expected:
+        _checks.refuse("log_alpha", tuple(log_alpha.shape), f"the shape {expected}")
+    if log_alpha.device != weight.device:
+        _checks.refuse("log_alpha", str(log_alpha.device), f"the device {weight.device}")
+    distribution = distribution or HardConcrete()
+    half = log_alpha.dtype in (torch.float16, torch.bfloat16)
+    work = log_alpha.float() if half else log_alpha
+    noise = _noise(work, distribution, seed, step, tensor)
+    return GatedWeight(*autograd.gated_weight(weight, work, noise, dim, distribution))

@@ -1,0 +1,33 @@
+"""Weights multiplied by their gates: the reference of the gated-weight kernel.
+
+A gate serves one weight, or a slice of them (a row, a column): then `dim` names the dimension of
+the weight along which the gates run, and z is broadcast over the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def along(z: Tensor, weight: Tensor, dim: int | None) -> Tensor:
+    """z [weight.shape[dim]] as a view that broadcasts against `weight`; as it is without `dim`."""
+    if dim is None:
+        return z
+    return z.view([-1 if d == dim else 1 for d in range(weight.dim())])
+
+
+def mask(weight: Tensor, z: Tensor, dim: int | None) -> Tensor:
+    """weight * z, each gate over its weights."""
+    return torch.mul(weight, along(z, weight, dim))
+
+
+def mask_backward(
+    dmasked: Tensor, weight: Tensor, z: Tensor, dim: int | None
+) -> tuple[Tensor, Tensor]:
+    """(dweight, dz). Equals: dmasked * z, and dmasked * weight summed over a gate's weights."""
+    dweight = torch.mul(dmasked, along(z, weight, dim))
+    dz = torch.mul(dmasked, weight)
+    if dim is not None:
+        dz = dz.sum([d for d in range(weight.dim()) if d != dim])
+    return dweight, dz

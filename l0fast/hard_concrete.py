@@ -1,0 +1,114 @@
+"""The hard-concrete distribution: the maths of one gate, and the reference of every kernel.
+
+Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization",
+ICLR 2018, equations 10-12 and 24-25.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+
+UNIFORM_EPS = 1e-6
+"""Uniform draws are kept inside (UNIFORM_EPS, 1 - UNIFORM_EPS)."""
+
+
+@dataclass(frozen=True)
+class HardConcrete:
+    """A stretched and clamped binary-concrete distribution over gates z in [0, 1].
+
+    Equals:
+        s = sigmoid((log(u) - log(1 - u) + log_alpha) / temperature)
+        z = clamp(s * (zeta - gamma) + gamma, 0, 1)
+        P(z > 0) = sigmoid(log_alpha - temperature * log(-gamma / zeta))
+
+    Every method is elementwise, on any shape, floating dtype and device.
+
+    Args:
+        temperature: beta > 0; the smaller, the closer to a coin.
+        gamma: lower end of the stretched interval, < 0.
+        zeta: upper end of the stretched interval, > 1.
+        bound: log_alpha is kept in [-bound, bound] by the constraint's and the penalty's step.
+
+    Raises:
+        ValueError, TypeError: an argument is not a number in its range.
+
+    Source: Louizos et al., 2018, eqs. 10-12 (sample), 24 (open probability), 25 (evaluation).
+    """
+
+    temperature: float = 2 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+    bound: float = 10.0
+
+    def __post_init__(self) -> None:
+        _checks.number(
+            "temperature", self.temperature, "a number > 0", low=0.0, open_low=True
+        )
+        _checks.number("gamma", self.gamma, "a number < 0", high=0.0, open_high=True)
+        _checks.number("zeta", self.zeta, "a number > 1", low=1.0, open_low=True)
+        _checks.number("bound", self.bound, "a number > 0", low=0.0, open_low=True)
+
+    @property
+    def shift(self) -> float:
+        """P(z > 0) = sigmoid(log_alpha + shift); 1.5986 with the defaults."""
+        return -self.temperature * math.log(-self.gamma / self.zeta)
+
+    def logistic_noise(self, uniform: Tensor) -> Tensor:
+        """log(u) - log(1 - u) of `uniform` draws in [0, 1), kept finite."""
+        return torch.logit(uniform, eps=UNIFORM_EPS)
+
+    def gate(self, log_alpha: Tensor, noise: Tensor) -> Tensor:
+        """z, from log_alpha and logistic noise of the same (or broadcast) shape."""
+        s = torch.add(log_alpha, noise).mul_(1 / self.temperature).sigmoid_()
+        return s.mul_(self.zeta - self.gamma).add_(self.gamma).clamp_(0.0, 1.0)
+
+    def gate_backward(self, dz: Tensor, z: Tensor) -> Tensor:
+        """The gradient of log_alpha, from z alone; exactly 0 where z is 0 or 1.
+
+        Equals: dz * [0 < z < 1] * (zeta - gamma) / temperature * s * (1 - s),
+        with s = (z - gamma) / (zeta - gamma).
+        """
+        width = self.zeta - self.gamma
+        s = torch.sub(z, self.gamma).div_(width)
+        inside = torch.ops.aten.hardtanh_backward(dz, z, 0.0, 1.0)
+        return torch.ops.aten.sigmoid_backward(inside, s).mul_(width / self.temperature)
+
+    def open_probability(self, log_alpha: Tensor) -> Tensor:
+        """P(z > 0 given log_alpha)."""
+        return torch.sigmoid(log_alpha + self.shift)
+
+    def open_probability_backward(self, dprobability: Tensor, probability: Tensor) -> Tensor:
+        """The gradient of log_alpha. Equals: dprobability * probability * (1 - probability)."""
+        return torch.ops.aten.sigmoid_backward(dprobability, probability)
+
+    def median(self, log_alpha: Tensor) -> Tensor:
+        """The evaluation gate: the median of z, 0 exactly where P(z > 0) <= 1/2.
+
+        Equals: clamp(sigmoid(log_alpha / temperature) * (zeta - gamma) + gamma, 0, 1)
+        """
+        s = torch.sigmoid(log_alpha / self.temperature)
+        return torch.clamp(s * (self.zeta - self.gamma) + self.gamma, 0.0, 1.0)
+
+    def log_alpha(self, density: float) -> float:
+        """The log_alpha whose open probability is `density`, within the bound.
+
+        Raises:
+            ValueError, TypeError: `density` is not in (0, 1].
+        """
+        density = _checks.density("density", density)
+        if density == 1.0:
+            return self.bound
+        return max(
+            -self.bound, min(self.bound, math.log(density / (1 - density)) - self.shift)
+        )
+
+    @property
+    def lowest_density(self) -> float:
+        """The open probability at the lower bound of log_alpha; no target below can be met."""
+        return 1.0 / (1.0 + math.exp(self.bound - self.shift))

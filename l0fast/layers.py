@@ -1,0 +1,532 @@
+"""Gated layers: drop-in subclasses of torch.nn's, and the one draw that serves a whole model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l0fast import _checks, autograd, functional
+from l0fast.gated_weight import mask
+from l0fast.hard_concrete import HardConcrete
+
+GATES = ("input", "output", "weight")
+NOISE = ("batch", "example")
+DENSITY_INIT = 0.9
+DROPRATE_STD = 0.01
+"""Spread of log_alpha around its mean in the published initialisation (droprate_init)."""
+
+
+class _Draw:
+    """Marks the gates drawn together for one forward pass of a model."""
+
+    __slots__ = ("live", "owner")
+
+    def __init__(self, owner: int) -> None:
+        self.owner = owner  # id of the model whose forward this is
+        self.live = True
+
+
+class _Count(NamedTuple):
+    """Expected open gates that came with a draw: this layer's is totals[index]."""
+
+    totals: Tensor
+    index: int
+    version: int
+
+
+class Gated:
+    """What the gated layers share: where the gates sit, their log_alpha, and how z is had.
+
+    Training draws z; evaluation takes its median. A layer inside a model that `sparsify_` has
+    prepared uses the draw made for the whole model at the start of that model's forward; a layer
+    used alone draws its own.
+
+    Args:
+        gates: "input" (a gate on each input unit or channel), "output" (on each output unit or
+            channel, its bias included) or "weight" (on each single weight).
+        density_init: the open probability every gate starts with, in (0, 1].
+        droprate_init: for replicating papers: log_alpha ~ N(log((1 - d) / d), 0.01); this
+            names no density (droprate 0.5 starts at density 0.832). Not with `density_init`.
+        distribution: of every gate; HardConcrete() by default.
+        noise: "batch" (one sample serves all examples) or "example" (each has its own; not for
+            gates on single weights).
+    """
+
+    dense_type: ClassVar[type[nn.Module]]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    training: bool
+
+    gates: str
+    noise: str
+    distribution: HardConcrete
+    log_alpha: nn.Parameter
+
+    def _init_gates(
+        self,
+        gates: str,
+        density_init: float | None,
+        droprate_init: float | None,
+        distribution: HardConcrete | None,
+        noise: str,
+    ) -> None:
+        self.gates, self.noise = gates, noise
+        self.distribution = distribution or HardConcrete()
+        self._drawn: tuple[Tensor, _Draw] | None = None
+        self._counted: _Count | None = None
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        shape = self._gate_shape()
+        log_alpha = torch.full(shape, 0.0, dtype=dtype, device=self.weight.device)
+        if droprate_init is not None:
+            mean = math.log(1 - droprate_init) - math.log(droprate_init)
+            log_alpha.normal_(mean, DROPRATE_STD)
+        else:
+            log_alpha.fill_(self.distribution.log_alpha(density_init or DENSITY_INIT))
+        self.log_alpha = nn.Parameter(log_alpha)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        gates: str | None = None,
+        density_init: float | None = None,
+        droprate_init: float | None = None,
+        distribution: HardConcrete | None = None,
+        noise: str = "batch",
+    ) -> Self:
+        """A gated layer that shares the very parameters (and hooks) of a dense one.
+
+        Raises:
+            TypeError: `layer` is not exactly of the dense class.
+            ValueError: an option is out of its range.
+        """
+        if type(layer) is not cls.dense_type:
+            _checks.refuse(
+                "layer", type(layer).__name__, f"a torch.nn.{cls.dense_type.__name__}", TypeError
+            )
+        gates = gates or cls.default_gates
+        _check_options(gates, density_init, droprate_init, noise)
+        self = cls.__new__(cls)
+        for key, value in vars(layer).items():
+            self.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+        self._init_gates(gates, density_init, droprate_init, distribution, noise)
+        return self
+
+    default_gates: ClassVar[str]
+
+    # --- the gates -----------------------------------------------------------------------------
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def num_gates(self) -> int:
+        """How many gates the layer has."""
+        return self.log_alpha.numel()
+
+    @property
+    def group_size(self) -> int:
+        """How many parameters one gate controls; a bias counts where it is gated."""
+        biases = 1 if self.gates == "output" and self.bias is not None else 0
+        return self.weight.numel() // max(self.num_gates, 1) + biases
+
+    def evaluation_gates(self) -> Tensor:
+        """z in evaluation: the median of each gate, of log_alpha's shape."""
+        return self.distribution.median(self.log_alpha)
+
+    def open_probability(self) -> Tensor:
+        """P(z > 0) of each gate, of log_alpha's shape, differentiable."""
+        return self.distribution.open_probability(self.log_alpha)
+
+    def take_count(self) -> _Count | None:
+        """The count that came with this step's draw, handed out once, or None if out of date."""
+        counted, self._counted = self._counted, None
+        if counted is None or counted.version != self.log_alpha._version:
+            return None
+        usable = counted.totals.requires_grad or not torch.is_grad_enabled()
+        return counted if usable else None
+
+    def project_(self) -> None:
+        """Puts log_alpha back into [-bound, bound]."""
+        with torch.no_grad():
+            self.log_alpha.clamp_(-self.distribution.bound, self.distribution.bound)
+
+    def _drawn_here(self) -> bool:
+        """Whether the model's draw is this call's: in its forward, or replayed in a backward."""
+        if self._drawn is None:
+            return False
+        # Activation checkpointing runs a layer again while the graph is walked backward, when
+        # the model's forward is over: the gates it must see are those it saw then.
+        return self._drawn[1].live or torch._C._current_graph_task_id() != -1
+
+    def _z(self) -> Tensor:
+        """[num_gates] gates that serve this whole call."""
+        if not self.training:
+            return self.evaluation_gates().to(self.weight.dtype)
+        if self._drawn_here():
+            assert self._drawn is not None
+            return self._drawn[0].to(self.weight.dtype)
+        gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
+        self._counted = _Count(gates.expected_open, 0, self.log_alpha._version)
+        return gates.z.to(self.weight.dtype)
+
+    def _example_z(self, x: Tensor, dim: int) -> Tensor:
+        """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it."""
+        batched = x.dim() > -dim
+        examples = x.shape[0] if batched else 1
+        log_alpha = self.log_alpha.expand(examples, -1)
+        z = functional.hard_concrete(log_alpha, distribution=self.distribution).z
+        shape = [1] * x.dim()
+        shape[dim] = self.num_gates
+        if batched:
+            shape[0] = examples
+        return z.to(x.dtype).view(shape)
+
+    def _masked(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias with their gates multiplied in."""
+        if self.gates == "weight":
+            if not self.training:
+                return mask(self.weight, self._z(), None), self.bias
+            masked, expected_open = functional.gated_weight(
+                self.weight, self.log_alpha, distribution=self.distribution
+            )
+            self._counted = _Count(expected_open.view(1), 0, self.log_alpha._version)
+            return masked, self.bias
+        z = self._z()
+        if self.gates == "output":
+            bias = None if self.bias is None else self.bias * z
+            return mask(self.weight, z, 0), bias
+        return self._mask_inputs(z), self.bias
+
+    def _mask_inputs(self, z: Tensor) -> Tensor:
+        return mask(self.weight, z, 1)
+
+    def folded(self, z: Tensor) -> nn.Module:
+        """The ordinary layer with `z` (of log_alpha's shape) multiplied into its parameters.
+
+        Its parameters are new; nothing is shared with this layer.
+        """
+        dense = self.dense_type.__new__(self.dense_type)
+        own = {"gates", "noise", "distribution", "_drawn", "_counted"}
+        for key, value in vars(self).items():
+            if key not in own:
+                dense.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+        del dense._parameters["log_alpha"]
+        z = z.detach().to(self.weight.dtype)
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        if self.gates == "weight":
+            weight = mask(weight, z, None)
+        elif self.gates == "output":
+            weight = mask(weight, z, 0)
+            bias = None if bias is None else bias * z
+        else:
+            weight = self._mask_inputs(z).detach()
+        dense.weight = nn.Parameter(weight.clone(), self.weight.requires_grad)
+        if bias is not None and self.bias is not None:
+            dense.bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
+        return dense
+
+    # --- what a module must do ------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A draw belongs to one step of one model: copies and pickles start without.
+        return {**self.__dict__, "_drawn": None, "_counted": None}
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # The state of the dense layer loads too: the gates then stay as they are.
+        key = prefix + "log_alpha"
+        if key not in state_dict and prefix + "weight" in state_dict:
+            state_dict[key] = self.log_alpha.detach()
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+            del state_dict[key]
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gates={self.gates!r}"  # type: ignore[misc]
+
+
+def _check_options(
+    gates: str, density_init: float | None, droprate_init: float | None, noise: str
+) -> None:
+    _checks.one_of("gates", gates, GATES)
+    _checks.one_of("noise", noise, NOISE)
+    if density_init is not None:
+        _checks.density("density_init", density_init)
+    if droprate_init is not None:
+        _checks.number(
+            "droprate_init",
+            droprate_init,
+            "a number in (0, 1)",
+            low=0.0,
+            high=1.0,
+            open_low=True,
+            open_high=True,
+        )
+        if density_init is not None:
+            _checks.refuse(
+                "droprate_init", droprate_init, "only one of density_init and droprate_init"
+            )
+    if gates == "weight" and noise == "example":
+        _checks.refuse("noise", noise, "'batch' where gates='weight'")
+
+
+class L0Linear(Gated, nn.Linear):
+    """nn.Linear with hard-concrete gates.
+
+    Equals (gates="input", the default):
+        F.linear(x * z, weight, bias)                  # z [in_features]
+    With gates="output":
+        F.linear(x, weight * z[:, None], bias * z)     # z [out_features]
+    With gates="weight":
+        F.linear(x, weight * z, bias)                  # z [out_features, in_features]
+
+    With gates on inputs or single weights the bias is neither gated nor counted.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        gates, density_init, droprate_init, distribution, noise: as in `Gated`.
+
+    Raises:
+        ValueError, TypeError: an option is out of its range.
+
+    Source: Louizos et al., 2018, section 2.
+    """
+
+    dense_type = nn.Linear
+    default_gates = "input"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gates: str = "input",
+        density_init: float | None = None,
+        droprate_init: float | None = None,
+        distribution: HardConcrete | None = None,
+        noise: str = "batch",
+    ) -> None:
+        _check_options(gates, density_init, droprate_init, noise)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._init_gates(gates, density_init, droprate_init, distribution, noise)
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        shapes = {
+            "input": (self.in_features,),
+            "output": (self.out_features,),
+            "weight": tuple(self.weight.shape),
+        }
+        return shapes[self.gates]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        if self.noise == "example" and self.training:
+            if self.gates == "input":
+                return F.linear(input * self._example_z(input, -1), self.weight, self.bias)
+            y = F.linear(input, self.weight, self.bias)
+            return y * self._example_z(y, -1)
+        if self.gates == "input":
+            if self.training:
+                return autograd.gated_linear(input, self.weight, self.bias, self._z())
+            return F.linear(input * self._z(), self.weight, self.bias)
+        weight, bias = self._masked()
+        return F.linear(input, weight, bias)
+
+
+class _GatedConv(Gated):
+    """What L0Conv1d, L0Conv2d and L0Conv3d share."""
+
+    groups: int
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    default_gates = "output"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gates: str = "output",
+        density_init: float | None = None,
+        droprate_init: float | None = None,
+        distribution: HardConcrete | None = None,
+        noise: str = "batch",
+    ) -> None:
+        _check_options(gates, density_init, droprate_init, noise)
+        self.dense_type.__init__(
+            self,
+            in_channels,  # type: ignore[call-arg]
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._init_gates(gates, density_init, droprate_init, distribution, noise)
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        shapes = {
+            "input": (self.in_channels,),
+            "output": (self.out_channels,),
+            "weight": tuple(self.weight.shape),
+        }
+        return shapes[self.gates]
+
+    def _mask_inputs(self, z: Tensor) -> Tensor:
+        # Input channel c is column c % (in / groups) of the filters of group c // (in / groups).
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
+        return (weight * gate).flatten(0, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [batch, in_channels, *spatial] -> [batch, out_channels, *spatial]."""
+        channels = -1 - len(self.kernel_size)
+        if self.noise == "example" and self.training:
+            if self.gates == "input":
+                input = input * self._example_z(input, channels)
+            y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
+            return y * self._example_z(y, channels) if self.gates == "output" else y
+        weight, bias = self._masked()
+        return self._conv_forward(input, weight, bias)  # type: ignore[attr-defined]
+
+
+_CONV_DOC = """nn.{dense} with hard-concrete gates.
+
+    Equals (gates="output", the default):
+        z * conv(x, weight, bias)                      # z [out_channels], bias gated too
+    With gates="input":
+        conv(x * z, weight, bias)                      # z [in_channels]
+    With gates="weight":
+        conv(x, weight * z, bias)                      # z of the weight's shape
+
+    Any `groups` (depthwise included), padding mode, stride and dilation.
+
+    Args:
+        in_channels ... dtype: as in nn.{dense}.
+        gates, density_init, droprate_init, distribution, noise: as in `Gated`.
+
+    Raises:
+        ValueError, TypeError: an option is out of its range.
+
+    Source: Louizos et al., 2018, section 2.
+    """
+
+
+class L0Conv1d(_GatedConv, nn.Conv1d):
+    __doc__ = _CONV_DOC.format(dense="Conv1d")
+    dense_type = nn.Conv1d
+
+
+class L0Conv2d(_GatedConv, nn.Conv2d):
+    __doc__ = _CONV_DOC.format(dense="Conv2d")
+    dense_type = nn.Conv2d
+
+
+class L0Conv3d(_GatedConv, nn.Conv3d):
+    __doc__ = _CONV_DOC.format(dense="Conv3d")
+    dense_type = nn.Conv3d
+
+
+GATED_TYPES: dict[type[nn.Module], type[Any]] = {
+    gated.dense_type: gated for gated in (L0Linear, L0Conv1d, L0Conv2d, L0Conv3d)
+}
+
+
+def gated_layers(model: nn.Module) -> dict[str, Any]:
+    """Name -> gated layer, in the model's order, each layer once."""
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Gated)}
+
+
+def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
+    """Forward pre-hook: samples the gates of all the model's layers in one op."""
+    groups: dict[Any, list[Gated]] = {}
+    for layer in gated_layers(model).values():
+        if not layer.training or layer.noise == "example" or layer.gates == "weight":
+            continue
+        if layer._drawn is not None and layer._drawn[1].live:
+            continue  # an outer model of this one has drawn already
+        log_alpha = layer.log_alpha
+        key = layer.distribution, log_alpha.device, log_alpha.dtype
+        groups.setdefault(key, []).append(layer)
+    draw = _Draw(id(model))
+    for (distribution, _, _), layers in groups.items():
+        sizes = tuple(layer.num_gates for layer in layers)
+        flat = torch.cat([layer.log_alpha for layer in layers])
+        z, expected_open = functional.hard_concrete(flat, sizes, distribution=distribution)
+        for index, (layer, part) in enumerate(zip(layers, z.split(list(sizes)), strict=True)):
+            layer._drawn = part, draw
+            layer._counted = _Count(expected_open, index, layer.log_alpha._version)
+
+
+def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
+    """Forward hook: the model's draw is over; a layer called outside a forward draws its own."""
+    for layer in gated_layers(model).values():
+        if layer._drawn is not None and layer._drawn[1].owner == id(model):
+            layer._drawn[1].live = False
+
+
+def attach_draw(model: nn.Module) -> None:
+    """Makes `model` draw the gates of all its layers at the start of its forward."""
+    if draw_gates not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(draw_gates)
+        model.register_forward_hook(release_gates, always_call=True)
+
+
+def detach_draw(model: nn.Module) -> None:
+    """Undoes `attach_draw`, on the model and all inside it."""
+    for module in model.modules():
+        for hooks, ours in (
+            (module._forward_pre_hooks, draw_gates),
+            (module._forward_hooks, release_gates),
+        ):
+            for key in [key for key, hook in hooks.items() if hook is ours]:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def expected_open(layers: list[Any]) -> Tensor:
+    """[L] expected number of open gates of each layer, differentiable.
+
+    The counts that came with this training step's draw are handed out once, so that their
+    gradient joins the gates' own backward; any other is computed from log_alpha.
+    """
+    counts = [layer.take_count() for layer in layers]
+    first = counts[0]
+    if first is not None and first.totals.numel() == len(layers):
+        whole = enumerate(counts)
+        if all(c is not None and c.totals is first.totals and c.index == i for i, c in whole):
+            return first.totals
+    parts = [
+        layer.open_probability().sum(dtype=torch.promote_types(layer.log_alpha.dtype, torch.float))
+        if count is None
+        else count.totals[count.index]
+        for layer, count in zip(layers, counts, strict=True)
+    ]
+    return torch.stack(parts)

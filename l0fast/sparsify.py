@@ -1,0 +1,206 @@
+"""Retrofits a model with gates, in place, by replacing its layers with gated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.hard_concrete import HardConcrete
+from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES, Gated, attach_draw, gated_layers
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
+
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+"""Modules that hand their layers' weights to a fused op, past the layers' own forward."""
+
+
+def example_args(example_inputs: Any) -> tuple[Any, ...]:
+    """The positional arguments of a model's forward that `example_inputs` stands for."""
+    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+
+
+def _matcher(option: str, selection: Selection, names: list[str]) -> Callable[..., bool]:
+    """A predicate of (name, module); patterns that match no layer are refused."""
+    if callable(selection):
+        return selection
+    patterns = [selection] if isinstance(selection, str) else list(selection)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
+    return lambda name, _layer: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _eligible(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> Linear or conv whose own forward runs, each once, in the model's order."""
+    inside_fused = {
+        id(layer)
+        for module in model.modules()
+        if isinstance(module, _FUSED)
+        for layer in module.modules()
+    }
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) in GATED_TYPES and id(layer) not in inside_fused
+    }
+
+
+def _reached(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) -> set[int]:
+    """The ids of the layers that run when the model is given `example_inputs`."""
+    reached: set[int] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda module, _: reached.add(id(module)))
+        for layer in layers.values()
+    ]
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            model(*example_args(example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in training:
+            module.training = mode
+    return reached
+
+
+def _per_layer(option: str, value: Any, names: list[str]) -> dict[str, float | None]:
+    """A number for all layers, or a mapping of name patterns to numbers, as name -> number."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    chosen: dict[str, float | None] = dict.fromkeys(names)
+    for pattern, number in value.items():
+        matches = _matcher(option, pattern, names)
+        chosen.update({name: number for name in names if matches(name, None)})
+    return chosen
+
+
+def sparsify_(
+    model: ModelT,
+    *,
+    gates: str = "auto",
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    density_init: float | Mapping[str, float] | None = None,
+    droprate_init: float | Mapping[str, float] | None = None,
+    distribution: HardConcrete | None = None,
+    noise: str = "batch",
+    example_inputs: Any = None,
+) -> ModelT:
+    """Puts gates on a model's linear and convolution layers, in place, and returns the model.
+
+    The parameters stay the same objects, so an optimizer built before still holds them; the
+    gates' `log_alpha` come on top. In training the gates of all layers are sampled by one op at
+    the start of the model's forward. With density_init=1 the model computes in evaluation
+    exactly what it computed before.
+
+    Args:
+        model: any module; layers of exactly the classes nn.Linear and nn.Conv1d/2d/3d take part
+            (those inside PyTorch's fused attention modules do not).
+        gates: "auto" (each conv's output channels, each Linear's inputs), or "input", "output"
+            or "weight" for every layer that takes part.
+        include: only layers whose name matches a glob pattern (or one of several), or for which
+            predicate(name, layer) is true.
+        exclude: the same, left out.
+        density_init: the density the gates start with, in (0, 1]: a number, or name pattern ->
+            number (layers not named start at 0.9). Default 0.9.
+        droprate_init: for replicating papers, see `L0Linear`; a number or a mapping.
+        distribution: of the gates; HardConcrete() by default.
+        noise: "batch" or "example", see `L0Linear`.
+        example_inputs: what the model's forward takes (a tuple for several arguments); where
+            given, layers that never run on it are left out.
+
+    Raises:
+        ValueError: no layer is left to gate, a pattern matches none, or an option is out of range.
+        TypeError: an option of a wrong type.
+
+    Source: Gallego-Posada, Ramirez, Erraqabi, 2021, section 3 (structured gates).
+    """
+    if not isinstance(model, nn.Module):
+        _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
+    _checks.one_of("gates", gates, ("auto", *GATES))
+    if density_init is not None and droprate_init is not None:
+        _checks.refuse(
+            "droprate_init", droprate_init, "only one of density_init and droprate_init"
+        )
+    layers = _eligible(model)
+    names = list(layers)
+    if "" in layers:
+        wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
+        _checks.refuse("model", f"a single {type(model).__name__}", wanted)
+    if include is not None:
+        keep = _matcher("include", include, names)
+        layers = {name: layer for name, layer in layers.items() if keep(name, layer)}
+    if exclude is not None:
+        drop = _matcher("exclude", exclude, names)
+        layers = {name: layer for name, layer in layers.items() if not drop(name, layer)}
+    if example_inputs is not None:
+        reached = _reached(model, layers, example_inputs)
+        layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
+    if not layers and not gated_layers(model):
+        _checks.refuse("model", type(model).__name__, "a model with a Linear or conv layer to gate")
+    densities = _per_layer("density_init", density_init, list(layers))
+    droprates = _per_layer("droprate_init", droprate_init, list(layers))
+    if isinstance(density_init, Mapping):
+        densities = {name: value or DENSITY_INIT for name, value in densities.items()}
+
+    replacements: dict[int, Gated] = {}
+    for name, layer in layers.items():
+        replacements[id(layer)] = GATED_TYPES[type(layer)].from_dense(
+            layer,
+            gates=None if gates == "auto" else gates,
+            density_init=densities[name],
+            droprate_init=droprates[name],
+            distribution=distribution,
+            noise=noise,
+        )
+    for module in list(model.modules()):
+        for child_name, child in list(module._modules.items()):
+            if id(child) in replacements:
+                module._modules[child_name] = replacements[id(child)]  # type: ignore[assignment]
+    attach_draw(model)
+    return model
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    gate_lr: float | None = None,
+    *,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer: the model's own parameters, and its gates.
+
+    Args:
+        model: a model with gates.
+        lr: learning rate of the weights, > 0.
+        gate_lr: learning rate of every log_alpha, > 0; `lr` by default.
+        weight_decay: of the weights, >= 0; the gates have none.
+
+    Returns:
+        Two groups, {"params", "lr", "weight_decay"}: weights first, gates second.
+
+    Raises:
+        ValueError, TypeError: the model has no gates, or a number is out of range.
+    """
+    _checks.number("lr", lr, "a number > 0", low=0.0, open_low=True)
+    if gate_lr is not None:
+        _checks.number("gate_lr", gate_lr, "a number > 0", low=0.0, open_low=True)
+    _checks.number("weight_decay", weight_decay, "a number >= 0", low=0.0)
+    layers = gated_layers(model)
+    if not layers:
+        _checks.refuse("model", type(model).__name__, "a model with gates (see sparsify_)")
+    gates: list[Tensor] = [layer.log_alpha for layer in layers.values()]
+    ids = {id(gate) for gate in gates}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": gates, "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,449 @@
+"""The constrained trainer: drives a model to the density asked for, then prunes it."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast._files import write_atomically, write_text
+from l0fast.constraint import DensityConstraint, L0Penalty
+from l0fast.data import Data, Split
+from l0fast.density import count_macs, count_params, density
+from l0fast.dual import DualAscent
+from l0fast.layers import gated_layers
+from l0fast.prune import prune
+from l0fast.saving import save_pruned
+from l0fast.sparsify import param_groups, sparsify_
+
+CHECKPOINT = "checkpoint.pt"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+PRUNED = "pruned.safetensors"
+PLOT = "dynamics.png"
+EVALUATION_BATCH = 1000
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How to train. The defaults are this project's own recipe.
+
+    Args:
+        density: target of the whole model, in (0, 1]; or
+        layer_density: layer name or pattern -> target, each its own constraint; or
+        penalty: coefficient of the penalised method; with none of the three the model is
+            trained as it is, dense.
+        penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
+        epochs: passes over the training examples, >= 1.
+        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
+        seed: of the order of the examples. (torch.manual_seed governs weights and gates.)
+        lr, gate_lr: learning rates of Adam for weights and gates.
+        dual_lr: dual learning rate; None: DUAL_GAIN / number of steps.
+        restarts: dual restarts.
+        weight_decay: decoupled, of the weights.
+        schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
+    """
+
+    density: float | None = None
+    layer_density: Mapping[str, float] | None = None
+    penalty: float | None = None
+    penalty_per_example: bool = False
+    epochs: int = 20
+    batch_size: int = 128
+    seed: int = 0
+    lr: float = 1e-3
+    gate_lr: float = 1e-2
+    dual_lr: float | None = None
+    restarts: bool = True
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+
+    def __post_init__(self) -> None:
+        named = [
+            name
+            for name in ("density", "layer_density", "penalty")
+            if getattr(self, name) is not None
+        ]
+        if len(named) > 1:
+            _checks.refuse(named[1], getattr(self, named[1]), f"only one of {' and '.join(named)}")
+        if self.density is not None:
+            _checks.density("density", self.density)
+        for name in ("epochs", "batch_size"):
+            value = getattr(self, name)
+            _checks.number(name, value, "a whole number >= 1", low=1)
+            if not isinstance(value, int):
+                _checks.refuse(name, value, "a whole number >= 1")
+        for name in ("lr", "gate_lr"):
+            _checks.number(name, getattr(self, name), "a number > 0", low=0.0, open_low=True)
+        for name in ("dual_lr", "penalty"):
+            if getattr(self, name) is not None:
+                _checks.number(name, getattr(self, name), "a number >= 0", low=0.0)
+        _checks.number("weight_decay", self.weight_decay, "a number >= 0", low=0.0)
+        _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a constraint or a penalty."""
+        return not (self.density is None and self.layer_density is None and self.penalty is None)
+
+
+DUAL_GAIN = 25.0
+"""Default dual learning rate x number of steps: see TrainerSettings.dual_lr."""
+
+
+class Trainer:
+    """Trains a model under its constraint, with checkpoints, and prunes it at the end.
+
+    The data lie on the device as a whole; nothing is read back during an epoch. A checkpoint is
+    written after each epoch; `fit(resume=True)` goes on from it and ends with the same weights,
+    multipliers and metrics, bit for bit, as a run that was never interrupted.
+
+    Args:
+        model: any classifier; without gates and with a target or penalty, `sparsify_` gives it
+            some (the defaults), in place.
+        data: train, validation and test splits (see `l0fast.data`).
+        settings: how to train.
+        out: folder for checkpoint.pt, metrics.jsonl, summary.json, dynamics.png and
+            pruned.safetensors; None writes nothing.
+        identity: facts about model and data that a checkpoint must share to be resumed, and that
+            head the summary ("dataset", "model", ...).
+        device: where to train; CUDA if there is one, else the CPU.
+
+    Attributes:
+        pruned: after `fit`, the smaller plain model (None after dense training).
+        history: one row of metrics an epoch.
+
+    Raises:
+        ValueError, TypeError: settings, targets or data out of range, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Data,
+        settings: TrainerSettings,
+        *,
+        out: str | Path | None = None,
+        identity: Mapping[str, Any] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
+        self.settings = settings
+        self.identity = dict(identity or {})
+        self.out = None if out is None else Path(out)
+        if not bool(torch.isfinite(data.train.inputs).all()):
+            _checks.refuse("data.train.inputs", "NaN or infinity", "finite numbers")
+        self.data = Data(*(self._place(part) for part in data[:3]), data.num_classes)
+        model.to(self.device)
+        if settings.gated and not gated_layers(model):
+            sparsify_(model, example_inputs=self.example_inputs)
+        self.model = model
+        self.steps_per_epoch = math.ceil(len(data.train.targets) / settings.batch_size)
+        self.total_steps = self.steps_per_epoch * settings.epochs
+        self.term = self._term()
+        self.optimizer = self._optimizer()
+        self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.epoch = 0
+        self.step = 0
+        self.seconds = 0.0
+        self.history: list[Row] = []
+        self.pruned: nn.Module | None = None
+        self._opened = False
+
+    @property
+    def example_inputs(self) -> Tensor:
+        """One training example."""
+        return self.data.train.inputs[:1]
+
+    def _place(self, split: Any) -> Any:
+        return split and Split(split.inputs.to(self.device), split.targets.to(self.device))
+
+    def _term(self) -> DensityConstraint | L0Penalty | None:
+        settings = self.settings
+        if settings.penalty is not None:
+            examples = len(self.data.train.targets) if settings.penalty_per_example else None
+            return L0Penalty(self.model, settings.penalty, examples)
+        target = settings.density if settings.layer_density is None else settings.layer_density
+        if target is None:
+            return None
+        lr = DUAL_GAIN / self.total_steps if settings.dual_lr is None else settings.dual_lr
+        return DensityConstraint(self.model, target, dual=DualAscent(lr, settings.restarts))
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        groups: Any = [{"params": list(self.model.parameters())}]
+        if self.term is not None:
+            groups = param_groups(
+                self.model, settings.lr, settings.gate_lr, weight_decay=settings.weight_decay
+            )
+        return torch.optim.AdamW(
+            groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
+        )
+
+    # --- one epoch -----------------------------------------------------------------------------
+
+    def _lr_factor(self) -> float:
+        if self.settings.schedule == "constant":
+            return 1.0
+        return 0.5 * (1 + math.cos(math.pi * self.step / self.total_steps))
+
+    def _train_epoch(self) -> Row:
+        """One pass over the training examples; the sums stay on the device until its end."""
+        train, size = self.data.train, self.settings.batch_size
+        count = len(train.targets)
+        # The order depends on (seed, epoch) alone, so a resumed run sees the same.
+        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.epoch)
+        order = torch.randperm(count, generator=generator).to(self.device)
+        loss_sum = torch.zeros((), device=self.device)
+        errors = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.model.train()
+        for start in range(0, count, size):
+            factor = self._lr_factor()
+            for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
+                group["lr"] = lr * factor
+            index = order[start : start + size]
+            x, y = train.inputs.index_select(0, index), train.targets.index_select(0, index)
+            logits = self.model(x)
+            loss = F.cross_entropy(logits, y)
+            total = loss if self.term is None else loss + self.term()
+            total.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if self.term is not None:
+                self.term.step()
+            loss_sum += loss.detach() * len(index)
+            errors += (logits.detach().argmax(1) != y).sum()
+            self.step += 1
+        return {
+            "loss": float(loss_sum) / count,
+            "train_error_percent": 100 * int(errors) / count,
+        }
+
+    def _error_percent(self, model: nn.Module, split: Split) -> float:
+        model.eval()
+        wrong = 0
+        with torch.no_grad():
+            for x, y in zip(
+                split.inputs.split(EVALUATION_BATCH),
+                split.targets.split(EVALUATION_BATCH),
+                strict=True,
+            ):
+                wrong += int((model(x).argmax(1) != y).sum())
+        return 100 * wrong / len(split.targets)
+
+    def _row(self, trained: Row) -> Row:
+        """The metrics of the epoch just trained."""
+        row: Row = {"epoch": self.epoch, **trained}
+        if self.data.validation is not None:
+            row["validation_error_percent"] = self._error_percent(self.model, self.data.validation)
+        row["test_error_percent"] = self._error_percent(self.model, self.data.test)
+        if self.term is not None:
+            table = density(self.model)
+            row["expected_density"] = table.total.expected
+            row["realised_density"] = table.total.realised
+            row["layers"] = {
+                layer.name: {
+                    "kept": layer.open_gates,
+                    "of": layer.num_gates,
+                    "expected_density": layer.expected,
+                }
+                for layer in table.layers
+            }
+        if isinstance(self.term, DensityConstraint):
+            row["lambda"] = dict(
+                zip(self.term.names, self.term.multiplier.tolist(), strict=True)
+            )
+            row["restarts"] = dict(
+                zip(self.term.names, self.term.restarts.long().tolist(), strict=True)
+            )
+        return row
+
+    # --- the whole run --------------------------------------------------------------------------
+
+    def fit(self, *, resume: bool = False, on_epoch: Callable[[Row], None] | None = None) -> Row:
+        """Trains to the end, prunes, and returns the summary (what summary.json holds).
+
+        Args:
+            resume: goes on from the checkpoint in `out`, if there is one.
+            on_epoch: called with each row of metrics.
+
+        Raises:
+            ValueError: `out` holds another run, or its checkpoint does not fit; or the loss is
+                not a number any more. Files of finished epochs stay as they are.
+            OSError: `out` cannot be written.
+        """
+        if not self._opened:
+            self.open(resume)
+        for _ in range(self.epoch, self.settings.epochs):
+            started = time.perf_counter()
+            trained = self._train_epoch()
+            if not math.isfinite(trained["loss"]):
+                _checks.refuse(
+                    f"loss (epoch {self.epoch + 1})",
+                    trained["loss"],
+                    "a finite number; try a smaller lr (the epochs before are kept)",
+                )
+            self.epoch += 1
+            row = self._row(trained)
+            self.history.append(row)
+            self.seconds += time.perf_counter() - started
+            self._save()
+            if on_epoch is not None:
+                on_epoch(row)
+        summary = self._summary()
+        if self.out is not None:
+            from l0fast.plots import plot_dynamics
+
+            targets = None
+            if isinstance(self.term, DensityConstraint):
+                targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
+            figure = self.out / PLOT
+            write_atomically(
+                figure, lambda path: plot_dynamics(self.history, targets, summary, path)
+            )
+            self.write_summary(summary)
+        return summary
+
+    def write_summary(self, summary: Row) -> None:
+        """Puts `summary` into summary.json."""
+        if self.out is not None:
+            write_text(self.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+
+    def _summary(self) -> Row:
+        last = self.history[-1]
+        errors = [row["test_error_percent"] for row in self.history]
+        gated = self.term is not None
+        constrained = isinstance(self.term, DensityConstraint)
+        summary: Row = {
+            **self.identity,
+            "seed": self.settings.seed,
+            "epochs": self.settings.epochs,
+            "target_density": self.settings.density,
+            "target_layer_density": self.settings.layer_density
+            and dict(self.settings.layer_density),
+            "penalty": self.settings.penalty,
+        }
+        if gated:
+            example = self.example_inputs
+            self.pruned = prune(self.model, example)
+            report: Any = self.pruned.report
+            if self.out is not None:
+                save_pruned(self.pruned, self.out / PRUNED)
+            params, macs = report["params"], report["macs"]
+            groups = report["groups"].values()
+            summary |= {
+                "expected_density": last["expected_density"],
+                "realised_density": report["density"],
+                "forced": report["forced"],
+                "architecture": report["architecture"],
+                "test_error_percent": self._error_percent(self.pruned, self.data.test),
+                "feasible": all(group["density"] <= group["target"] for group in groups)
+                if constrained
+                else None,
+            }
+        else:
+            total = count_params(self.model)
+            params = [total, total]
+            macs = [count_macs(self.model, self.example_inputs)[""]] * 2
+            summary |= {"test_error_percent": errors[-1]}
+        summary |= {
+            "best_test_error_percent": min(errors),
+            "validation_error_percent": last.get("validation_error_percent"),
+            "params": params[0],
+            "dense_params": params[1],
+            "params_fraction": params[0] / params[1],
+            "macs": macs[0],
+            "dense_macs": macs[1],
+            "macs_fraction": macs[0] / macs[1],
+            "seconds": round(self.seconds, 3),
+            "settings": asdict(self.settings),
+            "device": str(self.device),
+            "torch": torch.__version__,
+        }
+        return summary
+
+    # --- checkpoints ------------------------------------------------------------------------------
+
+    def _identity(self) -> Row:
+        """What a checkpoint must share with this run to be resumed."""
+        settings = asdict(self.settings)
+        if settings["layer_density"] is not None:
+            settings["layer_density"] = dict(settings["layer_density"])
+        return {**self.identity, **settings}
+
+    def open(self, resume: bool = False) -> None:
+        """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`)."""
+        self._opened = True
+        if self.out is None:
+            return
+        checkpoint = self.out / CHECKPOINT
+        if self.out.exists() and not self.out.is_dir():
+            _checks.refuse("out", str(self.out), "a folder")
+        if resume and checkpoint.exists():
+            self._load(checkpoint)
+        elif self.out.is_dir() and any((self.out / name).exists() for name in (CHECKPOINT, SUMMARY)):
+            _checks.refuse("out", str(self.out), "a folder without a run in it (or resume it)")
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self._save()
+
+    def _state(self) -> Row:
+        state: Row = {
+            "format": 1,
+            "identity": self._identity(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "history": self.history,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "term": None if self.term is None else self.term.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def _save(self) -> None:
+        if self.out is None:
+            return
+        state = self._state()
+        write_atomically(self.out / CHECKPOINT, lambda path: torch.save(state, path))
+        lines = [json.dumps(row) for row in self.history]
+        write_text(self.out / METRICS, "".join(line + "\n" for line in lines))
+
+    def _load(self, path: Path) -> None:
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            theirs = state["identity"]
+        except Exception as error:
+            _checks.refuse(
+                "resume", str(path), f"a whole checkpoint of this project ({type(error).__name__})"
+            )
+        ours = self._identity()
+        for key in sorted({*ours, *theirs}):
+            if ours.get(key) != theirs.get(key):
+                _checks.refuse(
+                    key, ours.get(key), f"{theirs.get(key)!r}, as in the checkpoint {path}"
+                )
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.term is not None:
+            self.term.load_state_dict(state["term"])
+        self.epoch, self.step = state["epoch"], state["step"]
+        self.seconds, self.history = state["seconds"], state["history"]
+        torch.set_rng_state(state["rng"].cpu())
+        if "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)

@@ -1,0 +1,95 @@
+"""What every test runs under: poisoned memory, a fixed seed, few threads, no silent GPU."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+# cuBLAS is deterministic only with a fixed workspace, and reads this when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# A test that plots must not look for a display.
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import pytest
+import torch
+
+SEED = 20210
+MNIST_FILES = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
+
+# More threads than this cost small operations more than they give, and the sums of a run with
+# many cores would differ from those of one with few.
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+try:
+    import hypothesis
+except ImportError:  # a GPU machine that runs only the kernels' tests may lack it
+    pass
+else:
+    # Nothing depends on how busy the machine is or on what an earlier run found.
+    hypothesis.settings.register_profile("l0fast", deadline=None, derandomize=True, database=None)
+    hypothesis.settings.load_profile("l0fast")
+
+
+def poison(on: bool) -> None:
+    """Fill what is allocated and not written, by PyTorch's own switch below Python.
+
+    empty_like, new_empty, empty_strided and resize_ are covered, dispatch modes count no extra
+    operation, and torch.compile traces as before. The switch works only with deterministic
+    algorithms: an operation that has none raises on a GPU. What Inductor allocates for itself is
+    not filled.
+    """
+    # torch.use_deterministic_algorithms would import Inductor and with it Triton, and Triton must
+    # not be imported before a test has chosen its interpreter.
+    torch._C._set_deterministic_algorithms(on, warn_only=False)
+    torch.utils.deterministic.fill_uninitialized_memory = on  # pyright: ignore[reportAttributeAccessIssue]
+
+
+poison(True)  # from here on, so that fixtures of wider scope allocate poisoned memory too
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every torch.empty is NaN (integers: their largest value), whoever allocates it."""
+    poison(request.node.get_closest_marker("unpoisoned") is None)
+    yield
+    poison(True)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """A test's draws do not depend on the tests before it."""
+    random.seed(SEED)
+    torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="session")
+def mnist_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root holding a copy of MNIST, which a test may unpack or damage."""
+    named = os.environ.get("L0FAST_DATA_ROOT")
+    if not named:
+        pytest.skip("L0FAST_DATA_ROOT is not set: it names the folder that holds MNIST/raw")
+    raw = Path(named) / "MNIST" / "raw"
+    missing = [
+        f for f in MNIST_FILES if not any((raw / (f + end)).is_file() for end in ("", ".gz"))
+    ]
+    if missing:
+        pytest.skip(f"L0FAST_DATA_ROOT={named}: MNIST/raw lacks {', '.join(missing)}")
+    root = tmp_path_factory.mktemp("data")
+    (root / "MNIST" / "raw").mkdir(parents=True)
+    for source in sorted(raw.iterdir()):
+        if source.is_file():  # copyfile leaves a read-only source's mode behind
+            shutil.copyfile(source, root / "MNIST" / "raw" / source.name)
+    return root
