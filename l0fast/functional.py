@@ -27,6 +27,18 @@ class GatedWeight(NamedTuple):
     expected_open: Tensor
 
 
+_DEFAULT = HardConcrete()
+
+
+def checked_distribution(value: HardConcrete | None) -> HardConcrete:
+    """The default distribution for None; anything but a HardConcrete is refused."""
+    if value is None:
+        return _DEFAULT
+    if not isinstance(value, HardConcrete):
+        _checks.refuse("distribution", type(value).__name__, "a HardConcrete", TypeError)
+    return value
+
+
 def _floating(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
         _checks.refuse(name, type(value).__name__, "a tensor", TypeError)
@@ -35,16 +47,49 @@ def _floating(name: str, value: object) -> Tensor:
     return value
 
 
+Word = int | Tensor
+
+
+def _word(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.is_floating_point() or value.is_complex():
+            _checks.refuse(name, f"{value.dtype} {tuple(value.shape)}", "one integer")
+    elif not isinstance(value, int) or isinstance(value, bool):
+        _checks.refuse(name, type(value).__name__, "an int or a tensor of one", TypeError)
+
+
+def _named(seed: object, step: object, tensor: object) -> None:
+    if seed is not None:
+        for name, value in (("seed", seed), ("step", step), ("tensor", tensor)):
+            _word(name, value)
+
+
+def _state(device: torch.device, seed: Word | None, step: Word, tensor: Word) -> Tensor:
+    """What the kernels name their noise by: drawn from torch's generator without a seed."""
+    if seed is None:
+        return torch.randint(2**63 - 1, (3,), device=device)
+    return philox.state(seed, step, tensor, device)
+
+
+def _sizes(sizes: tuple[int, ...], log_alpha: Tensor) -> None:
+    wanted = f"one or more lengths >= 0 with the sum of {tuple(log_alpha.shape)}"
+    if not isinstance(sizes, (tuple, list)) or not all(type(size) is int for size in sizes):
+        _checks.refuse("sizes", sizes, wanted, TypeError)
+    total = log_alpha.numel() if log_alpha.dim() == 1 else -1
+    if not sizes or min(sizes) < 0 or sum(sizes) != total:
+        _checks.refuse("sizes", sizes, wanted)
+
+
 def _noise(
-    log_alpha: Tensor, distribution: HardConcrete, seed: int | None, step: int, tensor: int
+    log_alpha: Tensor, distribution: HardConcrete, seed: Word | None, step: Word, tensor: Word
 ) -> Tensor:
     """Logistic noise for every gate: torch's generator, or Philox where a seed is named."""
     if seed is None:
         uniform = torch.rand_like(log_alpha, memory_format=torch.contiguous_format)
     else:
-        uniform = philox.uniform(
-            log_alpha.numel(), seed, step=step, tensor=tensor, device=log_alpha.device
-        ).view(log_alpha.shape)
+        state = philox.state(seed, step, tensor, log_alpha.device)
+        uniform = philox.uniform(log_alpha.numel(), state[0], state[1], state[2])
+        uniform = uniform.view(log_alpha.shape)
     return distribution.logistic_noise(uniform.to(log_alpha.dtype))
 
 
@@ -53,9 +98,9 @@ def hard_concrete(
     sizes: tuple[int, ...] | None = None,
     *,
     distribution: HardConcrete | None = None,
-    seed: int | None = None,
-    step: int = 0,
-    tensor: int = 0,
+    seed: Word | None = None,
+    step: Word = 0,
+    tensor: Word = 0,
     backend: str = "auto",
 ) -> Gates:
     """Samples gates and counts how many are expected to be open, in one pass each way.
@@ -72,9 +117,11 @@ def hard_concrete(
             it the whole is one segment.
         distribution: the gates' distribution; HardConcrete() by default.
         seed: without it the noise comes from torch's generator; with it, from Philox keyed by
-            (seed, step, tensor), equal on every backend and device.
-        step: counts the draws of a seed.
-        tensor: tells apart the tensors drawn in one step.
+            (seed, step, tensor), equal on every backend and device. An int, or a tensor of one:
+            then nothing is copied to the device or compiled again when it changes, and a CUDA
+            graph reads it anew in each replay.
+        step: counts the draws of a seed; likewise.
+        tensor: tells apart the tensors drawn in one step; likewise.
         backend: "torch" (the reference), "triton" (the kernel), or "auto": the kernel on CUDA.
 
     Returns:
@@ -87,15 +134,20 @@ def hard_concrete(
     """
     log_alpha = _floating("log_alpha", log_alpha)
     _checks.one_of("backend", backend, BACKENDS)
+    _named(seed, step, tensor)
     if sizes is None:
         sizes = (log_alpha.numel(),)
-    elif log_alpha.dim() != 1 or sum(sizes) != log_alpha.numel():
-        _checks.refuse("sizes", sizes, f"lengths with the sum of {tuple(log_alpha.shape)}")
-    distribution = distribution or HardConcrete()
+    else:
+        _sizes(sizes, log_alpha)
+    distribution = checked_distribution(distribution)
     flat = log_alpha.reshape(-1)
     work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-    noise = _noise(work, distribution, seed, step, tensor)
-    z, expected_open = autograd.hard_concrete(work, noise, sizes, distribution)
+    if autograd.runs_on_triton(backend, work):
+        state = _state(work.device, seed, step, tensor)
+        z, expected_open = autograd.triton_hard_concrete(work, state, sizes, distribution)
+    else:
+        noise = _noise(work, distribution, seed, step, tensor)
+        z, expected_open = autograd.hard_concrete(work, noise, sizes, distribution)
     return Gates(z.to(log_alpha.dtype).view(log_alpha.shape), expected_open)
 
 
@@ -105,9 +157,9 @@ def gated_weight(
     *,
     dim: int | None = None,
     distribution: HardConcrete | None = None,
-    seed: int | None = None,
-    step: int = 0,
-    tensor: int = 0,
+    seed: Word | None = None,
+    step: Word = 0,
+    tensor: Word = 0,
     backend: str = "auto",
 ) -> GatedWeight:
     """Samples a weight's gates, masks it and counts the open ones, in one pass each way.
@@ -123,7 +175,8 @@ def gated_weight(
         distribution, seed, step, tensor, backend: as in `hard_concrete`.
 
     Returns:
-        GatedWeight(weight of the weight's shape and dtype, expected_open 0-d).
+        GatedWeight(weight of the weight's shape and dtype, expected_open 0-d). Under autocast
+        the kernel writes autocast's dtype, and so replaces its cast.
 
     Raises:
         ValueError, TypeError: an argument of a wrong type, shape or value.
@@ -133,8 +186,11 @@ def gated_weight(
     weight = _floating("weight", weight)
     log_alpha = _floating("log_alpha", log_alpha)
     _checks.one_of("backend", backend, BACKENDS)
+    _named(seed, step, tensor)
     if dim is None:
         expected = tuple(weight.shape)
+    elif type(dim) is not int:
+        _checks.refuse("dim", dim, "a whole number or None", TypeError)
     elif -weight.dim() <= dim < weight.dim():
         dim %= weight.dim()
         expected = (weight.shape[dim],)
@@ -144,8 +200,11 @@ def gated_weight(
         _checks.refuse("log_alpha", tuple(log_alpha.shape), f"the shape {expected}")
     if log_alpha.device != weight.device:
         _checks.refuse("log_alpha", str(log_alpha.device), f"the device {weight.device}")
-    distribution = distribution or HardConcrete()
+    distribution = checked_distribution(distribution)
     half = log_alpha.dtype in (torch.float16, torch.bfloat16)
     work = log_alpha.float() if half else log_alpha
+    if autograd.runs_on_triton(backend, work, weight):
+        state = _state(work.device, seed, step, tensor)
+        return GatedWeight(*autograd.triton_gated_weight(weight, work, state, dim, distribution))
     noise = _noise(work, distribution, seed, step, tensor)
     return GatedWeight(*autograd.gated_weight(weight, work, noise, dim, distribution))

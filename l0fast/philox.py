@@ -135,6 +135,33 @@ def uniform(
     return uniform_from_words(words(n, seed, step, tensor, device, start=start))
 
 
+def state(
+    seed: Word, step: Word = 0, tensor: Word = 0, device: torch.device | str | None = None
+) -> Tensor:
+    """Return what the kernels read their noise's name from: int64 [3], (seed, step, tensor).
+
+    Ints are copied to the device; of tensors of one integer nothing is read back.
+    """
+    name = (seed, step, tensor)
+    ints = [_signed(word) for word in name if not isinstance(word, Tensor)]
+    if len(ints) == len(name):
+        return torch.tensor(ints, dtype=torch.int64, device=device)
+    return torch.stack([_on_device(word, device) for word in name])
+
+
+def _on_device(word: Word, device: torch.device | str | None) -> Tensor:
+    if isinstance(word, Tensor):
+        return word.reshape(()).to(device=device, dtype=torch.int64)
+    return torch.full((), _signed(word), dtype=torch.int64, device=device)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the word's low 64 bits."""
+    if -(2**63) <= word < 2**63:
+        return word
+    return (word + 2**63) % 2**64 - 2**63
+
+
 def _scalar(word: Word, device: torch.device | str | None) -> Word:
     """Make a tensor of one element 0-d (so that it broadcasts) and move it to the device."""
     return word.reshape(()).to(device=device) if isinstance(word, Tensor) else word

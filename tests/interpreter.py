@@ -1,12 +1,13 @@
 """Where a kernel's tests run: on the GPU if there is one, else in Triton's interpreter.
 
 Triton decides at its import whether kernels are compiled or interpreted, so the interpreter needs
-a process of its own. Without a GPU a ``kernel_test`` therefore runs its whole file once more, in a
-child with TRITON_INTERPRET=1, and reports there what it would have reported here.
+a process of its own. Without a GPU the ``kernel_test``s of a file therefore run together in a child
+with TRITON_INTERPRET=1, and each reports here how it fared there.
 """
 
 from __future__ import annotations
 
+import collections
 import functools
 import inspect
 import os
@@ -26,20 +27,23 @@ RUNS_HERE = INTERPRETED or DEVICE == "cuda"
 
 TestFunction = Callable[..., None]
 
+_kernel_tests: dict[Path, list[str]] = {}
+
 
 def kernel_test(test: TestFunction) -> TestFunction:
     """Marks a test that launches kernels: runs it here if they run here, else in the child."""
+    file = Path(inspect.getfile(test))
+    _kernel_tests.setdefault(file, []).append(test.__name__)
 
     @functools.wraps(test)
     def run(request: pytest.FixtureRequest, **arguments: object) -> None:
         if RUNS_HERE:
             test(**arguments)
             return
-        file = Path(inspect.getfile(test))
-        outcome = outcomes(file).get(request.node.name)
-        if outcome is None:
+        try:
+            kind, text = outcomes(file)[request.node.name]
+        except KeyError:
             pytest.fail(f"{file.name} in the interpreter: {request.node.name} was not run")
-        kind, text = outcome
         if kind == "skipped":
             pytest.skip(text)
         if kind != "passed":
@@ -54,20 +58,26 @@ def kernel_test(test: TestFunction) -> TestFunction:
 
 @functools.cache
 def outcomes(file: Path) -> dict[str, tuple[str, str]]:
-    """What each test of a file did in the interpreter: (passed, skipped or failed, and why)."""
+    """What each kernel test of a file did in the interpreter: (kind, text), by the test's name."""
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
-            + [f"--junitxml={report}", str(file)],
-            cwd=file.parent.parent,
-            env={**os.environ, "TRITON_INTERPRET": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        try:
+            done = subprocess.run(
+                [*command, f"--junitxml={report}", "-k", " or ".join(_kernel_tests[file]), file],
+                cwd=file.parent.parent,
+                env={**os.environ, "TRITON_INTERPRET": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=600,
+            )
+        except subprocess.TimeoutExpired:
+            return collections.defaultdict(lambda: ("failed", "it did not return"))
         if not report.is_file():
-            raise RuntimeError(f"pytest wrote no report:\n{done.stdout}{done.stderr}")
+            # A kernel that writes out of bounds may take its process along.
+            text = f"exit code {done.returncode} and no report:\n{done.stdout}{done.stderr}"
+            return collections.defaultdict(lambda: ("failed", text))
         root = ElementTree.parse(report).getroot()
     found: dict[str, tuple[str, str]] = {}
     for case in root.iter("testcase"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -58,7 +58,7 @@ def open_probability(
 
 
 @contextmanager
-def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
     """Every result a launcher allocates lies between sentinels, which must survive."""
     fences: list[Tensor] = []
 

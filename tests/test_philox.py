@@ -58,8 +58,11 @@ def test_any_piece_equals_that_piece_of_the_whole(n: int, start: int) -> None:
 def test_seed_step_and_tensor_may_be_tensors(seed: int) -> None:
     expected = philox.uniform(10, seed, 7, 11)
     for shape in ((), (1,)):
-        named = [scalar(word).reshape(shape) for word in (seed, 7, 11)]
-        torch.testing.assert_close(philox.uniform(10, *named), expected, rtol=0, atol=0)
+        names = [scalar(word).reshape(shape) for word in (seed, 7, 11)]
+        got = philox.uniform(10, names[0], names[1], names[2])
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+        assert philox.state(names[0], 7, names[2]).tolist() == [seed, 7, 11]
+    assert philox.state(seed + 2**64, 7, 11).tolist() == [seed, 7, 11]
 
 
 def test_each_part_of_the_name_changes_the_noise() -> None:
@@ -74,7 +77,7 @@ def test_uniforms_are_a_fused_multiply_add_strictly_inside() -> None:
     u = philox.uniform_from_words(edges)
     assert u.dtype == torch.float32
     assert (u.double() * 2**24)[[0, 1, -2, -1]].tolist() == [18, 18, 2**24 - 18, 2**24 - 18]
-    assert 1e-6 < float(u.min())
+    assert float(u.min()) > 1e-6
     assert float(u.max()) < 1 - 1e-6
     # Symmetric about 1/2, to the rounding of the multiply-add.
     torch.testing.assert_close(

@@ -1,8 +1,4 @@
-"""The binding: each op's forward and hand-derived backward as one node of autograd.
-
-On a CPU these are autograd Functions over the reference maths (a custom op costs four times as
-much a call there); `backend` is settled per call.
-"""
+"""Autograd Functions over the reference maths: what runs wherever the kernels do not."""
 
 from __future__ import annotations
 
@@ -18,7 +14,7 @@ from l0fast.hard_concrete import HardConcrete
 
 def segment_sums(probability: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """[L] sums over consecutive segments of `probability` [N], in at least float32."""
-    dtype = torch.promote_types(probability.dtype, torch.float32)
+    dtype = torch.float64 if probability.dtype == torch.float64 else torch.float32
     if len(sizes) == 1:
         return probability.sum(dtype=dtype).reshape(1)
     return torch.stack([part.sum(dtype=dtype) for part in probability.split(list(sizes))])
@@ -75,7 +71,7 @@ class _GatedWeight(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, z, probability)
         masked = maths.mask(weight, z.to(weight.dtype), dim)
-        return masked, segment_sums(probability.view(-1), (probability.numel(),)).view(())
+        return masked, segment_sums(probability.reshape(-1), (probability.numel(),)).view(())
 
     @staticmethod
     @once_differentiable

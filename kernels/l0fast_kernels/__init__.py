@@ -1,0 +1,26 @@
+"""Triton kernels of l0fast: sampling, masking and the expected L0 norm in one pass each way.
+
+The launchers take torch tensors and return new ones; they trust their caller, who has checked
+everything (l0fast.functional does). Nothing here imports l0fast.
+"""
+
+from l0fast_kernels.gated_weight import (
+    gated_weight_backward,
+    gated_weight_forward,
+    scaled_weight_backward,
+    scaled_weight_forward,
+)
+from l0fast_kernels.hard_concrete import hard_concrete_backward, hard_concrete_forward
+from l0fast_kernels.launch import Constants, constants, interpreted
+
+__all__ = [
+    "Constants",
+    "constants",
+    "gated_weight_backward",
+    "gated_weight_forward",
+    "hard_concrete_backward",
+    "hard_concrete_forward",
+    "interpreted",
+    "scaled_weight_backward",
+    "scaled_weight_forward",
+]

@@ -1,0 +1,79 @@
+"""What every launch shares: the distribution's constants, the device, the dtypes, the tables."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+WARPS = 4
+# A mask that ends at a multiple of this leaves 128-bit accesses whole, for every dtype above.
+ALIGNMENT = 16
+
+
+class Constants(NamedTuple):
+    """A hard-concrete distribution as the kernels take it: arguments, so nothing is recompiled
+    when a temperature is annealed."""
+
+    inverse_temperature: float
+    alpha_scale: float  # log2(e) / temperature
+    gamma: float
+    width: float  # zeta - gamma
+    open_shift: float  # -temperature * log2(-gamma / zeta)
+
+
+def constants(temperature: float, gamma: float, zeta: float) -> Constants:
+    """The kernels' constants of a distribution; logarithms and exponentials there are base 2."""
+    return Constants(
+        inverse_temperature=1.0 / temperature,
+        alpha_scale=math.log2(math.e) / temperature,
+        gamma=gamma,
+        width=zeta - gamma,
+        open_shift=-temperature * math.log2(-gamma / zeta),
+    )
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before its import)."""
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def fast() -> bool:
+    """Whether the kernels are compiled for NVIDIA, whose one-instruction logarithm they use."""
+    return not interpreted() and torch.version.cuda is not None
+
+
+def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Makes the tensor's GPU the current one, on which Triton launches."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """Memory for a result on the tensor's device: the one place where launchers allocate."""
+    return like.new_empty(shape, dtype=dtype)
+
+
+def vector(*tensors: Tensor) -> int:
+    """How many neighbouring elements one thread holds: a 128-bit access of the narrowest dtype,
+    of which the kernels know two kinds."""
+    return 8 if min(tensor.element_size() for tensor in tensors) < 4 else 4
+
+
+@functools.cache
+def offsets(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [L + 1]: where each segment starts, on the device.
+
+    Kept for good, since a captured CUDA graph goes on reading it: a model has one such table.
+    """
+    ends = [0]
+    for size in sizes:
+        ends.append(ends[-1] + size)
+    return torch.tensor(ends, dtype=torch.int64, device=device)

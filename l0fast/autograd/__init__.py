@@ -1,0 +1,19 @@
+"""The binding: each op's forward and hand-derived backward as one node of autograd.
+
+Two of them for every op, and `runs_on_triton` chooses per call: `functions` (autograd Functions
+over the reference maths: a custom op costs four times as much a call on a CPU) and `ops`
+(torch.library ops over the Triton kernels).
+"""
+
+from l0fast.autograd.functions import gated_linear, gated_weight, hard_concrete, segment_sums
+from l0fast.autograd.ops import runs_on_triton, triton_gated_weight, triton_hard_concrete
+
+__all__ = [
+    "gated_linear",
+    "gated_weight",
+    "hard_concrete",
+    "runs_on_triton",
+    "segment_sums",
+    "triton_gated_weight",
+    "triton_hard_concrete",
+]

@@ -1,0 +1,329 @@
+"""torch.library ops over the Triton kernels, and the choice between them and the reference.
+
+`l0fast::hard_concrete`, `l0fast::gated_weight` and `l0fast::scaled_weight`, each with a backward
+op. All are functions of their inputs alone: the noise is named by `state`, three int64 on the
+device (seed, step, tensor), so that torch.compile traces them once and for all steps, a checkpoint
+replays them, and the backward draws the same noise again. Where no kernel can run, an op computes
+the same with the reference maths (that is also how it is checked without a GPU). Triton is
+imported when a kernel first runs, not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks, philox
+from l0fast import gated_weight as maths
+from l0fast.autograd.functions import segment_sums
+from l0fast.hard_concrete import HardConcrete
+
+WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def _installed() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("triton", "l0fast_kernels"))
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def runs_on_triton(backend: str, log_alpha: Tensor, weight: Tensor | None = None) -> bool:
+    """Whether a call's kernels run: "auto" where they can, "triton" always.
+
+    Raises:
+        ValueError: "triton", and they cannot.
+    """
+    if backend == "torch" or (backend == "auto" and not log_alpha.is_cuda):
+        return False
+    reachable = log_alpha.is_cuda or _interpreting()
+    supported = log_alpha.dtype != torch.float64
+    if weight is not None:
+        supported = supported and weight.dtype in WEIGHT_DTYPES
+    if _installed() and reachable and supported:
+        return True
+    if backend == "auto":
+        return False
+    if not _installed():
+        expected = "Triton and l0fast_kernels to be installed, or 'torch'"
+    elif reachable:
+        expected = "float32, bfloat16 or float16 tensors, or 'torch'"
+    elif torch.cuda.is_available():
+        expected = f"tensors on a GPU (they are on {log_alpha.device}), or 'torch'"
+    else:
+        expected = "a machine with a GPU (this one has none), or 'torch'"
+    _checks.refuse("backend", backend, expected)
+
+
+def triton_hard_concrete(
+    log_alpha: Tensor, state: Tensor, sizes: tuple[int, ...], distribution: HardConcrete
+) -> tuple[Tensor, Tensor]:
+    """The checked call of `functional.hard_concrete` on the Triton backend."""
+    return _hard_concrete(log_alpha, state, sizes, *_numbers(distribution))
+
+
+def triton_gated_weight(
+    weight: Tensor,
+    log_alpha: Tensor,
+    state: Tensor,
+    dim: int | None,
+    distribution: HardConcrete,
+) -> tuple[Tensor, Tensor]:
+    """The checked call of `functional.gated_weight` on the Triton backend.
+
+    Under autocast the result has autocast's dtype: the pass that masks is also the cast.
+    """
+    dtype, device_type = weight.dtype, weight.device.type
+    if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+    if dim is None:
+        return _gated_weight(weight, log_alpha, state, dtype, *_numbers(distribution))
+    sizes = (log_alpha.numel(),)
+    z, expected_open = _hard_concrete(log_alpha, state, sizes, *_numbers(distribution))
+    return _scaled_weight(weight, z, dim, dtype), expected_open.view(())
+
+
+def _numbers(distribution: HardConcrete) -> tuple[float, float, float]:
+    return distribution.temperature, distribution.gamma, distribution.zeta
+
+
+def _kernels(tensor: Tensor) -> ModuleType | None:
+    """The kernels, if they run on this tensor's device."""
+    if tensor.is_cuda or _interpreting():
+        import l0fast_kernels
+
+        return l0fast_kernels
+    return None
+
+
+def _noise(log_alpha: Tensor, state: Tensor, distribution: HardConcrete) -> Tensor:
+    uniform = philox.uniform(log_alpha.numel(), state[0], state[1], state[2], log_alpha.device)
+    return distribution.logistic_noise(uniform).view(log_alpha.shape)
+
+
+@torch.library.custom_op("l0fast::hard_concrete", mutates_args=())
+def _hard_concrete(
+    log_alpha: Tensor,
+    state: Tensor,
+    sizes: Sequence[int],
+    temperature: float,
+    gamma: float,
+    zeta: float,
+) -> tuple[Tensor, Tensor]:
+    sizes = tuple(sizes)
+    if kernels := _kernels(log_alpha):
+        c = kernels.constants(temperature, gamma, zeta)
+        z, expected_open, _ = kernels.hard_concrete_forward(log_alpha, state, sizes, c)
+        return z, expected_open
+    distribution = HardConcrete(temperature, gamma, zeta)
+    z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
+    return z, segment_sums(distribution.open_probability(log_alpha), sizes)
+
+
+@torch.library.custom_op("l0fast::hard_concrete_backward", mutates_args=())
+def _hard_concrete_backward(
+    dz: Tensor | None,
+    dopen: Tensor | None,
+    log_alpha: Tensor,
+    state: Tensor,
+    sizes: Sequence[int],
+    temperature: float,
+    gamma: float,
+    zeta: float,
+) -> Tensor:
+    sizes = tuple(sizes)
+    if kernels := _kernels(log_alpha):
+        c = kernels.constants(temperature, gamma, zeta)
+        return kernels.hard_concrete_backward(dz, dopen, log_alpha, state, sizes, c)
+    distribution = HardConcrete(temperature, gamma, zeta)
+    dlog_alpha = torch.zeros_like(log_alpha)
+    if dz is not None:
+        z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
+        dlog_alpha += distribution.gate_backward(dz, z)
+    if dopen is not None:
+        parts = zip(dopen.unbind(), sizes, strict=True)
+        spread = torch.cat([part.expand(size) for part, size in parts])
+        p = distribution.open_probability(log_alpha)
+        dlog_alpha += distribution.open_probability_backward(spread, p)
+    return dlog_alpha
+
+
+@torch.library.custom_op("l0fast::gated_weight", mutates_args=())
+def _gated_weight(
+    weight: Tensor,
+    log_alpha: Tensor,
+    state: Tensor,
+    dtype: torch.dtype,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+) -> tuple[Tensor, Tensor]:
+    if kernels := _kernels(weight):
+        c = kernels.constants(temperature, gamma, zeta)
+        return kernels.gated_weight_forward(weight, log_alpha, state, c, dtype)
+    distribution = HardConcrete(temperature, gamma, zeta)
+    z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
+    masked = (weight * z).to(dtype).contiguous()
+    return masked, distribution.open_probability(log_alpha).sum()
+
+
+@torch.library.custom_op("l0fast::gated_weight_backward", mutates_args=())
+def _gated_weight_backward(
+    dmasked: Tensor,
+    dopen: Tensor | None,
+    weight: Tensor,
+    log_alpha: Tensor,
+    state: Tensor,
+    temperature: float,
+    gamma: float,
+    zeta: float,
+) -> tuple[Tensor, Tensor]:
+    if kernels := _kernels(weight):
+        c = kernels.constants(temperature, gamma, zeta)
+        return kernels.gated_weight_backward(dmasked, dopen, weight, log_alpha, state, c)
+    distribution = HardConcrete(temperature, gamma, zeta)
+    z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
+    dweight, dz = maths.mask_backward(dmasked.float(), weight.float(), z, None)
+    dlog_alpha = distribution.gate_backward(dz, z)
+    if dopen is not None:
+        p = distribution.open_probability(log_alpha)
+        dlog_alpha += distribution.open_probability_backward(dopen.expand_as(p), p)
+    return dweight.to(weight.dtype).contiguous(), dlog_alpha.contiguous()
+
+
+@torch.library.custom_op("l0fast::scaled_weight", mutates_args=())
+def _scaled_weight(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    if kernels := _kernels(weight):
+        return kernels.scaled_weight_forward(weight, z, dim, dtype)
+    return maths.mask(weight, z, dim).to(dtype).contiguous()
+
+
+@torch.library.custom_op("l0fast::scaled_weight_backward", mutates_args=())
+def _scaled_weight_backward(
+    dscaled: Tensor, weight: Tensor, z: Tensor, dim: int
+) -> tuple[Tensor, Tensor]:
+    if kernels := _kernels(weight):
+        return kernels.scaled_weight_backward(dscaled, weight, z, dim)
+    dweight, dz = maths.mask_backward(dscaled.float(), weight.float(), z, dim)
+    return dweight.to(weight.dtype).contiguous(), dz
+
+
+def _contiguous_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return tensor.new_empty(tensor.shape, dtype=dtype)
+
+
+@_hard_concrete.register_fake
+def _(log_alpha: Tensor, state: Tensor, sizes: Sequence[int], *_: float) -> Any:
+    return _contiguous_like(log_alpha), log_alpha.new_empty(len(sizes))
+
+
+@_hard_concrete_backward.register_fake
+def _(dz: Tensor | None, dopen: Tensor | None, log_alpha: Tensor, *_: Any) -> Any:
+    return _contiguous_like(log_alpha)
+
+
+@_gated_weight.register_fake
+def _(weight: Tensor, log_alpha: Tensor, state: Tensor, dtype: torch.dtype, *_: float) -> Any:
+    return _contiguous_like(weight, dtype), log_alpha.new_empty(())
+
+
+@_gated_weight_backward.register_fake
+def _(dmasked: Tensor, dopen: Tensor | None, weight: Tensor, log_alpha: Tensor, *_: Any) -> Any:
+    return _contiguous_like(weight), _contiguous_like(log_alpha)
+
+
+@_scaled_weight.register_fake
+def _(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Any:
+    return _contiguous_like(weight, dtype)
+
+
+@_scaled_weight_backward.register_fake
+def _(dscaled: Tensor, weight: Tensor, z: Tensor, dim: int) -> Any:
+    return _contiguous_like(weight), _contiguous_like(z)
+
+
+def _save(*tensors: int) -> Callable[..., None]:
+    """setup_context that saves the inputs at these places, and keeps the others as they are."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*(inputs[i] for i in tensors))
+        ctx.rest = [value for i, value in enumerate(inputs) if i not in tensors]
+
+    return setup_context
+
+
+def _hard_concrete_gradient(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -> Any:
+    log_alpha, state = ctx.saved_tensors
+    dlog_alpha = None
+    if dz is not None or dopen is not None:
+        dlog_alpha = _hard_concrete_backward(dz, dopen, log_alpha, state, *ctx.rest)
+    return dlog_alpha, None, None, None, None, None
+
+
+def _gated_weight_gradient(ctx: Any, dmasked: Tensor | None, dopen: Tensor | None) -> Any:
+    weight, log_alpha, state = ctx.saved_tensors
+    numbers = ctx.rest[1:]
+    dweight = dlog_alpha = None
+    if dmasked is not None:
+        dweight, dlog_alpha = _gated_weight_backward(
+            dmasked, dopen, weight, log_alpha, state, *numbers
+        )
+    elif dopen is not None:
+        # Only the penalty is in use: the gates are those of one segment.
+        flat, sizes = log_alpha.reshape(-1), (log_alpha.numel(),)
+        dlog_alpha = _hard_concrete_backward(
+            None, dopen.view(1), flat, state, sizes, *numbers
+        ).view(log_alpha.shape)
+    return dweight, dlog_alpha, None, None, None, None, None
+
+
+def _scaled_weight_gradient(ctx: Any, dscaled: Tensor | None) -> Any:
+    weight, z = ctx.saved_tensors
+    dim, _ = ctx.rest
+    if dscaled is None:
+        return None, None, None, None
+    return *_scaled_weight_backward(dscaled, weight, z, dim), None, None
+
+
+_hard_concrete.register_autograd(_hard_concrete_gradient, setup_context=_save(0, 1))
+_gated_weight.register_autograd(_gated_weight_gradient, setup_context=_save(0, 1, 2))
+_scaled_weight.register_autograd(_scaled_weight_gradient, setup_context=_save(0, 1))
+
+
+def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
+    raise RuntimeError("l0fast: gates have no second derivative; create_graph must be False")
+
+
+def _loop(op: Any) -> Callable[..., Any]:
+    """vmap by one call for each example: each is a function of its own state and log_alpha."""
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> Any:
+        def example(i: int) -> Any:
+            pairs = zip(arguments, in_dims, strict=True)
+            # A list of sizes has a list of dimensions, all None.
+            return op(*(a.select(dim, i) if isinstance(dim, int) else a for a, dim in pairs))
+
+        results = [example(i) for i in range(info.batch_size)]
+        if isinstance(results[0], Tensor):
+            return torch.stack(results), 0
+        stacked = tuple(torch.stack(part) for part in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
+
+    return vmap
+
+
+for _backward in (_hard_concrete_backward, _gated_weight_backward, _scaled_weight_backward):
+    _backward.register_autograd(_refuse_second_derivative)
+    _backward.register_vmap(_loop(_backward))
+for _forward in (_hard_concrete, _gated_weight, _scaled_weight):
+    _forward.register_vmap(_loop(_forward))

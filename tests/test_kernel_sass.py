@@ -1,0 +1,71 @@
+"""The instruction budget: what makes the kernels memory-bound, held without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from sass import ARCHITECTURES, BUDGETS, FLOOR, NAIVE, Count
+
+GATED = [name for name in BUDGETS if name.startswith("gated_weight")]
+EVERYWHERE = [(name, arch) for name in GATED for arch in ARCHITECTURES]
+CASES = EVERYWHERE + [(name, 90) for name in BUDGETS if name not in GATED]
+
+
+@functools.cache
+def counts() -> dict[tuple[str, int], Count]:
+    """Counted in a child, whose Triton compiles even if this process's interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    here = Path(__file__).parent
+    paths = [str(here.parent / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    done = subprocess.run(
+        [sys.executable, str(here / "sass.py"), "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    found = (Count(**record) for record in json.loads(done.stdout))
+    return {(count.kernel, count.architecture): count for count in found}
+
+
+@pytest.mark.parametrize(("kernel", "architecture"), CASES)
+def test_kernel_is_within_its_budget(kernel: str, architecture: int) -> None:
+    budget, count = BUDGETS[kernel], counts()[kernel, architecture]
+    assert budget.over(count) == []
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_naive_kernel_is_over_every_budget(architecture: int) -> None:
+    naive = counts()[NAIVE, architecture]
+    assert naive.instructions > FLOOR
+    # A fault of each kind is found: it converts integers, multiplies in halves, loads word by word.
+    over = BUDGETS["gated_weight fp32"].over(naive)
+    kinds = {line.split(":")[0] for line in over}
+    assert kinds >= {"instructions", "int_to_float", "high_products", "wide loads", "wide stores"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("mufu", 7.0, "mufu"),
+        ("registers", 65, "registers"),
+        ("stack", 8, "stack"),
+        ("local", 2, "local"),
+        ("narrow_loads", 9, "narrow loads"),
+        ("narrow_stores", 9, "narrow stores"),
+    ],
+)
+def test_each_limit_can_fail(field: str, value: float, kind: str) -> None:
+    good = counts()["gated_weight fp32", 90]
+    worse = dataclasses.replace(good, **{field: value})
+    assert [line.split(":")[0] for line in BUDGETS["gated_weight fp32"].over(worse)] == [kind]
