@@ -1,0 +1,225 @@
+"""Smaller ordinary layers: rows and columns left out, with a gather before and a scatter after.
+
+All that comes out is plain PyTorch: the layer's own class, and where a gather or scatter is needed
+an nn.Sequential around it with tiny torch.fx modules, which copy, pickle, compile and export.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from l0fast.graph import LAYERS
+
+_SIDES = ("input", "output")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """How one layer of a dense model gets smaller; as JSON, one entry of the recipe."""
+
+    name: str
+    kind: str
+    """Class of the layer."""
+    size: tuple[int, int]
+    """Its dense (inputs, outputs)."""
+    inputs: tuple[int, ...] | None = None
+    """Inputs that stay, None for all."""
+    outputs: tuple[int, ...] | None = None
+    """Outputs that stay, None for all."""
+    gather: tuple[tuple[int, ...], int] | None = None
+    """(positions to take, of how many that arrive)."""
+    scatter: tuple[tuple[int, ...], int] | None = None
+    """(positions to fill, of how many that leave); the others are zeros."""
+    scale: str | None = None
+    """"input" or "output": a factor for each unit there, where a tied weight cannot hold it."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A dict that `from_json` takes; "in" and "out" are [kept, of]."""
+        inputs, outputs = self.inputs, self.outputs
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "in": [self.size[0] if inputs is None else len(inputs), self.size[0]],
+            "out": [self.size[1] if outputs is None else len(outputs), self.size[1]],
+            "inputs": None if inputs is None else list(inputs),
+            "outputs": None if outputs is None else list(outputs),
+            "gather": None if self.gather is None else [list(self.gather[0]), self.gather[1]],
+            "scatter": None if self.scatter is None else [list(self.scatter[0]), self.scatter[1]],
+            "scale": self.scale,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Edit:
+        """The edit of a recipe's entry.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not one.
+        """
+
+        def indices(values: Any, size: int) -> tuple[int, ...]:
+            found = tuple(int(value) for value in values)
+            if not found or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] >= size:
+                raise ValueError(f"indices outside [0, {size})")
+            return found
+
+        def part(values: Any, size: int) -> tuple[int, ...] | None:
+            return None if values is None else indices(values, size)
+
+        def move(value: Any) -> tuple[tuple[int, ...], int] | None:
+            return None if value is None else (indices(value[0], int(value[1])), int(value[1]))
+
+        size = int(entry["in"][1]), int(entry["out"][1])
+        edit = cls(
+            str(entry["name"]),
+            str(entry["kind"]),
+            size,
+            part(entry["inputs"], size[0]),
+            part(entry["outputs"], size[1]),
+            move(entry["gather"]),
+            move(entry["scatter"]),
+            entry["scale"],
+        )
+        fits = all(
+            move is None or len(move[0]) == kept
+            for move, kept in ((edit.gather, entry["in"][0]), (edit.scatter, entry["out"][0]))
+        )
+        if not fits or edit.as_json() != dict(entry) or edit.scale not in (None, *_SIDES):
+            raise ValueError("an entry that contradicts itself")
+        return edit
+
+
+def layer_size(layer: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a Linear or a convolution."""
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels  # type: ignore[return-value]
+
+
+def channel_dim(layer: nn.Module) -> int:
+    """The dimension of a layer's inputs and outputs that its channels lie along, < 0."""
+    return -1 - LAYERS[type(layer)]
+
+
+def _module(name: str, tensors: dict[str, Tensor], build: Any) -> fx.GraphModule:
+    """A module of one tensor input, from a function that writes its graph."""
+    graph = fx.Graph()
+    graph.output(build(graph, graph.placeholder("input")))
+    return fx.GraphModule(tensors, graph, class_name=name)
+
+
+def gather(index: Tensor, dim: int) -> fx.GraphModule:
+    """y = index_select(x, dim, index), for any number of dimensions before and after (dim < 0)."""
+    return _module(
+        "Gather",
+        {"index": index},
+        lambda graph, x: graph.call_function(torch.index_select, (x, dim, graph.get_attr("index"))),
+    )
+
+
+def scatter(positions: Tensor, size: int, dim: int) -> fx.GraphModule:
+    """y, of `size` along `dim`, holds x at `positions` and zeros elsewhere."""
+    # One zero is put behind x, and every other position reads it.
+    index = torch.full((size,), len(positions), dtype=torch.int64, device=positions.device)
+    index[positions] = torch.arange(len(positions), device=positions.device)
+    widths = (0, 0) * (-dim - 1) + (0, 1)
+
+    def build(graph: fx.Graph, x: fx.Node) -> fx.Node:
+        padded = graph.call_function(F.pad, (x, widths))
+        return graph.call_function(torch.index_select, (padded, dim, graph.get_attr("index")))
+
+    return _module("Scatter", {"index": index}, build)
+
+
+def scale(z: Tensor, dim: int) -> fx.GraphModule:
+    """y = x * z, with z along `dim` < 0."""
+    factor = z.reshape(-1, *[1] * (-dim - 1))
+    return _module(
+        "Scale",
+        {"factor": factor},
+        lambda graph, x: graph.call_function(torch.mul, (x, graph.get_attr("factor"))),
+    )
+
+
+def _sliced(parameter: nn.Parameter, *keep: Tensor | None) -> nn.Parameter:
+    """A parameter with, along each dimension, only the indices named; in the same layout."""
+    value = parameter.detach()
+    last = value.dim() == 4 and not value.is_contiguous()
+    last = last and value.is_contiguous(memory_format=torch.channels_last)
+    for dim, index in enumerate(keep):
+        if index is not None:
+            value = value.index_select(dim, index)
+    layout = torch.channels_last if last else torch.contiguous_format
+    return nn.Parameter(value.clone(memory_format=layout), parameter.requires_grad)
+
+
+def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Module:
+    """The ordinary module that an edit makes of a layer; the layer stays as it is.
+
+    Args:
+        layer: a Linear or a convolution.
+        edit: made for it.
+        factor: what `edit.scale` multiplies its units with, [units]; ones by default.
+    """
+    small: nn.Module = object.__new__(type(layer))
+    for key, value in vars(layer).items():
+        small.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
+    assert weight is not None
+
+    def index(values: tuple[int, ...] | None) -> Tensor | None:
+        return None if values is None else torch.tensor(values, device=weight.device)
+
+    columns, rows = index(edit.inputs), index(edit.outputs)
+    if columns is not None or rows is not None:
+        small._parameters["weight"] = _sliced(weight, rows, columns)
+        if bias is not None:
+            small._parameters["bias"] = _sliced(bias, rows)
+        unit = "features" if isinstance(layer, nn.Linear) else "channels"
+        for side, whole, part in (("in", edit.size[0], columns), ("out", edit.size[1], rows)):
+            setattr(small, f"{side}_{unit}", whole if part is None else len(part))
+
+    dim = channel_dim(layer)
+    parts: OrderedDict[str, nn.Module] = OrderedDict(layer=small)
+    if edit.gather is not None:
+        taken = torch.tensor(edit.gather[0], device=weight.device)
+        parts["gather"] = gather(taken, dim)
+        parts.move_to_end("gather", last=False)
+    if edit.scatter is not None:
+        filled = torch.tensor(edit.scatter[0], device=weight.device)
+        parts["scatter"] = scatter(filled, edit.scatter[1], dim)
+    if edit.scale is not None:
+        units = edit.size[edit.scale == "output"]
+        z = torch.ones(units) if factor is None else factor.detach()
+        parts["scale"] = scale(z.to(weight), dim)
+        parts.move_to_end("scale", last=edit.scale == "output")
+    return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
+
+
+def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Puts modules into the places of others (by id), in place; returns the root."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if id(child) in replacements:
+                module._modules[name] = replacements[id(child)]
+    return replacements.get(id(model), model)
+
+
+def apply(model: nn.Module, edits: list[Edit], factors: Mapping[str, Tensor]) -> nn.Module:
+    """Makes every layer named by an edit smaller, in place; returns the root."""
+    return replace(
+        model,
+        {
+            id(model.get_submodule(edit.name)): edited(
+                model.get_submodule(edit.name), edit, factors.get(edit.name)
+            )
+            for edit in edits
+        },
+    )
