@@ -29,12 +29,24 @@ def number(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         refuse(name, value, expected, TypeError)
-    value = float(value)
-    below = value <= low if open_low else value < low
-    above = value >= high if open_high else value > high
-    if not math.isfinite(value) or below or above:
+    try:
+        as_float = float(value)
+    except OverflowError:  # an int of hundreds of digits
+        as_float = math.nan
+    below = as_float <= low if open_low else as_float < low
+    above = as_float >= high if open_high else as_float > high
+    if not math.isfinite(as_float) or below or above:
         refuse(name, value, expected)
-    return value
+    return as_float
+
+
+def whole(name: str, value: object, low: int = 1, high: float = math.inf) -> int:
+    """`value` as an int, if it is a whole number between `low` and `high`."""
+    expected = f"a whole number >= {low}" + ("" if high == math.inf else f" and <= {high}")
+    number(name, value, expected, low=low, high=high)
+    if not isinstance(value, int):
+        refuse(name, value, expected)
+    return int(value)
 
 
 def density(name: str, value: object, low: float = 0.0) -> float:

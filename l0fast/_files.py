@@ -7,6 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+PARTS = ".*.part"
+"""Pattern of the temporary files, which only a killed process leaves behind."""
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Calls `write` with a temporary path beside `path`, then puts the file in its place.
 

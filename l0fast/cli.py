@@ -11,10 +11,24 @@ from typing import Any, NoReturn
 import torch
 
 from l0fast import _checks, data, models
-from l0fast.trainer import CHECKPOINT, METRICS, PLOT, PRUNED, SUMMARY, Trainer, TrainerSettings
+from l0fast.trainer import (
+    CHECKPOINT,
+    MAX_SEED,
+    METRICS,
+    PLOT,
+    PRUNED,
+    SUMMARY,
+    Trainer,
+    TrainerSettings,
+)
 
 DEFAULTS = TrainerSettings()
 RECIPES = ("default", "published")
+DATASET_SETTINGS: dict[str, dict[str, Any]] = {
+    "digits": {"epochs": 100, "batch_size": 64, "lr": 3e-3},
+    "mnist": {"epochs": 30, "batch_size": 128, "lr": 1e-3},
+}
+"""Defaults that go with the size of a data set."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,9 +64,9 @@ def _parser() -> argparse.ArgumentParser:
         help="--penalty in the unit of Louizos et al.: C / examples x expected L0",
     )
     add("--dense", action="store_true", help="no gates: train the dense baseline")
-    add("--epochs", default=DEFAULTS.epochs, metavar="N")
+    add("--epochs", metavar="N", help="default: 100 for digits, 30 for mnist")
     add("--seed", default=DEFAULTS.seed, metavar="N")
-    add("--batch-size", default=DEFAULTS.batch_size, metavar="N")
+    add("--batch-size", metavar="N", help="default: 64 for digits, 128 for mnist")
     add("--lr", metavar="LR", help="learning rate of the weights")
     add("--gate-lr", metavar="LR", help="learning rate of the gates")
     add("--dual-lr", metavar="LR", help="learning rate of the multipliers; default: by the steps")
@@ -106,11 +120,12 @@ def _layer_density(text: str | None, layers: list[str]) -> dict[str, float] | No
 
 
 def _settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
-    chosen: dict[str, Any] = {}
+    chosen: dict[str, Any] = dict(DATASET_SETTINGS[args.dataset])
     if args.recipe == "published":
         chosen.update(models.PUBLISHED_SETTINGS)
-    for name in ("lr", "gate_lr", "dual_lr", "weight_decay"):
-        value = _number(name, getattr(args, name))
+    for name in ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "weight_decay"):
+        kind = int if name in ("epochs", "batch_size") else float
+        value = _number(name, getattr(args, name), kind)
         if value is not None:
             chosen[name] = value
     density = _number("density", args.density)
@@ -125,8 +140,6 @@ def _settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         layer_density=layer_density,
         penalty=penalty,
         penalty_per_example=args.penalty_per_example,
-        epochs=_number("epochs", args.epochs, int),
-        batch_size=_number("batch_size", args.batch_size, int),
         seed=_number("seed", args.seed, int),
         restarts=not args.no_restarts,
         **chosen,
@@ -172,12 +185,10 @@ def _train(args: argparse.Namespace) -> int:
     _checks.one_of("model", args.model, models.MODELS)
     _checks.one_of("dataset", args.dataset, data.DATASETS)
     if args.threads is not None:
-        threads = _number("threads", args.threads, int)
-        _checks.number("threads", threads, "a whole number >= 1", low=1)
-        torch.set_num_threads(threads)
+        torch.set_num_threads(_checks.whole("threads", _number("threads", args.threads, int)))
     # Moments of closed gates' weights decay into denormals, which CPUs add very slowly.
     torch.set_flush_denormal(True)
-    seed = _number("seed", args.seed, int)
+    seed = _checks.whole("seed", _number("seed", args.seed, int), 0, MAX_SEED)
     published = args.recipe == "published"
     fraction = _number("validation_fraction", args.validation_fraction)
     if fraction is None:
@@ -242,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         return _train(args)
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        print(f"l0fast {args.command}: {error}", file=sys.stderr)
+        print(f"l0fast {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("l0fast: interrupted; --resume goes on from the last epoch", file=sys.stderr)

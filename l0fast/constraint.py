@@ -53,8 +53,12 @@ class _DensityTerm(nn.Module):
 
     def project_(self) -> None:
         """Puts every log_alpha back into its bounds."""
-        for layer in self.layers.values():
-            layer.project_()
+        layers = self.layers.values()
+        gates = [layer.log_alpha for layer in layers]
+        bounds = [layer.distribution.bound for layer in layers]
+        with torch.no_grad():
+            torch._foreach_clamp_min_(gates, [-bound for bound in bounds])
+            torch._foreach_clamp_max_(gates, bounds)
 
 
 class DensityConstraint(_DensityTerm):
@@ -167,7 +171,7 @@ class L0Penalty(_DensityTerm):
         layers = require_gated(model)
         super().__init__(model, [tuple(layers)])
         if num_examples is not None:
-            _checks.number("num_examples", num_examples, "a whole number >= 1", low=1)
+            _checks.whole("num_examples", num_examples)
             coefficient *= gated_parameters(list(layers.values())) / num_examples
         place: dict[str, Any] = {"dtype": self._dtype, "device": self.weights.device}
         self.register_buffer("coefficient", torch.tensor(coefficient, **place))

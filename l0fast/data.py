@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
+import math
 import os
+import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +19,7 @@ DATASETS = ("digits", "mnist")
 DATA_ROOT_VARIABLE = "L0FAST_DATA_ROOT"
 DIGITS_TEST = 360
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+MNIST_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 
 
 class Split(NamedTuple):
@@ -48,6 +53,32 @@ def _digits() -> tuple[Split, Split]:
     )
 
 
+def _idx(raw: Path, name: str) -> Tensor:
+    """The bytes of a file in MNIST's idx format, unpacked or gzipped; nothing is written.
+
+    The format: 0, 0, 8 (bytes), D, then D sizes of four bytes, big-endian, then the values.
+    """
+    path = raw / name
+    wanted = "a whole idx file of MNIST"
+    try:
+        if path.is_file():
+            content = path.read_bytes()
+        else:
+            path = raw / f"{name}.gz"
+            content = gzip.decompress(path.read_bytes())
+    except (EOFError, OSError, zlib.error) as error:
+        _checks.refuse("data_root", str(path), f"{wanted} ({error})")
+    dims = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * dims
+    if content[:3] != b"\0\0\x08" or len(content) < start:
+        _checks.refuse("data_root", str(path), wanted)
+    sizes = struct.unpack(f">{dims}I", content[4:start])
+    if len(content) != start + math.prod(sizes):
+        whole = f"{start + math.prod(sizes)} bytes, not {len(content)}"
+        _checks.refuse("data_root", str(path), f"{wanted} ({whole})")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
+
+
 def _mnist(root: str | None) -> tuple[Split, Split]:
     root = root or os.environ.get(DATA_ROOT_VARIABLE)
     wanted = "a torchvision data folder that holds MNIST"
@@ -55,20 +86,24 @@ def _mnist(root: str | None) -> tuple[Split, Split]:
         _checks.refuse("data_root", root, f"{wanted} (--data-root or {DATA_ROOT_VARIABLE})")
     if not Path(root).is_dir():
         _checks.refuse("data_root", root, f"{wanted}; there is no such folder")
-    from torchvision.datasets import MNIST
+    raw = Path(root) / "MNIST" / "raw"
+    names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in MNIST_KINDS]
+    if not all((raw / name).is_file() or (raw / f"{name}.gz").is_file() for name in names):
+        from torchvision.datasets import MNIST
 
-    splits: list[Split] = []
-    for train in (True, False):
         try:
-            try:
-                images = MNIST(root, train=train)
-            except RuntimeError:  # not unpacked yet: torchvision unpacks, or downloads
-                images = MNIST(root, train=train, download=True)
-        except (RuntimeError, OSError, ValueError, EOFError) as error:
+            MNIST(root, download=True)
+        except Exception as error:
             reason = " ".join(str(error).split())
-            _checks.refuse("data_root", root, f"{wanted}; it could not be had: {reason}")
-        inputs = images.data.to(torch.float32).div_(255).sub_(MNIST_MEAN).div_(MNIST_STD)
-        splits.append(Split(inputs.unsqueeze(1), images.targets.to(torch.int64)))
+            _checks.refuse("data_root", root, f"{wanted}; it could not be downloaded: {reason}")
+    splits: list[Split] = []
+    for index in (0, 2):
+        images, targets = _idx(raw, names[index]), _idx(raw, names[index + 1])
+        if images.shape[1:] != (28, 28) or targets.shape != images.shape[:1]:
+            shapes = f"images {tuple(images.shape)} and targets {tuple(targets.shape)}"
+            _checks.refuse("data_root", root, f"{wanted}, not {shapes}")
+        inputs = images.to(torch.float32).div_(255).sub_(MNIST_MEAN).div_(MNIST_STD)
+        splits.append(Split(inputs.unsqueeze(1), targets.to(torch.int64)))
     return splits[0], splits[1]
 
 
@@ -98,6 +133,10 @@ def load(
     train, test = _digits() if dataset == "digits" else _mnist(data_root)
     count = len(train.targets)
     held = round(validation_fraction * count)
+    if held == count:
+        _checks.refuse(
+            "validation_fraction", validation_fraction, f"less than all of the {count} examples"
+        )
     validation = None
     if held:
         order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -90,7 +90,8 @@ def group_weights(groups: list[tuple[str, ...]], layers: dict[str, Gated]) -> Te
 
 def expected_densities(layers: dict[str, Gated], weights: Tensor) -> Tensor:
     """[C] differentiable expected densities, from `group_weights` on the layers' device."""
-    return torch.mv(weights, expected_open(list(layers.values())).to(weights.dtype))
+    counts = expected_open(list(layers.values())).to(weights.dtype)
+    return (weights * counts).sum(1)  # not a product of matrices: autocast would halve its dtype
 
 
 def count_params(model: nn.Module) -> int:

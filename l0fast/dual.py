@@ -48,8 +48,8 @@ class DualAscent:
                 adds one.
         """
         with torch.no_grad():
-            multiplier.addcmul_(violation, lr).clamp_(min=0.0)
             if self.restarts:
                 satisfied = violation < 0
-                restarts.add_(satisfied & (multiplier > 0))
+                restarts.addcmul_(satisfied, multiplier.sign())
                 multiplier.masked_fill_(satisfied, 0.0)
+            multiplier.addcmul_(violation, lr).clamp_(min=0.0)

@@ -61,12 +61,15 @@ class HardConcrete:
 
     def logistic_noise(self, uniform: Tensor) -> Tensor:
         """log(u) - log(1 - u) of `uniform` draws in [0, 1), kept finite."""
+        if uniform.dtype in (torch.float16, torch.bfloat16):  # in these 1 - eps is 1
+            return torch.logit(uniform.float(), eps=UNIFORM_EPS).to(uniform.dtype)
         return torch.logit(uniform, eps=UNIFORM_EPS)
 
     def gate(self, log_alpha: Tensor, noise: Tensor) -> Tensor:
         """z, from log_alpha and logistic noise of the same (or broadcast) shape."""
         s = torch.add(log_alpha, noise).mul_(1 / self.temperature).sigmoid_()
-        return s.mul_(self.zeta - self.gamma).add_(self.gamma).clamp_(0.0, 1.0)
+        # gamma + s * (zeta - gamma) by one op
+        return torch.rsub(s, self.gamma, alpha=self.gamma - self.zeta).clamp_(0.0, 1.0)
 
     def gate_backward(self, dz: Tensor, z: Tensor) -> Tensor:
         """The gradient of log_alpha, from z alone; exactly 0 where z is 0 or 1.

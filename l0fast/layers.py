@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import weakref
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -21,14 +22,34 @@ DROPRATE_STD = 0.01
 """Spread of log_alpha around its mean in the published initialisation (droprate_init)."""
 
 
+def _spent(node: Any) -> bool:
+    """Whether a backward pass went through this node of autograd and freed what it saved."""
+    try:
+        getattr(node, "_raw_saved_tensors", None)
+    except RuntimeError:
+        return True
+    return False
+
+
 class _Draw:
     """Marks the gates drawn together for one forward pass of a model."""
 
-    __slots__ = ("live", "owner")
+    __slots__ = ("earlier", "live", "nodes", "owner")
 
-    def __init__(self, owner: int) -> None:
+    def __init__(self, owner: int, live: bool = True) -> None:
         self.owner = owner  # id of the model whose forward this is
-        self.live = True
+        self.live = live
+        self.nodes: list[Any] = []  # weak references to this draw's nodes of autograd
+        self.earlier: list[Any] = []  # the same of draws that still waited for their backward
+
+    def waiting(self) -> list[Any]:
+        """References to the nodes, of this draw and earlier, that wait for their backward."""
+        found = [(reference, reference()) for reference in (*self.earlier, *self.nodes)]
+        return [ref for ref, node in found if node is not None and not _spent(node)]
+
+
+# Not None: torch.compile would compile the first step's forward, and then all others'.
+_NOT_DRAWN: tuple[Tensor | None, _Draw] = (None, _Draw(owner=0, live=False))
 
 
 class _Count(NamedTuple):
@@ -37,6 +58,16 @@ class _Count(NamedTuple):
     totals: Tensor
     index: int
     version: int
+
+
+def _own_state(layer: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The attributes of `layer` for another layer to take over: the very parameters and hooks."""
+    return {
+        key: copy.copy(value) if isinstance(value, (dict, set)) else value
+        for key, value in vars(layer).items()
+        # A layer that was compiled by itself holds its own class's forward there.
+        if key not in (*without, "_compiled_call_impl")
+    }
 
 
 class Gated:
@@ -76,8 +107,8 @@ class Gated:
         noise: str,
     ) -> None:
         self.gates, self.noise = gates, noise
-        self.distribution = distribution or HardConcrete()
-        self._drawn: tuple[Tensor, _Draw] | None = None
+        self.distribution = functional.checked_distribution(distribution)
+        self._drawn = _NOT_DRAWN
         self._counted: _Count | None = None
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         shape = self._gate_shape()
@@ -113,8 +144,7 @@ class Gated:
         gates = gates or cls.default_gates
         _check_options(gates, density_init, droprate_init, noise)
         self = cls.__new__(cls)
-        for key, value in vars(layer).items():
-            self.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+        self.__dict__.update(_own_state(layer))
         self._init_gates(gates, density_init, droprate_init, distribution, noise)
         return self
 
@@ -149,6 +179,8 @@ class Gated:
         counted, self._counted = self._counted, None
         if counted is None or counted.version != self.log_alpha._version:
             return None
+        if _spent(counted.totals.grad_fn):
+            return None
         usable = counted.totals.requires_grad or not torch.is_grad_enabled()
         return counted if usable else None
 
@@ -159,19 +191,29 @@ class Gated:
 
     def _drawn_here(self) -> bool:
         """Whether the model's draw is this call's: in its forward, or replayed in a backward."""
-        if self._drawn is None:
+        z, draw = self._drawn
+        if z is None:
             return False
         # Activation checkpointing runs a layer again while the graph is walked backward, when
         # the model's forward is over: the gates it must see are those it saw then.
-        return self._drawn[1].live or torch._C._current_graph_task_id() != -1
+        if draw.live or torch.compiler.is_compiling():
+            return draw.live
+        replayed = torch._C._current_graph_task_id() != -1
+        if replayed and any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
+            raise RuntimeError(
+                "activation checkpointing: got several forward passes before a backward; expected "
+                "a backward after each (its gates are gone), or noise='example'"
+            )
+        return replayed
 
     def _z(self) -> Tensor:
         """[num_gates] gates that serve this whole call."""
         if not self.training:
             return self.evaluation_gates().to(self.weight.dtype)
         if self._drawn_here():
-            assert self._drawn is not None
-            return self._drawn[0].to(self.weight.dtype)
+            z = self._drawn[0]
+            assert z is not None
+            return z.to(self.weight.dtype)
         gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
         self._counted = _Count(gates.expected_open, 0, self.log_alpha._version)
         return gates.z.to(self.weight.dtype)
@@ -196,7 +238,7 @@ class Gated:
             masked, expected_open = functional.gated_weight(
                 self.weight, self.log_alpha, distribution=self.distribution
             )
-            self._counted = _Count(expected_open.view(1), 0, self.log_alpha._version)
+            self._counted = _Count(expected_open, 0, self.log_alpha._version)
             return masked, self.bias
         z = self._z()
         if self.gates == "output":
@@ -213,10 +255,8 @@ class Gated:
         Its parameters are new; nothing is shared with this layer.
         """
         dense = self.dense_type.__new__(self.dense_type)
-        own = {"gates", "noise", "distribution", "_drawn", "_counted"}
-        for key, value in vars(self).items():
-            if key not in own:
-                dense.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+        own = ("gates", "noise", "distribution", "_drawn", "_counted")
+        dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
         z = z.detach().to(self.weight.dtype)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
@@ -236,7 +276,8 @@ class Gated:
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one step of one model: copies and pickles start without.
-        return {**self.__dict__, "_drawn": None, "_counted": None}
+        state = super().__getstate__()  # type: ignore[misc]
+        return {**state, "_drawn": _NOT_DRAWN, "_counted": None}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
@@ -470,7 +511,8 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
     for layer in gated_layers(model).values():
         if not layer.training or layer.noise == "example" or layer.gates == "weight":
             continue
-        if layer._drawn is not None and layer._drawn[1].live:
+        drawn = layer._drawn[1]
+        if drawn.live and drawn.owner != id(model):
             continue  # an outer model of this one has drawn already
         log_alpha = layer.log_alpha
         key = layer.distribution, log_alpha.device, log_alpha.dtype
@@ -480,6 +522,10 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         sizes = tuple(layer.num_gates for layer in layers)
         flat = torch.cat([layer.log_alpha for layer in layers])
         z, expected_open = functional.hard_concrete(flat, sizes, distribution=distribution)
+        if not torch.compiler.is_compiling() and expected_open.grad_fn is not None:
+            for earlier in {layer._drawn[1] for layer in layers}:
+                draw.earlier += earlier.waiting()
+            draw.nodes.append(weakref.ref(expected_open.grad_fn))
         for index, (layer, part) in enumerate(zip(layers, z.split(list(sizes)), strict=True)):
             layer._drawn = part, draw
             layer._counted = _Count(expected_open, index, layer.log_alpha._version)
@@ -488,7 +534,7 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
     """Forward hook: the model's draw is over; a layer called outside a forward draws its own."""
     for layer in gated_layers(model).values():
-        if layer._drawn is not None and layer._drawn[1].owner == id(model):
+        if layer._drawn[1].owner == id(model):
             layer._drawn[1].live = False
 
 
@@ -522,11 +568,11 @@ def expected_open(layers: list[Any]) -> Tensor:
     if first is not None and first.totals.numel() == len(layers):
         whole = enumerate(counts)
         if all(c is not None and c.totals is first.totals and c.index == i for i, c in whole):
-            return first.totals
+            return first.totals.view(-1)
     parts = [
         layer.open_probability().sum(dtype=torch.promote_types(layer.log_alpha.dtype, torch.float))
         if count is None
-        else count.totals[count.index]
+        else count.totals.view(-1)[count.index]
         for layer, count in zip(layers, counts, strict=True)
     ]
     return torch.stack(parts)

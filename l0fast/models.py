@@ -49,14 +49,16 @@ def lenet5(
         return size
 
     features = second * side(height) * side(width)
+    if features < 1:
+        _checks.refuse("in_shape", tuple(in_shape), "images of at least 4x4 pixels")
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, first, kernel, padding=padding),
+            pool1=nn.MaxPool2d(2),  # pooling first: the same function, a quarter of the ReLUs
             relu1=nn.ReLU(),
-            pool1=nn.MaxPool2d(2),
             conv2=nn.Conv2d(first, second, kernel, padding=padding),
-            relu2=nn.ReLU(),
             pool2=nn.MaxPool2d(2),
+            relu2=nn.ReLU(),
             flatten=nn.Flatten(),
             fc1=nn.Linear(features, hidden),
             relu3=nn.ReLU(),
@@ -82,7 +84,7 @@ def build(
     """
     _checks.one_of("model", name, MODELS)
     widths = tuple(widths or WIDTHS[name])
-    if any(width < 1 for width in widths):
+    if not all(isinstance(width, int) and width >= 1 for width in widths):
         _checks.refuse("widths", widths, "whole numbers >= 1")
     if name == "mlp":
         channels, height, width = in_shape
@@ -93,9 +95,12 @@ def build(
 
 
 PUBLISHED_SETTINGS: dict[str, Any] = {
+    "epochs": 200,
+    "batch_size": 128,
     "lr": 7e-4,
     "gate_lr": 7e-4,
     "dual_lr": 1e-4,
+    "weight_decay": 0.0,
     "schedule": "constant",
 }
 """The published optimiser: Adam for weights and gates, gradient ascent for the multiplier."""

@@ -50,7 +50,7 @@ def plot_dynamics(
 def _title(summary: Mapping[str, Any]) -> str:
     head = f"{summary.get('model', 'model')} on {summary.get('dataset', 'data')}"
     parts = [head, f"seed {summary['seed']}"]
-    if "architecture" in summary:
+    if summary.get("architecture"):
         parts.append(f"pruned to {summary['architecture']}")
     parts.append(f"test error {summary['test_error_percent']:.2f} %")
     return ", ".join(parts)

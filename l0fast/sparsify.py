@@ -29,8 +29,13 @@ def _matcher(option: str, selection: Selection, names: list[str]) -> Callable[..
     """A predicate of (name, module); patterns that match no layer are refused."""
     if callable(selection):
         return selection
-    patterns = [selection] if isinstance(selection, str) else list(selection)
+    patterns = [selection] if isinstance(selection, str) else selection
+    if not isinstance(patterns, Iterable):
+        _checks.refuse(option, patterns, "glob patterns or a predicate(name, layer)", TypeError)
+    patterns = list(patterns)
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            _checks.refuse(option, pattern, "glob patterns or a predicate(name, layer)", TypeError)
         if not any(fnmatchcase(name, pattern) for name in names):
             _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
     return lambda name, _layer: any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -149,7 +154,9 @@ def sparsify_(
     densities = _per_layer("density_init", density_init, list(layers))
     droprates = _per_layer("droprate_init", droprate_init, list(layers))
     if isinstance(density_init, Mapping):
-        densities = {name: value or DENSITY_INIT for name, value in densities.items()}
+        densities = {
+            name: DENSITY_INIT if value is None else value for name, value in densities.items()
+        }
 
     replacements: dict[int, Gated] = {}
     for name, layer in layers.items():

@@ -1,0 +1,208 @@
+"""Densities: the table, parameters and MACs, and the groups that a target names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from l0fast.density import (
+    count_macs,
+    count_params,
+    density,
+    expected_densities,
+    gated_parameters,
+    group_weights,
+    lowest_density,
+    require_gated,
+    target_groups,
+)
+from l0fast.hard_concrete import HardConcrete
+from l0fast.models import lenet5, mlp
+from l0fast.sparsify import sparsify_
+
+SIGMOID_OF_SHIFT = 0.8318  # P(open) at log_alpha = 0
+
+
+class Net(nn.Module):
+    """[N, 2, 5, 5] -> [N, 3]: 4 output gates of 19, 36 input gates of 6, 18 gates of 1."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 4, 3)
+        self.fc1 = nn.Linear(36, 6)
+        self.fc2 = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        x = self.conv(x).relu().flatten(1)
+        return self.fc2(self.fc1(x * scale).relu())
+
+
+def gated(**options: Any) -> Any:
+    model = sparsify_(Net(), include=["conv", "fc1"], **options)
+    return sparsify_(model, gates="weight", **options)
+
+
+def test_the_table() -> None:
+    model = gated()
+    with torch.no_grad():
+        model.conv.log_alpha.copy_(torch.tensor([-1e4, -1e4, -1e4, 1e4]))
+        model.fc1.log_alpha.copy_(torch.tensor([1e4] * 9 + [-1e4] * 27))
+        model.fc2.log_alpha.zero_()
+    table = density(model, torch.randn(2, 2, 5, 5))
+    rows = [
+        (row.name, row.gates, row.open_gates, row.num_gates, row.params, row.macs)
+        for row in (*table.layers, table.total)
+    ]
+    assert rows == [
+        ("conv", "output", 1, 4, 4 * 19, 2 * 9 * 4 * 18),
+        ("fc1", "input", 9, 36, 36 * 6, 2 * 36 * 6),
+        ("fc2", "weight", 18, 18, 18, 2 * 18),
+        ("total", "", 28, 58, 76 + 216 + 18, 2 * (9 * 4 * 18 + 36 * 6 + 18)),
+    ]
+    expected = [0.25, 0.25, SIGMOID_OF_SHIFT]
+    assert [row.expected for row in table.layers] == pytest.approx(expected, abs=1e-4)
+    assert [row.realised for row in table.layers] == [0.25, 0.25, 1.0]
+    # In all, weighted by parameters, not by gates.
+    assert table.total.expected == pytest.approx((19 + 54 + 18 * SIGMOID_OF_SHIFT) / 310, abs=1e-5)
+    assert table.total.realised == pytest.approx((19 + 54 + 18) / 310)
+    assert model.training
+
+
+def test_the_table_prints_aligned_with_a_total() -> None:
+    lines = str(density(gated(density_init=0.25))).splitlines()
+    assert lines[0].split() == "layer gates open of expected realised params MACs".split()
+    assert lines[1].split() == ["conv", "output", "0", "4", "0.2500", "0.0000", "76", "-"]
+    assert lines[-1].split() == ["total", "0", "58", "0.2500", "0.0000", "310", "-"]
+    assert len(lines) == 5
+    assert len({len(line) for line in lines}) == 1
+    with_macs = str(density(gated(), torch.randn(1, 2, 5, 5)))
+    assert "216" in with_macs
+    assert " -" not in with_macs
+
+
+def test_expected_densities_and_their_gradient() -> None:
+    model = gated(density_init=0.6)
+    layers = require_gated(model)
+    weights = group_weights([("conv",), ("fc1", "fc2"), ("conv", "fc1", "fc2")], layers)
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.log_alpha.normal_()
+    p = {name: layer.open_probability() for name, layer in layers.items()}
+    conv, fc1, fc2 = 19 * p["conv"].sum(), 6 * p["fc1"].sum(), p["fc2"].sum()
+    expected = torch.stack([conv / 76, (fc1 + fc2) / 234, (conv + fc1 + fc2) / 310])
+    got = expected_densities(layers, weights.float())
+    torch.testing.assert_close(got, expected)
+    gates = [layer.log_alpha for layer in layers.values()]
+    mix = torch.tensor([1.0, 2.0, 3.0])
+    wanted = torch.autograd.grad(expected @ mix, gates)
+    for one, other in zip(torch.autograd.grad(got @ mix, gates), wanted, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_expected_density_is_the_mean_of_realised_draws() -> None:
+    model = gated(density_init=0.37)
+    layers = list(require_gated(model).values())
+    open_parameters = 0
+    for layer in layers:
+        noise = torch.logit(torch.rand(1000, *layer.log_alpha.shape), eps=1e-6)
+        z = layer.distribution.gate(layer.log_alpha, noise)
+        open_parameters += layer.group_size * int((z > 0).sum())
+    mean = open_parameters / 1000 / gated_parameters(layers)
+    variance = 0.37 * 0.63 * sum(layer.num_gates * layer.group_size**2 for layer in layers)
+    assert mean == pytest.approx(0.37, abs=4 * (variance / 1000) ** 0.5 / 310)
+
+
+def test_the_published_architectures_count_as_published() -> None:
+    small = sparsify_(mlp(784, 10))
+    assert count_params(small) == 266_610
+    assert gated_parameters(list(require_gated(small).values())) == 266_200  # no biases
+    assert count_macs(small, torch.randn(1, 1, 28, 28))[""] == 266_200
+    lenet = sparsify_(lenet5((1, 28, 28), 10))
+    assert count_params(lenet) == 431_080
+    assert gated_parameters(list(require_gated(lenet).values())) == 520 + 25_050 + 400_000 + 5_000
+    assert count_macs(lenet, torch.randn(1, 1, 28, 28)) == {
+        **dict.fromkeys(("relu1", "pool1", "relu2", "pool2", "flatten", "relu3"), 0),
+        "": 2_293_000,
+        "conv1": 20 * 25 * 576,
+        "conv2": 50 * 20 * 25 * 64,
+        "fc1": 400_000,
+        "fc2": 5_000,
+    }
+
+
+def test_macs_follow_the_example_and_leave_the_model_as_it_was() -> None:
+    model = Net()
+    model.fc1.eval()
+    x = torch.randn(3, 2, 5, 5)
+    one, three = count_macs(model, x[:1]), count_macs(model, (x, 2.0))
+    assert {name: 3 * macs for name, macs in one.items()} == three
+    assert (model.training, model.fc1.training, model.fc2.training) == (True, False, True)
+    assert count_macs(nn.Conv2d(4, 4, 3, groups=2), torch.randn(1, 4, 5, 5)) == {"": 9 * 9 * 4 * 2}
+    with pytest.raises(RuntimeError, match="shapes"):
+        count_macs(model, torch.randn(3, 1))
+    assert (model.training, model.fc1.training) == (True, False)
+
+
+def test_shared_tensors_and_layers_count_once_as_parameters_and_each_call_as_macs() -> None:
+    shared = nn.Linear(4, 4, bias=False)
+    model = nn.Sequential(shared, nn.Linear(4, 4, bias=False), shared)
+    model[1].weight = shared.weight  # type: ignore[assignment]
+    assert count_params(model) == 16
+    sparsify_(model)
+    assert count_params(model) == 16
+    assert count_macs(model, torch.randn(1, 4)) == {"": 48, "0": 32, "1": 16}
+    assert density(model, torch.randn(1, 4)).total.macs == 48
+
+
+def test_target_groups() -> None:
+    model = gated()
+    everything = ("conv", "fc1", "fc2")
+    assert target_groups(model, 0.5) == {"model": (everything, 0.5)}
+    assert target_groups(model, 1) == {"model": (everything, 1.0)}
+    assert target_groups(model, {"fc*": 0.3, "conv": 0.5}) == {
+        "fc*": (("fc1", "fc2"), 0.3),
+        "conv": (("conv",), 0.5),
+    }
+    assert target_groups(model, {"*": 0.5}) == {"*": (everything, 0.5)}
+
+
+def test_the_lowest_density_keeps_a_unit_in_each_layer() -> None:
+    layers = require_gated(gated())
+    assert lowest_density([layers["conv"]]) == 1 / 4
+    assert lowest_density(list(layers.values())) == (19 + 6 + 1) / 310
+    assert target_groups(gated(), {"conv": 0.25})["conv"][1] == 0.25
+    line = r"target\['conv'\]: got 0.24; expected a density in \[0.25, 1\]"
+    with pytest.raises(ValueError, match=line):
+        target_groups(gated(), {"conv": 0.24})
+    wide = list(require_gated(sparsify_(mlp(784, 10))).values())
+    assert lowest_density(wide) < 0.004
+    # A narrow bound on log_alpha is a floor of its own: published code never went below 4.71 %.
+    narrow = sparsify_(mlp(784, 10), distribution=HardConcrete(bound=4.60517))
+    with pytest.raises(ValueError, match=r"expected a density in \[0.0471\d*, 1\]"):
+        target_groups(narrow, 0.04)
+
+
+BAD_TARGETS: list[tuple[Any, str]] = [
+    (0, r"target: got 0; expected a density in \(0, 1\]"),
+    (1.5, r"target: got 1.5; expected a density in \(0, 1\]"),
+    (float("nan"), r"target: got nan; expected a density in \(0, 1\]"),
+    ({}, r"target: got \{\}; expected at least one layer or pattern"),
+    ({"fc9": 0.5}, r"target: got 'fc9'; expected a pattern that matches one of \['conv', 'fc1'"),
+    ({"fc*": 0.5, "fc1": 0.4}, r"target: got 'fc1'; expected layers of one group only \('fc1'"),
+    ({"conv": 0.5, "fc1": 2}, r"target\['fc1'\]: got 2; expected a density in \(0, 1\]"),
+]
+
+
+@pytest.mark.parametrize(("target", "line"), BAD_TARGETS)
+def test_targets_that_name_nothing_reachable_are_refused(target: Any, line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        target_groups(gated(), target)
+
+
+@pytest.mark.parametrize("target", ["abc", None, True, {"conv": "x"}, {1: 0.5}, torch.tensor(0.5)])
+def test_targets_of_a_wrong_type_are_refused(target: Any) -> None:
+    with pytest.raises(TypeError, match=r"target.*: got .*; expected "):
+        target_groups(gated(), target)
