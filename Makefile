@@ -8,7 +8,7 @@ DEMO   := runs/demo
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test lint format bench clean
+.PHONY: help venv demo test lint format bench gpu clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  apply the formatting that lint asks for'
 	@echo 'make bench   test, then measure, on this machine'
+	@echo 'make gpu     the same on a GPU, with the PyTorch that $$(PYTHON) has: nothing is installed'
 	@echo 'make clean   remove all that make has made'
 
 $(STAMP): pyproject.toml constraints.txt
@@ -47,6 +48,9 @@ format: $(STAMP)
 
 bench: $(STAMP)
 	$(PY) -m bench
+
+gpu:
+	$(PYTHON) -m bench --gpu
 
 clean:
 	rm -rf .venv $(DEMO) dist build .pytest_cache .ruff_cache .hypothesis .benchmarks

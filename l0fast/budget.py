@@ -35,8 +35,6 @@ def most_within(target: float, total: int) -> int:
     limit = math.floor(Fraction(repr(target)) * total)
     while limit < total and (limit + 1) / total <= target:
         limit += 1
-    while limit / total > target:
-        limit -= 1
     return limit
 
 

@@ -38,6 +38,8 @@ class _DensityTerm(nn.Module):
         self._dtype = torch.promote_types(anchor.dtype, torch.float32)
         weights = group_weights(groups, layers).to(anchor.device, self._dtype)
         self.register_buffer("weights", weights, persistent=False)
+        self._bounds = [layer.distribution.bound for layer in layers.values()]
+        self._lower = [-bound for bound in self._bounds]
 
     @property
     def layers(self) -> dict[str, Gated]:
@@ -53,12 +55,10 @@ class _DensityTerm(nn.Module):
 
     def project_(self) -> None:
         """Puts every log_alpha back into its bounds."""
-        layers = self.layers.values()
-        gates = [layer.log_alpha for layer in layers]
-        bounds = [layer.distribution.bound for layer in layers]
+        gates: list[Tensor] = [layer.log_alpha for layer in self.layers.values()]
         with torch.no_grad():
-            torch._foreach_clamp_min_(gates, [-bound for bound in bounds])
-            torch._foreach_clamp_max_(gates, bounds)
+            torch._foreach_clamp_min_(gates, self._lower)
+            torch._foreach_clamp_max_(gates, self._bounds)
 
 
 class DensityConstraint(_DensityTerm):

@@ -105,16 +105,22 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
     Matrix products and convolutions count, as `torch.utils.flop_counter` does.
     """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode  # it loads Triton
 
+    fused = torch.backends.mha.get_fastpath_enabled()
     training = [(module, module.training) for module in model.modules()]
     names = {id(module): name for name, module in model.named_modules()}
     root = type(model).__name__
+    counter = FlopCounterMode(display=False)
     try:
         model.eval()
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        # Attention in one fused op would count for nothing.
+        torch.backends.mha.set_fastpath_enabled(False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
             model(*example_args(example_inputs))
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, mode in training:
             module.training = mode
     counts = counter.get_flop_counts()

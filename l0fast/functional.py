@@ -86,11 +86,30 @@ def _noise(
     """Logistic noise for every gate: torch's generator, or Philox where a seed is named."""
     if seed is None:
         uniform = torch.rand_like(log_alpha, memory_format=torch.contiguous_format)
-    else:
-        state = philox.state(seed, step, tensor, log_alpha.device)
-        uniform = philox.uniform(log_alpha.numel(), state[0], state[1], state[2])
-        uniform = uniform.view(log_alpha.shape)
-    return distribution.logistic_noise(uniform.to(log_alpha.dtype))
+        return distribution.logistic_noise(uniform)
+    state = philox.state(seed, step, tensor, log_alpha.device)
+    uniform = philox.uniform(log_alpha.numel(), state[0], state[1], state[2])
+    return distribution.logistic_noise(uniform.view(log_alpha.shape).to(log_alpha.dtype))
+
+
+def draw(
+    log_alpha: Tensor,
+    sizes: tuple[int, ...],
+    distribution: HardConcrete,
+    seed: Word | None = None,
+    step: Word = 0,
+    tensor: Word = 0,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """`hard_concrete` for callers whose arguments are known to be right: (z, expected_open).
+
+    `log_alpha` is flat, float32 or float64.
+    """
+    if autograd.runs_on_triton(backend, log_alpha):
+        state = _state(log_alpha.device, seed, step, tensor)
+        return autograd.triton_hard_concrete(log_alpha, state, sizes, distribution)
+    noise = _noise(log_alpha, distribution, seed, step, tensor)
+    return autograd.hard_concrete(log_alpha, noise, sizes, distribution)
 
 
 def hard_concrete(
@@ -142,12 +161,7 @@ def hard_concrete(
     distribution = checked_distribution(distribution)
     flat = log_alpha.reshape(-1)
     work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-    if autograd.runs_on_triton(backend, work):
-        state = _state(work.device, seed, step, tensor)
-        z, expected_open = autograd.triton_hard_concrete(work, state, sizes, distribution)
-    else:
-        noise = _noise(work, distribution, seed, step, tensor)
-        z, expected_open = autograd.hard_concrete(work, noise, sizes, distribution)
+    z, expected_open = draw(work, sizes, distribution, seed, step, tensor, backend)
     return Gates(z.to(log_alpha.dtype).view(log_alpha.shape), expected_open)
 
 

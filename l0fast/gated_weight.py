@@ -28,6 +28,6 @@ def mask_backward(
     """(dweight, dz). Equals: dmasked * z, and dmasked * weight summed over a gate's weights."""
     dweight = torch.mul(dmasked, along(z, weight, dim))
     dz = torch.mul(dmasked, weight)
-    if dim is not None:
+    if dim is not None and weight.dim() > 1:
         dz = dz.sum([d for d in range(weight.dim()) if d != dim])
     return dweight, dz

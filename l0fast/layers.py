@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import weakref
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +23,10 @@ DROPRATE_STD = 0.01
 
 
 def _spent(node: Any) -> bool:
-    """Whether a backward pass went through this node of autograd and freed what it saved."""
-    try:
+    """Whether a backward pass has gone through this node of autograd (see `autograd.functions`)."""
+    if getattr(node, "spent", False):
+        return True
+    try:  # slow only where it raises: a compiled forward's node, which does not say that it is spent
         getattr(node, "_raw_saved_tensors", None)
     except RuntimeError:
         return True
@@ -32,19 +34,43 @@ def _spent(node: Any) -> bool:
 
 
 class _Draw:
-    """Marks the gates drawn together for one forward pass of a model."""
+    """The gates drawn together, and how many of each layer's are expected to be open."""
 
-    __slots__ = ("earlier", "live", "nodes", "owner")
+    __slots__ = ("earlier", "live", "node", "owner", "places", "totals")
 
     def __init__(self, owner: int, live: bool = True) -> None:
         self.owner = owner  # id of the model whose forward this is
         self.live = live
-        self.nodes: list[Any] = []  # weak references to this draw's nodes of autograd
+        self.totals: Tensor | None = None  # expected open gates of each layer
+        # id of a layer -> its place in the totals, version of its log_alpha (the layers themselves
+        # would be held in a cycle, and their memory with them)
+        self.places: dict[int, tuple[int, int]] = {}
+        self.node: Any = None  # weak reference to this draw's node of autograd
         self.earlier: list[Any] = []  # the same of draws that still waited for their backward
+
+    def count(self, totals: Tensor, layers: list[Any]) -> None:
+        """Keeps the counts for `expected_open`."""
+        self.totals = totals
+        self.places = {
+            id(layer): (place, layer.log_alpha._version) for place, layer in enumerate(layers)
+        }
+
+    def take(self) -> Tensor | None:
+        """The counts, handed out once, or None if they cannot be used any more."""
+        totals, self.totals = self.totals, None
+        if totals is None or _spent(totals.grad_fn):
+            return None
+        return totals if totals.requires_grad or not torch.is_grad_enabled() else None
+
+    def place(self, layer: Any) -> int | None:
+        """The layer's place in the counts, or None if its log_alpha has changed since."""
+        place, version = self.places[id(layer)]
+        return place if version == layer.log_alpha._version else None
 
     def waiting(self) -> list[Any]:
         """References to the nodes, of this draw and earlier, that wait for their backward."""
-        found = [(reference, reference()) for reference in (*self.earlier, *self.nodes)]
+        nodes = self.earlier if self.node is None else [*self.earlier, self.node]
+        found = [(reference, reference()) for reference in nodes]
         return [ref for ref, node in found if node is not None and not _spent(node)]
 
 
@@ -52,15 +78,7 @@ class _Draw:
 _NOT_DRAWN: tuple[Tensor | None, _Draw] = (None, _Draw(owner=0, live=False))
 
 
-class _Count(NamedTuple):
-    """Expected open gates that came with a draw: this layer's is totals[index]."""
-
-    totals: Tensor
-    index: int
-    version: int
-
-
-def _own_state(layer: nn.Module, without: tuple[str, ...] = ()) -> dict[str, Any]:
+def _own_state(layer: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
     """The attributes of `layer` for another layer to take over: the very parameters and hooks."""
     return {
         key: copy.copy(value) if isinstance(value, (dict, set)) else value
@@ -108,8 +126,8 @@ class Gated:
     ) -> None:
         self.gates, self.noise = gates, noise
         self.distribution = functional.checked_distribution(distribution)
-        self._drawn = _NOT_DRAWN
-        self._counted: _Count | None = None
+        self._drawn = _NOT_DRAWN  # the model's draw
+        self._counted = _NOT_DRAWN[1]  # the draw whose counts are the latest
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         shape = self._gate_shape()
         log_alpha = torch.full(shape, 0.0, dtype=dtype, device=self.weight.device)
@@ -174,15 +192,9 @@ class Gated:
         """P(z > 0) of each gate, of log_alpha's shape, differentiable."""
         return self.distribution.open_probability(self.log_alpha)
 
-    def take_count(self) -> _Count | None:
-        """The count that came with this step's draw, handed out once, or None if out of date."""
-        counted, self._counted = self._counted, None
-        if counted is None or counted.version != self.log_alpha._version:
-            return None
-        if _spent(counted.totals.grad_fn):
-            return None
-        usable = counted.totals.requires_grad or not torch.is_grad_enabled()
-        return counted if usable else None
+    def _count_alone(self, total: Tensor) -> None:
+        self._counted = _Draw(owner=0, live=False)
+        self._counted.count(total, [self])
 
     def project_(self) -> None:
         """Puts log_alpha back into [-bound, bound]."""
@@ -215,7 +227,7 @@ class Gated:
             assert z is not None
             return z.to(self.weight.dtype)
         gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
-        self._counted = _Count(gates.expected_open, 0, self.log_alpha._version)
+        self._count_alone(gates.expected_open)
         return gates.z.to(self.weight.dtype)
 
     def _example_z(self, x: Tensor, dim: int) -> Tensor:
@@ -238,7 +250,7 @@ class Gated:
             masked, expected_open = functional.gated_weight(
                 self.weight, self.log_alpha, distribution=self.distribution
             )
-            self._counted = _Count(expected_open, 0, self.log_alpha._version)
+            self._count_alone(expected_open)
             return masked, self.bias
         z = self._z()
         if self.gates == "output":
@@ -276,8 +288,8 @@ class Gated:
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one step of one model: copies and pickles start without.
-        state = super().__getstate__()  # type: ignore[misc]
-        return {**state, "_drawn": _NOT_DRAWN, "_counted": None}
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return {**state, "_drawn": _NOT_DRAWN, "_counted": _NOT_DRAWN[1]}
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any
@@ -417,7 +429,7 @@ class _GatedConv(Gated):
     ) -> None:
         _check_options(gates, density_init, droprate_init, noise)
         self.dense_type.__init__(
-            self,
+            self,  # type: ignore[arg-type]
             in_channels,  # type: ignore[call-arg]
             out_channels,
             kernel_size,
@@ -507,7 +519,7 @@ def gated_layers(model: nn.Module) -> dict[str, Any]:
 
 def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
     """Forward pre-hook: samples the gates of all the model's layers in one op."""
-    groups: dict[Any, list[Gated]] = {}
+    groups: dict[Any, list[tuple[Gated, Tensor]]] = {}
     for layer in gated_layers(model).values():
         if not layer.training or layer.noise == "example" or layer.gates == "weight":
             continue
@@ -516,19 +528,23 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
             continue  # an outer model of this one has drawn already
         log_alpha = layer.log_alpha
         key = layer.distribution, log_alpha.device, log_alpha.dtype
-        groups.setdefault(key, []).append(layer)
-    draw = _Draw(id(model))
-    for (distribution, _, _), layers in groups.items():
-        sizes = tuple(layer.num_gates for layer in layers)
-        flat = torch.cat([layer.log_alpha for layer in layers])
-        z, expected_open = functional.hard_concrete(flat, sizes, distribution=distribution)
-        if not torch.compiler.is_compiling() and expected_open.grad_fn is not None:
+        groups.setdefault(key, []).append((layer, log_alpha))
+    for (distribution, _, dtype), members in groups.items():
+        draw = _Draw(id(model))
+        layers, log_alphas = [layer for layer, _ in members], [gate for _, gate in members]
+        sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
+        flat = torch.cat(log_alphas)
+        work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
+        z, totals = functional.draw(work, sizes, distribution)
+        if not torch.compiler.is_compiling() and totals.grad_fn is not None:
             for earlier in {layer._drawn[1] for layer in layers}:
                 draw.earlier += earlier.waiting()
-            draw.nodes.append(weakref.ref(expected_open.grad_fn))
-        for index, (layer, part) in enumerate(zip(layers, z.split(list(sizes)), strict=True)):
-            layer._drawn = part, draw
-            layer._counted = _Count(expected_open, index, layer.log_alpha._version)
+            draw.node = weakref.ref(totals.grad_fn)
+        draw.count(totals, layers)
+        for layer, part in zip(layers, z.split(sizes), strict=True):
+            # Past nn.Module's own setattr, which looks for parameters: this is each step's cost.
+            layer.__dict__["_drawn"] = part, draw
+            layer.__dict__["_counted"] = draw
 
 
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
@@ -563,16 +579,22 @@ def expected_open(layers: list[Any]) -> Tensor:
     The counts that came with this training step's draw are handed out once, so that their
     gradient joins the gates' own backward; any other is computed from log_alpha.
     """
-    counts = [layer.take_count() for layer in layers]
-    first = counts[0]
-    if first is not None and first.totals.numel() == len(layers):
-        whole = enumerate(counts)
-        if all(c is not None and c.totals is first.totals and c.index == i for i, c in whole):
-            return first.totals.view(-1)
-    parts = [
-        layer.open_probability().sum(dtype=torch.promote_types(layer.log_alpha.dtype, torch.float))
-        if count is None
-        else count.totals.view(-1)[count.index]
-        for layer, count in zip(layers, counts, strict=True)
+    draws = [layer._counted for layer in layers]
+    taken = {draw: draw.take() for draw in set(draws)}
+    places = [
+        None if taken[draw] is None else draw.place(layer)
+        for layer, draw in zip(layers, draws, strict=True)
     ]
+    if len(taken) == 1 and places == list(range(len(draws[0].places))):
+        (totals,) = taken.values()
+        assert totals is not None
+        return totals.view(-1)
+    parts: list[Tensor] = []
+    for layer, draw, place in zip(layers, draws, places, strict=True):
+        totals = taken[draw]
+        if totals is None or place is None:
+            dtype = torch.promote_types(layer.log_alpha.dtype, torch.float32)
+            parts.append(layer.open_probability().sum(dtype=dtype))
+        else:
+            parts.append(totals.view(-1)[place])
     return torch.stack(parts)

@@ -59,6 +59,11 @@ def closed(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
     return twin
 
 
+def _light_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules may be replaced: it has the same parameters, not copies of them."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def _owners(model: nn.Module) -> dict[int, list[str]]:
     """Id of a parameter -> the names of all the modules that have it."""
     owners: dict[int, list[str]] = {}
@@ -194,12 +199,12 @@ def make_plan(
     trace: Trace | None = None
     raw: set[str] = set()
     try:
-        trace = graph.export(fold(copy.deepcopy(twin)).model, args)
+        trace = graph.export(fold(_light_copy(twin)).model, args)
     except Exception as failure:
         notes.append(f"layers are not merged, torch.export refuses the model: {_raises(failure)}")
     else:
         raw = trace.read_outside & layers.keys()
-    folded = fold(copy.deepcopy(twin), raw)
+    folded = fold(_light_copy(twin), raw)
     for name in raw:
         if trace is not None and not trace.counts[name]:
             folded.factors.pop(name, None)  # nothing was ever multiplied by its gates
@@ -208,7 +213,7 @@ def make_plan(
     def attempt(edits: list[Edit]) -> tuple[float, str]:
         """The error of a plan, and "" if it holds or what is wrong with it."""
         try:
-            candidate = apply(copy.deepcopy(folded.model), edits, folded.factors)
+            candidate = apply(_light_copy(folded.model), edits, folded.factors)
             error = proof.error(candidate)
         except Exception as failure:
             return torch.inf, _raises(failure)

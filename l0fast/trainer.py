@@ -474,13 +474,13 @@ class Trainer:
         if resume and checkpoint.exists():
             self._load(checkpoint)
             self._save_metrics()  # the checkpoint may be an epoch ahead of them
-            for part in self.out.glob(PARTS):
-                part.unlink()  # of a process that was killed while it wrote
         elif self.out.is_dir() and any((self.out / name).exists() for name in FILES):
             _checks.refuse("out", str(self.out), "a folder without a run in it (or resume it)")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             self._save()
+        for part in self.out.glob(PARTS):
+            part.unlink()  # of a process that was killed while it wrote
 
     def _state(self) -> Row:
         state: Row = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -22,8 +23,27 @@ OTHER = HardConcrete(temperature=0.5, gamma=-0.3, zeta=1.2)
 # has a gradient: comparisons leave such a gate out. A hundred roundings of a number near 1.
 EDGE = 1e-5
 
+# The weight's dtype, and the result's: the last is autocast's.
+DTYPES = [
+    pytest.param(torch.float32, torch.float32, id="fp32"),
+    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16"),
+    pytest.param(torch.float16, torch.float16, id="fp16"),
+    pytest.param(torch.float32, torch.bfloat16, id="fp32-bf16"),
+]
+
 GUARD = 64
 SENTINEL = 123
+
+
+def constants(distribution: HardConcrete = DISTRIBUTION) -> Any:
+    import l0fast_kernels
+
+    return l0fast_kernels.constants(distribution.temperature, distribution.gamma, distribution.zeta)
+
+
+def gate(z: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight * z in float32, rounded once to the result's dtype."""
+    return (weight.float() * z).to(dtype)
 
 
 def state(device: str) -> Tensor:

@@ -12,6 +12,7 @@ class LeNet(nn.Module):
 
     def __init__(self, first: int = 20, second: int = 50, hidden: int = 500) -> None:
         super().__init__()
+        self.second = second
         self.conv1 = nn.Conv2d(1, first, 5)
         self.conv2 = nn.Conv2d(first, second, 5)
         self.fc1 = nn.Linear(second * 16, hidden)
@@ -30,7 +31,7 @@ class HardCoded(LeNet):
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv1(x)), 2)
         x = F.max_pool2d(F.relu(self.conv2(x)), 2)
-        x = x.view(-1, 800)
+        x = x.view(-1, 16 * self.second)
         return self.fc2(F.relu(self.fc1(x)))
 
 

@@ -73,7 +73,7 @@ def test_the_table() -> None:
 
 def test_the_table_prints_aligned_with_a_total() -> None:
     lines = str(density(gated(density_init=0.25))).splitlines()
-    assert lines[0].split() == "layer gates open of expected realised params MACs".split()
+    assert " ".join(lines[0].split()) == "layer gates open of expected realised params MACs"
     assert lines[1].split() == ["conv", "output", "0", "4", "0.2500", "0.0000", "76", "-"]
     assert lines[-1].split() == ["total", "0", "58", "0.2500", "0.0000", "310", "-"]
     assert len(lines) == 5
@@ -141,9 +141,20 @@ def test_macs_follow_the_example_and_leave_the_model_as_it_was() -> None:
     assert {name: 3 * macs for name, macs in one.items()} == three
     assert (model.training, model.fc1.training, model.fc2.training) == (True, False, True)
     assert count_macs(nn.Conv2d(4, 4, 3, groups=2), torch.randn(1, 4, 5, 5)) == {"": 9 * 9 * 4 * 2}
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(RuntimeError, match="conv2d"):
         count_macs(model, torch.randn(3, 1))
     assert (model.training, model.fc1.training) == (True, False)
+
+
+def test_attention_counts_however_pytorch_fuses_it() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    macs = count_macs(layer, torch.randn(3, 5, 8))
+    tokens = 3 * 5
+    projections, attention = tokens * 4 * 8 * 8, 2 * tokens * 5 * 8
+    assert macs["self_attn"] == projections + attention
+    assert macs["linear1"] == macs["linear2"] == tokens * 8 * 16
+    assert macs[""] == projections + attention + 2 * tokens * 8 * 16
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_shared_tensors_and_layers_count_once_as_parameters_and_each_call_as_macs() -> None:

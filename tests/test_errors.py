@@ -89,7 +89,7 @@ FUNCTIONAL: dict[str, Refusal] = {
     ),
     "log_alpha: got 'torch.complex64'": (
         TypeError,
-        lambda: draw(Z(3).cfloat()),
+        lambda: draw(Z(3, dtype=torch.complex64)),
     ),
     "backend: got 'cuda'; expected one of 'auto', 'triton', 'torch'": (
         ValueError,

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from interpreter import DEVICE, kernel_test
 from kernel_checks import (
     DISTRIBUTION,
+    DTYPES,
     OTHER,
     SEED,
     SIZES,
     STEP,
     TENSOR,
     assert_written,
+    constants,
+    gate,
     gate_and_slope,
     guarded,
     noise,
@@ -24,56 +25,15 @@ from kernel_checks import (
 from tolerance import assert_no_more_wrong
 from torch import Tensor
 
-from l0fast import gated_weight as reference
 from l0fast import philox
 from l0fast.hard_concrete import HardConcrete
 
-# The weight's dtype, and the result's: the last is autocast's.
-DTYPES = [
-    pytest.param(torch.float32, torch.float32, id="fp32"),
-    pytest.param(torch.bfloat16, torch.bfloat16, id="bf16"),
-    pytest.param(torch.float16, torch.float16, id="fp16"),
-    pytest.param(torch.float32, torch.bfloat16, id="fp32-bf16"),
-]
 KINDS = [
     *(pytest.param(*kind.values, DISTRIBUTION, id=kind.id) for kind in DTYPES),
     pytest.param(torch.float32, torch.float32, OTHER, id="fp32-other"),
 ]
 # A multiple of 16 has a kernel of its own, with whole 128-bit accesses.
 ALL_SIZES = [*SIZES, 4096 + 16]
-
-# Per row and per column: narrower and wider than a tile, one and several tiles a program, one
-# gate, gates along the middle of a convolution, nothing at all.
-STRUCTURED = [
-    ((20, 1, 5, 5), 0),
-    ((50, 20, 5, 5), 0),
-    ((50, 20, 5, 5), 1),
-    ((30, 784), 0),
-    ((30, 784), 1),
-    ((67, 1100), 0),
-    ((67, 1104), 1),
-    ((3, 1, 1), 1),
-    ((1, 5), 0),
-    ((1, 5), 1),
-    ((7, 1), 0),
-    ((7,), 0),
-    ((2, 3, 4), 2),
-    ((0, 4), 0),
-    ((0, 4), 1),
-    ((4, 0), 0),
-    ((4, 0), 1),
-]
-
-
-def constants(distribution: HardConcrete = DISTRIBUTION) -> Any:
-    import l0fast_kernels
-
-    return l0fast_kernels.constants(distribution.temperature, distribution.gamma, distribution.zeta)
-
-
-def gate(z: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """weight * z in float32, rounded once to the result's dtype."""
-    return (weight.float() * z).to(dtype)
 
 
 @kernel_test
@@ -210,25 +170,17 @@ def test_every_gate_equals_that_of_the_flat_draw() -> None:
 
 @kernel_test
 def test_strided_input_counts_elements_not_addresses() -> None:
-    from l0fast_kernels import (
-        gated_weight_backward,
-        gated_weight_forward,
-        scaled_weight_backward,
-        scaled_weight_forward,
-    )
+    from l0fast_kernels import gated_weight_backward, gated_weight_forward
 
     c, named = constants(), state(DEVICE)
     weight, log_alpha, dout = torch.randn(3, 40, 30, device=DEVICE).transpose(1, 2).unbind()
     copies = [tensor.contiguous() for tensor in (weight, log_alpha, dout)]
     assert not weight.is_contiguous()
-    z = torch.rand(60, device=DEVICE)[::2].contiguous()
 
     def everything(weight: Tensor, log_alpha: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
         return (
             *gated_weight_forward(weight, log_alpha, named, c, torch.float32),
             *gated_weight_backward(dout, None, weight, log_alpha, named, c),
-            scaled_weight_forward(weight, z, 0, torch.float32),
-            *scaled_weight_backward(dout, weight, z, 0),
         )
 
     for got, expected in zip(everything(weight, log_alpha, dout), everything(*copies), strict=True):
@@ -237,55 +189,12 @@ def test_strided_input_counts_elements_not_addresses() -> None:
 
 
 @kernel_test
-@pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
-@pytest.mark.parametrize(("shape", "dim"), STRUCTURED, ids=str)
-def test_scaling_is_no_more_wrong_than_the_reference(
-    shape: tuple[int, ...],
-    dim: int,
-    dtype: torch.dtype,
-    out_dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from l0fast_kernels import launch, scaled_weight_backward, scaled_weight_forward
-
-    weight = torch.randn(shape, device=DEVICE).to(dtype)
-    dout = torch.randn(shape, device=DEVICE).to(out_dtype)
-    z = torch.rand(shape[dim], device=DEVICE)
-    z[::3] = 0
-    with guarded(launch, monkeypatch):
-        out = scaled_weight_forward(weight, z, dim, out_dtype)
-        dweight, dz = scaled_weight_backward(dout, weight, z, dim)
-    assert_written(out, dweight, dz)
-    assert (out.dtype, dweight.dtype, dz.dtype) == (out_dtype, dtype, torch.float32)
-
-    weight, dout, z = weight.cpu(), dout.cpu(), z.cpu()
-    along = reference.along(z, weight, dim)
-    out_true = weight.double() * along.double()
-    assert_no_more_wrong(out.cpu(), gate(along, weight, out_dtype), out_true, name="out")
-    dweight_true = dout.double() * along.double()
-    assert_no_more_wrong(dweight.cpu(), gate(along, dout, dtype), dweight_true, name="dweight")
-    # [gates, the weights of a gate]
-    terms = (dout.double() * weight.double()).movedim(dim, 0)[:, None].flatten(1)
-    assert_no_more_wrong(
-        dz.cpu(),
-        (dout.float() * weight.float()).movedim(dim, 0)[:, None].flatten(1).sum(1),
-        terms.sum(1),
-        magnitude=terms.abs().sum(1),
-        name="dz",
-    )
-
-
-@kernel_test
 def test_equal_input_gives_equal_bits() -> None:
-    from l0fast_kernels import gated_weight_forward, scaled_weight_backward
+    from l0fast_kernels import gated_weight_forward
 
     weight, log_alpha = torch.randn(2, 64, 257, device=DEVICE)
-    z = torch.rand(64, device=DEVICE)
     runs = [
-        (
-            *gated_weight_forward(weight, log_alpha, state(DEVICE), constants(), torch.float32),
-            *scaled_weight_backward(log_alpha, weight, z, 0),
-        )
+        gated_weight_forward(weight, log_alpha, state(DEVICE), constants(), torch.float32)
         for _ in range(2)
     ]
     for one, other in zip(*runs, strict=True):

@@ -15,6 +15,7 @@ from kernel_checks import (
     STEP,
     TENSOR,
     assert_written,
+    constants,
     gate_and_slope,
     guarded,
     noise,
@@ -32,12 +33,6 @@ SEGMENTS = [(n,) for n in SIZES] + [(300, 0, 100, 784), (1, 2, 3), (16, 1040, 20
 
 def log_alphas(n: int) -> Tensor:
     return 2 * torch.randn(n, device=DEVICE)
-
-
-def constants(distribution: HardConcrete) -> Any:
-    import l0fast_kernels
-
-    return l0fast_kernels.constants(distribution.temperature, distribution.gamma, distribution.zeta)
 
 
 def forward(
@@ -197,7 +192,7 @@ def test_order_lists_open_gates_then_closed_ones(
     from l0fast_kernels import hard_concrete_forward, launch
 
     log_alpha = log_alphas(sum(sizes))
-    c = constants(DISTRIBUTION)
+    c = constants()
     with guarded(launch, monkeypatch):
         z, expected_open, gates = hard_concrete_forward(
             log_alpha, state(DEVICE), sizes, c, order=True
@@ -251,7 +246,7 @@ def test_strided_input_counts_elements_not_addresses() -> None:
 def test_the_state_is_read_from_memory_at_each_launch() -> None:
     from l0fast_kernels import hard_concrete_forward
 
-    n, c, named = 256, constants(DISTRIBUTION), state(DEVICE)
+    n, c, named = 256, constants(), state(DEVICE)
     log_alpha = log_alphas(n)
     first = hard_concrete_forward(log_alpha, named, (n,), c)[0]
     named[1] += 1
@@ -275,7 +270,7 @@ def test_no_segments_at_all() -> None:
 def test_a_replayed_graph_draws_fresh_gates() -> None:
     from l0fast_kernels import hard_concrete_forward
 
-    sizes, c = (300, 100), constants(DISTRIBUTION)
+    sizes, c = (300, 100), constants()
     log_alpha = log_alphas(400)
     named = state("cuda")
     hard_concrete_forward(log_alpha, named, sizes, c)

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from sass import ARCHITECTURES, BUDGETS, FLOOR, NAIVE, Count
+from sass import ARCHITECTURES, BUDGETS, FLOOR, NAIVE, VARIANTS, Count
 
 GATED = [name for name in BUDGETS if name.startswith("gated_weight")]
 EVERYWHERE = [(name, arch) for name in GATED for arch in ARCHITECTURES]
@@ -42,6 +42,12 @@ def counts() -> dict[tuple[str, int], Count]:
 def test_kernel_is_within_its_budget(kernel: str, architecture: int) -> None:
     budget, count = BUDGETS[kernel], counts()[kernel, architecture]
     assert budget.over(count) == []
+
+
+@pytest.mark.parametrize("kernel", list(VARIANTS))
+def test_variant_compiles_and_does_not_spill(kernel: str) -> None:
+    count = counts()[kernel, 90]
+    assert (count.stack, count.local) == (0, 0)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import pickle
@@ -42,8 +43,12 @@ def mlp() -> nn.Sequential:
     )
 
 
+def small_lenet() -> plain.LeNet:
+    return plain.LeNet(6, 10, 30)
+
+
 def with_gates(model: Any, mean: float = -1.0, std: float = 1.5, **options: Any) -> Any:
-    """The model with gates of every kind in each layer: closed (log_alpha < -1.6), open, between."""
+    """The model with gates of every kind in each layer: closed, open and between."""
     model = sparsify_(model.double(), **options)
     with torch.no_grad():
         for layer in gated_layers(model).values():
@@ -185,7 +190,7 @@ def test_a_closed_layer_keeps_its_likeliest_unit() -> None:
 
 
 def test_a_closed_conv_keeps_one_channel_of_zeros() -> None:
-    model = with_gates(plain.LeNet())
+    model = with_gates(small_lenet())
     with torch.no_grad():
         model.conv2.log_alpha.fill_(-5.0)
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
@@ -196,7 +201,7 @@ def test_a_closed_conv_keeps_one_channel_of_zeros() -> None:
 
 
 def test_a_layer_whose_open_units_nobody_reads_keeps_one() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    model: Any = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
     sparsify_(model.double(), include="0", gates="output")
     sparsify_(model, include="2", gates="input")
     with torch.no_grad():
@@ -229,7 +234,7 @@ def test_decimal_targets_are_met_to_the_unit(target: float, total: int, most: in
 def test_budgets_hold_and_are_used(data: st.DataObject) -> None:
     gates = data.draw(st.sampled_from(["input", "output", "weight"]))
     widths = data.draw(st.lists(st.integers(1, 9), min_size=2, max_size=4))
-    model = nn.Sequential(*(nn.Linear(a, b) for a, b in zip(widths, widths[1:], strict=False)))
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in itertools.pairwise(widths)))
     sparsify_(model, gates=gates)
     layers = gated_layers(model)
     torch.manual_seed(data.draw(st.integers(0, 99)))
@@ -270,7 +275,8 @@ def test_forced_gates_are_counted() -> None:
     model = with_gates(mlp())
     was_open = {name: int((z > 0).sum()) for name, z in gates_of(model).items()}
     x = torch.randn(1, 784, dtype=torch.float64)
-    assert prune(model, x).report["forced"] == 0
+    free: Any = prune(model, x)
+    assert free.report["forced"] == 0
     report: Any = prune(model, x, 0.2).report
     for row in report["sites"]:
         assert row["forced"] == was_open[row["name"]] - row["gates_open"] > 0
@@ -298,7 +304,8 @@ def test_targets_come_from_the_constraint() -> None:
     assert 0.29 < override["groups"]["fc1"]["density"] <= 0.3
     assert override["sites"][1]["forced"] == 0
     DensityConstraint(model, 0.05)  # beside the other two
-    report = prune(model, x).report
+    again: Any = prune(model, x)
+    report = again.report
     assert len(report["groups"]) == 3
     assert all(group["density"] <= group["target"] for group in report["groups"].values())
     assert report["density"] <= 0.05
@@ -314,9 +321,9 @@ def test_targets_of_a_part_and_of_a_wrapper_hold() -> None:
     assert not any(TARGETS in module.__dict__ for module in small.modules())
     wrapped: Any = torch.compile(with_gates(mlp()), backend="eager")
     DensityConstraint(wrapped, 0.1)
-    small = prune(wrapped, x)
-    assert type(small) is nn.Sequential
-    assert small.report["density"] <= 0.1
+    inside: Any = prune(wrapped, x)
+    assert inside.__class__ is nn.Sequential
+    assert inside.report["density"] <= 0.1
 
 
 # --- the result is plain --------------------------------------------------------------------------
@@ -346,10 +353,10 @@ def everything() -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
     tokens = torch.arange(10).view(2, 5)
     models = {
         "mlp": (with_gates(mlp()), (torch.randn(3, 784).double(),)),
-        "lenet": (with_gates(plain.LeNet()), (image,)),
+        "lenet": (with_gates(small_lenet()), (image,)),
         "twice": (with_gates(plain.CalledTwice(), gates="output"), (row,)),
         "tied": (with_gates(plain.Tied(), gates="output"), (tokens,)),
-        "weight": (with_gates(plain.LeNet(), gates="weight"), (image,)),
+        "weight": (with_gates(small_lenet(), gates="weight"), (image,)),
     }
     return {name: (prune(model, x), x) for name, (model, x) in models.items()}
 
@@ -359,9 +366,8 @@ def test_nothing_of_ours_is_inside(everything: Any, tmp_path: Path) -> None:
     for name, (small, inputs) in everything.items():
         for module in small.modules():
             assert not type(module).__module__.startswith("l0fast"), name
-            fresh = type(module).__new__(type(module))
             if type(module) in graph.LAYERS:
-                fresh = type(module)(1, 1) if isinstance(module, nn.Linear) else nn.Conv2d(1, 1, 1)
+                fresh = nn.Linear(1, 1) if type(module) is nn.Linear else nn.Conv2d(1, 1, 1)
                 assert set(vars(module)) == set(vars(fresh))
             for hooks in (module._forward_hooks, module._forward_pre_hooks):
                 assert not hooks
@@ -379,6 +385,7 @@ def test_nothing_of_ours_is_inside(everything: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "export", "compile"])
 def test_the_result_copies_compiles_and_exports(how: str, everything: Any) -> None:
     for name, (small, inputs) in everything.items():
+        again: Any
         if how == "deepcopy":
             again = copy.deepcopy(small)
         elif how == "pickle":
@@ -413,7 +420,7 @@ def test_gather_and_scatter_along_channels() -> None:
 
 
 def test_training_goes_on_after_pruning() -> None:
-    model = with_gates(plain.LeNet())
+    model = with_gates(small_lenet())
     model.fc2.weight.requires_grad_(False)
     model.conv2.bias.requires_grad_(False)
     model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
@@ -429,7 +436,7 @@ def test_training_goes_on_after_pruning() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dtype_and_mode_are_the_users(dtype: torch.dtype) -> None:
-    model = with_gates(plain.LeNet())
+    model = with_gates(small_lenet())
     model.to(dtype).train()
     model.fc1.eval()
     x = torch.randn(2, 1, 28, 28, dtype=dtype)
@@ -445,7 +452,7 @@ def test_dtype_and_mode_are_the_users(dtype: torch.dtype) -> None:
 
 
 def test_the_model_is_not_touched() -> None:
-    model = with_gates(plain.LeNet()).train()
+    model = with_gates(small_lenet()).train()
     DensityConstraint(model, 0.2)
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
     model(x).sum().backward()
@@ -507,18 +514,19 @@ def conv_case(dims: int, **options: Any) -> nn.Sequential:
     )
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize(
-    "options",
+    ("dims", "options"),
     [
-        {},
-        {"padding": 1, "stride": 2},
-        {"padding": "same"},
-        {"padding": 2, "padding_mode": "circular"},
-        {"padding": 1, "padding_mode": "replicate", "dilation": 2},
+        (1, {}),
+        (2, {}),
+        (3, {}),
+        (2, {"padding": 1, "stride": 2}),
+        (1, {"padding": "same"}),
+        (2, {"padding": 2, "padding_mode": "circular"}),
+        (3, {"padding": 1, "padding_mode": "replicate", "dilation": 2}),
     ],
 )
-@pytest.mark.parametrize("gates", ["auto", "input", "output"])
+@pytest.mark.parametrize("gates", ["auto", "input"])
 def test_convolutions(dims: int, options: dict[str, Any], gates: str) -> None:
     model = with_gates(conv_case(dims, **options), gates=gates)
     x = torch.randn(2, 3, *[8] * dims, dtype=torch.float64)
@@ -574,7 +582,7 @@ def test_nested_modules() -> None:
 
 
 def test_a_size_written_out_stops_at_the_view() -> None:
-    model = with_gates(plain.HardCoded())
+    model = with_gates(plain.HardCoded(6, 10, 30))
     x = torch.randn(3, 1, 28, 28, dtype=torch.float64)
     small: Any = prune(model, x)
     assert_same(small, model, x)
@@ -647,7 +655,7 @@ def test_tied_weights(gates: str) -> None:
     if gates == "weight":  # the gates make it another tensor, and the report says so
         assert "own copy" in reason
     else:
-        head = small.head.layer if isinstance(small.head, nn.Sequential) else small.head
+        head: Any = small.head.layer if isinstance(small.head, nn.Sequential) else small.head
         assert head.weight is small.embedding.weight
         assert torch.equal(head.weight, model.embedding.weight)
         assert small.report["params"][0] <= small.report["params"][1]
@@ -663,7 +671,7 @@ def test_a_weight_read_outside_of_its_layer() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.last(torch.relu(nn.functional.linear(x, self.first.weight)))
 
-    model = with_gates(Outside())
+    model: Any = with_gates(Outside())
     x = torch.randn(4, 6, dtype=torch.float64)
     small: Any = prune(model, x)
     assert_same(small, model, x)  # the gates of `first` were never applied
@@ -704,7 +712,7 @@ def test_an_addition_stops_and_is_named() -> None:
 
 
 def test_weight_gates() -> None:
-    model = with_gates(plain.LeNet(), gates="weight")
+    model = with_gates(small_lenet(), gates="weight")
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
     small: Any = prune(model, x, 0.1)
     assert_same(small, with_top_gates(model, small), x)

@@ -40,13 +40,17 @@ class Normed(nn.Module):
         return self.fc(self.norm(self.conv(x)).mean((2, 3)))
 
 
+def lenet() -> plain.LeNet:
+    return plain.LeNet(6, 10, 30)
+
+
 CASES: dict[str, tuple[Callable[[], nn.Module], str, Tensor]] = {
-    "lenet": (plain.LeNet, "auto", IMAGE),
-    "gather and scatter": (plain.HardCoded, "auto", IMAGE),
+    "lenet": (lenet, "auto", IMAGE),
+    "gather and scatter": (lambda: plain.HardCoded(6, 10, 30), "auto", IMAGE),
     "called twice": (plain.CalledTwice, "output", ROW),
     "tied": (plain.Tied, "output", TOKENS),
     "tied inputs": (plain.Tied, "input", TOKENS),
-    "weight": (plain.LeNet, "weight", IMAGE),
+    "weight": (lenet, "weight", IMAGE),
     "buffers": (Normed, "auto", IMAGE),
     "one layer": (lambda: nn.Sequential(nn.Linear(6, 5)), "input", ROW),
 }
@@ -94,7 +98,7 @@ def test_back_bit_for_bit(case: str, dtype: Any, tmp_path: Path) -> None:
 
 
 def test_one_file_holds_tensors_and_the_recipe(tmp_path: Path) -> None:
-    small = pruned(plain.LeNet, "auto", IMAGE)
+    small = pruned(lenet, "auto", IMAGE)
     path = tmp_path / "small.safetensors"
     save_pruned(small, str(path))
     with safe_open(path, "pt") as file:
@@ -105,17 +109,17 @@ def test_one_file_holds_tensors_and_the_recipe(tmp_path: Path) -> None:
     assert recipe["report"]["architecture"] == small.report["architecture"]
     assert names == set(small.state_dict())
     conv2 = next(entry for entry in recipe["layers"] if entry["name"] == "conv2")
-    assert conv2["out"] == [small.conv2.out_channels, 50]
+    assert conv2["out"] == [small.conv2.out_channels, 10]
     assert len(conv2["outputs"]) == conv2["out"][0]
 
 
 def test_trained_further_and_pruned_again(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    small = pruned(plain.LeNet, "auto", IMAGE)
+    small = pruned(lenet, "auto", IMAGE)
     with torch.no_grad():
         small.fc2.weight.add_(1.0)
     save_pruned(small, path)
-    assert torch.equal(load_pruned(plain.LeNet, path).get_parameter("fc2.weight"), small.fc2.weight)
+    assert torch.equal(load_pruned(lenet, path).get_parameter("fc2.weight"), small.fc2.weight)
 
     def build() -> nn.Module:
         return small
@@ -123,7 +127,7 @@ def test_trained_further_and_pruned_again(tmp_path: Path) -> None:
     smaller = pruned(build, "auto", IMAGE)
     assert sum(p.numel() for p in smaller.parameters()) < small.report["params"][0]
     save_pruned(smaller, path)
-    again: Any = load_pruned(plain.LeNet, path).eval()  # from the dense model, through both
+    again: Any = load_pruned(lenet, path).eval()  # from the dense model, through both
     assert torch.equal(again(IMAGE), smaller(IMAGE))
 
 
@@ -200,12 +204,12 @@ def rewritten(path: Path, change: Callable[[Any], Any]) -> Path:
 
 def test_files_that_are_not_ours_or_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    save_pruned(pruned(plain.LeNet, "auto", IMAGE), path)
+    save_pruned(pruned(lenet, "auto", IMAGE), path)
     whole = path.read_bytes()
 
     def refused(file: Path, match: str) -> None:
         with pytest.raises(ValueError, match=match) as caught:
-            load_pruned(plain.LeNet, file)
+            load_pruned(lenet, file)
         message = str(caught.value)
         assert message.startswith(f"path: got {str(file)!r}; expected a file that save_pruned wrot")
         assert "\n" not in message
@@ -226,12 +230,12 @@ def test_files_that_are_not_ours_or_not_whole(tmp_path: Path) -> None:
     refused(rewritten(path, lambda recipe: []), "its recipe is damaged")
     refused(rewritten(path, lambda recipe: recipe.pop("aliases") and None), "its recipe is damaged")
     changes: list[tuple[str, Any]] = [
-        ("in", [1, 20]),
+        ("in", [1, 6]),
         ("outputs", [0, 0]),
         ("outputs", [-1, 2]),
         ("outputs", [999]),
         ("outputs", "abc"),
-        ("gather", [[0, 1], 20]),
+        ("gather", [[0, 1], 6]),
         ("scale", "both"),
         ("name", None),
     ]
@@ -243,7 +247,7 @@ def test_files_that_are_not_ours_or_not_whole(tmp_path: Path) -> None:
 
 def test_a_recipe_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    save_pruned(pruned(plain.LeNet, "auto", IMAGE), path)
+    save_pruned(pruned(lenet, "auto", IMAGE), path)
 
     def refused(build: Callable[[], Any], match: str) -> None:
         with pytest.raises(ValueError, match=match) as caught:
@@ -252,32 +256,32 @@ def test_a_recipe_of_another_model(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
     refused(plain.CalledTwice, r"build_fn: got 'CalledTwice'; expected the model of .* 'conv1'")
-    refused(lambda: plain.LeNet(21), r"its 'conv1' has \(1, 20\) inputs and outputs, not \(1, 21\)")
+    refused(lambda: plain.LeNet(7), r"its 'conv1' has \(1, 6\) inputs and outputs, not \(1, 7\)")
 
     def deeper() -> nn.Module:
-        model = plain.LeNet()
+        model = lenet()
         model.add_module("extra", nn.Linear(1, 1))
         return model
 
     refused(deeper, "it has no 'extra.bias'")
 
     def poorer() -> nn.Module:
-        model = plain.LeNet()
-        model.fc2 = nn.Linear(500, 10, bias=False)
+        model = lenet()
+        model.fc2 = nn.Linear(30, 10, bias=False)
         return model
 
     refused(poorer, "it has 'fc2.bias'")
 
     def wider() -> nn.Module:
-        model = plain.LeNet()
-        model.conv1 = nn.Conv2d(1, 20, 3)
+        model = lenet()
+        model.conv1 = nn.Conv2d(1, 6, 3)
         return model
 
     refused(wider, r"its 'conv1.weight' has shape \(\d+, 1, 5, 5\), not \(\d+, 1, 3, 3\)")
 
     def other_kind() -> nn.Module:
-        model: Any = plain.LeNet()
-        model.conv1 = nn.Conv1d(1, 20, 5)
+        model: Any = lenet()
+        model.conv1 = nn.Conv1d(1, 6, 5)
         return model
 
     refused(other_kind, "its 'conv1' is a Conv2d, not a Conv1d")

@@ -4,14 +4,10 @@ The launchers take torch tensors and return new ones; they trust their caller, w
 everything (l0fast.functional does). Nothing here imports l0fast.
 """
 
-from l0fast_kernels.gated_weight import (
-    gated_weight_backward,
-    gated_weight_forward,
-    scaled_weight_backward,
-    scaled_weight_forward,
-)
+from l0fast_kernels.gated_weight import gated_weight_backward, gated_weight_forward
 from l0fast_kernels.hard_concrete import hard_concrete_backward, hard_concrete_forward
 from l0fast_kernels.launch import Constants, constants, interpreted
+from l0fast_kernels.scaled_weight import scaled_weight_backward, scaled_weight_forward
 
 __all__ = [
     "Constants",

@@ -1,9 +1,7 @@
-"""Weights multiplied by their gates: one pass over the weight each way.
+"""Weights multiplied by a gate for each of them (unstructured): one pass over them each way.
 
-A gate for every weight (unstructured): the kernels sample, mask and sum the expected L0 on the
-way; nothing but the result is written, and the noise is drawn again in the backward. A gate for
-every row or column: the few gates come from hard_concrete, and one pass scales the weight by
-them; the backward pass sums each gate's gradient on its way.
+The kernels sample, mask and sum the expected L0 on the way; nothing but the result is written,
+and the noise is drawn again in the backward. scaled_weight has gates for rows and columns.
 """
 
 from __future__ import annotations
@@ -21,13 +19,6 @@ from l0fast_kernels.launch import ALIGNMENT, WARPS, Constants
 # over the registers that keep enough threads in flight.
 FORWARD_BLOCK = 2048
 BACKWARD_BLOCK = 1024
-# Elements of a tile of the structured kernels, how wide it is where gates run down the rows or
-# along the columns, and how many tiles a program takes along the axis over which a gate's
-# gradient is summed: one partial sum for each program and gate is all that is written besides.
-TILE = 2048
-ROW_TILE_COLUMNS = 256
-COLUMN_TILE_COLUMNS = 128
-STEPS = 4
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -120,95 +111,6 @@ def gated_weight_backward_kernel(
     tl.store(dlog_alpha_ptr + first + lane, dlog_alpha, mask=inside)
 
 
-@triton.jit
-def _gate_of_tile(z_ptr, row, column, rows, gates, BY_ROW: tl.constexpr):
-    """The gates of a tile, as [ROWS, 1] or [1, COLUMNS]."""
-    if BY_ROW:
-        return tl.load(z_ptr + row % gates, mask=row < rows, other=0.0)[:, None]
-    else:
-        return tl.load(z_ptr + column, mask=column < gates, other=0.0)[None, :]
-
-
-@triton.jit(do_not_specialize=["rows", "columns", "gates"])
-def scaled_weight_kernel(
-    weight_ptr,
-    z_ptr,
-    out_ptr,
-    rows,
-    columns,
-    gates,
-    BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """out[r, c] = weight[r, c] * z[g], with gate g = r mod gates by row, and g = c by column."""
-    row_0 = tl.program_id(0).to(tl.int64) * (ROWS if BY_ROW else ROWS * STEPS)
-    column_0 = tl.program_id(1).to(tl.int64) * (COLUMNS * STEPS if BY_ROW else COLUMNS)
-    row = row_0 + tl.arange(0, ROWS)
-    lane = tl.arange(0, COLUMNS)
-    z = _gate_of_tile(z_ptr, row, column_0 + lane, rows, gates, BY_ROW)
-    for _ in range(STEPS):
-        end = tl.multiple_of(columns - column_0, ALIGNMENT)
-        inside = (row < rows)[:, None] & (lane < end)[None, :]
-        start = tl.multiple_of(row * columns, ALIGNMENT) + column_0
-        offset = start[:, None] + lane[None, :]
-        weight = tl.load(weight_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + offset, weight * z, mask=inside)
-        if BY_ROW:
-            column_0 += COLUMNS
-        else:
-            row += ROWS
-
-
-@triton.jit(do_not_specialize=["rows", "columns", "gates"])
-def scaled_weight_backward_kernel(
-    dout_ptr,
-    weight_ptr,
-    z_ptr,
-    dweight_ptr,
-    partial_ptr,
-    rows,
-    columns,
-    gates,
-    BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STEPS: tl.constexpr,
-    ALIGNMENT: tl.constexpr,
-):
-    """dweight[r, c] = dout[r, c] * z[g]
-    partial[g] = sum of dout[r, c] * weight[r, c] over this program's part of gate g's weights
-    """
-    row_0 = tl.program_id(0).to(tl.int64) * (ROWS if BY_ROW else ROWS * STEPS)
-    column_0 = tl.program_id(1).to(tl.int64) * (COLUMNS * STEPS if BY_ROW else COLUMNS)
-    row = row_0 + tl.arange(0, ROWS)
-    lane = tl.arange(0, COLUMNS)
-    z = _gate_of_tile(z_ptr, row, column_0 + lane, rows, gates, BY_ROW)
-    dz = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
-    for _ in range(STEPS):
-        end = tl.multiple_of(columns - column_0, ALIGNMENT)
-        inside = (row < rows)[:, None] & (lane < end)[None, :]
-        start = tl.multiple_of(row * columns, ALIGNMENT) + column_0
-        offset = start[:, None] + lane[None, :]
-        dout = tl.load(dout_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        weight = tl.load(weight_ptr + offset, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dweight_ptr + offset, dout * z, mask=inside)
-        dz += dout * weight
-        if BY_ROW:
-            column_0 += COLUMNS
-        else:
-            row += ROWS
-    if BY_ROW:
-        part = tl.program_id(1).to(tl.int64) * rows
-        tl.store(partial_ptr + part + row, tl.sum(dz, 1), mask=row < rows)
-    else:
-        part = tl.program_id(0).to(tl.int64) * columns
-        column = column_0 + lane
-        tl.store(partial_ptr + part + column, tl.sum(dz, 0), mask=column < columns)
-
-
 def gated_weight_forward(
     weight: Tensor, log_alpha: Tensor, state: Tensor, c: Constants, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -281,88 +183,3 @@ def gated_weight_backward(
                 num_warps=WARPS,
             )
     return dweight, dlog_alpha
-
-
-class Tiling:
-    """A weight seen as [rows, columns], its gates running down the rows or along the columns.
-
-    By row the gates repeat: dimension 1 of a [O, I, k, k] weight is O times I rows of k * k.
-    """
-
-    def __init__(self, shape: torch.Size, dim: int) -> None:
-        inner = shape[dim + 1 :].numel()
-        self.gates = shape[dim]
-        self.by_row = inner > 1
-        self.columns = inner if self.by_row else self.gates
-        self.rows = shape.numel() // self.columns
-        widest = ROW_TILE_COLUMNS if self.by_row else COLUMN_TILE_COLUMNS
-        tile_columns = min(widest, max(ALIGNMENT, triton.next_power_of_2(self.columns)))
-        tile_rows = TILE // tile_columns
-        steps = 1 if self.by_row and self.columns <= tile_columns else STEPS
-        self.options = {
-            "BY_ROW": self.by_row,
-            "ROWS": tile_rows,
-            "COLUMNS": tile_columns,
-            "STEPS": steps,
-            "ALIGNMENT": ALIGNMENT if self.columns % ALIGNMENT == 0 else 1,
-        }
-        row_steps, column_steps = (1, steps) if self.by_row else (steps, 1)
-        self.grid = (
-            triton.cdiv(self.rows, tile_rows * row_steps),
-            triton.cdiv(self.columns, tile_columns * column_steps),
-        )
-
-    @property
-    def parts(self) -> int:
-        """How many partial sums a gate's gradient comes in: one for every program along the
-        summed axis, and for every repetition of the gates."""
-        return self.grid[1] * (self.rows // self.gates) if self.by_row else self.grid[0]
-
-
-def scaled_weight_forward(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """weight * z, with the gates z float32 [weight.shape[dim]] along dimension ``dim`` >= 0.
-
-    In the dtype asked for: under autocast this pass is also the cast.
-    """
-    weight = weight.contiguous()
-    out = launch.empty(weight, weight.shape, dtype)
-    if weight.numel():
-        tiling = Tiling(weight.shape, dim)
-        with launch.on(weight):
-            scaled_weight_kernel[tiling.grid](
-                weight,
-                z,
-                out,
-                tiling.rows,
-                tiling.columns,
-                tiling.gates,
-                **tiling.options,
-                num_warps=WARPS,
-            )
-    return out
-
-
-def scaled_weight_backward(
-    dout: Tensor, weight: Tensor, z: Tensor, dim: int
-) -> tuple[Tensor, Tensor]:
-    """dweight (the weight's dtype) and dz (float32 [weight.shape[dim]]), in one pass."""
-    weight, dout = weight.contiguous(), dout.contiguous()
-    dweight = launch.empty(weight, weight.shape)
-    if not weight.numel():
-        return dweight, torch.zeros_like(z)
-    tiling = Tiling(weight.shape, dim)
-    partial = launch.empty(z, (tiling.parts, tiling.gates))
-    with launch.on(weight):
-        scaled_weight_backward_kernel[tiling.grid](
-            dout,
-            weight,
-            z,
-            dweight,
-            partial,
-            tiling.rows,
-            tiling.columns,
-            tiling.gates,
-            **tiling.options,
-            num_warps=WARPS,
-        )
-    return dweight, partial.view(-1) if tiling.parts == 1 else partial.sum(0)

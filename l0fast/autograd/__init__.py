@@ -5,8 +5,9 @@ over the reference maths: a custom op costs four times as much a call on a CPU) 
 (torch.library ops over the Triton kernels).
 """
 
+from l0fast.autograd.backend import runs_on_triton
 from l0fast.autograd.functions import gated_linear, gated_weight, hard_concrete, segment_sums
-from l0fast.autograd.ops import runs_on_triton, triton_gated_weight, triton_hard_concrete
+from l0fast.autograd.ops import triton_gated_weight, triton_hard_concrete
 
 __all__ = [
     "gated_linear",

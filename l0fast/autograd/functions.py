@@ -14,10 +14,11 @@ from l0fast.hard_concrete import HardConcrete
 
 def segment_sums(probability: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """[L] sums over consecutive segments of `probability` [N], in at least float32."""
-    dtype = torch.float64 if probability.dtype == torch.float64 else torch.float32
+    if probability.dtype in (torch.float16, torch.bfloat16):
+        probability = probability.float()
     if len(sizes) == 1:
-        return probability.sum(dtype=dtype).reshape(1)
-    return torch.stack([part.sum(dtype=dtype) for part in probability.split(list(sizes))])
+        return probability.sum().reshape(1)
+    return torch.stack([part.sum() for part in probability.split(sizes)])
 
 
 class _HardConcrete(torch.autograd.Function):
@@ -42,11 +43,12 @@ class _HardConcrete(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -> Any:
         z, probability = ctx.saved_tensors
+        ctx.spent = True  # for who holds a result of this node and may not use it twice
         dlog_alpha = None
         if dz is not None:
             dlog_alpha = ctx.distribution.gate_backward(dz, z)
         if dopen is not None:
-            parts = zip(dopen.to(probability.dtype).unbind(), ctx.sizes, strict=True)
+            parts = zip(dopen.unbind(), ctx.sizes, strict=True)
             spread = torch.cat([part.expand(size) for part, size in parts])
             term = ctx.distribution.open_probability_backward(spread, probability)
             dlog_alpha = term if dlog_alpha is None else dlog_alpha.add_(term)
@@ -77,6 +79,7 @@ class _GatedWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dmasked: Tensor | None, dopen: Tensor | None) -> Any:
         weight, z, probability = ctx.saved_tensors
+        ctx.spent = True
         dweight = dlog_alpha = None
         if dmasked is not None:
             dweight, dz = maths.mask_backward(dmasked, weight, z.to(weight.dtype), ctx.dim)
@@ -89,10 +92,10 @@ class _GatedWeight(torch.autograd.Function):
 
 
 class _GatedLinear(torch.autograd.Function):
-    """linear(x * z, weight, bias), with z's gradient taken from the weight's.
+    """linear(x * z, weight, bias) of an x that needs no gradient: z's is taken from the weight's.
 
-    Where z > 0:  dz[k] = sum_n weight[n, k] * dweight[n, k] / z[k], so a first layer, whose x
-    needs no gradient, runs no product for it. Where z == 0 dweight is exactly 0, and so is dz.
+    Where z > 0:  dz[k] = sum_n weight[n, k] * dweight[n, k] / z[k], so that no product is run for
+    the gradient of x. Where z == 0 dweight is exactly 0, and so is dz.
     """
 
     @staticmethod
@@ -105,21 +108,23 @@ class _GatedLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
         gated, weight, z = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias, needs_z = ctx.needs_input_grad
-        dx = dweight = dbias = dz = None
-        rows = dy.reshape(-1, dy.shape[-1])
+        _, needs_weight, needs_bias, needs_z = ctx.needs_input_grad
+        dweight = dbias = dz = None
+        if dy.dim() != 2:
+            dy, gated = dy.reshape(-1, dy.shape[-1]), gated.reshape(-1, gated.shape[-1])
+        if dy.dtype != gated.dtype:  # under autocast
+            gated = gated.to(dy.dtype)
         if needs_weight or needs_z:
-            columns = gated.reshape(-1, gated.shape[-1]).to(dy.dtype)
-            dweight = torch.mm(rows.t(), columns).to(weight.dtype)
+            dweight = dy.t().mm(gated)
+            if dweight.dtype != weight.dtype:
+                dweight = dweight.to(weight.dtype)
         if needs_z:
             assert dweight is not None
             tiny = torch.finfo(z.dtype).tiny
-            dz = (weight * dweight).sum(0).to(z.dtype).div_(z.clamp(min=tiny))
+            dz = (weight * dweight).sum(0).div_(z.clamp_min(tiny))
         if needs_bias:
-            dbias = rows.sum(0).to(weight.dtype)
-        if needs_x:
-            dx = torch.matmul(dy, weight.to(dy.dtype)).to(z.dtype).mul_(z)
-        return dx, dweight, dbias, dz
+            dbias = dy.sum(0, dtype=weight.dtype)
+        return None, dweight, dbias, dz
 
 
 def hard_concrete(
@@ -142,4 +147,6 @@ def gated_weight(
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
     """linear(x * z, weight, bias): x [..., K], weight [N, K], bias [N] or None, z [K]."""
+    if x.requires_grad:  # its product has to be run anyway
+        return torch.nn.functional.linear(x * z, weight, bias)
     return _GatedLinear.apply(x, weight, bias, z)  # type: ignore[return-value]

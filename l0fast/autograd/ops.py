@@ -1,67 +1,25 @@
-"""torch.library ops over the Triton kernels, and the choice between them and the reference.
+"""torch.library ops over the Triton kernels.
 
 `l0fast::hard_concrete`, `l0fast::gated_weight` and `l0fast::scaled_weight`, each with a backward
 op. All are functions of their inputs alone: the noise is named by `state`, three int64 on the
 device (seed, step, tensor), so that torch.compile traces them once and for all steps, a checkpoint
 replays them, and the backward draws the same noise again. Where no kernel can run, an op computes
-the same with the reference maths (that is also how it is checked without a GPU). Triton is
-imported when a kernel first runs, not before.
+the same with the reference maths (that is also how it is checked without a GPU).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
-from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
-from l0fast import _checks, philox
 from l0fast import gated_weight as maths
+from l0fast import philox
+from l0fast.autograd.backend import kernels_for
 from l0fast.autograd.functions import segment_sums
 from l0fast.hard_concrete import HardConcrete
-
-WEIGHT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@functools.cache
-def _installed() -> bool:
-    return all(importlib.util.find_spec(name) for name in ("triton", "l0fast_kernels"))
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def runs_on_triton(backend: str, log_alpha: Tensor, weight: Tensor | None = None) -> bool:
-    """Whether a call's kernels run: "auto" where they can, "triton" always.
-
-    Raises:
-        ValueError: "triton", and they cannot.
-    """
-    if backend == "torch" or (backend == "auto" and not log_alpha.is_cuda):
-        return False
-    reachable = log_alpha.is_cuda or _interpreting()
-    supported = log_alpha.dtype != torch.float64
-    if weight is not None:
-        supported = supported and weight.dtype in WEIGHT_DTYPES
-    if _installed() and reachable and supported:
-        return True
-    if backend == "auto":
-        return False
-    if not _installed():
-        expected = "Triton and l0fast_kernels to be installed, or 'torch'"
-    elif reachable:
-        expected = "float32, bfloat16 or float16 tensors, or 'torch'"
-    elif torch.cuda.is_available():
-        expected = f"tensors on a GPU (they are on {log_alpha.device}), or 'torch'"
-    else:
-        expected = "a machine with a GPU (this one has none), or 'torch'"
-    _checks.refuse("backend", backend, expected)
 
 
 def triton_hard_concrete(
@@ -96,15 +54,6 @@ def _numbers(distribution: HardConcrete) -> tuple[float, float, float]:
     return distribution.temperature, distribution.gamma, distribution.zeta
 
 
-def _kernels(tensor: Tensor) -> ModuleType | None:
-    """The kernels, if they run on this tensor's device."""
-    if tensor.is_cuda or _interpreting():
-        import l0fast_kernels
-
-        return l0fast_kernels
-    return None
-
-
 def _noise(log_alpha: Tensor, state: Tensor, distribution: HardConcrete) -> Tensor:
     uniform = philox.uniform(log_alpha.numel(), state[0], state[1], state[2], log_alpha.device)
     return distribution.logistic_noise(uniform).view(log_alpha.shape)
@@ -120,7 +69,7 @@ def _hard_concrete(
     zeta: float,
 ) -> tuple[Tensor, Tensor]:
     sizes = tuple(sizes)
-    if kernels := _kernels(log_alpha):
+    if kernels := kernels_for(log_alpha):
         c = kernels.constants(temperature, gamma, zeta)
         z, expected_open, _ = kernels.hard_concrete_forward(log_alpha, state, sizes, c)
         return z, expected_open
@@ -141,7 +90,7 @@ def _hard_concrete_backward(
     zeta: float,
 ) -> Tensor:
     sizes = tuple(sizes)
-    if kernels := _kernels(log_alpha):
+    if kernels := kernels_for(log_alpha):
         c = kernels.constants(temperature, gamma, zeta)
         return kernels.hard_concrete_backward(dz, dopen, log_alpha, state, sizes, c)
     distribution = HardConcrete(temperature, gamma, zeta)
@@ -167,7 +116,7 @@ def _gated_weight(
     gamma: float,
     zeta: float,
 ) -> tuple[Tensor, Tensor]:
-    if kernels := _kernels(weight):
+    if kernels := kernels_for(weight):
         c = kernels.constants(temperature, gamma, zeta)
         return kernels.gated_weight_forward(weight, log_alpha, state, c, dtype)
     distribution = HardConcrete(temperature, gamma, zeta)
@@ -187,7 +136,7 @@ def _gated_weight_backward(
     gamma: float,
     zeta: float,
 ) -> tuple[Tensor, Tensor]:
-    if kernels := _kernels(weight):
+    if kernels := kernels_for(weight):
         c = kernels.constants(temperature, gamma, zeta)
         return kernels.gated_weight_backward(dmasked, dopen, weight, log_alpha, state, c)
     distribution = HardConcrete(temperature, gamma, zeta)
@@ -202,7 +151,7 @@ def _gated_weight_backward(
 
 @torch.library.custom_op("l0fast::scaled_weight", mutates_args=())
 def _scaled_weight(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    if kernels := _kernels(weight):
+    if kernels := kernels_for(weight):
         return kernels.scaled_weight_forward(weight, z, dim, dtype)
     return maths.mask(weight, z, dim).to(dtype).contiguous()
 
@@ -211,7 +160,7 @@ def _scaled_weight(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> T
 def _scaled_weight_backward(
     dscaled: Tensor, weight: Tensor, z: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    if kernels := _kernels(weight):
+    if kernels := kernels_for(weight):
         return kernels.scaled_weight_backward(dscaled, weight, z, dim)
     dweight, dz = maths.mask_backward(dscaled.float(), weight.float(), z, dim)
     return dweight.to(weight.dtype).contiguous(), dz
@@ -264,6 +213,7 @@ def _save(*tensors: int) -> Callable[..., None]:
 
 def _hard_concrete_gradient(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -> Any:
     log_alpha, state = ctx.saved_tensors
+    ctx.spent = True  # as in `functions`
     dlog_alpha = None
     if dz is not None or dopen is not None:
         dlog_alpha = _hard_concrete_backward(dz, dopen, log_alpha, state, *ctx.rest)
@@ -272,6 +222,7 @@ def _hard_concrete_gradient(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -
 
 def _gated_weight_gradient(ctx: Any, dmasked: Tensor | None, dopen: Tensor | None) -> Any:
     weight, log_alpha, state = ctx.saved_tensors
+    ctx.spent = True
     numbers = ctx.rest[1:]
     dweight = dlog_alpha = None
     if dmasked is not None:

@@ -1,0 +1,43 @@
+"""Every case there is, by name."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from bench import bench_gated_weight, bench_hard_concrete, bench_prune, bench_step
+from bench.case import Case
+
+MODULES = {
+    "hard_concrete": bench_hard_concrete,
+    "gated_weight": bench_gated_weight,
+    "step": bench_step,
+    "prune": bench_prune,
+}
+
+
+def cases(quick: bool) -> list[Case]:
+    """All of them, those to do without first at the end; fewer sizes where it should be quick."""
+    found = [case for module in MODULES.values() for case in module.cases(quick)]
+    return sorted(found, key=lambda case: case.spare)
+
+
+def stem(case: str) -> str:
+    """What a case measures, the first part of its name."""
+    return case.partition("/")[0]
+
+
+def select(found: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The cases with one of these names, or under it ("step", "step/cpu"); all without a name.
+
+    Raises:
+        ValueError: a name that fits none.
+    """
+    for name in names:
+        if not any(_fits(case, name) for case in found):
+            expected = f"{', '.join(MODULES)}, or a case's name"
+            raise ValueError(f"names: got {name!r}; expected {expected}")
+    return [case for case in found if not names or any(_fits(case, name) for name in names)]
+
+
+def _fits(case: Case, name: str) -> bool:
+    return case.name == name or case.name.startswith(name.rstrip("/") + "/")

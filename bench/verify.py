@@ -1,0 +1,117 @@
+"""No speed without green: what is timed is tested first, and not timed where its tests are red."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from xml.etree import ElementTree
+
+from bench import ROOT, environment
+
+_BINDING = ("test_autograd.py", "test_functional.py")
+TESTS: dict[str, tuple[str, ...]] = {
+    "gated_weight": (
+        "test_gated_weight.py",
+        "test_kernel_gated_weight.py",
+        "test_kernel_scaled_weight.py",
+        *_BINDING,
+    ),
+    "hard_concrete": ("test_hard_concrete.py", "test_kernel_hard_concrete.py", *_BINDING),
+    "step": ("test_layers.py", "test_layers_in_a_model.py", "test_constraint.py", *_BINDING),
+    "prune": ("test_prune.py",),
+}
+"""What is timed -> the files in tests/ that say it is right."""
+ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")
+"""A test file with one of these runs something on the GPU, where there is one."""
+
+
+def on_the_chip(folder: Path) -> list[str]:
+    """The test files that use the GPU, the kernels' first: all of each, since kernel tests run
+    there unmarked."""
+    paths = sorted(folder.glob("test_*.py"))
+    paths.sort(key=lambda path: not path.name.startswith("test_kernel"))
+    return [
+        path.name
+        for path in paths
+        if any(sign in path.read_text(encoding="utf-8") for sign in ON_THE_CHIP)
+        and path.name != "test_bench.py"
+    ]
+
+
+def red_files(report: Path) -> dict[str, list[str]]:
+    """Test file -> what failed in it (collection included), from pytest's JUnit report."""
+    red: dict[str, list[str]] = {}
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        if case.find("failure") is None and case.find("error") is None:
+            continue
+        # classname is tests.test_x or tests.test_x.Class; empty where collecting test_x failed.
+        dotted = case.get("classname") or case.get("name", "")
+        module = next((p for p in dotted.split(".") if p.startswith("test_")), dotted)
+        red.setdefault(f"{module}.py", []).append(case.get("name", "?"))
+    return red
+
+
+def run_tests(
+    files: Sequence[str], options: Sequence[str], limit_s: float | None, threads: int = 1
+) -> dict[str, list[str]] | str:
+    """Runs tests/ files in a process of their own: what is red, or why there is no answer."""
+    if importlib.util.find_spec("pytest") is None:
+        return "pytest is not installed here (--skip-tests times what was not tested)"
+    missing = [name for name in files if not (ROOT / "tests" / name).is_file()]
+    if missing:
+        return f"tests/{missing[0]} is missing"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+        command += [f"--junitxml={report}", *options, *(f"tests/{name}" for name in files)]
+        try:
+            # Standard output stays the bench's own.
+            done = subprocess.run(
+                command,
+                cwd=ROOT,
+                env=environment(threads),
+                stdout=sys.stderr,
+                check=False,
+                timeout=limit_s,
+            )
+        except subprocess.TimeoutExpired:
+            return f"the tests did not end within {limit_s:.0f} s"
+        if not report.is_file():
+            return f"pytest ended with exit code {done.returncode} and no report"
+        red = red_files(report)
+    if done.returncode == 0 or red:
+        return red
+    return f"pytest ended with exit code {done.returncode}"  # 5: nothing was collected
+
+
+def run_apart(files: Sequence[str], limit_s: float, threads: int = 1) -> dict[str, list[str]]:
+    """Like `run_tests`, each file in its own process: a fault on the GPU, or time that runs out,
+    stays with the file it happened in."""
+    end = time.monotonic() + limit_s
+    red: dict[str, list[str]] = {}
+    for name in files:
+        left = end - time.monotonic()
+        outcome = run_tests([name], [], left, threads) if left > 0 else "no time was left for it"
+        if isinstance(outcome, str):
+            red[name] = [outcome]
+        else:
+            red |= outcome
+    return red
+
+
+def verdict(stems: Iterable[str], outcome: Mapping[str, list[str]] | str) -> dict[str, str]:
+    """Stem -> why it is not timed; a stem whose tests passed is not in it."""
+    if isinstance(outcome, str):
+        return dict.fromkeys(stems, outcome)
+    refused: dict[str, str] = {}
+    for stem in stems:
+        failed = [f"{file}::{name}" for file in TESTS[stem] for name in outcome.get(file, [])]
+        if failed:
+            more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+            refused[stem] = f"its tests are red: {failed[0]}{more}"
+    return refused

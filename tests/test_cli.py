@@ -1,0 +1,358 @@
+"""The command: what it writes, and one line with exit code 2 for whatever cannot be."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from l0fast import cli, load_pruned, models
+from l0fast.trainer import CHECKPOINT, FILES, METRICS, PLOT, PRUNED, SUMMARY
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The command starts in an empty folder, without data or network; its switches are undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("L0FAST_DATA_ROOT", raising=False)
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(threads)
+
+
+def tree(root: Path) -> dict[str, bytes | None]:
+    """Every path under `root`, with its content."""
+    paths = sorted(root.rglob("*"))
+    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in paths}
+
+
+def run(*arguments: str) -> int:
+    """The exit code of the command."""
+    try:
+        return cli.main(list(arguments))
+    except SystemExit as stopped:
+        assert isinstance(stopped.code, int)
+        return stopped.code
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """The one line that the command says before it stops with 2, having changed nothing."""
+    before = tree(Path.cwd())
+    capsys.readouterr()
+    code = run(*arguments)
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert tree(Path.cwd()) == before
+    assert error.endswith("\n")
+    assert error.count("\n") == 1, error
+    assert error.startswith("l0fast"), error
+    return error
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of FAST with --density 0.5."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    assert run(*FAST, "--density", "0.5", "--quiet", "--out", str(out)) == 0
+    return out
+
+
+# --- what works ----------------------------------------------------------------------------------
+
+
+def test_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert {path.name for path in finished.iterdir()} == set(FILES)
+    summary = json.loads((finished / SUMMARY).read_text())
+    identity = {"dataset": "digits", "model": "mlp", "widths": [16, 8], "recipe": "default"}
+    assert summary.items() >= (identity | {"seed": 0, "epochs": 2, "target_density": 0.5}).items()
+    assert summary["feasible"] is True
+    assert summary["validation_fraction"] == 1 / 12
+
+    def dense() -> torch.nn.Module:
+        return models.build("mlp", (1, 8, 8), 10, (16, 8))
+
+    small = load_pruned(dense, finished / PRUNED)
+    assert sum(p.numel() for p in small.parameters()) == summary["params"]
+
+
+def test_the_report_and_the_progress(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*FAST, "--density", "0.5", "--compare-dense", "--out", "x") == 0
+    said = capsys.readouterr()
+    summary = json.loads(Path("x", SUMMARY).read_text())
+    dense = json.loads(Path("x", "dense", SUMMARY).read_text())
+    assert summary["dense_test_error_percent"] == dense["test_error_percent"]
+    error, other = summary["test_error_percent"], dense["test_error_percent"]
+    line = f"pruned model {summary['architecture']}: test error {error:.2f} % (dense: {other:.2f} %)"
+    assert line in said.out.splitlines()
+    assert f"density {summary['realised_density']:.4f}, within 0.5" in said.out
+    for word in ("loss", "test error", "density", "lambda", "2/2"):
+        assert word in said.err
+    assert str(Path("x", PLOT)) in said.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "out", "wanted"),
+    [
+        (("--density", "0.5"), "digits-mlp-density-0.5-seed-0", {"target_density": 0.5}),
+        (("--density", "1", "--seed", "7"), "digits-mlp-density-1-seed-7", {"seed": 7}),
+        (
+            ("--layer-density", "fc1=0.5,fc[23]=0.75"),
+            "digits-mlp-density-fc1=0.5,fc[23]=0.75-seed-0",
+            {"target_layer_density": {"fc1": 0.5, "fc[23]": 0.75}},
+        ),
+        (
+            ("--layer-density", "0.5"),
+            "digits-mlp-density-0.5-seed-0",
+            {"target_layer_density": {"fc1": 0.5, "fc2": 0.5, "fc3": 0.5}},
+        ),
+        (
+            ("--penalty", "0.1", "--penalty-per-example"),
+            "digits-mlp-penalty-0.1-seed-0",
+            {"penalty": 0.1, "feasible": None, "target_density": None},
+        ),
+        (("--dense",), "digits-mlp-dense-seed-0", {"params_fraction": 1.0, "feasible": None}),
+        (
+            ("--density", "0.5", "--recipe", "published"),
+            "digits-mlp-density-0.5-seed-0",
+            {"recipe": "published", "validation_fraction": 0.0, "validation_error_percent": None},
+        ),
+    ],
+)
+def test_options(arguments: tuple[str, ...], out: str, wanted: dict[str, Any]) -> None:
+    assert run(*FAST, "--quiet", *arguments) == 0
+    summary = json.loads(Path("runs", out, SUMMARY).read_text())
+    assert summary.items() >= wanted.items()
+
+
+def test_settings_reach_the_trainer() -> None:
+    numbers = {"lr": 0.002, "gate_lr": 0.03, "dual_lr": 0.5, "weight_decay": 0.01}
+    options = [text for k, v in numbers.items() for text in (f"--{k.replace('_', '-')}", str(v))]
+    options += ["--batch-size", "500", "--no-restarts", "--validation-fraction", "0.25"]
+    assert run(*FAST, "--quiet", "--density", "0.5", *options, "--out", "x") == 0
+    summary = json.loads(Path("x", SUMMARY).read_text())
+    expected = numbers | {"batch_size": 500, "restarts": False, "epochs": 2, "density": 0.5}
+    assert summary["settings"].items() >= expected.items()
+    assert summary["validation_fraction"] == 0.25
+
+
+def test_lenet_and_the_published_recipe() -> None:
+    fast = ["train", "--model", "lenet5", "--widths", "3-4-5", "--epochs", "1", "--quiet"]
+    assert run(*fast, "--density", "0.5", "--recipe", "published", "--out", "x") == 0
+    summary = json.loads(Path("x", SUMMARY).read_text())
+    assert summary["feasible"] is True
+    assert len(summary["architecture"].split("-")) == 4
+    assert summary["settings"]["lr"] == models.PUBLISHED_SETTINGS["lr"]
+    assert summary["settings"]["epochs"] == 1  # a flag goes before the recipe
+
+
+def test_resume_of_a_finished_run_changes_nothing(finished: Path) -> None:
+    shutil.copytree(finished, "run")
+    before = tree(Path("run"))
+    assert run(*FAST, "--quiet", "--density", "0.5", "--out", "run", "--resume") == 0
+    after = tree(Path("run"))
+    for name in (METRICS, SUMMARY, PRUNED, CHECKPOINT):
+        assert after[name] == before[name], name
+
+
+def test_an_interrupt_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli.Trainer, "_train_epoch", interrupt)
+    assert run(*FAST, "--quiet", "--density", "0.5") == 130
+    error = capsys.readouterr().err
+    assert "--resume" in error
+    assert error.count("\n") == 1
+
+
+# --- what does not -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--dataset", "cifar10"), "dataset: got 'cifar10'; expected one of 'digits', 'mnist'"),
+        (("--model", "vgg"), "model: got 'vgg'; expected one of 'mlp', 'lenet5'"),
+        (("--recipe", "x"), "recipe: got 'x'; expected one of 'default', 'published'"),
+        (("--density", "0"), "density: got 0.0; expected a density in (0, 1]"),
+        (("--density", "1.5"), "density: got 1.5; expected a density in (0, 1]"),
+        (("--density", "-0.5"), "density: got -0.5; expected a density in (0, 1]"),
+        (("--density", "nan"), "density: got nan; expected a density in (0, 1]"),
+        (("--density", "abc"), "density: got 'abc'; expected a number"),
+        (("--density", ""), "density: got ''; expected a number"),
+        (("--density", "1e-9"), "got 1e-09; expected a density in [0.0"),
+        (("--density",), "argument --density: expected one argument"),
+        ((), "density: got None; expected --density, --layer-density, --penalty or --dense"),
+        (("--layer-density", "fc9=0.5"), "got 'fc9'; expected a pattern that matches one of ['fc1"),
+        (("--layer-density", "fc1=0.5,fc1=0.4"), "layer_density: got 'fc1=0.5,fc1=0.4'; expected N"),
+        (("--layer-density", "fc1=0.5,f*=0.4"), "got 'fc1'; expected layers of one group only"),
+        (("--layer-density", "fc1=0.5,"), "layer_density: got 'fc1=0.5,'; expected NAME=DENSITY"),
+        (("--layer-density", "=0.5"), "layer_density: got '=0.5'; expected NAME=DENSITY,..."),
+        (("--layer-density", "fc1=abc"), "layer_density[fc1]: got 'abc'; expected a number"),
+        (("--layer-density", "fc1=1.5"), "layer_density['fc1']: got 1.5; expected a density in (0"),
+        (("--layer-density", "fc1=1e-9"), "target['fc1']: got 1e-09; expected a density in [0.0"),
+        (("--layer-density", "abc"), "layer_density: got 'abc'; expected a number"),
+        (("--density", "0.5", "--penalty", "1"), "penalty: got 1.0; expected only one of"),
+        (("--density", "0.5", "--layer-density", "0.5"), "expected only one of density and layer"),
+        (("--density", "0.5", "--dense"), "dense: got True; expected no --density"),
+        (("--penalty", "-1"), "penalty: got -1.0; expected a number >= 0"),
+        (("--penalty", "abc"), "penalty: got 'abc'; expected a number"),
+        (("--dense", "--epochs", "0"), "epochs: got 0; expected a whole number >= 1"),
+        (("--dense", "--epochs", "-1"), "epochs: got -1; expected a whole number >= 1"),
+        (("--dense", "--epochs", "1.5"), "epochs: got '1.5'; expected a whole number"),
+        (("--dense", "--batch-size", "0"), "batch_size: got 0; expected a whole number >= 1"),
+        (("--dense", "--seed", "-1"), "seed: got -1; expected a whole number >= 0"),
+        (("--dense", "--seed", "9" * 30), "seed: got 9999"),
+        (("--dense", "--seed", "9" * 400), "seed: got 9999"),
+        (("--dense", "--lr", "0"), "lr: got 0.0; expected a number > 0"),
+        (("--density", "0.5", "--gate-lr", "x"), "gate_lr: got 'x'; expected a number"),
+        (("--density", "0.5", "--dual-lr", "-1"), "dual_lr: got -1.0; expected a number >= 0"),
+        (("--dense", "--threads", "0"), "threads: got 0; expected a whole number >= 1"),
+        (("--dense", "--widths", "300-abc"), "widths: got 'abc'; expected a whole number"),
+        (("--dense", "--widths", "300--100"), "widths: got ''; expected a whole number"),
+        (("--dense", "--widths", "0"), "widths: got (0,); expected whole numbers >= 1"),
+        (("--dense", "--model", "lenet5"), "widths: got (16, 8); expected three numbers"),
+        (("--dense", "--validation-fraction", "1"), "validation_fraction: got 1.0; expected a num"),
+        (("--dense", "--validation-fraction", "0.9999"), "validation_fraction: got 0.9999; expec"),
+        (("--dense", "--device", "abc"), "device: got 'abc'; expected a device of this machine"),
+        (("--dense", "--flag"), "unrecognized arguments: --flag"),
+        (("--dense", "--dataset", "mnist"), "data_root: got None; expected a torchvision data fol"),
+        (("--dense", "--dataset", "mnist", "--data-root", "no"), "data_root: got 'no'; expected"),
+    ],
+)
+def test_bad_input(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *FAST, *arguments, "--out", "x")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("fly",), "invalid choice: 'fly'"),
+        (("--version-of-what",), "required: COMMAND"),
+    ],
+)
+def test_bad_commands(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+def test_an_empty_data_root(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a network: one line, in no time."""
+    (tmp_path / "root").mkdir()
+    arguments = [*FAST, "--dense", "--dataset", "mnist", "--data-root", "root", "--out", "x"]
+    code = run(*arguments)
+    said = capsys.readouterr()
+    assert code == 2
+    assert said.err.count("\n") == 1
+    assert "data_root: got 'root'; expected a torchvision data folder that holds MNIST" in said.err
+    assert not Path("x").exists()
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
+
+
+def test_a_truncated_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = tmp_path / "root" / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        for kind in ("images-idx3-ubyte", "labels-idx1-ubyte"):
+            (raw / f"{part}-{kind}.gz").write_bytes(gzip.compress(bytes(1000))[:-5])
+    arguments = ["--dense", "--dataset", "mnist", "--data-root", "root", "--out", "x"]
+    message = refused(capsys, *FAST, *arguments)
+    assert "train-images-idx3-ubyte.gz" in message
+    assert "expected a whole idx file of MNIST" in message
+
+
+@pytest.mark.parametrize("out", ["file", "file/below", "/proc/self", "/proc/none/x", "/dev/null"])
+def test_a_folder_that_cannot_be_written(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    if out.startswith("/") and not Path(out).parent.parent.exists():
+        pytest.skip(f"no {Path(out).parent} here")
+    Path("file").write_text("precious")
+    refused(capsys, *FAST, "--density", "0.5", "--out", out)
+
+
+def test_an_existing_run_is_not_overwritten(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, "run")
+    message = refused(capsys, *FAST, "--density", "0.5", "--out", "run")
+    assert "out: got 'run'; expected a folder without a run in it (or resume it)" in message
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (("--density", "0.25"), "density: got 0.25; expected 0.5, as in the checkpoint run/check"),
+        (("--density", "0.5", "--epochs", "3"), "epochs: got 3; expected 2, as in the checkpoint"),
+        (("--density", "0.5", "--seed", "1"), "seed: got 1; expected 0, as in the checkpoint"),
+        (("--density", "0.5", "--widths", "16-9"), "widths: got [16, 9]; expected [16, 8], as in"),
+        (("--density", "0.5", "--model", "lenet5", "--widths", "3-4-5"), "expected 'mlp', as in"),
+        (("--density", "0.5", "--recipe", "published"), "as in the checkpoint"),
+        (("--penalty", "0.5"), "density: got None; expected 0.5, as in the checkpoint"),
+        (("--dense",), "density: got None; expected 0.5, as in the checkpoint"),
+    ],
+)
+def test_resuming_another_run(
+    finished: Path, changed: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, "run")
+    assert message in refused(capsys, *FAST, *changed, "--out", "run", "--resume")
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda c: c[: len(c) // 2], lambda c: b"", lambda c: b"garbage", lambda c: c[:-1]]
+)
+def test_a_damaged_checkpoint(
+    finished: Path, damage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, "run")
+    path = Path("run", CHECKPOINT)
+    path.write_bytes(damage(path.read_bytes()))
+    message = refused(capsys, *FAST, "--density", "0.5", "--out", "run", "--resume")
+    assert "resume: got 'run/checkpoint.pt'; expected a whole checkpoint of this project" in message
+
+
+def test_a_loss_that_is_no_number(capsys: pytest.CaptureFixture[str]) -> None:
+    code = run(*FAST, "--quiet", "--density", "0.5", "--lr", "1e30", "--out", "x")
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("l0fast train: loss (epoch 1): got nan; expected finite numbers")
+    assert error.count("\n") == 1
+    assert not Path("x", SUMMARY).exists()
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """What a shell sees: nothing but the line, and 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "l0fast", *FAST, "--density", "1.5", "--out", "x"],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])},
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "l0fast train: density: got 1.5; expected a density in (0, 1]\n"
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,175 @@
+"""The picture of a training: every curve is there, readable, and what the metrics say."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from l0fast import plots
+from l0fast._files import write_atomically
+
+LAYERS = {"conv1": 20, "conv2": 50, "fc1": 800, "fc2": 500}
+
+
+def history(epochs: int, kind: str, layers: dict[str, int] = LAYERS) -> list[dict[str, Any]]:
+    """Metrics such as the trainer's, of a made-up run."""
+    rows: list[dict[str, Any]] = []
+    for epoch in range(1, epochs + 1):
+        fraction = max(0.3, 1 - epoch / 20)
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "loss": 1 / epoch,
+            "train_error_percent": 20 / epoch + 0.5,
+            "validation_error_percent": 15 / epoch + 1,
+            "test_error_percent": 16 / epoch + 1,
+        }
+        if kind != "dense":
+            row["expected_density"] = fraction
+            row["realised_density"] = fraction - 0.01
+            row["layers"] = {
+                name: {
+                    "kept": int(fraction * size),
+                    "of": size,
+                    "expected_density": fraction + 0.02 * i,
+                }
+                for i, (name, size) in enumerate(layers.items())
+            }
+        if kind in ("model", "layers"):
+            names = ["model"] if kind == "model" else list(layers)
+            row["lambda"] = {name: (epoch % 7) * (1 + i) / 9 for i, name in enumerate(names)}
+            row["restarts"] = {name: epoch // 7 for name in names}
+        rows.append(row)
+    return rows
+
+
+def targets(kind: str, layers: dict[str, int] = LAYERS) -> dict[str, float] | None:
+    if kind == "layers":
+        return {name: 0.2 + 0.1 * (i % 6) for i, name in enumerate(layers)}
+    return {"model": 0.3} if kind == "model" else None
+
+
+def summary(kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "dataset": "digits",
+        "model": "lenet5",
+        "seed": 3,
+        "test_error_percent": 2.345,
+        "architecture": None,
+    }
+    if kind != "dense":
+        found |= {"realised_density": 0.2987, "architecture": "20-21-34-407"}
+    return found
+
+
+KINDS = ["model", "layers", "penalty", "dense"]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+def draw(kind: str, epochs: int = 30, layers: dict[str, int] = LAYERS) -> bytes:
+    stream: Any = io.BytesIO()
+    rows = history(epochs, kind, layers)
+    plots.plot_dynamics(rows, targets(kind, layers), summary(kind), stream)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("epochs", [1, 30])
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_is_a_picture(kind: str, epochs: int, tmp_path: Path) -> None:
+    path = tmp_path / "dynamics.png"
+    rows = history(epochs, kind)
+    write_atomically(path, lambda part: plots.plot_dynamics(rows, targets(kind), summary(kind), part))
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size[0] >= 1000
+        assert image.size[1] >= 700
+        colors = image.convert("RGB").getcolors(maxcolors=1 << 24)
+        assert colors is not None
+        # No empty canvas, nor one of text alone.
+        assert len({color for count, color in colors if len(set(color)) > 1 and count > 20}) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_curves_are_the_metrics(kind: str, figures: list[Figure]) -> None:
+    draw(kind)
+    rows = history(30, kind)
+    curves = {
+        (axis.get_title(), str(line.get_label())): list(line.get_ydata())
+        for axis in figures[0].axes
+        for line in axis.lines
+        if len(line.get_xdata()) == 30  # pyright: ignore[reportArgumentType]
+    }
+    found = list(curves.values())
+    names = ["train_error_percent", "validation_error_percent", "test_error_percent"]
+    wanted = [[row[name] for row in rows] for name in names]
+    if kind == "model":
+        wanted += [[row[n] for row in rows] for n in ("expected_density", "realised_density")]
+    if kind == "layers":
+        wanted += [[r["layers"][n]["expected_density"] for r in rows] for n in LAYERS]
+    if kind in ("model", "layers"):
+        wanted += [[row["lambda"][name] for row in rows] for name in rows[0]["lambda"]]
+    if kind != "dense":
+        wanted += [[r["layers"][n]["kept"] / size for r in rows] for n, size in LAYERS.items()]
+    for values in wanted:
+        assert any(values == pytest.approx(curve) for curve in found)
+    levels = {
+        float(line.get_ydata()[0])  # pyright: ignore
+        for line in figures[0].axes[0].lines
+        if len(set(line.get_ydata())) == 1  # pyright: ignore
+    }
+    assert levels >= set((targets(kind) or {}).values())
+
+
+@pytest.mark.parametrize("kind", ["model", "layers"])
+def test_restarts_are_marked(kind: str, figures: list[Figure]) -> None:
+    draw(kind)
+    axis = next(axis for axis in figures[0].axes if "lambda" in axis.get_title())
+    marked = [list(line.get_xdata()) for line in axis.lines if line.get_marker() == "v"]
+    assert marked == [[7, 14, 21, 28]] * (1 if kind == "model" else 4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_text_lies_on_another_or_outside(kind: str, figures: list[Figure]) -> None:
+    draw(kind)
+    figure = figures[0]
+    renderer: Any = figure.canvas.get_renderer()  # pyright: ignore[reportAttributeAccessIssue]
+    canvas = figure.bbox
+    boxes: list[tuple[str, Any]] = []
+    for axis in figure.axes:
+        axis_boxes = [("title", axis.title), ("xlabel", axis.xaxis.label)]
+        legend = axis.get_legend()
+        if legend is not None:
+            axis_boxes.append(("legend", legend))
+        boxes += [(f"{axis.get_title()} {n}", a.get_window_extent(renderer)) for n, a in axis_boxes]
+    for index, (name, box) in enumerate(boxes):
+        assert canvas.x0 <= box.x0 < box.x1 <= canvas.x1, name
+        assert canvas.y0 <= box.y0 < box.y1 <= canvas.y1, name
+        for other, second in boxes[index + 1 :]:
+            assert not box.overlaps(second), (name, other)
+
+
+def test_colours_and_line_styles_tell_curves_apart(figures: list[Figure]) -> None:
+    """Each curve of a panel has a style of its own, also with more layers than colours."""
+    layers = {f"block{i}.linear": 100 + i for i in range(14)}
+    draw("layers", 30, layers)
+    for axis in figures[0].axes:
+        curves = [line for line in axis.lines if len(line.get_xdata()) == 30]  # pyright: ignore
+        styles = [(line.get_color(), line.get_linestyle()) for line in curves]
+        assert len(set(styles)) == len(styles), axis.get_title()
