@@ -1,5 +1,7 @@
 """Constrained L0 sparsity for PyTorch: name a density, train once, get a smaller model."""
 
+import typing as _typing
+
 from l0fast import functional
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.density import density
@@ -9,6 +11,10 @@ from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
 from l0fast.prune import prune
 from l0fast.saving import load_pruned, save_pruned
 from l0fast.sparsify import param_groups, sparsify_
+from l0fast.trainer import Trainer, TrainerSettings
+
+if _typing.TYPE_CHECKING:
+    from l0fast.trainer import Trainer, TrainerSettings
 
 __version__ = "0.1.0"
 
@@ -32,12 +38,3 @@ __all__ = [
     "save_pruned",
     "sparsify_",
 ]
-
-
-def __getattr__(name: str) -> object:
-    # The trainer is loaded when it is asked for: a user's own loop needs none of it.
-    if name in ("Trainer", "TrainerSettings"):
-        from l0fast import trainer
-
-        return getattr(trainer, name)
-    raise AttributeError(f"module 'l0fast' has no attribute {name!r}")

@@ -6,9 +6,7 @@ import math
 from typing import NoReturn
 
 
-def refuse(
-    name: str, got: object, expected: str, error: type[Exception] = ValueError
-) -> NoReturn:
+def refuse(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raises `error` with the one form every message of the library has."""
     raise error(f"{name}: got {got!r}; expected {expected}")
 

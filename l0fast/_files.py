@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-
 PARTS = ".*.part"
 """Pattern of the temporary files, which only a killed process leaves behind."""
 

@@ -109,7 +109,8 @@ def _layer_density(text: str | None, layers: list[str]) -> dict[str, float] | No
     if text is None:
         return None
     if "=" not in text:
-        return dict.fromkeys(layers, _number("layer_density", text))
+        density: float = _number("layer_density", text)
+        return dict.fromkeys(layers, density)
     targets: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")

@@ -156,7 +156,7 @@ class DensityTable:
 
     def __str__(self) -> str:
         head = ("layer", "gates", "open", "of", "expected", "realised", "params", "MACs")
-        rows = [head]
+        rows: list[tuple[str, ...]] = [head]
         for row in (*self.layers, self.total):
             macs = "-" if row.macs is None else f"{row.macs:,}"
             densities = f"{row.expected:.4f}", f"{row.realised:.4f}"

@@ -35,9 +35,7 @@ class DualAscent:
     def __post_init__(self) -> None:
         _checks.number("lr", self.lr, "a number >= 0", low=0.0)
 
-    def step_(
-        self, multiplier: Tensor, violation: Tensor, lr: Tensor, restarts: Tensor
-    ) -> None:
+    def step_(self, multiplier: Tensor, violation: Tensor, lr: Tensor, restarts: Tensor) -> None:
         """One ascent step on `multiplier` [C], in place.
 
         Args:

@@ -293,7 +293,7 @@ def extents(trace: Trace, sites: Iterable[Site], views: bool = True) -> dict[str
         extent.rows = extent.leaves & site.writes
         if flow is not None:
             extent.arrives = exists[flow.labels]
-            extent.columns = columns[name] | spared[flow.labels]
+            extent.columns = columns[name]
             if not bool(extent.columns.any()):
                 extent.columns[extent.arrives.nonzero()[0]] = True
     return result

@@ -47,9 +47,7 @@ class HardConcrete:
     bound: float = 10.0
 
     def __post_init__(self) -> None:
-        _checks.number(
-            "temperature", self.temperature, "a number > 0", low=0.0, open_low=True
-        )
+        _checks.number("temperature", self.temperature, "a number > 0", low=0.0, open_low=True)
         _checks.number("gamma", self.gamma, "a number < 0", high=0.0, open_high=True)
         _checks.number("zeta", self.zeta, "a number > 1", low=1.0, open_low=True)
         _checks.number("bound", self.bound, "a number > 0", low=0.0, open_low=True)
@@ -107,9 +105,7 @@ class HardConcrete:
         density = _checks.density("density", density)
         if density == 1.0:
             return self.bound
-        return max(
-            -self.bound, min(self.bound, math.log(density / (1 - density)) - self.shift)
-        )
+        return max(-self.bound, min(self.bound, math.log(density / (1 - density)) - self.shift))
 
     @property
     def lowest_density(self) -> float:

@@ -26,7 +26,7 @@ def _spent(node: Any) -> bool:
     """Whether a backward pass has gone through this node of autograd (see `autograd.functions`)."""
     if getattr(node, "spent", False):
         return True
-    try:  # slow only where it raises: a compiled forward's node, which does not say that it is spent
+    try:  # a compiled forward's node does not say so; asking it is slow only where it raises
         getattr(node, "_raw_saved_tensors", None)
     except RuntimeError:
         return True
@@ -291,9 +291,7 @@ class Gated:
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         return {**state, "_drawn": _NOT_DRAWN, "_counted": _NOT_DRAWN[1]}
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The state of the dense layer loads too: the gates then stay as they are.
         key = prefix + "log_alpha"
         if key not in state_dict and prefix + "weight" in state_dict:

@@ -8,13 +8,17 @@ from typing import Any
 
 # Okabe and Ito's palette: told apart with any kind of colour vision; line styles say it again.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
+PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
 STYLES = ("-", "--", "-.", ":")
+LEGEND_ENTRIES = 16
+NAME_LENGTH = 28
+
+Rows = list[dict[str, Any]]
 
 
 def plot_dynamics(
-    history: list[dict[str, Any]],
+    history: Rows,
     targets: Mapping[str, float] | None,
     summary: Mapping[str, Any],
     path: Path,
@@ -30,19 +34,21 @@ def plot_dynamics(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 7.2), layout="constrained")
+    figure = Figure(figsize=(14, 7.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2)
-    epochs = [row["epoch"] for row in history]
     gated = "expected_density" in history[0]
-    _density(axes[0][0], epochs, history, targets, summary, gated)
-    _multipliers(axes[0][1], epochs, history)
-    _errors(axes[1][0], epochs, history, summary, gated)
-    _kept(axes[1][1], epochs, history, gated)
+    _density(axes[0][0], history, targets or {}, summary)
+    _multipliers(axes[0][1], history)
+    _errors(axes[1][0], history, summary, gated)
+    _kept(axes[1][1], history)
+    last = history[-1]["epoch"]
     for axis in axes.flat:
         axis.set_xlabel("epoch")
         axis.grid(alpha=0.25)
-        axis.margins(x=0.02)
+        axis.set_xlim(0, last * 1.02)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        _legend(axis)
     figure.suptitle(_title(summary))
     figure.savefig(path, format="png", dpi=120)
 
@@ -56,123 +62,148 @@ def _title(summary: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def _legend(axis: Any) -> None:
+    """Beside the panel, where no curve can be."""
+    handles, labels = axis.get_legend_handles_labels()
+    if not handles:
+        return
+    more = len(handles) - LEGEND_ENTRIES
+    axis.legend(
+        handles[:LEGEND_ENTRIES],
+        labels[:LEGEND_ENTRIES],
+        title=f"(and {more} more)" if more > 0 else None,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.0),
+        borderaxespad=0.0,
+        frameon=False,
+        fontsize=9 if len(handles) <= 10 else 7,
+        title_fontsize=7,
+        alignment="left",
+    )
+
+
+def _short(name: str) -> str:
+    """The end of a long name."""
+    return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]
+
+
 def _absent(axis: Any, words: str) -> None:
     axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center")
 
 
+def _style(index: int) -> dict[str, Any]:
+    """Colour and line style of curve `index`: neighbours differ in both, 24 in one at least."""
+    return {
+        "color": CYCLE[index % len(CYCLE)],
+        "ls": STYLES[(index + index // 12) % len(STYLES)],
+    }
+
+
+def _curve(axis: Any, history: Rows, values: list[float], **style: Any) -> None:
+    # A single point makes no line.
+    marker = {"marker": "o", "ms": 3} if len(history) == 1 else {}
+    axis.plot([row["epoch"] for row in history], values, **marker, **style)
+
+
+def _result(axis: Any, history: Rows, value: float, label: str) -> None:
+    """The pruned model's value, at the last epoch."""
+    at = [history[-1]["epoch"]]
+    axis.plot(at, [value], marker="o", ls="", color=BLACK, label=label, clip_on=False, zorder=5)
+
+
 def _density(
-    axis: Any,
-    epochs: list[int],
-    history: list[dict[str, Any]],
-    targets: Mapping[str, float] | None,
-    summary: Mapping[str, Any],
-    gated: bool,
+    axis: Any, history: Rows, targets: Mapping[str, float], summary: Mapping[str, Any]
 ) -> None:
     axis.set_title("density")
     axis.set_ylim(0, 1.03)
-    if not gated:
+    if "expected_density" not in history[0]:
         _absent(axis, "dense: no gates")
         return
     expected = [row["expected_density"] for row in history]
-    realised = [row["realised_density"] for row in history]
-    axis.plot(epochs, expected, color=BLUE, label="expected")
-    axis.plot(epochs, realised, color=VERMILLION, ls="--", label="realised (evaluation gates)")
-    axis.plot(
-        epochs[-1],
-        summary["realised_density"],
-        marker="o",
-        ls="",
-        color=BLACK,
-        label=f"pruned: {summary['realised_density']:.4f}",
-        clip_on=False,
-        zorder=5,
-    )
-    for index, (name, target) in enumerate((targets or {}).items()):
-        label = f"target {target:g}" + ("" if len(targets or {}) == 1 else f" ({name})")
-        axis.axhline(target, color=BLACK, ls=STYLES[(index + 2) % 4], lw=1.2, label=label)
-    axis.legend(loc="best")
+    if len(targets) > 1:
+        for index, (name, target) in enumerate(targets.items()):
+            style = _style(index)
+            if len(targets) <= len(CYCLE):
+                style["ls"] = "-"
+            label = f"{_short(name)}, target {target:g}"
+            _curve(axis, history, [row["density"][name] for row in history], label=label, **style)
+            axis.axhline(target, color=style["color"], ls=(0, (1, 2)), lw=1)
+        _curve(axis, history, expected, color=GREY, ls=(0, (5, 1)), lw=1, label="whole model")
+    else:
+        realised = [row["realised_density"] for row in history]
+        _curve(axis, history, expected, color=BLUE, label="expected")
+        label = "realised\n(evaluation gates)"
+        _curve(axis, history, realised, color=VERMILLION, ls="--", label=label)
+        for target in targets.values():
+            axis.axhline(target, color=BLACK, ls="-.", lw=1.2, label=f"target {target:g}")
+    value = summary["realised_density"]
+    _result(axis, history, value, f"pruned: {value:.4f}")
 
 
-def _multipliers(axis: Any, epochs: list[int], history: list[dict[str, Any]]) -> None:
+def _multipliers(axis: Any, history: Rows) -> None:
     axis.set_title("multiplier $\\lambda$")
     if "lambda" not in history[0]:
         _absent(axis, "no constraint")
         return
-    marked = False
+    restarted = False
     for index, name in enumerate(history[0]["lambda"]):
         values = [row["lambda"][name] for row in history]
-        color = CYCLE[index % len(CYCLE)]
-        axis.plot(epochs, values, color=color, ls=STYLES[index // len(CYCLE) % 4], label=name)
-        before = [0, *(row["restarts"][name] for row in history[:-1])]
-        now = [row["restarts"][name] for row in history]
-        hits = [i for i, (a, b) in enumerate(zip(before, now, strict=True)) if b > a]
+        _curve(axis, history, values, label=_short(name), **_style(index))
+        counts = [0, *(row["restarts"][name] for row in history)]
+        hits = [i for i in range(len(history)) if counts[i + 1] > counts[i]]
         if hits:
             axis.plot(
-                [epochs[i] for i in hits],
+                [history[i]["epoch"] for i in hits],
                 [values[i] for i in hits],
                 marker="v",
                 ls="",
-                color=color,
+                color=CYCLE[index % len(CYCLE)],
                 mec=BLACK,
                 mew=0.5,
-                label=None if marked else "epoch with dual restarts",
+                clip_on=False,
+                zorder=4,
             )
-            marked = True
+            restarted = True
+    if restarted:
+        label = "epoch with\ndual restarts"
+        axis.plot([], [], marker="v", ls="", color=GREY, mec=BLACK, mew=0.5, label=label)
     axis.set_ylim(bottom=0)
-    axis.legend(loc="best")
 
 
-def _errors(
-    axis: Any,
-    epochs: list[int],
-    history: list[dict[str, Any]],
-    summary: Mapping[str, Any],
-    gated: bool,
-) -> None:
+def _errors(axis: Any, history: Rows, summary: Mapping[str, Any], gated: bool) -> None:
     axis.set_title("error (%)")
     curves = (
-        ("train_error_percent", "train (gates sampled)" if gated else "train", GREEN, ":"),
+        ("train_error_percent", "train\n(gates sampled)" if gated else "train", GREEN, ":"),
         ("validation_error_percent", "validation", ORANGE, "--"),
         ("test_error_percent", "test", BLUE, "-"),
     )
+    values: list[float] = []
     for key, label, color, style in curves:
         if key in history[0]:
-            axis.plot(epochs, [row[key] for row in history], color=color, ls=style, label=label)
+            one = [row[key] for row in history]
+            _curve(axis, history, one, color=color, ls=style, label=label)
+            values += one
     if gated:
-        axis.plot(
-            epochs[-1],
-            summary["test_error_percent"],
-            marker="o",
-            ls="",
-            color=BLACK,
-            label=f"test, pruned: {summary['test_error_percent']:.2f} %",
-            clip_on=False,
-            zorder=5,
-        )
-    values = [row[key] for key, *_ in curves if key in history[0] for row in history]
+        error = summary["test_error_percent"]
+        _result(axis, history, error, f"test, pruned:\n{error:.2f} %")
+        values.append(error)
     if min(values) > 0 and max(values) > 8 * min(values):
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter("{x:g}")
         axis.tick_params(axis="y", which="minor", labelsize=7)
-    axis.legend(loc="best")
+    else:
+        axis.set_ylim(bottom=0)
 
 
-def _kept(axis: Any, epochs: list[int], history: list[dict[str, Any]], gated: bool) -> None:
+def _kept(axis: Any, history: Rows) -> None:
     axis.set_title("kept gates by layer")
-    if not gated:
+    if "layers" not in history[0]:
         _absent(axis, "dense: no gates")
         return
     for index, (name, layer) in enumerate(history[0]["layers"].items()):
         kept = [row["layers"][name]["kept"] / layer["of"] for row in history]
-        last = history[-1]["layers"][name]["kept"]
-        axis.plot(
-            epochs,
-            kept,
-            color=CYCLE[index % len(CYCLE)],
-            ls=STYLES[index % 4],
-            label=f"{name}: {last} of {layer['of']}",
-        )
+        label = f"{_short(name)}: {history[-1]['layers'][name]['kept']} of {layer['of']}"
+        _curve(axis, history, kept, label=label, **_style(index))
     axis.set_ylim(0, 1.03)
     axis.set_ylabel("fraction")
-    axis.legend(loc="best")

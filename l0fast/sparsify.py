@@ -132,9 +132,7 @@ def sparsify_(
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
     _checks.one_of("gates", gates, ("auto", *GATES))
     if density_init is not None and droprate_init is not None:
-        _checks.refuse(
-            "droprate_init", droprate_init, "only one of density_init and droprate_init"
-        )
+        _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
     layers = _eligible(model)
     names = list(layers)
     if "" in layers:

@@ -52,7 +52,8 @@ class TrainerSettings:
         seed: of the order of the examples. (torch.manual_seed governs weights and gates.)
         lr: learning rate of Adam for the weights.
         gate_lr: of the gates; None: GATE_TRAVEL / number of steps, within GATE_LR_RANGE.
-        dual_lr: dual learning rate; None: DUAL_GAIN / number of steps, at most DUAL_LR_MOST.
+        dual_lr: dual learning rate; None: DUAL_GAIN / (least target x number of steps), at most
+            DUAL_LR_MOST.
         restarts: dual restarts.
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
@@ -113,20 +114,21 @@ class TrainerSettings:
         return not (self.density is None and self.layer_density is None and self.penalty is None)
 
 
-DUAL_GAIN = 100.0
+DUAL_GAIN = 33.0
 DUAL_LR_MOST = 0.1
 GATE_TRAVEL = 30.0
 GATE_LR_RANGE = (0.03, 0.1)
 
 
-def default_dual_lr(steps: int) -> float:
-    """The dual learning rate for a training of that many steps.
+def default_dual_lr(steps: int, target: float) -> float:
+    """The dual learning rate for a training of that many steps to that density.
 
     The multiplier that holds a target is of the order of the loss's sensitivity to density (1.5
-    to 7 for the models here). At a violation of 0.6 this rate gets there in about a twentieth of
-    the training, but never in fewer steps than the weights need to learn anything.
+    to 7 for the models here), and the violation shrinks with the target. At 33 % this rate gets
+    there in about a twentieth of the training, but never in fewer steps than the weights need to
+    learn anything.
     """
-    return min(DUAL_GAIN / steps, DUAL_LR_MOST)
+    return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
 
 
 def default_gate_lr(steps: int) -> float:
@@ -211,7 +213,8 @@ class Trainer:
         except TypeError:
             _checks.refuse("identity", identity, "facts that JSON can hold", TypeError)
         self.out = None if out is None else Path(out)
-        self.data = Data(*(self._place(part) for part in data[:3]), data.num_classes)
+        train, validation, test = (self._place(part) for part in data[:3])
+        self.data = Data(train, validation, test, data.num_classes)
         model.to(self.device)
         if data.train.inputs.dim() == 4:
             model.to(memory_format=torch.channels_last)
@@ -253,7 +256,9 @@ class Trainer:
         if target is None:
             return None
         lr = settings.dual_lr
-        lr = default_dual_lr(self.total_steps) if lr is None else lr
+        if lr is None:
+            least = min(target.values()) if isinstance(target, Mapping) else target
+            lr = default_dual_lr(self.total_steps, least)
         return DensityConstraint(self.model, target, dual=DualAscent(lr, settings.restarts))
 
     def _optimizer(self) -> torch.optim.Optimizer:
@@ -337,12 +342,14 @@ class Trainer:
                 for layer in table.layers
             }
         if isinstance(self.term, DensityConstraint):
-            row["lambda"] = dict(
-                zip(self.term.names, self.term.multiplier.tolist(), strict=True)
-            )
-            row["restarts"] = dict(
-                zip(self.term.names, self.term.restarts.long().tolist(), strict=True)
-            )
+            with torch.no_grad():
+                by_constraint = {
+                    "density": self.term.densities(),
+                    "lambda": self.term.multiplier,
+                    "restarts": self.term.restarts.long(),
+                }
+            for key, values in by_constraint.items():
+                row[key] = dict(zip(self.term.names, values.tolist(), strict=True))
         return row
 
     # --- the whole run --------------------------------------------------------------------------
@@ -541,9 +548,7 @@ class Trainer:
                 "none" if name not in part else str(tuple(part[name] or ())) for part in shapes
             )
             if mine != saved:
-                _checks.refuse(
-                    f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}"
-                )
+                _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.term is not None:

@@ -128,7 +128,8 @@ def test_mnist_is_read_without_writing(
 def test_real_mnist(mnist_root: Path) -> None:
     loaded = data.load("mnist", str(mnist_root), validation_fraction=1 / 12)
     assert loaded.validation is not None
-    assert [len(split.targets) for split in loaded[:3]] == [55_000, 5_000, 10_000]
+    sizes = [len(split.targets) for split in (loaded.train, loaded.validation, loaded.test)]
+    assert sizes == [55_000, 5_000, 10_000]
     assert loaded.train.inputs.shape == (55_000, 1, 28, 28)
     # The published normalisation.
     assert float(loaded.train.inputs.mean()) == pytest.approx(0, abs=0.01)
@@ -197,6 +198,6 @@ def test_bad_arguments(
     arguments: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(data.DATA_ROOT_VARIABLE, raising=False)
-    with pytest.raises(error) as caught:  # noqa: PT011
+    with pytest.raises(error) as caught:
         data.load(*arguments)
     assert str(caught.value).startswith(message)

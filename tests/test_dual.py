@@ -47,7 +47,7 @@ def solution(groups: list[list[str]], targets: list[float]) -> tuple[dict[str, T
         multipliers.append((1 - target) / spread)
         for name in names:
             p[name] = 1 - multipliers[-1] * share[name] / STIFFNESS[name]
-    assert all(bool(((0.05 < q) & (q < 0.95)).all()) for q in p.values())  # inside the bounds
+    assert all(bool(((q > 0.05) & (q < 0.95)).all()) for q in p.values())  # inside the bounds
     return p, torch.tensor(multipliers, dtype=torch.float64)
 
 

@@ -73,7 +73,8 @@ def write(temporary):
 os.replace = die
 files.write_atomically(Path({str(path)!r}), write)
 """
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, timeout=60)
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(argv, check=False, capture_output=True, timeout=60)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert path.read_text() == "old"
     left = sorted(p.name for p in tmp_path.iterdir() if p != path)

@@ -101,10 +101,11 @@ def test_what_is_written_in_place_is_no_longer_zero() -> None:
     assert found["a"].leaves.all()
 
 
-def test_what_an_unknown_op_writes_in_place_is_no_longer_zero() -> None:
+@pytest.mark.parametrize("write", [lambda part: part.add_(1.0), lambda part: part.fill_(1.0)])
+def test_what_is_written_into_a_part_is_no_longer_zero(write: Callable[[Tensor], Any]) -> None:
     def forward(net: Any, x: Tensor) -> Tensor:
         y = net.a(x)
-        y[:, 2:4].add_(1.0)
+        write(y[:, 2:4])
         return net.b(y)
 
     found = look(forward, a={"writes": [0, 5]})
@@ -147,6 +148,20 @@ def test_a_fixed_reader_reads_everything() -> None:
     assert found["a"].leaves.all()
     assert found["a"].stops == ["'b', which is kept as it is (so)"]
     assert found["b"].arrives.all()
+
+
+def test_a_reader_called_twice_reads_everything() -> None:
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.a(x)
+        return net.b(y) + net.b(y.relu())
+
+    found = look(forward, b={"reads": [1]}, a={"writes": [1, 2]})
+    assert found["a"].leaves.all()
+    assert found["a"].stops == ["'b', which is kept as it is (called 2 times)"]
+    assert found["b"].arrives.all()
+    assert units(found["b"].columns) == [1]
+    behind = look(lambda net, x: net.b(net.a(net.a(x[:, :1].expand(-1, 3))[:, :3])))
+    assert behind["b"].source == "'a'"
 
 
 def test_a_reader_along_another_dimension_reads_everything() -> None:
@@ -201,14 +216,15 @@ def test_each_layer_by_itself() -> None:
     assert full.rows.all()
 
 
-def test_a_region_under_no_grad_is_not_followed_but_right() -> None:
+@pytest.mark.parametrize("region", [torch.no_grad, torch.enable_grad])
+def test_a_region_under_another_mode_is_not_followed_but_right(region: Any) -> None:
     class Frozen(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.a, self.b = nn.Linear(3, 8), nn.Linear(8, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
+            with region():
                 y = torch.relu(self.a(x))
             return self.b(y)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -203,6 +205,7 @@ MOMENTS: dict[str, Callable[[Any, Tensor], object]] = {
         model(x),
         torch.no_grad()(model.fc1.log_alpha.add_)(1),
     ),
+    "after a layer alone": lambda model, x: (model(x), model.fc1(torch.ones(1, 96))),
     "after the backward": lambda model, x: model(x).sum().backward(),
     "a second time": lambda model, x: (
         model(x),
@@ -260,6 +263,19 @@ def test_a_loss_and_a_constraint_may_go_backward_apart() -> None:
 
     for one, other in zip(gradients(True), gradients(False), strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_a_draw_does_not_keep_its_model_alive() -> None:
+    model = gated()
+    model(example()).sum().backward()
+    conv, enabled = weakref.ref(model.conv), gc.isenabled()
+    gc.disable()  # a cycle would hold the parameters until the next collection
+    try:
+        del model
+        assert conv() is None
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def test_a_training_step_dispatches_at_most_80_operations_and_reads_nothing_back() -> None:
@@ -354,6 +370,7 @@ def test_activation_checkpointing_replays_the_same_gates(noise: str, gates: str)
         model.zero_grad()
         loss = seeded(model, x).square().sum() + constraint()
         torch.rand(7)  # what happens between does not matter
+        model.net.fc2(torch.ones(1, 8))
         loss.backward()
         results.append([parameter.grad.clone() for parameter in model.parameters()])
     for plain, replayed in zip(*results, strict=True):
@@ -426,6 +443,22 @@ def test_compile_traces_a_model_once_for_all_steps(gates: str, training: bool) -
                 parameter.grad = gradient
             optimizer.step()
             constraint.step()
+
+
+def test_a_compiled_loss_and_a_constraint_may_go_backward_apart() -> None:
+    model, x = gated(), example()
+    constraint = DensityConstraint(model, 0.5)
+    constraint.multiplier.fill_(1.0)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, fullgraph=True, backend="aot_eager")
+    gradients = []
+    for run in (model, compiled):
+        model.zero_grad()
+        seeded(run, x).square().sum().backward()
+        constraint().backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    for eager, one in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, eager, rtol=1e-4, atol=1e-5)
 
 
 def test_a_layer_compiled_by_itself() -> None:

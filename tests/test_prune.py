@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, L0Linear, graph, prune, sparsify_
 from l0fast.budget import budget, choose, most_within, spent
-from l0fast.compact import gather, scatter
+from l0fast.compact import Edit, edited, gather, scatter
 from l0fast.constraint import TARGETS
 from l0fast.layers import gated_layers
 from l0fast.proof import relative_error
@@ -417,6 +417,20 @@ def test_gather_and_scatter_along_channels() -> None:
         y = scatter(torch.tensor([1, 2, 4]), 6, -3)(x)
         assert torch.equal(y[..., [1, 2, 4], :, :], x)
         assert not y[..., [0, 3, 5], :, :].any()
+
+
+def test_an_edit_leaves_its_layer_and_keeps_the_layout() -> None:
+    layer = nn.Conv2d(8, 6, 3).to(memory_format=torch.channels_last)
+    before = copy.deepcopy(layer.state_dict())
+    small: Any = edited(layer, Edit("conv", "Conv2d", (8, 6), (0, 3, 5), (1, 2)))
+    assert small.weight.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(small.weight, layer.weight[[1, 2]][:, [0, 3, 5]])
+    assert torch.equal(small.bias, layer.bias[[1, 2]])
+    assert (small.in_channels, small.out_channels) == (3, 2)
+    assert (layer.in_channels, layer.out_channels) == (8, 6)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    plain_layout: Any = edited(nn.Conv2d(8, 6, 3), Edit("conv", "Conv2d", (8, 6), (0, 3, 5)))
+    assert plain_layout.weight.is_contiguous()
 
 
 def test_training_goes_on_after_pruning() -> None:

@@ -28,6 +28,7 @@ PUBLIC = {
     "L0Linear",
     "L0Penalty",
     "Trainer",
+    "TrainerSettings",
     "__version__",
     "density",
     "functional",

@@ -6,6 +6,8 @@ training; their code is the command's, and a real process is killed while it sta
 
 from __future__ import annotations
 
+import importlib
+import io
 import json
 import os
 import random
@@ -15,13 +17,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from l0fast import Trainer, TrainerSettings, data, models
+from l0fast import Trainer, TrainerSettings, data, models, plots, prune, sparsify_
 from l0fast._files import PARTS
 from l0fast.trainer import CHECKPOINT, FILES, METRICS, PLOT, PRUNED, SUMMARY
 
@@ -30,8 +32,8 @@ KILLS = 20
 MAIN_WRITES = 2 * 3 + 3
 """Files written by 2 epochs: checkpoint and metrics at the start and after each; the pruned model,
 the picture, the summary."""
-COMMAND = "train --dataset digits --widths 16-8 --device cpu --threads 1 --quiet".split()
-COMMAND += ["--density", "0.5", "--gate-lr", "0.05", "--dual-lr", "0.1", "--epochs"]
+COMMAND = ["train", "--dataset", "digits", "--widths", "16-8", "--device", "cpu", "--threads", "1"]
+COMMAND += ["--quiet", "--density", "0.5", "--gate-lr", "0.05", "--dual-lr", "0.1", "--epochs"]
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 
@@ -42,29 +44,21 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 def warm_up() -> None:
     """Imports what the command imports on its way, by using it; without a backward pass, after
     which autograd would not run in a fork."""
-    import io
-
-    import sklearn.datasets
-    import torch.utils.flop_counter
-    import tqdm  # noqa: F401
-
-    import l0fast.cli
-    from l0fast import plots, prune, sparsify_
-
-    del sklearn, l0fast
+    for name in ("sklearn.datasets", "torch.utils.flop_counter", "tqdm", "l0fast.cli"):
+        importlib.import_module(name)
     torch.set_num_threads(1)
     model = sparsify_(models.build("mlp", (1, 8, 8), 10, (4,)))
     torch.optim.AdamW(model.parameters(), fused=True).zero_grad()
     prune(model, torch.randn(1, 1, 8, 8))
     row = {"epoch": 1, "train_error_percent": 1.0, "test_error_percent": 1.0}
-    plots.plot_dynamics([row], None, {"seed": 0} | row, io.BytesIO())  # pyright: ignore
+    picture: Any = io.BytesIO()
+    plots.plot_dynamics([row], None, {"seed": 0} | row, picture)
 
 
 def serve() -> None:
     """For each request on standard input, a fork that runs the command; then how it ended."""
     warm_up()
-    from l0fast import cli
-
+    command = importlib.import_module("l0fast.cli").main
     for line in sys.stdin:
         request = json.loads(line)
         started = time.monotonic()
@@ -77,13 +71,13 @@ def serve() -> None:
                 die_before_write(request["writes"])
             code = 1
             try:
-                code = cli.main(request["argv"])
+                code = command(request["argv"])
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
         seconds = request["seconds"]
-        ended = 0
+        ended = status = 0
         while not ended:
             ended, status = os.waitpid(child, os.WNOHANG)
             if not ended and seconds is not None and time.monotonic() - started >= seconds:
@@ -138,7 +132,7 @@ class Server:
             "writes": writes,
         }
         stdin, stdout = self.process.stdin, self.process.stdout
-        assert isinstance(stdin, IO) or stdin is not None
+        assert stdin is not None
         assert stdout is not None
         stdin.write(json.dumps(request) + "\n")
         stdin.flush()

@@ -242,7 +242,9 @@ def test_a_refusal_leaves_the_model_untouched(name: str) -> None:
     model = Net()
     model.body.eval()
     before = snapshot(model)
-    with pytest.raises((ValueError, TypeError, KeyError, RuntimeError), match=r"expected|conv1|conv2d"):
+    with pytest.raises(
+        (ValueError, TypeError, KeyError, RuntimeError), match=r"expected|conv1|conv2d"
+    ):
         sparsify_(model, **BAD[name])
     assert snapshot(model) == before
 

@@ -37,7 +37,7 @@ METRICS_OF = {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
     "gated": {"expected_density", "realised_density", "layers"},
-    "constrained": {"lambda", "restarts"},
+    "constrained": {"density", "lambda", "restarts"},
 }  # fmt: skip
 SUMMARY_OF = {
     "always": {
@@ -79,9 +79,15 @@ def small_mlp() -> nn.Module:
     return models.build("mlp", (1, 8, 8), 10, (32, 16))
 
 
+def quick(**settings: Any) -> TrainerSettings:
+    """QUICK, with changes."""
+    chosen: dict[str, Any] = QUICK | settings
+    return TrainerSettings(**chosen)
+
+
 def trainer(digits: Data, out: Path | None = None, **settings: Any) -> Trainer:
     identity = {"dataset": "digits", "model": "mlp"}
-    chosen = TrainerSettings(**QUICK | settings)
+    chosen = quick(**settings)
     return Trainer(small_mlp(), digits, chosen, out=out, identity=identity, device="cpu")
 
 
@@ -140,6 +146,7 @@ def test_the_pruned_model_is_the_gated_one(finished: Any, digits: Data) -> None:
     kind, one, summary, out = finished
     last = one.history[-1]
     assert last["test_error_percent"] == evaluate(one.model, digits.test)
+    assert digits.validation is not None
     assert last["validation_error_percent"] == evaluate(one.model, digits.validation)
     assert summary["best_test_error_percent"] == min(r["test_error_percent"] for r in one.history)
     if kind == "dense":
@@ -169,7 +176,7 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        for name in wanted - {"epoch", "layers", "lambda", "restarts"}:
+        for name in wanted - {"epoch", "layers", "density", "lambda", "restarts"}:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
         if "layers" in row:
@@ -179,7 +186,14 @@ def test_metrics(finished: Any) -> None:
                 assert 0 <= layer["kept"] <= layer["of"]
         if "lambda" in row:
             names = {"model"} if kind == "density" else sizes.keys()
-            assert row["lambda"].keys() == row["restarts"].keys() == names
+            for key in METRICS_OF["constrained"]:
+                assert row[key].keys() == names
+            if kind == "density":
+                assert row["density"]["model"] == pytest.approx(row["expected_density"], rel=1e-6)
+            else:
+                for name, layer in row["layers"].items():
+                    density = layer["expected_density"]
+                    assert row["density"][name] == pytest.approx(density, rel=1e-6)
             assert all(isinstance(count, int) for count in row["restarts"].values())
 
 
@@ -246,7 +260,7 @@ def test_a_model_of_the_users(digits: Data) -> None:
         Split(digits.test.inputs.flatten(1), digits.test.targets),
         10,
     )
-    one = Trainer(Own(), flat, TrainerSettings(**QUICK | {"density": 0.5}), device="cpu")
+    one = Trainer(Own(), flat, quick(density=0.5), device="cpu")
     assert gated_layers(one.model).keys() == {"first", "second", "head"}
     rows: list[dict[str, Any]] = []
     summary = one.fit(on_epoch=rows.append)
@@ -423,7 +437,7 @@ def test_what_is_no_number_stops_the_run(digits: Data, tmp_path: Path, where: st
     ],
 )
 def test_bad_settings(options: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as caught:  # noqa: PT011
+    with pytest.raises(error) as caught:
         TrainerSettings(**options)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
@@ -435,7 +449,7 @@ def test_bad_settings(options: Any, error: type[Exception], message: str) -> Non
         ({"density": 1e-9}, "target: got 1e-09; expected a density in ["),
         ({"layer_density": {}}, "target: got {}; expected at least one layer or pattern"),
         ({"layer_density": {"fc9": 0.5}}, "target: got 'fc9'; expected a pattern that matches one"),
-        ({"layer_density": {"fc1": 0.5, "f*": 0.5}}, "target: got 'fc1'; expected layers of one gr"),
+        ({"layer_density": {"fc1": 0.5, "f*": 0.5}}, "target: got 'fc1'; expected layers of one"),
         ({"layer_density": {"fc1": 1e-9}}, "target['fc1']: got 1e-09; expected a density in [0.0"),
     ],
 )
@@ -468,7 +482,8 @@ def spoiled(digits: Data, what: str) -> Any:
         case "infinity":
             test = Split(test.inputs / 0, test.targets)
         case _:
-            return Data((inputs.tolist(), targets), None, test, 10)  # pyright: ignore
+            wrong: Any = inputs.tolist(), targets
+            return Data(wrong, None, test, 10)
     return Data(Split(inputs, targets), None, test, 10)
 
 
@@ -487,7 +502,7 @@ def spoiled(digits: Data, what: str) -> Any:
     ],
 )
 def test_bad_data(digits: Data, tmp_path: Path, what: str, message: str) -> None:
-    with pytest.raises((ValueError, TypeError)) as caught:  # noqa: PT011
+    with pytest.raises((ValueError, TypeError)) as caught:
         Trainer(small_mlp(), spoiled(digits, what), TrainerSettings(), out=tmp_path / "run")
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "run").exists()
@@ -501,11 +516,13 @@ def test_bad_data(digits: Data, tmp_path: Path, what: str, message: str) -> None
         ({"model": "mlp"}, TypeError, "model: got 'str'; expected a torch.nn.Module"),
     ],
 )
-def test_bad_arguments(
-    digits: Data, options: Any, error: type[Exception], message: str
-) -> None:
-    arguments = {"model": small_mlp(), "data": digits, "settings": TrainerSettings()} | options
-    with pytest.raises(error) as caught:  # noqa: PT011
+def test_bad_arguments(digits: Data, options: Any, error: type[Exception], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "model": small_mlp(),
+        "data": digits,
+        "settings": TrainerSettings(),
+    } | options
+    with pytest.raises(error) as caught:
         Trainer(**arguments)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
@@ -611,7 +628,7 @@ def test_the_checkpoint_of_another_model_is_refused(
 ) -> None:
     (tmp_path / CHECKPOINT).write_bytes(checkpoint)
     identity = {"dataset": "digits", "model": "mlp"}
-    settings = TrainerSettings(**QUICK | {"density": 0.5, "epochs": 1})
+    settings = quick(density=0.5, epochs=1)
     other = models.build("mlp", (1, 8, 8), 10, (32, 15))
     one = Trainer(other, digits, settings, out=tmp_path, identity=identity, device="cpu")
     with pytest.raises(ValueError, match=r"^model\.fc2\.bias: got '\(15,\)'; expected shape \(16"):
