@@ -57,8 +57,8 @@ class _DensityTerm(nn.Module):
         """Puts every log_alpha back into its bounds."""
         gates: list[Tensor] = [layer.log_alpha for layer in self.layers.values()]
         with torch.no_grad():
-            torch._foreach_clamp_min_(gates, self._lower)
-            torch._foreach_clamp_max_(gates, self._bounds)
+            torch._foreach_clamp_min_(gates, self._lower)  # pyright: ignore[reportPrivateImportUsage]
+            torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class DensityConstraint(_DensityTerm):

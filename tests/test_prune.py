@@ -420,7 +420,7 @@ def test_gather_and_scatter_along_channels() -> None:
 
 
 def test_an_edit_leaves_its_layer_and_keeps_the_layout() -> None:
-    layer = nn.Conv2d(8, 6, 3).to(memory_format=torch.channels_last)
+    layer: Any = nn.Conv2d(8, 6, 3).to(memory_format=torch.channels_last)
     before = copy.deepcopy(layer.state_dict())
     small: Any = edited(layer, Edit("conv", "Conv2d", (8, 6), (0, 3, 5), (1, 2)))
     assert small.weight.is_contiguous(memory_format=torch.channels_last)
