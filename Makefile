@@ -30,7 +30,7 @@ venv: $(STAMP)
 
 demo: $(STAMP)
 	rm -rf $(DEMO)
-	$(PY) -m l0fast train --dataset digits --model mlp --density 0.33 --seed 0 --out $(DEMO)
+	$(PY) -m l0fast train --dataset digits --model mlp --density 0.33 --seed 0 --compare-dense --out $(DEMO)
 	@echo 'plot:    $(DEMO)/dynamics.png'
 	@echo 'summary: $(DEMO)/summary.json'
 
