@@ -26,7 +26,8 @@ MNIST_FILES = (
 
 # More threads than this cost small operations more than they give, and the sums of a run with
 # many cores would differ from those of one with few.
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+if "OMP_NUM_THREADS" not in os.environ:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 try:
     import hypothesis

@@ -70,6 +70,19 @@ def draws(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
+class Count(TorchDispatchMode):
+    """The names of the operations dispatched, but for views and the profiler's marks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view and "record_function" not in func.name():
+            self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
 # --- one draw ----------------------------------------------------------------------------------
 
 
@@ -246,6 +259,30 @@ def test_expected_open_of_some_layers_in_any_order(some: slice) -> None:
     assert expected_open(layers).tolist() == pytest.approx(expected)
 
 
+def test_expected_open_of_layers_of_two_models() -> None:
+    one, other = gated(density_init=0.25), gated(density_init=0.75)
+    one(example())
+    other(example())
+    got = expected_open([one.conv, other.fc1, one.fc2])
+    assert got.tolist() == pytest.approx([6 * 0.25, 96 * 0.75, 8 * 0.25])
+
+
+@pytest.mark.parametrize("gates", ["auto", "weight"])
+def test_the_count_of_a_step_is_not_computed_again(gates: str) -> None:
+    model = gated(gates=gates)
+    layers = list(gated_layers(model).values())
+    model(example())
+    alone = L0Linear(6, 4)
+    alone(torch.ones(1, 6))
+    for group in (layers, [alone]):
+        with Count() as count:
+            expected_open(group)
+        assert "aten::sigmoid" not in count.names
+        with Count() as count:
+            expected_open(group)
+        assert "aten::sigmoid" in count.names
+
+
 def test_a_loss_and_a_constraint_may_go_backward_apart() -> None:
     model, x = gated(), example()
     constraint = DensityConstraint(model, 0.5)
@@ -294,22 +331,12 @@ def test_a_training_step_dispatches_at_most_80_operations_and_reads_nothing_back
         optimizer.zero_grad()
         constraint.step()
 
-    names: list[str] = []
-
-    class Count(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if not func.is_view and "record_function" not in func.name():
-                names.append(func.name())
-            return func(*args, **(kwargs or {}))
-
     step()
-    with Count():
+    with Count() as count:
         step()
-    assert "aten::_local_scalar_dense" not in names
-    assert names.count("aten::_fused_adam_") == 2
-    assert len(names) <= 80, sorted(names)
+    assert "aten::_local_scalar_dense" not in count.names
+    assert count.names.count("aten::_fused_adam_") == 2
+    assert len(count.names) <= 80, sorted(count.names)
 
 
 # --- what else runs a model's forward ----------------------------------------------------------
