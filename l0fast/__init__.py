@@ -1,7 +1,5 @@
 """Constrained L0 sparsity for PyTorch: name a density, train once, get a smaller model."""
 
-import typing as _typing
-
 from l0fast import functional
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.density import density
@@ -12,9 +10,6 @@ from l0fast.prune import prune
 from l0fast.saving import load_pruned, save_pruned
 from l0fast.sparsify import param_groups, sparsify_
 from l0fast.trainer import Trainer, TrainerSettings
-
-if _typing.TYPE_CHECKING:
-    from l0fast.trainer import Trainer, TrainerSettings
 
 __version__ = "0.1.0"
 
