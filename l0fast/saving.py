@@ -65,7 +65,9 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
         "frozen": [name for name, p in small.named_parameters() if not p.requires_grad],
         "report": {key: value for key, value in report.items() if key != "layers"},
     }
-    metadata = {"format": "pt", KEY: json.dumps(recipe)}
+    # One entry only: safetensors writes several in a random order, and equal models shall give
+    # equal files.
+    metadata = {KEY: json.dumps(recipe)}
     write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
 
 
