@@ -159,6 +159,9 @@ def test_lenet_and_the_published_recipe() -> None:
     assert len(summary["architecture"].split("-")) == 4
     assert summary["settings"]["lr"] == models.PUBLISHED_SETTINGS["lr"]
     assert summary["settings"]["epochs"] == 1  # a flag goes before the recipe
+    # Gates start at droprate 0.5 and can move by 12 steps of 7e-4 at most.
+    start = 1 / (1 + 11 ** (-2 / 3))
+    assert summary["expected_density"] == pytest.approx(start, abs=12 * 7e-4 / 4 + 1e-3)
 
 
 def test_resume_of_a_finished_run_changes_nothing(finished: Path) -> None:
