@@ -27,8 +27,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """`text` in UTF-8, atomically."""
-    write_atomically(path, lambda temporary: void(temporary.write_text(text, encoding="utf-8")))
 
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
 
-def void(_value: object) -> None:
-    """Drops a value."""
+    write_atomically(path, write)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.layers import Gated, expected_open, gated_layers
-from l0fast.sparsify import example_args
+from l0fast.sparsify import evaluating, example_args
 
 WHOLE_MODEL = "model"
 """The name of the one group that holds every gated layer."""
@@ -109,20 +109,16 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     from torch.utils.flop_counter import FlopCounterMode  # it loads Triton
 
     fused = torch.backends.mha.get_fastpath_enabled()
-    training = [(module, module.training) for module in model.modules()]
     names = {id(module): name for name, module in model.named_modules()}
     root = type(model).__name__
     counter = FlopCounterMode(display=False)
     try:
-        model.eval()
         # Attention in one fused op would count for nothing.
         torch.backends.mha.set_fastpath_enabled(False)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
             model(*example_args(example_inputs))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, mode in training:
-            module.training = mode
     counts = counter.get_flop_counts()
     macs = {name: sum(counts.get(f"{root}.{name}", {}).values()) // 2 for name in names.values()}
     macs[""] = counter.get_total_flops() // 2

@@ -196,11 +196,6 @@ class Gated:
         self._counted = _Draw(owner=0, live=False)
         self._counted.count(total, [self])
 
-    def project_(self) -> None:
-        """Puts log_alpha back into [-bound, bound]."""
-        with torch.no_grad():
-            self.log_alpha.clamp_(-self.distribution.bound, self.distribution.bound)
-
     def _drawn_here(self) -> bool:
         """Whether the model's draw is this call's: in its forward, or replayed in a backward."""
         z, draw = self._drawn

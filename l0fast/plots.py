@@ -188,10 +188,12 @@ def _errors(axis: Any, history: Rows, summary: Mapping[str, Any], gated: bool) -
         _result(axis, history, error, f"test, pruned:\n{error:.2f} %")
         values.append(error)
     if min(values) > 0 and max(values) > 8 * min(values):
+        from matplotlib.ticker import LogLocator, NullLocator
+
         axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_minor_locator(NullLocator())
         axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.tick_params(axis="y", which="minor", labelsize=7)
     else:
         axis.set_ylim(bottom=0)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -23,6 +24,19 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecod
 def example_args(example_inputs: Any) -> tuple[Any, ...]:
     """The positional arguments of a model's forward that `example_inputs` stands for."""
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts the model into evaluation, without autograd, and every module back after it."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 def _matcher(option: str, selection: Selection, names: list[str]) -> Callable[..., bool]:
@@ -63,16 +77,12 @@ def _reached(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any
         layer.register_forward_pre_hook(lambda module, _: reached.add(id(module)))
         for layer in layers.values()
     ]
-    training = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             model(*example_args(example_inputs))
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training:
-            module.training = mode
     return reached
 
 

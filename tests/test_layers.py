@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import autograd, functional
+from l0fast.constraint import L0Penalty
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import GATED_TYPES, GATES, L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
 
@@ -378,7 +379,7 @@ def test_project_puts_gates_back_into_the_bound() -> None:
     layer = L0Linear(3, 2, distribution=HardConcrete(bound=2.0))
     with torch.no_grad():
         layer.log_alpha.copy_(torch.tensor([-3.0, 1.0, 7.0]))
-    layer.project_()
+    L0Penalty(layer, 0.0).step()
     assert layer.log_alpha.tolist() == [-2, 1, 2]
 
 
