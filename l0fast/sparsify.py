@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -27,7 +27,7 @@ def example_args(example_inputs: Any) -> tuple[Any, ...]:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Generator[None, None, None]:
     """Puts the model into evaluation, without autograd, and every module back after it."""
     training = [(module, module.training) for module in model.modules()]
     try:
