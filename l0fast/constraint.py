@@ -86,7 +86,7 @@ class DensityConstraint(_DensityTerm):
         ValueError, TypeError: an unknown layer, or a target that cannot be met (the message has
             the range that can).
 
-    Source: Gallego-Posada, Ramirez, Erraqabi, 2021, eqs. 4-6.
+    Source: Gallego-Posada, Ramirez, Erraqabi, 2021.
     """
 
     multiplier: Tensor
@@ -159,7 +159,7 @@ class L0Penalty(_DensityTerm):
     Raises:
         ValueError, TypeError: a number is out of its range, or the model has no gates.
 
-    Source: Louizos et al., 2018, eq. 9.
+    Source: Louizos et al., 2018.
     """
 
     coefficient: Tensor

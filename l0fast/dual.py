@@ -26,7 +26,7 @@ class DualAscent:
     Raises:
         ValueError, TypeError: `lr` is not a number >= 0.
 
-    Source: Gallego-Posada, Ramirez, Erraqabi, 2021, section 4 (dual restarts).
+    Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (dual restarts).
     """
 
     lr: float = 1e-3

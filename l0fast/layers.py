@@ -344,7 +344,7 @@ class L0Linear(Gated, nn.Linear):
     Raises:
         ValueError, TypeError: an option is out of its range.
 
-    Source: Louizos et al., 2018, section 2.
+    Source: Louizos et al., 2018.
     """
 
     dense_type = nn.Linear
@@ -481,7 +481,7 @@ _CONV_DOC = """nn.{dense} with hard-concrete gates.
     Raises:
         ValueError, TypeError: an option is out of its range.
 
-    Source: Louizos et al., 2018, section 2.
+    Source: Louizos et al., 2018.
     """
 
 

@@ -52,7 +52,7 @@ def philox4x32(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -
     Returns:
         Four words in [0, 2^32), of the operands' broadcast shape.
 
-    Source: Salmon et al. 2011, section 3.3.
+    Source: Salmon et al. 2011.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key

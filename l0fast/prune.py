@@ -177,7 +177,7 @@ def prune(
             model does not take.
         TypeError: a target of a wrong type.
 
-    Source: Gallego-Posada, Ramirez, Erraqabi, 2021, section 4 (purged models).
+    Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (purged models).
     """
     require_gated(model)
     model, left = _unwrapped(model)

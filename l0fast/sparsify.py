@@ -136,7 +136,7 @@ def sparsify_(
         ValueError: no layer is left to gate, a pattern matches none, or an option is out of range.
         TypeError: an option of a wrong type.
 
-    Source: Gallego-Posada, Ramirez, Erraqabi, 2021, section 3 (structured gates).
+    Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
