@@ -13,7 +13,7 @@ import l0fast
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.layers import gated_layers
+from l0fast.draw import gated_layers
 from l0fast.models import build
 
 SHAPE = (1, 28, 28)

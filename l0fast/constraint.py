@@ -19,6 +19,7 @@ from l0fast.density import (
 )
 from l0fast.dual import DualAscent
 from l0fast.layers import Gated
+from l0fast.sparsify import unwrapped
 
 TARGETS = "_l0fast_targets"
 """Attribute of a constrained model: layer names -> target, so that `prune` holds them."""
@@ -31,7 +32,7 @@ class _DensityTerm(nn.Module):
 
     def __init__(self, model: nn.Module, groups: list[tuple[str, ...]]) -> None:
         super().__init__()
-        layers = require_gated(model)
+        layers = require_gated(unwrapped(model))
         # The layers belong to the model: kept out of this module's children and state.
         self.__dict__["_layers"] = layers
         anchor = next(iter(layers.values())).log_alpha
@@ -53,12 +54,12 @@ class _DensityTerm(nn.Module):
             self.to(device)  # the model has moved
         return expected_densities(self.layers, self.weights)
 
+    @torch.no_grad()
     def project_(self) -> None:
         """Puts every log_alpha back into its bounds."""
         gates: list[Tensor] = [layer.log_alpha for layer in self.layers.values()]
-        with torch.no_grad():
-            torch._foreach_clamp_min_(gates, self._lower)  # pyright: ignore[reportPrivateImportUsage]
-            torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_clamp_min_(gates, self._lower)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
 
 
 class DensityConstraint(_DensityTerm):
@@ -91,6 +92,7 @@ class DensityConstraint(_DensityTerm):
 
     multiplier: Tensor
     target: Tensor
+    _left_on_model: dict[tuple[str, ...], float]
     violation: Tensor
     restarts: Tensor
     dual_lr: Tensor
@@ -104,10 +106,11 @@ class DensityConstraint(_DensityTerm):
         dual: DualAscent | None = None,
     ) -> None:
         _checks.one_of("measure", measure, ("gates",))
+        model = unwrapped(model)
         groups = target_groups(model, target)
         super().__init__(model, [names for names, _ in groups.values()])
         self.dual = dual or DualAscent()
-        self.names = tuple(groups)
+        self.groups = {name: names for name, (names, _) in groups.items()}
         targets = [value for _, value in groups.values()]
         place: dict[str, Any] = {"dtype": self._dtype, "device": self.weights.device}
         self.register_buffer("multiplier", torch.zeros(len(groups), **place))
@@ -115,12 +118,25 @@ class DensityConstraint(_DensityTerm):
         self.register_buffer("violation", torch.zeros(len(groups), **place))
         self.register_buffer("restarts", torch.zeros(len(groups), **place))
         self.register_buffer("dual_lr", torch.tensor(self.dual.lr, **place))
-        model.__dict__.setdefault(TARGETS, {}).update(dict(groups.values()))
+        # The dict itself, for targets that a loaded state brings.
+        self.__dict__["_left_on_model"] = model.__dict__.setdefault(TARGETS, {})
+        self._exact: list[float] = []
+        self._set_targets(targets)
+
+    def _set_targets(self, targets: list[float]) -> None:
+        """Leaves the targets on the model, as they were named: `target` holds them rounded."""
+        self._exact = targets
+        self._left_on_model.update(zip(self.groups.values(), targets, strict=True))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the constraints, in the order of their multipliers."""
+        return tuple(self.groups)
 
     def forward(self) -> Tensor:
         """0-d: multiplier * (density - target), summed over the constraints."""
         violation = self.densities() - self.target
-        self.violation = violation.detach()
+        self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
         return torch.dot(self.multiplier, violation)
 
     def step(self) -> None:
@@ -131,14 +147,26 @@ class DensityConstraint(_DensityTerm):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
     ) -> None:
-        saved = state_dict.get(prefix + "target")
-        if saved is not None and saved.shape != self.target.shape:
-            wanted = f"{len(self.names)} constraints ({', '.join(self.names)})"
-            _checks.refuse("state_dict", f"{saved.numel()} constraints", wanted)
+        saved = state_dict.get(prefix + "_extra_state", {}).get("groups")
+        ours = self.get_extra_state()["groups"]
+        if saved is not None and saved != ours:
+            words = [
+                ", ".join(f"{n} ({' '.join(of)})" for n, of in groups) for groups in (saved, ours)
+            ]
+            _checks.refuse("state_dict", f"constraints on {words[0]}", f"constraints on {words[1]}")
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state holds beside tensors: the layers of each constraint, and the targets."""
+        groups = [[name, list(layers)] for name, layers in self.groups.items()]
+        return {"groups": groups, "targets": list(self._exact)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes the targets over, for `prune` too."""
+        self._set_targets(list(state["targets"]))
+
     def extra_repr(self) -> str:
-        pairs = zip(self.names, self.target.tolist(), strict=True)
+        pairs = zip(self.names, self._exact, strict=True)
         return ", ".join(f"{name} <= {target:g}" for name, target in pairs)
 
 
@@ -168,7 +196,7 @@ class L0Penalty(_DensityTerm):
         self, model: nn.Module, coefficient: float, num_examples: int | None = None
     ) -> None:
         coefficient = _checks.number("coefficient", coefficient, "a number >= 0", low=0.0)
-        layers = require_gated(model)
+        layers = require_gated(unwrapped(model))
         super().__init__(model, [tuple(layers)])
         if num_examples is not None:
             _checks.whole("num_examples", num_examples)

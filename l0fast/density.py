@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.layers import Gated, expected_open, gated_layers
+from l0fast.draw import expected_open, gated_layers
+from l0fast.layers import Gated
 from l0fast.sparsify import evaluating, example_args
 
 WHOLE_MODEL = "model"

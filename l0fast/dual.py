@@ -35,6 +35,7 @@ class DualAscent:
     def __post_init__(self) -> None:
         _checks.number("lr", self.lr, "a number >= 0", low=0.0)
 
+    @torch.no_grad()
     def step_(self, multiplier: Tensor, violation: Tensor, lr: Tensor, restarts: Tensor) -> None:
         """One ascent step on `multiplier` [C], in place.
 
@@ -45,9 +46,8 @@ class DualAscent:
             restarts: [C] counts of dual restarts; a multiplier that is set from above 0 to 0
                 adds one.
         """
-        with torch.no_grad():
-            if self.restarts:
-                satisfied = violation < 0
-                restarts.addcmul_(satisfied, multiplier.sign())
-                multiplier.masked_fill_(satisfied, 0.0)
-            multiplier.addcmul_(violation, lr).clamp_(min=0.0)
+        if self.restarts:
+            satisfied = violation < 0
+            restarts.addcmul_(satisfied, multiplier.sign())
+            multiplier.masked_fill_(satisfied, 0.0)
+        multiplier.addcmul_(violation, lr).clamp_(min=0.0)

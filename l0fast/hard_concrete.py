@@ -63,30 +63,48 @@ class HardConcrete:
             return torch.logit(uniform.float(), eps=UNIFORM_EPS).to(uniform.dtype)
         return torch.logit(uniform, eps=UNIFORM_EPS)
 
-    def gate(self, log_alpha: Tensor, noise: Tensor) -> Tensor:
-        """z, from log_alpha and logistic noise of the same (or broadcast) shape."""
-        s = torch.add(log_alpha, noise).mul_(1 / self.temperature).sigmoid_()
-        # gamma + s * (zeta - gamma) by one op
+    def concrete(self, log_alpha: Tensor, noise: Tensor) -> Tensor:
+        """s in [0, 1], from log_alpha and logistic noise of the same (or broadcast) shape."""
+        return torch.add(log_alpha, noise).mul_(1 / self.temperature).sigmoid_()
+
+    def stretched(self, s: Tensor) -> Tensor:
+        """z, of s: clamp(s * (zeta - gamma) + gamma, 0, 1)."""
         return torch.rsub(s, self.gamma, alpha=self.gamma - self.zeta).clamp_(0.0, 1.0)
 
-    def gate_backward(self, dz: Tensor, z: Tensor) -> Tensor:
-        """The gradient of log_alpha, from z alone; exactly 0 where z is 0 or 1.
+    def gate(self, log_alpha: Tensor, noise: Tensor) -> Tensor:
+        """z, from log_alpha and logistic noise of the same (or broadcast) shape."""
+        return self.stretched(self.concrete(log_alpha, noise))
 
-        Equals: dz * [0 < z < 1] * (zeta - gamma) / temperature * s * (1 - s),
-        with s = (z - gamma) / (zeta - gamma).
+    def backward(
+        self,
+        dz: Tensor | None,
+        z: Tensor,
+        s: Tensor,
+        dprobability: Tensor | None,
+        probability: Tensor,
+    ) -> Tensor | None:
+        """The gradient of log_alpha, from that of z, of its open probability, or of both.
+
+        Equals: dz * [0 < z < 1] * (zeta - gamma) / temperature * s * (1 - s)
+            + dprobability * probability * (1 - probability)
+        What comes through z is exactly 0 where z is 0 or 1.
         """
-        width = self.zeta - self.gamma
-        s = torch.sub(z, self.gamma).div_(width)
-        inside = torch.ops.aten.hardtanh_backward(dz, z, 0.0, 1.0)
-        return torch.ops.aten.sigmoid_backward(inside, s).mul_(width / self.temperature)
+        slope = (self.zeta - self.gamma) / self.temperature
+        through_z = through_probability = None
+        if dz is not None:
+            inside = torch.ops.aten.hardtanh_backward(dz, z, 0.0, 1.0)
+            through_z = torch.ops.aten.sigmoid_backward(inside, s)
+        if dprobability is not None:
+            through_probability = torch.ops.aten.sigmoid_backward(dprobability, probability)
+        if through_z is None:
+            return through_probability
+        if through_probability is None:
+            return through_z.mul_(slope)
+        return through_probability.add_(through_z, alpha=slope)
 
     def open_probability(self, log_alpha: Tensor) -> Tensor:
         """P(z > 0 given log_alpha)."""
         return torch.sigmoid(log_alpha + self.shift)
-
-    def open_probability_backward(self, dprobability: Tensor, probability: Tensor) -> Tensor:
-        """The gradient of log_alpha. Equals: dprobability * probability * (1 - probability)."""
-        return torch.ops.aten.sigmoid_backward(dprobability, probability)
 
     def median(self, log_alpha: Tensor) -> Tensor:
         """The evaluation gate: the median of z, 0 exactly where P(z > 0) <= 1/2.

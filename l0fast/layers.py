@@ -1,10 +1,9 @@
-"""Gated layers: drop-in subclasses of torch.nn's, and the one draw that serves a whole model."""
+"""Gated layers: drop-in subclasses of torch.nn's."""
 
 from __future__ import annotations
 
 import copy
 import math
-import weakref
 from typing import Any, ClassVar, Self
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
+from l0fast.draw import Drawn
 from l0fast.gated_weight import mask
 from l0fast.hard_concrete import HardConcrete
 
@@ -20,62 +20,6 @@ NOISE = ("batch", "example")
 DENSITY_INIT = 0.9
 DROPRATE_STD = 0.01
 """Spread of log_alpha around its mean in the published initialisation (droprate_init)."""
-
-
-def _spent(node: Any) -> bool:
-    """Whether a backward pass has gone through this node of autograd (see `autograd.functions`)."""
-    if getattr(node, "spent", False):
-        return True
-    try:  # a compiled forward's node does not say so; asking it is slow only where it raises
-        getattr(node, "_raw_saved_tensors", None)
-    except RuntimeError:
-        return True
-    return False
-
-
-class _Draw:
-    """The gates drawn together, and how many of each layer's are expected to be open."""
-
-    __slots__ = ("earlier", "live", "node", "owner", "places", "totals")
-
-    def __init__(self, owner: int, live: bool = True) -> None:
-        self.owner = owner  # id of the model whose forward this is
-        self.live = live
-        self.totals: Tensor | None = None  # expected open gates of each layer
-        # id of a layer -> its place in the totals, version of its log_alpha (the layers themselves
-        # would be held in a cycle, and their memory with them)
-        self.places: dict[int, tuple[int, int]] = {}
-        self.node: Any = None  # weak reference to this draw's node of autograd
-        self.earlier: list[Any] = []  # the same of draws that still waited for their backward
-
-    def count(self, totals: Tensor, layers: list[Any]) -> None:
-        """Keeps the counts for `expected_open`."""
-        self.totals = totals
-        self.places = {
-            id(layer): (place, layer.log_alpha._version) for place, layer in enumerate(layers)
-        }
-
-    def take(self) -> Tensor | None:
-        """The counts, handed out once, or None if they cannot be used any more."""
-        totals, self.totals = self.totals, None
-        if totals is None or _spent(totals.grad_fn):
-            return None
-        return totals if totals.requires_grad or not torch.is_grad_enabled() else None
-
-    def place(self, layer: Any) -> int | None:
-        """The layer's place in the counts, or None if its log_alpha has changed since."""
-        place, version = self.places[id(layer)]
-        return place if version == layer.log_alpha._version else None
-
-    def waiting(self) -> list[Any]:
-        """References to the nodes, of this draw and earlier, that wait for their backward."""
-        nodes = self.earlier if self.node is None else [*self.earlier, self.node]
-        found = [(reference, reference()) for reference in nodes]
-        return [ref for ref, node in found if node is not None and not _spent(node)]
-
-
-# Not None: torch.compile would compile the first step's forward, and then all others'.
-_NOT_DRAWN: tuple[Tensor | None, _Draw] = (None, _Draw(owner=0, live=False))
 
 
 def _own_state(layer: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -88,7 +32,7 @@ def _own_state(layer: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
     }
 
 
-class Gated:
+class Gated(Drawn):
     """What the gated layers share: where the gates sit, their log_alpha, and how z is had.
 
     Training draws z; evaluation takes its median. A layer inside a model that `sparsify_` has
@@ -109,12 +53,6 @@ class Gated:
     dense_type: ClassVar[type[nn.Module]]
     weight: nn.Parameter
     bias: nn.Parameter | None
-    training: bool
-
-    gates: str
-    noise: str
-    distribution: HardConcrete
-    log_alpha: nn.Parameter
 
     def _init_gates(
         self,
@@ -126,8 +64,7 @@ class Gated:
     ) -> None:
         self.gates, self.noise = gates, noise
         self.distribution = functional.checked_distribution(distribution)
-        self._drawn = _NOT_DRAWN  # the model's draw
-        self._counted = _NOT_DRAWN[1]  # the draw whose counts are the latest
+        self._forget_draws()
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         shape = self._gate_shape()
         log_alpha = torch.full(shape, 0.0, dtype=dtype, device=self.weight.device)
@@ -187,31 +124,6 @@ class Gated:
     def evaluation_gates(self) -> Tensor:
         """z in evaluation: the median of each gate, of log_alpha's shape."""
         return self.distribution.median(self.log_alpha)
-
-    def open_probability(self) -> Tensor:
-        """P(z > 0) of each gate, of log_alpha's shape, differentiable."""
-        return self.distribution.open_probability(self.log_alpha)
-
-    def _count_alone(self, total: Tensor) -> None:
-        self._counted = _Draw(owner=0, live=False)
-        self._counted.count(total, [self])
-
-    def _drawn_here(self) -> bool:
-        """Whether the model's draw is this call's: in its forward, or replayed in a backward."""
-        z, draw = self._drawn
-        if z is None:
-            return False
-        # Activation checkpointing runs a layer again while the graph is walked backward, when
-        # the model's forward is over: the gates it must see are those it saw then.
-        if draw.live or torch.compiler.is_compiling():
-            return draw.live
-        replayed = torch._C._current_graph_task_id() != -1
-        if replayed and any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
-            raise RuntimeError(
-                "activation checkpointing: got several forward passes before a backward; expected "
-                "a backward after each (its gates are gone), or noise='example'"
-            )
-        return replayed
 
     def _z(self) -> Tensor:
         """[num_gates] gates that serve this whole call."""
@@ -280,11 +192,6 @@ class Gated:
         return dense
 
     # --- what a module must do ------------------------------------------------------------------
-
-    def __getstate__(self) -> dict[str, Any]:
-        # A draw belongs to one step of one model: copies and pickles start without.
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
-        return {**state, "_drawn": _NOT_DRAWN, "_counted": _NOT_DRAWN[1]}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The state of the dense layer loads too: the gates then stay as they are.
@@ -503,91 +410,3 @@ class L0Conv3d(_GatedConv, nn.Conv3d):
 GATED_TYPES: dict[type[nn.Module], type[Any]] = {
     gated.dense_type: gated for gated in (L0Linear, L0Conv1d, L0Conv2d, L0Conv3d)
 }
-
-
-def gated_layers(model: nn.Module) -> dict[str, Any]:
-    """Name -> gated layer, in the model's order, each layer once."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Gated)}
-
-
-def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
-    """Forward pre-hook: samples the gates of all the model's layers in one op."""
-    groups: dict[Any, list[tuple[Gated, Tensor]]] = {}
-    for layer in gated_layers(model).values():
-        if not layer.training or layer.noise == "example" or layer.gates == "weight":
-            continue
-        drawn = layer._drawn[1]
-        if drawn.live and drawn.owner != id(model):
-            continue  # an outer model of this one has drawn already
-        log_alpha = layer.log_alpha
-        key = layer.distribution, log_alpha.device, log_alpha.dtype
-        groups.setdefault(key, []).append((layer, log_alpha))
-    for (distribution, _, dtype), members in groups.items():
-        draw = _Draw(id(model))
-        layers, log_alphas = [layer for layer, _ in members], [gate for _, gate in members]
-        sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
-        flat = torch.cat(log_alphas)
-        work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
-        z, totals = functional.draw(work, sizes, distribution)
-        if not torch.compiler.is_compiling() and totals.grad_fn is not None:
-            for earlier in {layer._drawn[1] for layer in layers}:
-                draw.earlier += earlier.waiting()
-            draw.node = weakref.ref(totals.grad_fn)
-        draw.count(totals, layers)
-        for layer, part in zip(layers, z.split(sizes), strict=True):
-            # Past nn.Module's own setattr, which looks for parameters: this is each step's cost.
-            layer.__dict__["_drawn"] = part, draw
-            layer.__dict__["_counted"] = draw
-
-
-def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
-    """Forward hook: the model's draw is over; a layer called outside a forward draws its own."""
-    for layer in gated_layers(model).values():
-        if layer._drawn[1].owner == id(model):
-            layer._drawn[1].live = False
-
-
-def attach_draw(model: nn.Module) -> None:
-    """Makes `model` draw the gates of all its layers at the start of its forward."""
-    if draw_gates not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(draw_gates)
-        model.register_forward_hook(release_gates, always_call=True)
-
-
-def detach_draw(model: nn.Module) -> None:
-    """Undoes `attach_draw`, on the model and all inside it."""
-    for module in model.modules():
-        for hooks, ours in (
-            (module._forward_pre_hooks, draw_gates),
-            (module._forward_hooks, release_gates),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
-
-
-def expected_open(layers: list[Any]) -> Tensor:
-    """[L] expected number of open gates of each layer, differentiable.
-
-    The counts that came with this training step's draw are handed out once, so that their
-    gradient joins the gates' own backward; any other is computed from log_alpha.
-    """
-    draws = [layer._counted for layer in layers]
-    taken = {draw: draw.take() for draw in set(draws)}
-    places = [
-        None if taken[draw] is None else draw.place(layer)
-        for layer, draw in zip(layers, draws, strict=True)
-    ]
-    if len(taken) == 1 and places == list(range(len(draws[0].places))):
-        (totals,) = taken.values()
-        assert totals is not None
-        return totals.view(-1)
-    parts: list[Tensor] = []
-    for layer, draw, place in zip(layers, draws, places, strict=True):
-        totals = taken[draw]
-        if totals is None or place is None:
-            dtype = torch.promote_types(layer.log_alpha.dtype, torch.float32)
-            parts.append(layer.open_probability().sum(dtype=dtype))
-        else:
-            parts.append(totals.view(-1)[place])
-    return torch.stack(parts)

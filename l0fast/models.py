@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from l0fast import _checks
+from l0fast.draw import gated_layers
 from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import gated_layers
 from l0fast.sparsify import sparsify_
 
 MODELS = ("mlp", "lenet5")

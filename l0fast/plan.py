@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from l0fast import _checks, graph
 from l0fast.compact import Edit, apply, layer_size, replace
+from l0fast.draw import detach_draw, gated_layers
 from l0fast.graph import LAYERS, Extent, Site, Trace
-from l0fast.layers import Gated, detach_draw, gated_layers
+from l0fast.layers import Gated
 from l0fast.proof import Proof
 
 _HOOKS = (

@@ -16,50 +16,31 @@ from l0fast.density import WHOLE_MODEL, count_macs, count_params, require_gated,
 from l0fast.layers import Gated
 from l0fast.plan import Plan, closed, fold, make_plan
 from l0fast.proof import Proof, in_float64
-from l0fast.sparsify import example_args
+from l0fast.sparsify import example_args, unwrapped
 
 REPORT_FORMAT = 1
 
 
-_WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-}
-"""Classes that stand around a user's model -> where they keep it."""
-
-
-def _unwrapped(model: nn.Module) -> tuple[nn.Module, dict[tuple[str, ...], float]]:
-    """The user's model, and the targets that constraints left on it, by its layers' names.
-
-    A constraint leaves them on the model it was made for: the whole, a part, or a wrapper.
-    """
-    found: dict[tuple[str, ...], float] = {}
-    for outer, module in model.named_modules():
-        for names, target in module.__dict__.get(TARGETS, {}).items():
-            found[tuple(f"{outer}.{name}" if outer else name for name in names)] = target
-    while type(model).__name__ in _WRAPPERS:
-        key = _WRAPPERS[type(model).__name__]
-        model = model.get_submodule(key)
-        found = {
-            tuple(name.removeprefix(f"{key}.") for name in names): target
-            for names, target in found.items()
-        }
-    return model, found
+def _targets(model: nn.Module) -> dict[tuple[str, ...], float]:
+    """The targets that constraints left on the model and its parts, by its layers' names."""
+    return {
+        tuple(f"{outer}.{name}" if outer else name for name in names): target
+        for outer, module in model.named_modules()
+        for names, target in module.__dict__.get(TARGETS, {}).items()
+    }
 
 
 def _budgets(
     model: nn.Module,
     layers: Mapping[str, Gated],
     target: float | Mapping[str, float] | None,
-    left: Mapping[tuple[str, ...], float],
 ) -> list[Budget]:
     """What the gates may keep: by `target`, or by what the constraints left on the model."""
     if target is not None:
         groups = target_groups(model, target)
         return [budget(name, names, value, layers) for name, (names, value) in groups.items()]
     budgets: list[Budget] = []
-    for names, value in left.items():
+    for names, value in _targets(model).items():
         for name in names:
             if name not in layers:
                 expected = f"a target: the model's constraint names {name!r}, which has no gates"
@@ -179,14 +160,13 @@ def prune(
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (purged models).
     """
-    require_gated(model)
-    model, left = _unwrapped(model)
+    model = unwrapped(model)
     layers = require_gated(model)
     for name, module in model.named_modules():
         if isinstance(module, (DensityConstraint, L0Penalty)):
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
-    budgets = _budgets(model, layers, target, left)
+    budgets = _budgets(model, layers, target)
     kept = choose(layers, budgets)
     forced: dict[str, int] = {}
     with torch.no_grad():

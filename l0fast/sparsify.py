@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.draw import attach_draw, gated_layers
 from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES, Gated, attach_draw, gated_layers
+from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES, Gated
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
@@ -24,6 +25,21 @@ _FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecod
 def example_args(example_inputs: Any) -> tuple[Any, ...]:
     """The positional arguments of a model's forward that `example_inputs` stands for."""
     return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
+"""Classes that stand around a user's model -> where they keep it."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model, out of what torch.compile and data parallelism put around it."""
+    while type(model).__name__ in _WRAPPERS:
+        model = model.get_submodule(_WRAPPERS[type(model).__name__])
+    return model
 
 
 @contextmanager

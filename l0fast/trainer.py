@@ -19,8 +19,8 @@ from l0fast._files import PARTS, write_atomically, write_text
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.data import Data, Split
 from l0fast.density import count_macs, count_params, density
+from l0fast.draw import gated_layers
 from l0fast.dual import DualAscent
-from l0fast.layers import gated_layers
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
 from l0fast.sparsify import param_groups, sparsify_

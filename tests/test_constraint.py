@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l0fast import DensityConstraint, DualAscent, HardConcrete, L0Penalty, prune, sparsify_
 from l0fast.constraint import TARGETS
 from l0fast.density import density
-from l0fast.layers import gated_layers
+from l0fast.draw import gated_layers
 
 SHIFT = 2 / 3 * math.log(11)  # P(open) = sigmoid(log_alpha + SHIFT), from the paper's constants
 
@@ -349,15 +349,52 @@ def test_the_state_goes_round() -> None:
     torch.testing.assert_close(second.multiplier, first.multiplier, rtol=0, atol=0)
 
 
-def test_the_state_of_another_number_of_constraints_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (0.4, {"0": 0.3, "2": 0.6}),
+        ({"0": 0.3, "2": 0.6}, 0.4),
+        ({"0": 0.3, "2": 0.6}, {"2": 0.6, "0": 0.3}),  # their multipliers are in another order
+        ({"0": 0.3}, {"2": 0.3}),
+    ],
+)
+def test_the_state_of_other_constraints_is_refused(ours: Any, theirs: Any) -> None:
     model = mlp()
-    two, one = DensityConstraint(model, {"0": 0.3, "2": 0.6}), DensityConstraint(model, 0.4)
-    before = one.multiplier.clone()
-    with pytest.raises(ValueError, match=r"^state_dict: got '2 constraints'; expected '?1 constr"):
-        one.load_state_dict(two.state_dict())
-    with pytest.raises(ValueError, match=r"expected '?2 constraints \(0, 2\)"):
-        two.load_state_dict(one.state_dict())
-    assert torch.equal(one.multiplier, before)
+    one, other = DensityConstraint(model, ours), DensityConstraint(model, theirs)
+    other.multiplier.fill_(7.0)
+    before = copy.deepcopy(one.state_dict())
+    with pytest.raises(
+        ValueError, match=r"^state_dict: got 'constraints on .*'; expected constraints on "
+    ) as e:
+        one.load_state_dict(other.state_dict())
+    assert "\n" not in str(e.value)
+    for name, value in one.state_dict().items():
+        assert value == before[name] if name == "_extra_state" else torch.equal(value, before[name])
+
+
+def test_a_loaded_target_is_the_one_that_prune_holds() -> None:
+    model = mlp()
+    saved = DensityConstraint(mlp(), 0.3).state_dict()
+    constraint = DensityConstraint(model, 0.9)
+    constraint.load_state_dict(saved)
+    assert float(constraint.target) == pytest.approx(0.3)
+    assert repr(constraint) == "DensityConstraint(model <= 0.3)"
+    report: Any = prune(model, torch.randn(1, 8)).report
+    assert report["groups"]["model"]["target"] == 0.3
+    assert report["density"] <= 0.3
+
+
+def test_a_wrapper_is_looked_through() -> None:
+    model = mlp()
+    parallel = nn.DataParallel(model)
+    constraint = DensityConstraint(parallel, {"0": 0.3, "2": 0.6})
+    assert list(constraint.layers) == ["0", "2"]
+    assert constraint.state_dict()["_extra_state"]["groups"] == [["0", ["0"]], ["2", ["2"]]]
+    DensityConstraint(model, {"0": 0.3, "2": 0.6}).load_state_dict(constraint.state_dict())
+    assert list(L0Penalty(parallel, 0.1).layers) == ["0", "2"]
+    for pruned in (prune(model, torch.randn(1, 8)), prune(parallel, torch.randn(1, 8))):
+        report: Any = pruned.report
+        assert {name: g["target"] for name, g in report["groups"].items()} == {"0": 0.3, "2": 0.6}
 
 
 def test_the_targets_stay_on_the_model_for_prune() -> None:

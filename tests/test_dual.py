@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, DualAscent, L0Linear
-from l0fast.layers import gated_layers
+from l0fast.draw import gated_layers
 
 
 class Layers(nn.Module):

@@ -66,7 +66,10 @@ def test_each_segment_has_its_count_and_its_gradient() -> None:
     (got,) = torch.autograd.grad((expected_open @ weights, z @ dz), log_alpha)
     p = torch.cat(parts).detach()
     of_counts = weights.repeat_interleave(torch.tensor(SIZES)) * p * (1 - p)
-    torch.testing.assert_close(got, of_counts + DEFAULT.gate_backward(dz, z.detach()))
+    s = (z.detach() - DEFAULT.gamma) / (DEFAULT.zeta - DEFAULT.gamma)
+    of_gates = DEFAULT.backward(dz, z.detach(), s, None, p)
+    assert of_gates is not None
+    torch.testing.assert_close(got, of_counts + of_gates)
 
 
 def test_clamped_gates_have_exactly_zero_gradient() -> None:

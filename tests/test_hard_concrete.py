@@ -112,7 +112,10 @@ def test_backwards_are_the_derivatives_of_the_equations(d: HardConcrete) -> None
     u, dz = torch.rand(500, dtype=torch.float64), torch.randn(500, dtype=torch.float64)
     z = formula(log_alpha, u, d)
     (expected,) = torch.autograd.grad(z, log_alpha, dz)
-    got = d.gate_backward(dz, z.detach())
+    s = d.concrete(log_alpha.detach(), d.logistic_noise(u))
+    p = d.open_probability(log_alpha.detach())
+    got = d.backward(dz, z.detach(), s, None, p)
+    assert got is not None
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
     clamped = (z == 0) | (z == 1)
     assert 0 < int(clamped.sum()) < 500
@@ -121,8 +124,12 @@ def test_backwards_are_the_derivatives_of_the_equations(d: HardConcrete) -> None
 
     p = torch.sigmoid(log_alpha - d.temperature * math.log(-d.gamma / d.zeta))
     (expected,) = torch.autograd.grad(p, log_alpha, dz)
-    got = d.open_probability_backward(dz, p.detach())
-    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-15)
+    of_open = d.backward(None, z.detach(), s, dz, p.detach())
+    torch.testing.assert_close(of_open, expected, rtol=1e-12, atol=1e-15)
+
+    both = d.backward(dz, z.detach(), s, dz, p.detach())
+    torch.testing.assert_close(both, got + expected, rtol=1e-9, atol=1e-12)
+    assert d.backward(None, z.detach(), s, None, p.detach()) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -136,7 +143,9 @@ def test_extremes_are_exact_and_finite(dtype: torch.dtype) -> None:
     assert z.tolist() == [1, 0, 1, 0]
     assert DEFAULT.open_probability(log_alpha).tolist() == [1, 0, 1, 0]
     assert DEFAULT.median(log_alpha).tolist() == [1, 0, 1, 0]
-    gradient = DEFAULT.gate_backward(torch.ones_like(z), z)
+    s, p = DEFAULT.concrete(log_alpha, noise), DEFAULT.open_probability(log_alpha)
+    gradient = DEFAULT.backward(torch.ones_like(z), z, s, None, p)
+    assert gradient is not None
     assert gradient.tolist() == [0, 0, 0, 0]
     assert gradient.dtype == z.dtype == dtype
 
@@ -165,15 +174,16 @@ def test_half_precision_errs_by_roundings_only(dtype: torch.dtype) -> None:
 def test_methods_broadcast_and_leave_their_arguments_alone() -> None:
     log_alpha, noise = torch.randn(3, 1), torch.randn(4)
     kept = log_alpha.clone(), noise.clone()
+    s, p = DEFAULT.concrete(log_alpha, noise), DEFAULT.open_probability(log_alpha + 0 * noise)
     z = DEFAULT.gate(log_alpha, noise)
     assert z.shape == (3, 4)
     dz = torch.randn(3, 4)
-    kept_backward = z.clone(), dz.clone()
-    DEFAULT.gate_backward(dz, z)
+    arguments = dz, z, s, dz.clone(), p
+    kept_backward = [argument.clone() for argument in arguments]
+    DEFAULT.backward(*arguments)
     assert torch.equal(log_alpha, kept[0])
     assert torch.equal(noise, kept[1])
-    assert torch.equal(z, kept_backward[0])
-    assert torch.equal(dz, kept_backward[1])
+    assert all(map(torch.equal, arguments, kept_backward))
     assert DEFAULT.gate(torch.empty(0), torch.empty(0)).shape == (0,)
 
 

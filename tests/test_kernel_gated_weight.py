@@ -104,7 +104,8 @@ def test_backward_is_no_more_wrong_than_the_reference(
     weight, log_alpha, dout, dopen = weight.cpu(), log_alpha.cpu(), dout.cpu(), dopen.cpu()
     z_true, slope, clear = gate_and_slope(log_alpha, distribution)
     _, p_slope = open_probability(log_alpha, distribution)
-    z = distribution.gate(log_alpha, noise(n, torch.float32, distribution))
+    s = distribution.concrete(log_alpha, noise(n, torch.float32, distribution))
+    z = distribution.stretched(s)
     width = distribution.zeta - distribution.gamma
     fp32, low = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
     truth = dout.double() * z_true
@@ -118,8 +119,8 @@ def test_backward_is_no_more_wrong_than_the_reference(
 
     dz = dout.float() * weight.float()
     p = distribution.open_probability(log_alpha)
-    expected = distribution.gate_backward(dz, z)
-    expected += distribution.open_probability_backward(dopen.expand(n), p)
+    expected = distribution.backward(dz, z, s, dopen.expand(n), p)
+    assert expected is not None
     dz_true = dout.double() * weight.double()
     magnitude = dz_true.abs() * width / distribution.temperature + dopen.abs()
     assert int((~clear).sum()) <= 2 + n // 1000

@@ -154,10 +154,10 @@ def test_backward_is_no_more_wrong_than_the_reference(
     truth = dz.double() * slope + each.double() * p_slope
 
     on_cpu = log_alpha.cpu()
-    z = distribution.gate(on_cpu, noise(n, torch.float32, distribution))
+    s = distribution.concrete(on_cpu, noise(n, torch.float32, distribution))
     p = distribution.open_probability(on_cpu)
-    reference = distribution.gate_backward(dz, z)
-    reference += distribution.open_probability_backward(each, p)
+    reference = distribution.backward(dz, distribution.stretched(s), s, each, p)
+    assert reference is not None
     # s (1 - s) is a difference of terms up to 1, times the width over the temperature.
     steepness = (distribution.zeta - distribution.gamma) / distribution.temperature
     magnitude = dz.abs() * steepness + each.abs()

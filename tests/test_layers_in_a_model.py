@@ -20,8 +20,9 @@ from torch.utils.checkpoint import checkpoint
 
 from l0fast import functional
 from l0fast.constraint import DensityConstraint
+from l0fast.draw import attach_draw, detach_draw, expected_open, gated_layers
 from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import L0Linear, attach_draw, detach_draw, expected_open, gated_layers
+from l0fast.layers import L0Linear
 from l0fast.sparsify import param_groups, sparsify_
 
 

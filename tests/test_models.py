@@ -11,7 +11,7 @@ from torch import nn
 
 from l0fast import DensityConstraint, TrainerSettings, density, models, sparsify_
 from l0fast.density import count_macs, count_params
-from l0fast.layers import gated_layers
+from l0fast.draw import gated_layers
 
 SHIFT = 2 / 3 * math.log(11)
 

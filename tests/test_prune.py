@@ -24,7 +24,7 @@ from l0fast import DensityConstraint, L0Linear, graph, prune, sparsify_
 from l0fast.budget import budget, choose, most_within, spent
 from l0fast.compact import Edit, edited, gather, scatter
 from l0fast.constraint import TARGETS
-from l0fast.layers import gated_layers
+from l0fast.draw import gated_layers
 from l0fast.proof import relative_error
 from l0fast.prune import format_report
 

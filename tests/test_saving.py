@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from l0fast import load_pruned, prune, save_pruned, sparsify_
-from l0fast.layers import gated_layers
+from l0fast.draw import gated_layers
 from l0fast.saving import KEY
 
 IMAGE, ROW, TOKENS = torch.randn(2, 1, 28, 28), torch.randn(4, 6), torch.arange(10).view(2, 5)

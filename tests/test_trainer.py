@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from l0fast import L0Penalty, Trainer, TrainerSettings, data, load_pruned, models, prune
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Data, Split
-from l0fast.layers import gated_layers
+from l0fast.draw import gated_layers
 from l0fast.trainer import CHECKPOINT, FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 QUICK: dict[str, Any] = {

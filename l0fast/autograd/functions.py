@@ -11,6 +11,20 @@ from torch.autograd.function import once_differentiable
 from l0fast import gated_weight as maths
 from l0fast.hard_concrete import HardConcrete
 
+_SEGMENTS: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor]] = {}
+
+
+def _segments(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """([L] lengths, [N] the segment of each element), made once for a model."""
+    found = None if torch.compiler.is_compiling() else _SEGMENTS.get((sizes, device))
+    if found is None:
+        lengths = torch.tensor(sizes, device=device)
+        places = torch.arange(len(sizes), device=device)
+        found = lengths, places.repeat_interleave(lengths, output_size=sum(sizes))
+        if not torch.compiler.is_compiling():
+            _SEGMENTS[sizes, device] = found
+    return found
+
 
 def segment_sums(probability: Tensor, sizes: tuple[int, ...]) -> Tensor:
     """[L] sums over consecutive segments of `probability` [N], in at least float32."""
@@ -18,7 +32,16 @@ def segment_sums(probability: Tensor, sizes: tuple[int, ...]) -> Tensor:
         probability = probability.float()
     if len(sizes) == 1:
         return probability.sum().reshape(1)
-    return torch.stack([part.sum() for part in probability.split(sizes)])
+    lengths, _ = _segments(sizes, probability.device)
+    return torch.segment_reduce(probability, "sum", lengths=lengths, unsafe=True)
+
+
+def segment_spread(dsums: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """[N]: each of `dsums` [L] over its segment; the backward of `segment_sums`."""
+    if len(sizes) == 1:
+        return dsums.expand(sizes[0])
+    _, places = _segments(sizes, dsums.device)
+    return dsums.index_select(0, places)
 
 
 class _HardConcrete(torch.autograd.Function):
@@ -32,26 +55,21 @@ class _HardConcrete(torch.autograd.Function):
         sizes: tuple[int, ...],
         distribution: HardConcrete,
     ) -> tuple[Tensor, Tensor]:
-        z = distribution.gate(log_alpha, noise)
+        s = distribution.concrete(log_alpha, noise)
+        z = distribution.stretched(s)
         probability = distribution.open_probability(log_alpha)
         ctx.sizes, ctx.distribution = sizes, distribution
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(z, probability)
+        ctx.save_for_backward(z, s, probability)
         return z, segment_sums(probability, sizes)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -> Any:
-        z, probability = ctx.saved_tensors
+        z, s, probability = ctx.saved_tensors
         ctx.spent = True  # for who holds a result of this node and may not use it twice
-        dlog_alpha = None
-        if dz is not None:
-            dlog_alpha = ctx.distribution.gate_backward(dz, z)
-        if dopen is not None:
-            parts = zip(dopen.unbind(), ctx.sizes, strict=True)
-            spread = torch.cat([part.expand(size) for part, size in parts])
-            term = ctx.distribution.open_probability_backward(spread, probability)
-            dlog_alpha = term if dlog_alpha is None else dlog_alpha.add_(term)
+        spread = None if dopen is None else segment_spread(dopen, ctx.sizes)
+        dlog_alpha = ctx.distribution.backward(dz, z, s, spread, probability)
         return dlog_alpha, None, None, None
 
 
@@ -67,27 +85,27 @@ class _GatedWeight(torch.autograd.Function):
         dim: int | None,
         distribution: HardConcrete,
     ) -> tuple[Tensor, Tensor]:
-        z = distribution.gate(log_alpha, noise)
+        s = distribution.concrete(log_alpha, noise)
+        z = distribution.stretched(s)
         probability = distribution.open_probability(log_alpha)
         ctx.dim, ctx.distribution = dim, distribution
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(weight, z, probability)
+        ctx.save_for_backward(weight, z, s, probability)
         masked = maths.mask(weight, z.to(weight.dtype), dim)
         return masked, segment_sums(probability.reshape(-1), (probability.numel(),)).view(())
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dmasked: Tensor | None, dopen: Tensor | None) -> Any:
-        weight, z, probability = ctx.saved_tensors
+        weight, z, s, probability = ctx.saved_tensors
         ctx.spent = True
-        dweight = dlog_alpha = None
+        dweight = dz = spread = None
         if dmasked is not None:
             dweight, dz = maths.mask_backward(dmasked, weight, z.to(weight.dtype), ctx.dim)
-            dlog_alpha = ctx.distribution.gate_backward(dz.to(z.dtype), z)
+            dz = dz.to(z.dtype)
         if dopen is not None:
             spread = dopen.to(probability.dtype).expand_as(probability)
-            term = ctx.distribution.open_probability_backward(spread, probability)
-            dlog_alpha = term if dlog_alpha is None else dlog_alpha.add_(term)
+        dlog_alpha = ctx.distribution.backward(dz, z, s, spread, probability)
         return dweight, dlog_alpha, None, None, None
 
 
@@ -147,6 +165,8 @@ def gated_weight(
 
 def gated_linear(x: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> Tensor:
     """linear(x * z, weight, bias): x [..., K], weight [N, K], bias [N] or None, z [K]."""
-    if x.requires_grad:  # its product has to be run anyway
-        return torch.nn.functional.linear(x * z, weight, bias)
-    return _GatedLinear.apply(x, weight, bias, z)  # type: ignore[return-value]
+    if not x.requires_grad:
+        return _GatedLinear.apply(x, weight, bias, z)  # type: ignore[return-value]
+    if weight.numel() < x.numel():
+        return torch.nn.functional.linear(x, weight * z, bias)
+    return torch.nn.functional.linear(x * z, weight, bias)

@@ -18,7 +18,7 @@ from torch import Tensor
 from l0fast import gated_weight as maths
 from l0fast import philox
 from l0fast.autograd.backend import kernels_for
-from l0fast.autograd.functions import segment_sums
+from l0fast.autograd.functions import segment_spread, segment_sums
 from l0fast.hard_concrete import HardConcrete
 
 
@@ -94,16 +94,11 @@ def _hard_concrete_backward(
         c = kernels.constants(temperature, gamma, zeta)
         return kernels.hard_concrete_backward(dz, dopen, log_alpha, state, sizes, c)
     distribution = HardConcrete(temperature, gamma, zeta)
-    dlog_alpha = torch.zeros_like(log_alpha)
-    if dz is not None:
-        z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
-        dlog_alpha += distribution.gate_backward(dz, z)
-    if dopen is not None:
-        parts = zip(dopen.unbind(), sizes, strict=True)
-        spread = torch.cat([part.expand(size) for part, size in parts])
-        p = distribution.open_probability(log_alpha)
-        dlog_alpha += distribution.open_probability_backward(spread, p)
-    return dlog_alpha
+    s = distribution.concrete(log_alpha, _noise(log_alpha, state, distribution))
+    spread = None if dopen is None else segment_spread(dopen, sizes)
+    probability = distribution.open_probability(log_alpha)
+    dlog_alpha = distribution.backward(dz, distribution.stretched(s), s, spread, probability)
+    return torch.zeros_like(log_alpha) if dlog_alpha is None else dlog_alpha
 
 
 @torch.library.custom_op("l0fast::gated_weight", mutates_args=())
@@ -140,12 +135,13 @@ def _gated_weight_backward(
         c = kernels.constants(temperature, gamma, zeta)
         return kernels.gated_weight_backward(dmasked, dopen, weight, log_alpha, state, c)
     distribution = HardConcrete(temperature, gamma, zeta)
-    z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
+    s = distribution.concrete(log_alpha, _noise(log_alpha, state, distribution))
+    z = distribution.stretched(s)
     dweight, dz = maths.mask_backward(dmasked.float(), weight.float(), z, None)
-    dlog_alpha = distribution.gate_backward(dz, z)
-    if dopen is not None:
-        p = distribution.open_probability(log_alpha)
-        dlog_alpha += distribution.open_probability_backward(dopen.expand_as(p), p)
+    probability = distribution.open_probability(log_alpha)
+    spread = None if dopen is None else dopen.expand_as(probability)
+    dlog_alpha = distribution.backward(dz, z, s, spread, probability)
+    assert dlog_alpha is not None
     return dweight.to(weight.dtype).contiguous(), dlog_alpha.contiguous()
 
 
