@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from l0fast.hard_concrete import HardConcrete
 
 _MEMBERS = "_l0fast_gated"
 """Attribute of a model that draws: its gated layers, so that no step has to look for them."""
+SKIPPING = "_l0fast_skipping"
+"""Attribute of a model that draws: what says which closed units a step leaves out (see `skip`)."""
 
 
 def _spent(node: Any) -> bool:
@@ -67,8 +69,23 @@ class Draw:
         return [ref for ref, node in found if node is not None and not _spent(node)]
 
 
+class Compact(NamedTuple):
+    """What a layer computes with in one step; None stands for all."""
+
+    rows: Tensor | None
+    """Outputs that it makes."""
+    cols: Tensor | None
+    """Inputs that it reads."""
+    gather: Tensor | None
+    """Where those lie in what arrives, if more arrives."""
+
+
 # Not None: torch.compile would compile the first step's forward, and then all others'.
 NOT_DRAWN: tuple[Tensor | None, Draw] = (None, Draw(owner=0, live=False))
+
+
+DRAWN = ("_drawn", "_counted", "_compact", "_positions")
+"""What a layer remembers of its draws."""
 
 
 class Drawn:
@@ -83,9 +100,14 @@ class Drawn:
     """The model's draw: this layer's gates [num_gates], and what they are part of."""
     _counted: Draw
     """The draw whose counts are the latest."""
+    _compact: Compact | None
+    """What the model's draw leaves to compute with, if it leaves something out."""
+    _positions: int
+    """At how many places (examples, pixels) the weight was applied last; 0 where nobody asks."""
 
     def _forget_draws(self) -> None:
-        self._drawn, self._counted = NOT_DRAWN, NOT_DRAWN[1]
+        self._drawn, self._counted, self._compact = NOT_DRAWN, NOT_DRAWN[1], None
+        self._positions = 0
 
     def open_probability(self) -> Tensor:
         """P(z > 0) of each gate, of log_alpha's shape, differentiable."""
@@ -115,7 +137,7 @@ class Drawn:
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one step of one model: copies and pickles start without.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
-        return {**state, "_drawn": NOT_DRAWN, "_counted": NOT_DRAWN[1]}
+        return {**state, "_drawn": NOT_DRAWN, "_counted": NOT_DRAWN[1], "_compact": None}
 
 
 def gated_layers(model: nn.Module) -> dict[str, Any]:
@@ -140,6 +162,8 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         log_alpha = layer.log_alpha
         key = layer.distribution, log_alpha.device, log_alpha.dtype
         groups.setdefault(key, []).append((layer, log_alpha))
+    opened: dict[int, Tensor] = {}
+    skip = None if torch.compiler.is_compiling() else model.__dict__.get(SKIPPING)
     for (distribution, _, dtype), members in groups.items():
         draw = Draw(id(model))
         layers, log_alphas = [layer for layer, _ in members], [gate for _, gate in members]
@@ -156,6 +180,11 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
             # Past nn.Module's own setattr, which looks for parameters: this is each step's cost.
             layer.__dict__["_drawn"] = part, draw
             layer.__dict__["_counted"] = draw
+            layer.__dict__["_compact"] = None
+        if skip is not None:
+            opened.update(zip(map(id, layers), (z > 0).split(sizes), strict=True))
+    if skip is not None:
+        skip.assign(opened)
 
 
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
@@ -178,6 +207,7 @@ def detach_draw(model: nn.Module) -> None:
     """Undoes `attach_draw`, on the model and all inside it."""
     for module in model.modules():
         module.__dict__.pop(_MEMBERS, None)
+        module.__dict__.pop(SKIPPING, None)
         for hooks, ours in (
             (module._forward_pre_hooks, draw_gates),
             (module._forward_hooks, release_gates),

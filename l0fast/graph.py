@@ -250,6 +250,54 @@ class _Walk:
             self.tainted[:] = True
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What a layer reads: channels that others make."""
+
+    makers: list[str]
+    """The layers that make them."""
+    labels: Tensor
+    """[in]: which channel of its maker lies at each input."""
+    zeros: bool
+    """Whether channels that are constantly zero where they are made are zero here too."""
+
+
+@dataclass(frozen=True)
+class Flows:
+    """How the channels of a model's layers reach one another."""
+
+    reading: dict[str, Reading | None]
+    """Layer -> what it reads, None if that could not be followed."""
+    pinned: set[str]
+    """Layers whose channels reach something that cannot be followed."""
+
+
+def flows(trace: Trace, sites: dict[str, Site], views: bool) -> Flows:
+    """Follows every layer's channels to the layers that read them.
+
+    Args:
+        trace: the export of the model whose layers the sites are.
+        sites: every Linear and convolution of the model; one whose `writes` are all False is
+            followed as a maker of zeros.
+        views: follow channels across reshapes.
+    """
+    walk = _Walk(trace, sites, views)
+    walk.run()
+    reading: dict[str, Reading | None] = {}
+    for name, (flow, _) in walk.reading.items():
+        if flow is None:
+            reading[name] = None
+            continue
+        makers = [walk.names[index] for index in walk.maker[flow.labels].unique().tolist()]
+        silent = torch.cat([~sites[maker].writes for maker in makers]).all()
+        zero = (flow.constant == 0) & ~walk.tainted[flow.labels]
+        labels = flow.labels - walk.ranges[makers[0]][0]
+        reading[name] = Reading(makers, labels, bool(silent) and bool(zero.all()))
+    stuck = walk.pinned | walk.tainted
+    pinned = {name for name, labels in walk.ranges.items() if bool(stuck[labels].any())}
+    return Flows(reading, pinned)
+
+
 def extents(trace: Trace, sites: Iterable[Site], views: bool = True) -> dict[str, Extent]:
     """What each layer physically needs, with gathers and scatters only where they must be.
 

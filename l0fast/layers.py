@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
-from l0fast.draw import Drawn
+from l0fast.draw import DRAWN, Drawn
 from l0fast.gated_weight import mask
 from l0fast.hard_concrete import HardConcrete
 
@@ -168,15 +168,43 @@ class Gated(Drawn):
     def _mask_inputs(self, z: Tensor) -> Tensor:
         return mask(self.weight, z, 1)
 
+    def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, masked weight and bias of this call: all of them, or what its gates leave open.
+
+        Args:
+            x: the input, with its channels along `dim` < 0.
+        """
+        # A model's draw, which also says what to leave out, holds in its forward alone.
+        compact = self._compact if self.training and self._drawn_here() else None
+        if compact is None:
+            return (x, *self._masked())
+        rows, cols, gather = compact
+        if gather is not None:
+            x = autograd.gather(x, gather, dim)
+        by_output = self.gates == "output"
+        z = self._z()
+        return x, *autograd.compact_weight(
+            self.weight, self.bias, z, 0 if by_output else 1, rows, cols
+        )
+
+    def _note_positions(self, y: Tensor, dim: int) -> None:
+        if self._positions and not torch.compiler.is_compiling():
+            self.__dict__["_positions"] = max(y.numel() // max(y.shape[dim], 1), 1)
+
+    def dense(self) -> nn.Module:
+        """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
+        dense = self.dense_type.__new__(self.dense_type)
+        own = ("gates", "noise", "distribution", *DRAWN)
+        dense.__dict__.update(_own_state(self, without=own))
+        del dense._parameters["log_alpha"]
+        return dense
+
     def folded(self, z: Tensor) -> nn.Module:
         """The ordinary layer with `z` (of log_alpha's shape) multiplied into its parameters.
 
         Its parameters are new; nothing is shared with this layer.
         """
-        dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "distribution", "_drawn", "_counted")
-        dense.__dict__.update(_own_state(self, without=own))
-        del dense._parameters["log_alpha"]
+        dense = self.dense()
         z = z.detach().to(self.weight.dtype)
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if self.gates == "weight":
@@ -290,12 +318,14 @@ class L0Linear(Gated, nn.Linear):
                 return F.linear(input * self._example_z(input, -1), self.weight, self.bias)
             y = F.linear(input, self.weight, self.bias)
             return y * self._example_z(y, -1)
-        if self.gates == "input":
-            if self.training:
-                return autograd.gated_linear(input, self.weight, self.bias, self._z())
-            return F.linear(input * self._z(), self.weight, self.bias)
-        weight, bias = self._masked()
-        return F.linear(input, weight, bias)
+        if self.gates == "input" and self._compact is None:
+            if not self.training:
+                return F.linear(input * self._z(), self.weight, self.bias)
+            y = autograd.gated_linear(input, self.weight, self.bias, self._z())
+        else:
+            y = F.linear(*self._parts(input, -1))
+        self._note_positions(y, -1)
+        return y
 
 
 class _GatedConv(Gated):
@@ -366,8 +396,9 @@ class _GatedConv(Gated):
                 input = input * self._example_z(input, channels)
             y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
             return y * self._example_z(y, channels) if self.gates == "output" else y
-        weight, bias = self._masked()
-        return self._conv_forward(input, weight, bias)  # type: ignore[attr-defined]
+        y = self._conv_forward(*self._parts(input, channels))  # type: ignore[attr-defined]
+        self._note_positions(y, channels)
+        return y
 
 
 _CONV_DOC = """nn.{dense} with hard-concrete gates.

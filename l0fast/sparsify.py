@@ -14,6 +14,7 @@ from l0fast import _checks
 from l0fast.draw import attach_draw, gated_layers
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES, Gated
+from l0fast.links import attach_skipping
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
@@ -124,6 +125,7 @@ def sparsify_(
     distribution: HardConcrete | None = None,
     noise: str = "batch",
     example_inputs: Any = None,
+    skip: str | bool = "auto",
 ) -> ModelT:
     """Puts gates on a model's linear and convolution layers, in place, and returns the model.
 
@@ -146,7 +148,11 @@ def sparsify_(
         distribution: of the gates; HardConcrete() by default.
         noise: "batch" or "example", see `L0Linear`.
         example_inputs: what the model's forward takes (a tuple for several arguments); where
-            given, layers that never run on it are left out.
+            given, layers that never run on it are left out, and closed units can be skipped.
+        skip: whether a training step leaves out of its computation the units whose gates are drawn
+            closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
+            units can be followed from the layers that make them to those that read them (on a GPU
+            the host then waits for the gates); False: nowhere. Needs `example_inputs`.
 
     Raises:
         ValueError: no layer is left to gate, a pattern matches none, or an option is out of range.
@@ -157,6 +163,10 @@ def sparsify_(
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
     _checks.one_of("gates", gates, ("auto", *GATES))
+    if not isinstance(skip, bool) and skip != "auto":
+        _checks.refuse("skip", skip, "'auto', True or False")
+    if skip is True and example_inputs is None:
+        _checks.refuse("skip", skip, "'auto' or False without example_inputs")
     if density_init is not None and droprate_init is not None:
         _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
     layers = _eligible(model)
@@ -197,6 +207,8 @@ def sparsify_(
             if id(child) in replacements:
                 module._modules[child_name] = replacements[id(child)]  # type: ignore[assignment]
     attach_draw(model)
+    if example_inputs is not None:
+        attach_skipping(model, example_args(example_inputs), skip)
     return model
 
 

@@ -6,12 +6,21 @@ over the reference maths: a custom op costs four times as much a call on a CPU) 
 """
 
 from l0fast.autograd.backend import runs_on_triton
-from l0fast.autograd.functions import gated_linear, gated_weight, hard_concrete, segment_sums
+from l0fast.autograd.functions import (
+    compact_weight,
+    gated_linear,
+    gated_weight,
+    gather,
+    hard_concrete,
+    segment_sums,
+)
 from l0fast.autograd.ops import triton_gated_weight, triton_hard_concrete
 
 __all__ = [
+    "compact_weight",
     "gated_linear",
     "gated_weight",
+    "gather",
     "hard_concrete",
     "runs_on_triton",
     "segment_sums",

@@ -1,0 +1,436 @@
+"""Skipped and masked training steps are the same step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import l0fast
+from bench.counting import dispatched
+from l0fast import sparsify_
+from l0fast.data import load
+from l0fast.draw import SKIPPING, gated_layers
+from l0fast.models import build
+from l0fast.skip import HYSTERESIS, OVERHEAD, Link, Skipping
+from tests.tolerance import rounding_tolerance
+
+DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
+EXACT = 1e-10
+NOTHING_TO_LEAVE_OUT = "output gates, f(0) is not 0"
+
+
+class TwoReaders(nn.Module):
+    """One layer's units are read by two others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 9), nn.Linear(9, 5), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.a(x))
+        return self.b(h) * self.c(h)
+
+
+class Residual(nn.Module):
+    """Units that an addition reads, which is not followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 9), nn.Linear(9, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.c((h + self.b(h)).relu())
+
+
+class WrittenOut(nn.Module):
+    """Sizes written out, so that nothing compact can pass the view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(1, 6, 3), nn.Conv2d(6, 7, 3), nn.Linear(7 * 16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.b(self.a(x).relu()).relu().view(-1, 7 * 16))
+
+
+class InTraining(nn.Module):
+    """In training alone, something else reads the hidden units too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.b(h) + (h.mean() if self.training else 0.0)
+
+
+def chain(*layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(*layers)
+
+
+Make = Callable[[], nn.Module]
+# Name -> (the model, shape of its input, options of sparsify_, how many links are expected)
+MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
+    "mlp": (lambda: build("mlp", (1, 4, 4), 5, (12, 7)), (8, 1, 4, 4), {}, 3),
+    "lenet": (lambda: build("lenet5", (1, 8, 8), 5, (5, 6, 9)), (8, 1, 8, 8), {}, 3),
+    "mlp, output gates": (
+        lambda: chain(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 5)),
+        (8, 6),
+        {"gates": "output", "exclude": "4"},
+        1,
+    ),
+    # A closed unit arrives as cos(0) = 1: it may not be left out by its own gate.
+    NOTHING_TO_LEAVE_OUT: (
+        lambda: chain(nn.Linear(6, 9), nn.Softplus(), nn.Linear(9, 5)),
+        (8, 6),
+        {"gates": "output"},
+        1,
+    ),
+    "no bias, GELU": (
+        lambda: chain(nn.Linear(6, 9, bias=False), nn.GELU(), nn.Linear(9, 5, bias=False)),
+        (8, 6),
+        {},
+        2,
+    ),
+    "tokens": (lambda: chain(nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5)), (2, 3, 6), {}, 2),
+    "conv1d, input gates": (
+        lambda: chain(nn.Conv1d(3, 6, 3, padding=1), nn.ReLU(), nn.Conv1d(6, 5, 3)),
+        (4, 3, 9),
+        {"gates": "input"},
+        2,
+    ),
+    "conv2d, strides": (
+        lambda: chain(
+            nn.Conv2d(3, 6, 3, stride=2, padding=2, padding_mode="circular"),
+            nn.Tanh(),
+            nn.Conv2d(6, 5, (1, 3), dilation=2, bias=False),
+        ),
+        (4, 3, 12, 12),
+        {},
+        1,
+    ),
+    "conv3d": (
+        lambda: chain(nn.Conv3d(2, 4, 2), nn.ReLU(), nn.AvgPool3d(2), nn.Conv3d(4, 3, 1)),
+        (2, 2, 5, 5, 5),
+        {},
+        1,
+    ),
+    "two readers": (TwoReaders, (8, 6), {}, 2),
+    "residual": (Residual, (8, 6), {}, 3),
+    "a view written out": (WrittenOut, (4, 1, 8, 8), {}, 2),
+    "read in training": (InTraining, (8, 6), {}, 2),
+    "groups": (
+        lambda: chain(
+            nn.Conv2d(2, 4, 1),
+            nn.ReLU(),
+            nn.Conv2d(4, 4, 3, groups=2),
+            nn.ReLU(),
+            nn.Conv2d(4, 3, 1),
+        ),
+        (4, 2, 6, 6),
+        {"gates": "input"},
+        2,
+    ),
+    "dropout": (
+        lambda: chain(
+            nn.Linear(6, 9), nn.Dropout(0.5), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 5)
+        ),
+        (8, 6),
+        {},
+        3,
+    ),
+}
+
+
+def prepared(name: str, skip: Any, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape, options, _ = MODELS[name]
+    model = make().to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    return sparsify_(model, example_inputs=x, skip=skip, **options), x
+
+
+def set_density(model: nn.Module, density: float) -> None:
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            # 1 and 0: far enough for every draw to be exactly that.
+            extreme = density in (0.0, 1.0)
+            value = 40.0 * (2 * density - 1) if extreme else layer.distribution.log_alpha(density)
+            layer.log_alpha.fill_(value)
+
+
+def step(model: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and gradients of one training step."""
+    torch.manual_seed(seed)
+    model.zero_grad()
+    loss = model(x).square().mean() + l0fast.L0Penalty(model, 0.7)()
+    loss.backward()
+    gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert len(gradients) == len(list(model.parameters()))
+    return loss.detach(), gradients
+
+
+def assert_same_step(masked: nn.Module, skipped: nn.Module, x: Tensor, tolerance: float) -> None:
+    loss, expected = step(masked, x)
+    got_loss, got = step(skipped, x)
+    torch.testing.assert_close(got_loss, loss, rtol=tolerance, atol=0)
+    for name, gradient in expected.items():
+        size = float(gradient.abs().max())
+        error = float((got[name] - gradient).abs().max())
+        assert error <= tolerance * max(size, 1e-30), (name, error, size)
+        closed = gradient == 0
+        assert bool((got[name][closed].abs() <= tolerance * size).all()), name
+
+
+def left_out(model: nn.Module) -> int:
+    """How many layers computed with a part of their weight in the last step."""
+    return sum(layer._compact is not None for layer in gated_layers(model).values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_links_that_are_found(name: str) -> None:
+    model, _ = prepared(name, True)
+    assert len(model.__dict__[SKIPPING].links) == MODELS[name][3]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_those_of_the_masked_step(name: str, density: float) -> None:
+    masked, x = prepared(name, False)
+    skipped, _ = prepared(name, True)
+    for model in (masked, skipped):
+        set_density(model, density)
+    assert_same_step(masked, skipped, x, EXACT)
+    assert left_out(masked) == 0
+    assert (left_out(skipped) > 0) == (density < 1 and name != NOTHING_TO_LEAVE_OUT)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet"])
+def test_float32_differs_by_rounding(name: str) -> None:
+    masked, x = prepared(name, False, torch.float32)
+    skipped, _ = prepared(name, True, torch.float32)
+    for model in (masked, skipped):
+        set_density(model, 0.3)
+    # Sums of up to 100 terms, in another order.
+    assert_same_step(masked, skipped, x, float(100 * rounding_tolerance(torch.float32, 1.0)))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 9), min_size=3, max_size=5),
+    batch=st.integers(1, 4),
+    density=st.sampled_from(DENSITIES),
+    gates=st.sampled_from(["input", "output"]),
+    conv=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_any_shape(
+    sizes: list[int], batch: int, density: float, gates: str, conv: bool, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    for index, (inner, outer) in enumerate(itertools.pairwise(sizes)):
+        layers[f"layer{index}"] = nn.Conv1d(inner, outer, 1) if conv else nn.Linear(inner, outer)
+        layers[f"act{index}"] = nn.Tanh()
+    masked = nn.Sequential(layers).double()
+    x = torch.randn((batch, sizes[0], 3) if conv else (batch, sizes[0])).double()
+    skipped = copy.deepcopy(masked)
+    for model, skip in ((masked, False), (skipped, True)):
+        sparsify_(model, gates=gates, example_inputs=x, skip=skip)
+        set_density(model, density)
+    assert_same_step(masked, skipped, x, EXACT)
+
+
+@pytest.mark.parametrize("skip", ["auto", True])
+def test_200_steps_stay_together(skip: Any) -> None:
+    data = load("digits")
+    weights: list[list[Tensor]] = []
+    for how in (False, skip):
+        torch.manual_seed(0)
+        model = build("lenet5", (1, 8, 8), 10, (8, 16, 64)).double()
+        x, y = data.train.inputs.double(), data.train.targets
+        sparsify_(model, example_inputs=x[:1], skip=how)
+        constraint = l0fast.DensityConstraint(model, 0.2, dual=l0fast.DualAscent(0.02))
+        optimizer = torch.optim.SGD(l0fast.param_groups(model, 0.05, 1.0))
+        for index in range(200):
+            part = slice(7 * index, 7 * index + 32)
+            (F.cross_entropy(model(x[part]), y[part]) + constraint()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            constraint.step()
+        weights.append([parameter.detach() for parameter in model.parameters()])
+        if how is True:
+            assert left_out(model) == 4
+    for got, expected in zip(*weights, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-7, atol=1e-9)
+
+
+def test_evaluation_and_a_layer_by_itself_are_whole() -> None:
+    model, x = prepared("mlp", True)
+    set_density(model, 0.3)
+    model(x)
+    assert left_out(model) == 3
+    layer: Any = model.get_submodule("fc2")
+    assert layer(torch.randn(2, 12).double()).shape == (2, 7)
+    model.eval()
+    whole = copy.deepcopy(model)
+    whole.__dict__.pop(SKIPPING)
+    assert torch.equal(model(x), whole(x))
+
+
+def test_a_part_in_evaluation_is_whole() -> None:
+    model, x = prepared("mlp", True)
+    set_density(model, 0.3)
+    model.get_submodule("fc2").eval()
+    masked = copy.deepcopy(model)
+    masked.__dict__.pop(SKIPPING)
+    assert_same_step(masked, model, x, EXACT)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_skip_by_themselves(how: str) -> None:
+    model, x = prepared("lenet", True)
+    set_density(model, 0.3)
+    model(x)
+    if how == "deepcopy":
+        twin = copy.deepcopy(model)
+    else:
+        stream = io.BytesIO()
+        torch.save(model, stream)
+        stream.seek(0)
+        twin = torch.load(stream, weights_only=False)
+    assert left_out(twin) == 0
+    loss, _ = step(model, x)
+    for layer in gated_layers(model).values():
+        layer._compact = None
+    twin_loss, _ = step(twin, x)
+    assert torch.equal(loss, twin_loss)
+    assert left_out(twin) > 0
+    assert left_out(model) == 0
+
+
+def test_activation_checkpointing_leaves_out_the_same() -> None:
+    def run(checkpointed: bool) -> dict[str, Tensor]:
+        model, x = prepared("mlp", True)
+        set_density(model, 0.4)
+        if checkpointed:
+            inner = model.forward
+
+            def forward(y: Tensor) -> Any:
+                return checkpoint(inner, y, use_reentrant=False)
+
+            model.forward = forward
+        return step(model, x)[1]
+
+    expected, got = run(False), run(True)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=EXACT, atol=0)
+
+
+def test_nothing_is_read_back_and_the_ops_are_few() -> None:
+    model, x = prepared("lenet", True)
+    set_density(model, 0.4)
+    found = dispatched(lambda: step(model, x))
+    assert found.items == 0
+
+
+def test_autocast() -> None:
+    losses: list[float] = []
+    for skip in (False, True):
+        model, x = prepared("mlp", skip, torch.float32)
+        set_density(model, 0.4)
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = model(x)
+        assert y.dtype == torch.bfloat16
+        y.float().square().mean().backward()
+        losses.append(float(y.float().square().mean().detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+# --- auto -----------------------------------------------------------------------------------------
+
+
+def test_auto_skips_where_it_pays_and_stays_a_little_longer() -> None:
+    def link(weight: int, positions: int) -> tuple[Link, Skipping]:
+        layer: Any = l0fast.L0Linear(100, weight // 100)
+        one = Link(layer, [])
+        plan = Skipping([one], "auto")
+        layer._positions = positions
+        return one, plan
+
+    one, plan = link(10_000, 1000)  # 10 million multiply-accumulates
+    half = 1 - OVERHEAD / 10_000_000
+    assert plan._compact(one, round(100 * half) - 1, 100)
+    assert one.compact
+    inside = round(100 * (1 - OVERHEAD / HYSTERESIS / 10_000_000))
+    assert plan._compact(one, inside - 1, 100)
+    assert not plan._compact(one, inside + 1, 100)
+    assert not plan._compact(one, round(100 * half) + 1, 100)
+    small, plan = link(10_000, 1)
+    assert not plan._compact(small, 1, 100)
+    assert not plan._compact(one, 100, 100)
+
+
+def test_auto_knows_how_much_work_a_layer_does() -> None:
+    model, x = prepared("lenet", "auto")
+    model(x)
+    layers = gated_layers(model)
+    assert layers["conv1"]._positions == 8 * 8 * 8
+    assert layers["conv2"]._positions == 8 * 4 * 4
+    assert layers["fc1"]._positions == 8
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet"])
+def test_auto_takes_the_masked_step_where_nothing_pays(name: str) -> None:
+    masked, x = prepared(name, False)
+    auto, _ = prepared(name, "auto")
+    for model in (masked, auto):
+        set_density(model, 0.3)
+    loss, expected = step(masked, x)
+    got_loss, got = step(auto, x)
+    assert left_out(auto) == 0
+    assert torch.equal(loss, got_loss)
+    assert all(torch.equal(got[key], value) for key, value in expected.items())
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_skip() -> None:
+    def fresh() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
+
+    x = torch.randn(2, 1, 8, 8)
+    assert SKIPPING not in sparsify_(fresh(), example_inputs=x).__dict__
+    with pytest.raises(ValueError, match=r"^skip: got True; expected 'auto' or False for this mod"):
+        sparsify_(fresh(), example_inputs=x, skip=True)
+
+
+@pytest.mark.parametrize("value", ["yes", None, 2])
+def test_bad_values(value: Any) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=rf"^skip: got {value!r}; expected 'auto', True or False$"):
+        sparsify_(model, example_inputs=torch.randn(1, 4), skip=value)
+    assert not gated_layers(model)
+
+
+def test_without_an_example_nothing_can_be_followed() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"^skip: got True; expected 'auto' or False without exam"):
+        sparsify_(model, skip=True)
+    assert not gated_layers(model)
