@@ -84,7 +84,7 @@ class Compact(NamedTuple):
 NOT_DRAWN: tuple[Tensor | None, Draw] = (None, Draw(owner=0, live=False))
 
 
-DRAWN = ("_drawn", "_counted", "_compact", "_positions")
+DRAWN = ("_drawn", "_counted", "_compact")
 """What a layer remembers of its draws."""
 
 
@@ -102,12 +102,9 @@ class Drawn:
     """The draw whose counts are the latest."""
     _compact: Compact | None
     """What the model's draw leaves to compute with, if it leaves something out."""
-    _positions: int
-    """At how many places (examples, pixels) the weight was applied last; 0 where nobody asks."""
 
     def _forget_draws(self) -> None:
         self._drawn, self._counted, self._compact = NOT_DRAWN, NOT_DRAWN[1], None
-        self._positions = 0
 
     def open_probability(self) -> Tensor:
         """P(z > 0) of each gate, of log_alpha's shape, differentiable."""
@@ -150,7 +147,7 @@ def _members(model: nn.Module) -> list[Drawn]:
     return model.__dict__.get(_MEMBERS, [])
 
 
-def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
+def draw_gates(model: nn.Module, inputs: Any = ()) -> None:
     """Forward pre-hook: samples the gates of all the model's layers in one op."""
     groups: dict[Any, list[tuple[Drawn, Tensor]]] = {}
     for layer in _members(model):
@@ -184,7 +181,7 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         if skip is not None:
             opened.update(zip(map(id, layers), (z > 0).split(sizes), strict=True))
     if skip is not None:
-        skip.assign(opened)
+        skip.assign(opened, inputs)
 
 
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:

@@ -187,10 +187,6 @@ class Gated(Drawn):
             self.weight, self.bias, z, 0 if by_output else 1, rows, cols
         )
 
-    def _note_positions(self, y: Tensor, dim: int) -> None:
-        if self._positions and not torch.compiler.is_compiling():
-            self.__dict__["_positions"] = max(y.numel() // max(y.shape[dim], 1), 1)
-
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
@@ -321,11 +317,8 @@ class L0Linear(Gated, nn.Linear):
         if self.gates == "input" and self._compact is None:
             if not self.training:
                 return F.linear(input * self._z(), self.weight, self.bias)
-            y = autograd.gated_linear(input, self.weight, self.bias, self._z())
-        else:
-            y = F.linear(*self._parts(input, -1))
-        self._note_positions(y, -1)
-        return y
+            return autograd.gated_linear(input, self.weight, self.bias, self._z())
+        return F.linear(*self._parts(input, -1))
 
 
 class _GatedConv(Gated):
@@ -396,9 +389,7 @@ class _GatedConv(Gated):
                 input = input * self._example_z(input, channels)
             y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
             return y * self._example_z(y, channels) if self.gates == "output" else y
-        y = self._conv_forward(*self._parts(input, channels))  # type: ignore[attr-defined]
-        self._note_positions(y, channels)
-        return y
+        return self._conv_forward(*self._parts(input, channels))  # type: ignore[attr-defined]
 
 
 _CONV_DOC = """nn.{dense} with hard-concrete gates.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -69,6 +70,11 @@ def find_links(model: nn.Module, args: tuple[Any, ...], views: bool = True) -> l
             sites[name] = graph.Site(name, dense, reads, writes)
     flows = graph.flows(trace, sites, views)
 
+    work = {
+        name: layers[name].weight.numel() * math.prod(graph.shape_of(node) or (0,)) // outputs
+        for node, name in trace.calls.items()
+        if name in layers and (outputs := len(sites[name].writes))
+    }
     readers: dict[str, list[tuple[str, Tensor, bool]]] = {}
     lost: set[str] = set(flows.pinned)
     for name, reading in flows.reading.items():
@@ -91,11 +97,12 @@ def find_links(model: nn.Module, args: tuple[Any, ...], views: bool = True) -> l
             same = torch.equal(labels, torch.arange(len(sites[maker].writes)))
             ends.append(Reader(layers[name], None if same else labels))
             linked.add(name)
-        links.append(Link(layers[maker], ends, all(zeros for *_, zeros in found)))
+        macs = work[maker] + sum(work[name] for name, *_ in found)
+        links.append(Link(layers[maker], ends, all(zeros for *_, zeros in found), macs))
     for name, layer in layers.items():
         once = trace.counts.get(name) == 1
         if name not in linked and _usable(layer) and layer.gates == "input" and once:
-            links.append(Link(None, [Reader(layer, None)]))
+            links.append(Link(None, [Reader(layer, None)], work=work[name]))
     return links
 
 
@@ -145,7 +152,8 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
             failure = f"{type(problem).__name__}: {reason[0][:200]}"
             continue
         if links and error <= allowed:
-            model.__dict__[SKIPPING] = Skipping(links, skip)
+            size = next((tensor.numel() for tensor in tensors_of(args)), 1)
+            model.__dict__[SKIPPING] = Skipping(links, skip, max(size, 1))
             return
         failure = f"it differs by {error:.3g}" if links else "no units can be followed"
     if skip is True:

@@ -19,8 +19,6 @@ from l0fast.draw import Compact
 OVERHEAD = 5_000_000
 """Multiply-accumulates of one pass that take as long as leaving channels out of a link (on a CPU:
 picking weights, putting gradients back)."""
-HYSTERESIS = 1.25
-"""A link that is computed compactly is left only where that clearly does not pay."""
 
 
 @dataclass
@@ -41,19 +39,12 @@ class Link:
     readers: list[Reader]
     zeros: bool = False
     """Whether a channel that its maker closes arrives as zeros everywhere."""
-    compact: bool = False
-    """As it was computed last."""
+    work: int = 0
+    """Multiply-accumulates of its layers for the example."""
 
     def layers(self) -> list[Any]:
         """The maker and the readers."""
         return [*(reader.layer for reader in self.readers), *([self.maker] if self.maker else [])]
-
-
-def _pays(link: Link, kept: int, of: int) -> bool:
-    """Whether leaving out the other channels saves more time than it costs."""
-    work = sum(layer.weight.numel() * layer._positions for layer in link.layers())
-    saved = work * (of - kept) / max(of, 1)
-    return saved * (HYSTERESIS if link.compact else 1.0) > OVERHEAD
 
 
 def _spared(mask: Tensor) -> Tensor:
@@ -65,23 +56,27 @@ def _spared(mask: Tensor) -> Tensor:
 class Skipping:
     """The links of a model, and whether closed units are skipped on them.
 
+    What is left out depends on the gates and on the size of the input alone, so that a training
+    that is resumed takes the very steps of one that was not interrupted.
+
     Args:
         links: of the model's gated layers; each layer makes, and reads, at most one.
         mode: "auto": a link where it pays; True: every link.
+        size: elements of the example's first tensor.
     """
 
-    def __init__(self, links: list[Link], mode: Any) -> None:
-        self.links, self.mode = links, mode
-        for link in links:
-            for layer in link.layers():
-                layer._positions = 1
+    def __init__(self, links: list[Link], mode: str | bool, size: int = 1) -> None:
+        self.links, self.mode, self.size = links, mode, size
 
-    def assign(self, opened: dict[int, Tensor]) -> None:
+    def assign(self, opened: dict[int, Tensor], inputs: tuple[Any, ...]) -> None:
         """Tells each layer what it leaves out in this step.
 
         Args:
             opened: id of a layer drawn in this step -> bool [gates], which of its gates are open.
+            inputs: of the model's forward.
         """
+        first = next((value for value in inputs if isinstance(value, Tensor)), None)
+        examples = 1.0 if first is None else first.numel() / self.size
         rows: dict[int, Tensor] = {}
         cols: dict[int, tuple[Tensor, Tensor | None]] = {}
         for link in self.links:
@@ -90,12 +85,12 @@ class Skipping:
             if link.maker is None:
                 (reader,) = link.readers
                 found = _spared(opened[id(reader.layer)])
-                if self._compact(link, len(found), reader.layer.num_gates):
+                if self.pays(link, len(found), reader.layer.num_gates, examples):
                     cols[id(reader.layer)] = found, found
                 continue
             alive = self._alive(link, opened)
             found = _spared(alive)
-            if not self._compact(link, len(found), len(alive)):
+            if not self.pays(link, len(found), len(alive), examples):
                 continue
             rows[id(link.maker)] = found
             for reader in link.readers:
@@ -106,9 +101,11 @@ class Skipping:
                 compact = Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
                 layer.__dict__["_compact"] = compact
 
-    def _compact(self, link: Link, kept: int, of: int) -> bool:
-        link.compact = kept < of and (self.mode is True or _pays(link, kept, of))
-        return link.compact
+    def pays(self, link: Link, kept: int, of: int, examples: float) -> bool:
+        """Whether leaving out the other channels saves more time than it costs."""
+        if kept == of or self.mode is True:
+            return kept < of
+        return link.work * examples * (of - kept) / of > OVERHEAD
 
     @staticmethod
     def _alive(link: Link, opened: dict[int, Tensor]) -> Tensor:

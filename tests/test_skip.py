@@ -23,7 +23,7 @@ from l0fast import sparsify_
 from l0fast.data import load
 from l0fast.draw import SKIPPING, gated_layers
 from l0fast.models import build
-from l0fast.skip import HYSTERESIS, OVERHEAD, Link, Skipping
+from l0fast.skip import OVERHEAD, Link, Skipping
 from tests.tolerance import rounding_tolerance
 
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
@@ -365,34 +365,45 @@ def test_autocast() -> None:
 # --- auto -----------------------------------------------------------------------------------------
 
 
-def test_auto_skips_where_it_pays_and_stays_a_little_longer() -> None:
-    def link(weight: int, positions: int) -> tuple[Link, Skipping]:
-        layer: Any = l0fast.L0Linear(100, weight // 100)
-        one = Link(layer, [])
-        plan = Skipping([one], "auto")
-        layer._positions = positions
-        return one, plan
-
-    one, plan = link(10_000, 1000)  # 10 million multiply-accumulates
-    half = 1 - OVERHEAD / 10_000_000
-    assert plan._compact(one, round(100 * half) - 1, 100)
-    assert one.compact
-    inside = round(100 * (1 - OVERHEAD / HYSTERESIS / 10_000_000))
-    assert plan._compact(one, inside - 1, 100)
-    assert not plan._compact(one, inside + 1, 100)
-    assert not plan._compact(one, round(100 * half) + 1, 100)
-    small, plan = link(10_000, 1)
-    assert not plan._compact(small, 1, 100)
-    assert not plan._compact(one, 100, 100)
+def test_auto_skips_where_it_pays() -> None:
+    link, plan = Link(None, [], work=10_000_000), Skipping([], "auto")
+    most = round(1000 * (1 - OVERHEAD / 10_000_000))
+    assert plan.pays(link, most - 1, 1000, 1.0)
+    assert not plan.pays(link, most + 1, 1000, 1.0)
+    assert plan.pays(link, most + 1, 1000, 1.1)  # more examples
+    assert not plan.pays(link, 1, 1000, 0.1)
+    always = Skipping([], True)
+    assert always.pays(link, 999, 1000, 1e-9)
+    assert not always.pays(link, 1000, 1000, 1.0)
 
 
 def test_auto_knows_how_much_work_a_layer_does() -> None:
     model, x = prepared("lenet", "auto")
-    model(x)
-    layers = gated_layers(model)
-    assert layers["conv1"]._positions == 8 * 8 * 8
-    assert layers["conv2"]._positions == 8 * 4 * 4
-    assert layers["fc1"]._positions == 8
+    found = [link.work for link in model.__dict__[SKIPPING].links]
+    conv1, conv2 = 8 * 8 * 8 * 5 * 9, 8 * 4 * 4 * 6 * 5 * 9
+    fc1, fc2 = 8 * 9 * 24, 8 * 5 * 9
+    assert found == [conv1 + conv2, conv2 + fc1, fc1 + fc2]
+    seen: list[float] = []
+    model.__dict__[SKIPPING].pays = lambda _l, _k, _o, examples: bool(seen.append(examples))
+    model(torch.cat([x, x, x]))
+    assert seen == [3.0] * 3
+
+
+def test_what_is_left_out_does_not_depend_on_the_steps_before() -> None:
+    def compact(history: list[int]) -> list[bool]:
+        model, x = prepared("mlp", "auto")
+        set_density(model, 0.3)
+        model.__dict__[SKIPPING].size = 1  # so that it just pays for the whole batch
+        for link in model.__dict__[SKIPPING].links:
+            link.work = round(OVERHEAD / 50)
+        for examples in history:
+            model(x[:examples])
+        step(model, x)
+        return [layer._compact is not None for layer in gated_layers(model).values()]
+
+    fresh = compact([])
+    assert any(fresh)
+    assert compact([1, 8, 2]) == fresh
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet"])
