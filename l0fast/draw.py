@@ -19,8 +19,9 @@ SKIPPING = "_l0fast_skipping"
 
 def _spent(node: Any) -> bool:
     """Whether a backward pass has gone through this node of autograd (see `autograd.functions`)."""
-    if getattr(node, "spent", False):
-        return True
+    spent = getattr(node, "spent", None)
+    if spent is not None:
+        return spent
     try:  # a compiled forward's node does not say so; asking it is slow only where it raises
         getattr(node, "_raw_saved_tensors", None)
     except RuntimeError:

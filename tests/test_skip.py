@@ -432,6 +432,25 @@ def test_a_model_that_cannot_skip() -> None:
         sparsify_(fresh(), example_inputs=x, skip=True)
 
 
+class ReadsItsWidth(nn.Module):
+    """What it computes depends on how many units arrive: nothing raises, the values differ."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 9), nn.Linear(9, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        return self.b(h / h.shape[-1])
+
+
+def test_a_model_that_would_compute_something_else() -> None:
+    x = torch.randn(2, 6)
+    assert SKIPPING not in sparsify_(ReadsItsWidth(), example_inputs=x).__dict__
+    with pytest.raises(ValueError, match=r"expected 'auto' or False .*\(it differs by"):
+        sparsify_(ReadsItsWidth(), example_inputs=x, skip=True)
+
+
 @pytest.mark.parametrize("value", ["yes", None, 2])
 def test_bad_values(value: Any) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))

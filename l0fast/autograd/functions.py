@@ -61,6 +61,7 @@ class _HardConcrete(torch.autograd.Function):
         ctx.sizes, ctx.distribution = sizes, distribution
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(z, s, probability)
+        ctx.spent = False
         return z, segment_sums(probability, sizes)
 
     @staticmethod
@@ -91,6 +92,7 @@ class _GatedWeight(torch.autograd.Function):
         ctx.dim, ctx.distribution = dim, distribution
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, z, s, probability)
+        ctx.spent = False
         masked = maths.mask(weight, z.to(weight.dtype), dim)
         return masked, segment_sums(probability.reshape(-1), (probability.numel(),)).view(())
 
