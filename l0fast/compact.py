@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph import LAYERS
+from l0fast.graph import LAYERS, NORMS, is_carrier
 
 _SIDES = ("input", "output")
 
@@ -96,11 +96,34 @@ class Edit:
         return edit
 
 
-def layer_size(layer: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a Linear or a convolution."""
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    return layer.in_channels, layer.out_channels  # type: ignore[return-value]
+@dataclass(frozen=True)
+class Mend:
+    """An attribute of a module that must follow a size; as JSON, one entry of the recipe."""
+
+    name: str
+    """Of the module, "" for the model itself."""
+    kind: str
+    """Its class."""
+    attribute: str
+    value: tuple[int, int]
+    """(after, before)."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A dict that `from_json` takes."""
+        return {**vars(self), "value": list(self.value)}
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Mend:
+        """The mend of a recipe's entry.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is not one.
+        """
+        after, before = (int(number) for number in entry["value"])
+        mend = cls(str(entry["name"]), str(entry["kind"]), str(entry["attribute"]), (after, before))
+        if mend.as_json() != dict(entry) or not 0 < after < before:
+            raise ValueError("an entry that contradicts itself")
+        return mend
 
 
 def channel_dim(layer: nn.Module) -> int:
@@ -148,57 +171,71 @@ def scale(z: Tensor, dim: int) -> fx.GraphModule:
     )
 
 
-def _sliced(parameter: nn.Parameter, *keep: Tensor | None) -> nn.Parameter:
-    """A parameter with, along each dimension, only the indices named; in the same layout."""
-    value = parameter.detach()
+def _sliced(value: Tensor, *keep: Tensor | None) -> Tensor:
+    """A tensor with, along each dimension, only the indices named; in the same layout."""
     last = value.dim() == 4 and not value.is_contiguous()
     last = last and value.is_contiguous(memory_format=torch.channels_last)
     for dim, index in enumerate(keep):
         if index is not None:
             value = value.index_select(dim, index)
     layout = torch.channels_last if last else torch.contiguous_format
-    return nn.Parameter(value.clone(memory_format=layout), parameter.requires_grad)
+    return value.clone(memory_format=layout)
+
+
+def _shrink(small: Any, rows: Tensor | None, columns: Tensor | None) -> None:
+    """Slices a copy of a layer, in place, and sets the attributes that say its size."""
+    whole_groups = is_carrier(small)
+    for owned in (small._parameters, small._buffers):
+        for name, value in owned.items():
+            if value is None or not value.dim():  # a batch norm's counter
+                continue
+            within = None if whole_groups or value.dim() == 1 else columns
+            part = _sliced(value.detach(), rows, within)
+            if isinstance(value, nn.Parameter):
+                part = nn.Parameter(part, value.requires_grad)
+            owned[name] = part
+    if type(small) in NORMS:
+        small.num_features = small.num_features if rows is None else len(rows)
+        return
+    groups = getattr(small, "groups", 1)
+    if groups > 1 and columns is not None:
+        small.groups = groups * len(columns) // small.in_channels
+    unit = "features" if isinstance(small, nn.Linear) else "channels"
+    for side, part in (("in", columns), ("out", rows)):
+        if part is not None:
+            setattr(small, f"{side}_{unit}", len(part))
 
 
 def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Module:
     """The ordinary module that an edit makes of a layer; the layer stays as it is.
 
     Args:
-        layer: a Linear or a convolution.
-        edit: made for it.
+        layer: a Linear, a convolution or a batch norm.
+        edit: made for it; a convolution in groups keeps or loses whole groups.
         factor: what `edit.scale` multiplies its units with, [units]; ones by default.
     """
     small: nn.Module = object.__new__(type(layer))
     for key, value in vars(layer).items():
         small.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
-    weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
-    assert weight is not None
+    weight = layer._parameters.get("weight")
+    device = None if weight is None else weight.device
 
     def index(values: tuple[int, ...] | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, device=weight.device)
+        return None if values is None else torch.tensor(values, device=device)
 
-    columns, rows = index(edit.inputs), index(edit.outputs)
-    if columns is not None or rows is not None:
-        small._parameters["weight"] = _sliced(weight, rows, columns)
-        if bias is not None:
-            small._parameters["bias"] = _sliced(bias, rows)
-        unit = "features" if isinstance(layer, nn.Linear) else "channels"
-        for side, whole, part in (("in", edit.size[0], columns), ("out", edit.size[1], rows)):
-            setattr(small, f"{side}_{unit}", whole if part is None else len(part))
-
-    dim = channel_dim(layer)
+    if edit.inputs is not None or edit.outputs is not None:
+        _shrink(small, index(edit.outputs), index(edit.inputs))
     parts: OrderedDict[str, nn.Module] = OrderedDict(layer=small)
     if edit.gather is not None:
-        taken = torch.tensor(edit.gather[0], device=weight.device)
-        parts["gather"] = gather(taken, dim)
+        parts["gather"] = gather(torch.tensor(edit.gather[0], device=device), channel_dim(layer))
         parts.move_to_end("gather", last=False)
     if edit.scatter is not None:
-        filled = torch.tensor(edit.scatter[0], device=weight.device)
-        parts["scatter"] = scatter(filled, edit.scatter[1], dim)
-    if edit.scale is not None:
+        filled = torch.tensor(edit.scatter[0], device=device)
+        parts["scatter"] = scatter(filled, edit.scatter[1], channel_dim(layer))
+    if edit.scale is not None and weight is not None:
         units = edit.size[edit.scale == "output"]
         z = torch.ones(units) if factor is None else factor.detach()
-        parts["scale"] = scale(z.to(weight), dim)
+        parts["scale"] = scale(z.to(weight), channel_dim(layer))
         parts.move_to_end("scale", last=edit.scale == "output")
     return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
 
@@ -212,8 +249,15 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
     return replacements.get(id(model), model)
 
 
-def apply(model: nn.Module, edits: list[Edit], factors: Mapping[str, Tensor]) -> nn.Module:
-    """Makes every layer named by an edit smaller, in place; returns the root."""
+def apply(
+    model: nn.Module,
+    edits: list[Edit],
+    factors: Mapping[str, Tensor],
+    mends: Iterable[Mend] = (),
+) -> nn.Module:
+    """Makes layers smaller and mends attributes, in place; returns the root."""
+    for mend in mends:
+        setattr(model.get_submodule(mend.name), mend.attribute, mend.value[0])
     return replace(
         model,
         {

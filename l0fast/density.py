@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast._tables import aligned
 from l0fast.draw import expected_open, gated_layers
 from l0fast.layers import Gated
 from l0fast.sparsify import evaluating, example_args
@@ -159,15 +160,7 @@ class DensityTable:
             densities = f"{row.expected:.4f}", f"{row.realised:.4f}"
             counts = str(row.open_gates), str(row.num_gates)
             rows.append((row.name, row.gates, *counts, *densities, f"{row.params:,}", macs))
-        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-        lines: list[str] = []
-        for row in rows:
-            cells = [
-                cell.ljust(width) if column < 2 else cell.rjust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            lines.append("  ".join(cells).rstrip())
-        return "\n".join(lines)
+        return "\n".join(aligned(rows, left=2))
 
 
 def density(model: nn.Module, example_inputs: Any = None) -> DensityTable:

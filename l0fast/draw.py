@@ -85,6 +85,15 @@ class Compact(NamedTuple):
 NOT_DRAWN: tuple[Tensor | None, Draw] = (None, Draw(owner=0, live=False))
 
 
+def in_force(draw: Draw) -> bool:
+    """Whether a draw is this call's: in its model's forward, or replayed in a backward."""
+    # Activation checkpointing runs a layer again while the graph is walked backward, when
+    # the model's forward is over: the gates it must see are those it saw then.
+    if draw.live or torch.compiler.is_compiling():
+        return draw.live
+    return torch._C._current_graph_task_id() != -1
+
+
 DRAWN = ("_drawn", "_counted", "_compact")
 """What a layer remembers of its draws."""
 
@@ -97,6 +106,8 @@ class Drawn:
     distribution: HardConcrete
     log_alpha: nn.Parameter
     training: bool
+    units: int
+    """How many consecutive inputs each gate serves; 1 for gates that are not on inputs."""
     _drawn: tuple[Tensor | None, Draw]
     """The model's draw: this layer's gates [num_gates], and what they are part of."""
     _counted: Draw
@@ -111,6 +122,10 @@ class Drawn:
         """P(z > 0) of each gate, of log_alpha's shape, differentiable."""
         return self.distribution.open_probability(self.log_alpha)
 
+    def spread(self, values: Tensor) -> Tensor:
+        """What each gate has, [..., num_gates], for each of the units that it serves."""
+        return values if self.units == 1 else values.repeat_interleave(self.units, -1)
+
     def _count_alone(self, total: Tensor) -> None:
         self._counted = Draw(owner=0, live=False)
         self._counted.count(total, [self])
@@ -120,17 +135,14 @@ class Drawn:
         z, draw = self._drawn
         if z is None:
             return False
-        # Activation checkpointing runs a layer again while the graph is walked backward, when
-        # the model's forward is over: the gates it must see are those it saw then.
-        if draw.live or torch.compiler.is_compiling():
+        if draw.live or not in_force(draw):
             return draw.live
-        replayed = torch._C._current_graph_task_id() != -1
-        if replayed and any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
+        if any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
             raise RuntimeError(
                 "activation checkpointing: got several forward passes before a backward; expected "
                 "a backward after each (its gates are gone), or noise='example'"
             )
-        return replayed
+        return True
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one step of one model: copies and pickles start without.
@@ -162,6 +174,7 @@ def draw_gates(model: nn.Module, inputs: Any = ()) -> None:
         groups.setdefault(key, []).append((layer, log_alpha))
     opened: dict[int, Tensor] = {}
     skip = None if torch.compiler.is_compiling() else model.__dict__.get(SKIPPING)
+    draw = NOT_DRAWN[1]
     for (distribution, _, dtype), members in groups.items():
         draw = Draw(id(model))
         layers, log_alphas = [layer for layer, _ in members], [gate for _, gate in members]
@@ -180,9 +193,11 @@ def draw_gates(model: nn.Module, inputs: Any = ()) -> None:
             layer.__dict__["_counted"] = draw
             layer.__dict__["_compact"] = None
         if skip is not None:
-            opened.update(zip(map(id, layers), (z > 0).split(sizes), strict=True))
-    if skip is not None:
-        skip.assign(opened, inputs)
+            parts = (z > 0).split(sizes)
+            for layer, part in zip(layers, parts, strict=True):
+                opened[id(layer)] = layer.spread(part)
+    if skip is not None and opened:
+        skip.assign(opened, inputs, draw)
 
 
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:

@@ -61,8 +61,9 @@ class Gated(Drawn):
         droprate_init: float | None,
         distribution: HardConcrete | None,
         noise: str,
+        units: int = 1,
     ) -> None:
-        self.gates, self.noise = gates, noise
+        self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
         self._forget_draws()
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
@@ -85,8 +86,15 @@ class Gated(Drawn):
         droprate_init: float | None = None,
         distribution: HardConcrete | None = None,
         noise: str = "batch",
+        units: int = 1,
     ) -> Self:
         """A gated layer that shares the very parameters (and hooks) of a dense one.
+
+        Args:
+            layer: of exactly the dense class.
+            gates, density_init, droprate_init, distribution, noise: as in `Gated`.
+            units: with gates on inputs, how many consecutive ones each gate serves: those of an
+                attention head, say.
 
         Raises:
             TypeError: `layer` is not exactly of the dense class.
@@ -98,9 +106,14 @@ class Gated(Drawn):
             )
         gates = gates or cls.default_gates
         _check_options(gates, density_init, droprate_init, noise)
+        _checks.whole("units", units)
         self = cls.__new__(cls)
         self.__dict__.update(_own_state(layer))
-        self._init_gates(gates, density_init, droprate_init, distribution, noise)
+        if units > 1 and gates != "input":
+            _checks.refuse("units", units, f"1 where gates={gates!r}")
+        if self._num_inputs() % units:
+            _checks.refuse("units", units, f"a divisor of its {self._num_inputs()} inputs")
+        self._init_gates(gates, density_init, droprate_init, distribution, noise, units)
         return self
 
     default_gates: ClassVar[str]
@@ -108,6 +121,9 @@ class Gated(Drawn):
     # --- the gates -----------------------------------------------------------------------------
 
     def _gate_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _num_inputs(self) -> int:
         raise NotImplementedError
 
     @property
@@ -126,25 +142,25 @@ class Gated(Drawn):
         return self.distribution.median(self.log_alpha)
 
     def _z(self) -> Tensor:
-        """[num_gates] gates that serve this whole call."""
+        """Gates that serve this whole call, one for each unit."""
         if not self.training:
-            return self.evaluation_gates().to(self.weight.dtype)
+            return self.spread(self.evaluation_gates().to(self.weight.dtype))
         if self._drawn_here():
             z = self._drawn[0]
             assert z is not None
-            return z.to(self.weight.dtype)
+            return self.spread(z.to(self.weight.dtype))
         gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
         self._count_alone(gates.expected_open)
-        return gates.z.to(self.weight.dtype)
+        return self.spread(gates.z.to(self.weight.dtype))
 
     def _example_z(self, x: Tensor, dim: int) -> Tensor:
         """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it."""
         batched = x.dim() > -dim
         examples = x.shape[0] if batched else 1
         log_alpha = self.log_alpha.expand(examples, -1)
-        z = functional.hard_concrete(log_alpha, distribution=self.distribution).z
+        z = self.spread(functional.hard_concrete(log_alpha, distribution=self.distribution).z)
         shape = [1] * x.dim()
-        shape[dim] = self.num_gates
+        shape[dim] = z.shape[-1]
         if batched:
             shape[0] = examples
         return z.to(x.dtype).view(shape)
@@ -190,7 +206,7 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "distribution", *DRAWN)
+        own = ("gates", "noise", "units", "distribution", *DRAWN)
         dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
         return dense
@@ -201,7 +217,7 @@ class Gated(Drawn):
         Its parameters are new; nothing is shared with this layer.
         """
         dense = self.dense()
-        z = z.detach().to(self.weight.dtype)
+        z = self.spread(z.detach().to(self.weight.dtype))
         weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
         if self.gates == "weight":
             weight = mask(weight, z, None)
@@ -228,7 +244,8 @@ class Gated(Drawn):
             super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, gates={self.gates!r}"  # type: ignore[misc]
+        units = f", units={self.units}" if self.units > 1 else ""
+        return f"{super().extra_repr()}, gates={self.gates!r}{units}"  # type: ignore[misc]
 
 
 def _check_options(
@@ -299,9 +316,12 @@ class L0Linear(Gated, nn.Linear):
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
         self._init_gates(gates, density_init, droprate_init, distribution, noise)
 
+    def _num_inputs(self) -> int:
+        return self.in_features
+
     def _gate_shape(self) -> tuple[int, ...]:
         shapes = {
-            "input": (self.in_features,),
+            "input": (self.in_features // self.units,),
             "output": (self.out_features,),
             "weight": tuple(self.weight.shape),
         }
@@ -367,9 +387,12 @@ class _GatedConv(Gated):
         )
         self._init_gates(gates, density_init, droprate_init, distribution, noise)
 
+    def _num_inputs(self) -> int:
+        return self.in_channels
+
     def _gate_shape(self) -> tuple[int, ...]:
         shapes = {
-            "input": (self.in_channels,),
+            "input": (self.in_channels // self.units,),
             "output": (self.out_channels,),
             "weight": tuple(self.weight.shape),
         }

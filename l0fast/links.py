@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 from typing import Any
 
@@ -10,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, graph
-from l0fast.draw import SKIPPING, Drawn, gated_layers
+from l0fast.channels import RIGID, STAYS, op_name, shape_of
+from l0fast.draw import SKIPPING, Drawn, detach_draw, gated_layers
 from l0fast.proof import TOLERANCE, relative_error, tensors_of
-from l0fast.skip import Link, Reader, Skipping
+from l0fast.skip import Link, Reader, Skipping, can_follow, stop_following
+from l0fast.walk import Walk, find_sites
 
 SLACK = 100.0
 """Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""
@@ -31,9 +34,11 @@ def _plain(model: nn.Module) -> nn.Module:
         for name, child in list(module._modules.items()):
             if isinstance(child, Drawn):
                 module._modules[name] = child.dense()  # type: ignore[attr-defined]
+    stop_following(twin)
+    detach_draw(twin)
     for module in twin.modules():
-        module._forward_pre_hooks.clear()
-        module._forward_hooks.clear()
+        if isinstance(module, graph.NORMS):
+            module.num_batches_tracked = None  # its counting would be an op that is not known
     return twin.train()
 
 
@@ -44,66 +49,115 @@ def _usable(layer: Any) -> bool:
     return getattr(layer, "groups", 1) == 1
 
 
+class _Finder:
+    """The links of a model, from a walk along its graph.
+
+    Args:
+        model: with gates.
+        plain: the same without.
+        trace: its export.
+        views: follow units across ops that may have sizes written out.
+    """
+
+    def __init__(self, model: nn.Module, plain: nn.Module, trace: graph.Trace, views: bool) -> None:
+        layers, modules = gated_layers(model), dict(model.named_modules())
+        # Weights are read where they are: ties, and who else reads them, do not matter here.
+        found = find_sites(plain, None, {}, {})
+        sites = {
+            # A maker of zeros: then it shows where those arrive.
+            name: dataclasses.replace(site, writes=torch.zeros_like(site.writes))
+            if name in layers and layers[name].gates == "output"
+            else site
+            for name, site in found.items()
+        }
+        self.layers: dict[str, Any] = {}
+        """The layers that can leave something out: gated, or those that follow them."""
+        for name, site in sites.items():
+            layer = layers.get(name, modules[name])
+            usable = _usable(layer) if name in layers else can_follow(layer)
+            if usable and not site.fixed and trace.counts[name] == 1:
+                self.layers[name] = layer
+        self.trace, self.walk = trace, Walk(trace, sites.values())
+        self.loose = self._loose(views)
+
+    def _loose(self, views: bool) -> Tensor:
+        """bool, by unit: whether it may be left out for its own sake."""
+        walk = self.walk
+        single = walk.classes.bincount(minlength=len(walk.classes))[walk.classes] == 1
+        loose = single & (walk.classes != walk.classes[STAYS])
+        for name, units in walk.inputs.items():
+            if name not in self.layers and units is not None:
+                loose[units.labels] = False
+        for node in () if views else self.trace.graph.nodes:
+            if op_name(node) in RIGID:
+                for source in node.all_input_nodes:
+                    for units in walk.units(source):
+                        loose[units.labels] = False
+        return loose
+
+    def _work(self, name: str) -> int:
+        """Multiply-accumulates of a layer for the example."""
+        weight = self.layers[name].weight
+        if type(self.layers[name]) in graph.NORMS:
+            return 0
+        nodes = (node for node, called in self.trace.calls.items() if called == name)
+        places = (math.prod(shape_of(node) or (0,)) for node in nodes)
+        return weight.numel() * sum(places) // max(weight.shape[0], 1)
+
+    def links(self) -> list[Link]:
+        walk, layers = self.walk, self.layers
+        readers: dict[str, list[str]] = {}
+        for name in layers:
+            units = walk.inputs.get(name)
+            makers = [] if units is None else walk.makers(units.labels)
+            for maker in makers:
+                readers.setdefault(maker, []).append(name)
+        links: list[Link] = []
+        linked: set[str] = set()
+        for maker, names in readers.items():
+            norms = [type(layers[name]) in graph.NORMS for name in names]
+            if maker not in layers or all(norms) or not bool(self.loose[walk.made[maker]].all()):
+                continue
+            inputs = [walk.inputs[name] for name in names]
+            labels = [units.labels - walk.made[maker][0] for units in inputs if units is not None]
+            size = len(walk.made[maker])
+            if any(bool(((label < 0) | (label >= size)).any()) for label in labels):
+                continue  # a reader of two makers
+            zeros = not bool(walk.tainted[walk.made[maker]].any()) and all(
+                bool((units.constant == 0).all()) for units in inputs if units is not None
+            )
+            ends = [
+                Reader(layers[name], None if torch.equal(label, torch.arange(size)) else label)
+                for name, label in zip(names, labels, strict=True)
+            ]
+            macs = self._work(maker) + sum(self._work(name) for name in names)
+            link = Link(layers[maker], ends, zeros, macs)
+            reads_all = not all(
+                end.by_gates or type(end.layer) in graph.NORMS for end in link.readers
+            )
+            if link.own or not reads_all:
+                links.append(link)
+                linked.update(names)
+        for name, layer in layers.items():
+            by_gates = isinstance(layer, Drawn) and layer.gates == "input"  # type: ignore[union-attr]
+            if name not in linked and by_gates and name in walk.inputs:
+                links.append(Link(None, [Reader(layer, None)], work=self._work(name)))
+        return links
+
+
 def find_links(model: nn.Module, args: tuple[Any, ...], views: bool = True) -> list[Link]:
     """The links between a model's gated layers, on its example.
 
     Args:
         model: with gates; it is not changed.
         args: what its forward takes.
-        views: follow units across reshapes.
+        views: follow units across ops that may have sizes written out.
 
     Raises:
         Exception: whatever torch.export raises for a model that it refuses.
     """
-    layers = gated_layers(model)
     plain = _plain(model)
-    trace = graph.export(plain, args)
-    sites: dict[str, graph.Site] = {}
-    for name, dense in plain.named_modules():
-        if type(dense) in graph.LAYERS:
-            weight: Any = dense.weight
-            outputs = weight.shape[0]
-            inputs = weight.shape[1] * getattr(dense, "groups", 1)
-            closed = name in layers and layers[name].gates == "output"
-            reads = torch.ones(inputs, dtype=torch.bool)
-            writes = torch.full((outputs,), not closed)
-            sites[name] = graph.Site(name, dense, reads, writes)
-    flows = graph.flows(trace, sites, views)
-
-    work = {
-        name: layers[name].weight.numel() * math.prod(graph.shape_of(node) or (0,)) // outputs
-        for node, name in trace.calls.items()
-        if name in layers and (outputs := len(sites[name].writes))
-    }
-    readers: dict[str, list[tuple[str, Tensor, bool]]] = {}
-    lost: set[str] = set(flows.pinned)
-    for name, reading in flows.reading.items():
-        if reading is None:
-            continue
-        makers = reading.makers
-        usable = name in layers and _usable(layers[name]) and trace.counts[name] == 1
-        if len(makers) != 1 or not usable:
-            lost.update(makers)
-            continue
-        readers.setdefault(makers[0], []).append((name, reading.labels, reading.zeros))
-    links: list[Link] = []
-    linked: set[str] = set()
-    for maker, found in readers.items():
-        whole = maker in layers and _usable(layers[maker]) and trace.counts[maker] == 1
-        if maker in lost or not whole:
-            continue
-        ends: list[Reader] = []
-        for name, labels, _ in found:
-            same = torch.equal(labels, torch.arange(len(sites[maker].writes)))
-            ends.append(Reader(layers[name], None if same else labels))
-            linked.add(name)
-        macs = work[maker] + sum(work[name] for name, *_ in found)
-        links.append(Link(layers[maker], ends, all(zeros for *_, zeros in found), macs))
-    for name, layer in layers.items():
-        once = trace.counts.get(name) == 1
-        if name not in linked and _usable(layer) and layer.gates == "input" and once:
-            links.append(Link(None, [Reader(layer, None)], work=work[name]))
-    return links
+    return _Finder(model, plain, graph.export(plain, args), views).links()
 
 
 def _outputs(model: nn.Module, args: tuple[Any, ...], seed: int) -> list[Tensor]:
@@ -138,6 +192,7 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
         ValueError: `skip` is True, and the model cannot skip.
     """
     model.__dict__.pop(SKIPPING, None)
+    stop_following(model)
     if skip is False or (skip == "auto" and any(p.is_cuda for p in model.parameters())):
         return  # on a GPU, the host would have to wait for the gates
     dtypes = {parameter.dtype for parameter in model.parameters()}

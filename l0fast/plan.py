@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, graph
-from l0fast.compact import Edit, apply, layer_size, replace
+from l0fast.compact import Edit, Mend, apply, replace
 from l0fast.draw import detach_draw, gated_layers
-from l0fast.graph import LAYERS, Extent, Site, Trace
+from l0fast.graph import Trace, layer_size
 from l0fast.layers import Gated
+from l0fast.liveness import Extent, Liveness, local_extents
+from l0fast.mend import merged_tiers
 from l0fast.proof import Proof
+from l0fast.skip import stop_following
+from l0fast.walk import Site, Walk, find_sites, tied_modules
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+ALONE = "each layer by itself"
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Plan:
 
     tier: str
     edits: list[Edit]
+    mends: list[Mend]
     extents: dict[str, Extent]
     sites: dict[str, Site]
     error: float
@@ -65,31 +67,16 @@ def _light_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
-def _owners(model: nn.Module) -> dict[int, list[str]]:
-    """Id of a parameter -> the names of all the modules that have it."""
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None and name not in owners.setdefault(id(parameter), []):
-                owners[id(parameter)].append(name)
-    return owners
-
-
 def fold(twin: nn.Module, raw: Collection[str] = ()) -> Folded:
     """Replaces the gated layers of `closed`'s copy by ordinary ones, in place.
 
     A tied weight stays as it is, and so does one that `raw` names: the gates go into a factor.
     """
-    owners = _owners(twin)
-    tied: dict[str, str] = {}
-    for name, layer in twin.named_modules():
-        for parameter in layer._parameters.values():
-            others = [other for other in owners.get(id(parameter), []) if other != name]
-            if others:
-                tied[name] = " and ".join(repr(other) for other in others)
+    tied = tied_modules(twin)
     factors: dict[str, Tensor] = {}
     replacements: dict[int, nn.Module] = {}
     detach_draw(twin)
+    stop_following(twin)
     with torch.no_grad():
         for name, layer in gated_layers(twin).items():
             z = layer.evaluation_gates()
@@ -97,53 +84,33 @@ def fold(twin: nn.Module, raw: Collection[str] = ()) -> Folded:
             if name in raw or (name in tied and layer.gates != "weight"):
                 dense.weight, dense.bias = layer.weight, layer.bias
                 if layer.gates != "weight":
-                    factors[name] = z.to(layer.weight.dtype)
+                    factors[name] = layer.spread(z.to(layer.weight.dtype))
             replacements[id(layer)] = dense
     return Folded(replace(twin, replacements), factors, tied)
 
 
-def find_sites(
+def gated_sites(
     folded: Folded,
     layers: Mapping[str, Gated],
     kept: Mapping[str, Tensor],
     trace: Trace | None,
     full: Mapping[str, str],
 ) -> dict[str, Site]:
-    """Every Linear and convolution of the folded model, with what its gates leave.
-
-    `full` names layers that must not get smaller, and says why.
-    """
-    sites: dict[str, Site] = {}
-    for name, layer in folded.model.named_modules():
-        if type(layer) not in LAYERS or layer._parameters.get("weight") is None:
+    """The sites of the folded model, as its gates leave them; `full` as in `find_sites`."""
+    tied = {
+        name: f"its gates make its own copy of the weight of {other}"
+        if name in layers and layers[name].gates == "weight"
+        else f"it shares its weight with {other}"
+        for name, other in folded.tied.items()
+    }
+    sites = find_sites(folded.model, trace, tied, full)
+    for name, layer in layers.items():
+        if name in folded.factors or name not in sites:
             continue
-        inputs, outputs = layer_size(layer)
-        reads = torch.ones(inputs, dtype=torch.bool)
-        writes = torch.ones(outputs, dtype=torch.bool)
-        fixed, local = "", False
-        if name in full:
-            fixed = full[name]
-        elif name in folded.tied:
-            fixed = f"it shares its weight with {folded.tied[name]}"
-            if name in layers and layers[name].gates == "weight":
-                fixed = f"its gates make its own copy of the weight of {folded.tied[name]}"
-        elif trace is not None and name in trace.read_outside:
-            fixed = "its weight is also read outside of its own call"
-        elif any(getattr(layer, hooks) for hooks in _HOOKS):
-            fixed = "it has hooks"
-        elif getattr(layer, "groups", 1) > 1:
-            fixed = f"it has {layer.groups} groups"
-        else:
-            local = True
-            calls = 1 if trace is None else trace.counts[name]
-            fixed = "" if calls == 1 else f"it is called {calls} times"
-        gated = layers.get(name)
-        if gated is not None and name not in folded.factors:
-            if gated.gates == "input":
-                reads = kept[name]
-            elif gated.gates == "output":
-                writes = kept[name]
-        sites[name] = Site(name, layer, reads, writes, fixed, local)
+        if layer.gates == "input":
+            sites[name] = dataclasses.replace(sites[name], reads=layer.spread(kept[name]))
+        elif layer.gates == "output":
+            sites[name] = dataclasses.replace(sites[name], writes=kept[name])
     return sites
 
 
@@ -190,8 +157,9 @@ def make_plan(
 ) -> Plan:
     """The furthest-reaching plan that is proven equal on the example.
 
-    Tried in turn: layers merged with their neighbours; merged, but not across reshapes; each
-    layer by itself. Where even that fails, the layers at fault stay full, and again from the start.
+    Tried in turn: layers merged with their neighbours; merged, with the shapes kept in modules
+    where a size is written out that no attribute mends; with the shapes kept in all; each layer by
+    itself. Where even that fails, the layers at fault stay full, and again from the start.
 
     Raises:
         ValueError: not even the folded model computes what the gated one does.
@@ -211,10 +179,10 @@ def make_plan(
             folded.factors.pop(name, None)  # nothing was ever multiplied by its gates
     scales = {name: layers[name].gates for name in folded.factors}
 
-    def attempt(edits: list[Edit]) -> tuple[float, str]:
+    def attempt(edits: list[Edit], mends: Collection[Mend] = ()) -> tuple[float, str]:
         """The error of a plan, and "" if it holds or what is wrong with it."""
         try:
-            candidate = apply(_light_copy(folded.model), edits, folded.factors)
+            candidate = apply(_light_copy(folded.model), edits, folded.factors, mends)
             error = proof.error(candidate)
         except Exception as failure:
             return torch.inf, _raises(failure)
@@ -222,25 +190,41 @@ def make_plan(
 
     fixed: dict[str, str] = {}
     while True:
-        sites = find_sites(folded, layers, kept, trace, fixed)
-        tiers: list[tuple[str, dict[str, Extent]]] = []
-        if trace is not None:
-            whole, split = (graph.extents(trace, sites.values(), views) for views in (True, False))
-            tiers += [("merged", whole), ("merged except across reshapes", split)]
-        tiers.append(("each layer by itself", graph.local_extents(sites.values())))
-        tried: list[list[Edit]] = []
-        for tier, extents in tiers:
+        sites = gated_sites(folded, layers, kept, trace, fixed)
+
+        def edits_of(
+            extents: Mapping[str, Extent], sites: Mapping[str, Site] = sites
+        ) -> list[Edit]:
             pairs = ((site, extents[name]) for name, site in sites.items())
             edits = [edit_of(site, extent, scales.get(site.name)) for site, extent in pairs]
-            tried.append([edit for edit in edits if edit is not None])
-            if tried[-1] in tried[:-1]:
+            return [edit for edit in edits if edit is not None]
+
+        last = local_extents(sites.values())
+        tiers: Iterable[tuple[str, dict[str, Extent], list[Mend]]] = [(ALONE, last, [])]
+        if trace is not None:
+            live = Liveness(Walk(trace, sites.values()))
+            merged = merged_tiers(
+                folded.model, live, lambda extents, mends: attempt(edits_of(extents), mends)[1]
+            )
+            tiers = chain(merged, tiers)
+        tried: list[tuple[list[Edit], list[Mend]]] = []
+        undone: dict[str, str] = {}
+        for tier, extents, mends in tiers:
+            edits = edits_of(extents)
+            if (edits, mends) in tried:
                 continue
-            error, failure = attempt(tried[-1])
+            tried.append((edits, mends))
+            error, failure = attempt(edits, mends)
             if not failure:
-                return Plan(tier, tried[-1], extents, sites, error, notes, raw)
+                undone.pop(tier, None)
+                notes += [f"{other}: undone, {failure}" for other, failure in undone.items()]
+                return Plan(tier, edits, mends, extents, sites, error, notes, raw)
+            undone.setdefault(tier, failure)
+        for tier, failure in undone.items():
             _notes_once(notes, f"{tier}: undone, {failure}")
 
-        base = [edit for edit in tried[-1] if edit.scale is not None]
+        edits = edits_of(last)
+        base = [edit for edit in edits if edit.scale is not None]
         failure = attempt(base)[1]
         if failure:
             _checks.refuse(
@@ -248,8 +232,8 @@ def make_plan(
                 f"{type(folded.model).__name__}, whose gates cannot be folded ({failure})",
                 "a model that reads the weights of its layers only by calling them",
             )
-        rest = [edit.name for edit in tried[-1] if edit.scale is None]
-        alone = {edit.name: attempt([*base, edit])[1] for edit in tried[-1] if edit.name in rest}
+        rest = [edit.name for edit in edits if edit.scale is None]
+        alone = {edit.name: attempt([*base, edit])[1] for edit in edits if edit.name in rest}
         faults = {name: failure for name, failure in alone.items() if failure}
         for name in faults or rest:
             fixed[name] = f"made smaller: {alone[name] or 'it fails together with others'}"

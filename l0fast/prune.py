@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast._tables import aligned
 from l0fast.budget import Budget, budget, choose, spent
 from l0fast.compact import apply
 from l0fast.constraint import TARGETS, DensityConstraint, L0Penalty
@@ -89,6 +90,9 @@ def _site(
         readers = ", ".join(extent.stops) or "an op that makes no zeros of zeros"
         reasons.append(f"puts zeros back for {readers}" if not site.fixed else "puts zeros back")
     reasons.append(site.fixed)
+    groups = getattr(site.layer, "groups", 1)
+    if groups > 1:
+        reasons.append(f"it has {groups} groups, which go as wholes")
     if layer is not None and kept is not None:
         if gates == "weight":
             reasons.append("gates on single weights: zeros in a layer of the same shape")
@@ -149,6 +153,8 @@ def prune(
                 "compacted": left out, with a gather or scatter; "kept": full size), reason.
             tier: how far layers could be merged; notes: what was undone, and why.
             max_error, tolerance: largest relative error found, and allowed.
+            attributes: attributes of modules that followed a size, such as num_heads, a list of
+                dicts: name, kind (of the module), attribute, value ([after, before]).
             layers: the recipe, a list of dicts in the order to apply: name, kind, in, out,
                 inputs and outputs (the indices that stay, None for all), gather and scatter
                 ([positions, of], None for none), scale ("input", "output" or None).
@@ -185,7 +191,7 @@ def prune(
     for parameter in result.model.parameters():
         parameter.grad = None
     params, macs = count_params(model), count_macs(result.model, args)[""]
-    small = apply(result.model, plan.edits, result.factors)
+    small = apply(result.model, plan.edits, result.factors, plan.mends)
     changed = {edit.name for edit in plan.edits}
     sites = [
         _site(name, plan, layers.get(name), kept.get(name), forced.get(name, 0))
@@ -196,7 +202,7 @@ def prune(
     everything = tuple(layers)
     total = sum(layer.num_gates * layer.group_size for layer in layers.values())
     previous = getattr(model, "report", None)
-    earlier = previous["layers"] if isinstance(previous, dict) and "layers" in previous else []
+    earlier = previous if isinstance(previous, dict) else {}
     small.report = {  # type: ignore[assignment]
         "format": REPORT_FORMAT,
         "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
@@ -221,7 +227,8 @@ def prune(
         "notes": plan.notes,
         "max_error": plan.error,
         "tolerance": proof.tolerance,
-        "layers": [*earlier, *(edit.as_json() for edit in plan.edits)],
+        "attributes": [*earlier.get("attributes", []), *(mend.as_json() for mend in plan.mends)],
+        "layers": [*earlier.get("layers", []), *(edit.as_json() for edit in plan.edits)],
     }
     return small
 
@@ -239,11 +246,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         rows.append(
             (site["name"], site["kind"], gates, opened, *sizes, site["status"], site["reason"])
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
+    lines = aligned(rows, left=len(head))
     for name, group in report["groups"].items():
         lines.append(
             f"{name}: density {group['density']:.4f} of at most {group['target']:g}, "
@@ -254,6 +257,9 @@ def format_report(report: Mapping[str, Any]) -> str:
         share = f" ({after / before:.2%})" if before else ""
         lines.append(f"{what}: {after:,} of {before:,}{share}")
     lines.append(f"architecture: {report['architecture']} ({report['tier']})")
+    for mend in report["attributes"]:
+        name = f"{mend['name']}.{mend['attribute']}".lstrip(".")
+        lines.append(f"{name}: {mend['value'][0]} instead of {mend['value'][1]}")
     lines.append(f"largest error: {report['max_error']:.3g} (allowed {report['tolerance']:g})")
     lines.extend(report["notes"])
     return "\n".join(lines)

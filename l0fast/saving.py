@@ -15,20 +15,22 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically
-from l0fast.compact import Edit, apply, layer_size
-from l0fast.graph import LAYERS
+from l0fast.compact import Edit, Mend, apply
+from l0fast.graph import is_site, layer_size
 
 KEY = "l0fast"
 """The metadata's entry."""
 FORMAT = 1
+KEYS = ("attributes", "layers")
+"""Parts of a report that are the recipe."""
 
 
 def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model that `prune` made to one .safetensors file, whole or not at all.
 
-    The metadata's entry "l0fast" is JSON: format, layers (the recipe, see `prune`), aliases
-    (name -> name of the same tensor: tied weights are stored once), frozen (parameters without
-    gradient) and report (all else that `prune` reported).
+    The metadata's entry "l0fast" is JSON: format, layers and attributes (the recipe, see
+    `prune`), aliases (name -> name of the same tensor: tied weights are stored once), frozen
+    (parameters without gradient) and report (all else that `prune` reported).
 
     Args:
         small: the pruned model, as it was or trained further.
@@ -60,10 +62,11 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     recipe = {
         "format": FORMAT,
+        "attributes": report["attributes"],
         "layers": report["layers"],
         "aliases": aliases,
         "frozen": [name for name, p in small.named_parameters() if not p.requires_grad],
-        "report": {key: value for key, value in report.items() if key != "layers"},
+        "report": {key: value for key, value in report.items() if key not in KEYS},
     }
     # One entry only: safetensors writes several in a random order, and equal models shall give
     # equal files.
@@ -105,6 +108,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         version = recipe["format"]
         if version == FORMAT:
             recipe["edits"] = [Edit.from_json(entry) for entry in recipe["layers"]]
+            recipe["mends"] = [Mend.from_json(entry) for entry in recipe["attributes"]]
             recipe["aliases"] = {str(a): str(b) for a, b in recipe["aliases"].items()}
             if not set(recipe["aliases"].values()) <= tensors.keys():
                 raise ValueError("an alias of nothing")
@@ -149,12 +153,21 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
             layer = model.get_submodule(edit.name)
         except AttributeError:
             differs(f"it has a layer {edit.name!r}")
-        if type(layer) not in LAYERS or type(layer).__name__ != edit.kind:
+        if not is_site(layer) or type(layer).__name__ != edit.kind:
             differs(f"its {edit.name!r} is a {edit.kind}, not a {type(layer).__name__}")
         if layer_size(layer) != edit.size:
             sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
             differs(f"its {edit.name!r} has {sizes}")
         model = apply(model, [edit], {})
+    for mend in recipe["mends"]:
+        try:
+            module = model.get_submodule(mend.name)
+        except AttributeError:
+            differs(f"it has a module {mend.name!r}")
+        if type(module).__name__ != mend.kind or vars(module).get(mend.attribute) != mend.value[1]:
+            wanted = f"a {mend.kind} with {mend.attribute}={mend.value[1]}"
+            differs(f"its {mend.name or 'root'!r} is {wanted}")
+        model = apply(model, [], {}, [mend])
 
     aliases = recipe["aliases"]
     wanted = model.state_dict()
@@ -181,5 +194,5 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         for kind in ("_parameters", "_buffers"):
             if key in getattr(module, kind):
                 getattr(module, kind)[key] = getattr(owner, kind).get(owned, tensors[other])
-    model.report = {**recipe["report"], "layers": recipe["layers"]}  # type: ignore[assignment]
+    model.report = {**recipe["report"], **{key: recipe[key] for key in KEYS}}  # type: ignore[assignment]
     return model

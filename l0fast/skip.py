@@ -8,26 +8,100 @@ others compact: no zeros are put in and taken out again between them.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from l0fast.draw import Compact
+from l0fast import autograd
+from l0fast.draw import Compact, Draw, Drawn, in_force
+from l0fast.graph import LAYERS, NORMS
 
 OVERHEAD = 5_000_000
 """Multiply-accumulates of one pass that take as long as leaving channels out of a link (on a CPU:
 picking weights, putting gradients back)."""
 
 
+class Following:
+    """The forward of a layer without gates, between or beside some with: it leaves out the same.
+
+    A batch norm then computes with the channels that arrive, and the running statistics of the
+    others stay as they are.
+
+    Args:
+        layer: a Linear, a convolution or a batch norm; this stands in for its forward.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.layer: Any = layer
+        self.compact: Compact | None = None
+        self.draw: Draw | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layer": self.layer, "compact": None, "draw": None}
+
+    def __call__(self, x: Tensor) -> Tensor:
+        layer, compact = self.layer, self.compact
+        if compact is None or self.draw is None or not in_force(self.draw):
+            return type(layer).forward(layer, x)
+        if isinstance(layer, NORMS):
+            assert compact.cols is not None
+            return self._norm(x, compact.cols)
+        rows, cols, gather = compact
+        inner = layer.weight.dim() - 2
+        if gather is not None:
+            x = autograd.gather(x, gather, -1 - inner)
+        weight, bias = autograd.compact_weight(layer.weight, layer.bias, None, 1, rows, cols)
+        if isinstance(layer, nn.Linear):
+            return F.linear(x, weight, bias)
+        return layer._conv_forward(x, weight, bias)
+
+    def _norm(self, x: Tensor, channels: Tensor) -> Tensor:
+        norm = self.layer
+        mean = norm.running_mean.index_select(0, channels)
+        variance = norm.running_var.index_select(0, channels)
+        weight, bias = (
+            None if parameter is None else autograd.gather(parameter, channels, 0)
+            for parameter in (norm.weight, norm.bias)
+        )
+        y = F.batch_norm(x, mean, variance, weight, bias, norm.training, norm.momentum, norm.eps)
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+            norm.running_mean.index_copy_(0, channels, mean)
+            norm.running_var.index_copy_(0, channels, variance)
+        return y
+
+
+def can_follow(layer: nn.Module) -> bool:
+    """Whether a layer without gates can leave out channels."""
+    if type(layer) in NORMS:
+        norm: Any = layer
+        return norm.running_mean is not None and norm.momentum is not None
+    return type(layer) in LAYERS and getattr(layer, "groups", 1) == 1
+
+
+def stop_following(model: nn.Module) -> None:
+    """Gives the layers of a model their own forward back."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), Following):
+            del module.__dict__["forward"]
+
+
 @dataclass
 class Reader:
-    """A layer at the end of a link."""
+    """A layer at the end of a link, or a norm on the way, which reads whatever arrives."""
 
     layer: Any
     labels: Tensor | None
     """[inputs]: the maker's channel at each of its inputs; None where they are the channels."""
+
+    @property
+    def by_gates(self) -> bool:
+        """Whether it does not read all that arrives."""
+        return isinstance(self.layer, Drawn) and self.layer.gates == "input"
 
 
 @dataclass
@@ -45,6 +119,11 @@ class Link:
     def layers(self) -> list[Any]:
         """The maker and the readers."""
         return [*(reader.layer for reader in self.readers), *([self.maker] if self.maker else [])]
+
+    @property
+    def own(self) -> bool:
+        """Whether a channel is left out when its maker closes it."""
+        return self.zeros and isinstance(self.maker, Drawn) and self.maker.gates == "output"
 
 
 def _spared(mask: Tensor) -> Tensor:
@@ -67,25 +146,32 @@ class Skipping:
 
     def __init__(self, links: list[Link], mode: str | bool, size: int = 1) -> None:
         self.links, self.mode, self.size = links, mode, size
+        found = {id(layer): layer for link in links for layer in link.layers()}
+        self._layers = list(found.values())
+        for layer in self._layers:
+            if not isinstance(layer, Drawn):
+                layer.__dict__["forward"] = Following(layer)
 
-    def assign(self, opened: dict[int, Tensor], inputs: tuple[Any, ...]) -> None:
+    def assign(self, opened: dict[int, Tensor], inputs: tuple[Any, ...], draw: Draw) -> None:
         """Tells each layer what it leaves out in this step.
 
         Args:
-            opened: id of a layer drawn in this step -> bool [gates], which of its gates are open.
+            opened: id of a layer drawn in this step -> bool, which units its gates leave open.
             inputs: of the model's forward.
+            draw: the model's, in force as long as this forward is.
         """
         first = next((value for value in inputs if isinstance(value, Tensor)), None)
         examples = 1.0 if first is None else first.numel() / self.size
         rows: dict[int, Tensor] = {}
         cols: dict[int, tuple[Tensor, Tensor | None]] = {}
         for link in self.links:
-            if any(id(layer) not in opened for layer in link.layers()):
+            gated = [layer for layer in link.layers() if isinstance(layer, Drawn)]
+            if any(id(layer) not in opened for layer in gated):
                 continue
             if link.maker is None:
                 (reader,) = link.readers
                 found = _spared(opened[id(reader.layer)])
-                if self.pays(link, len(found), reader.layer.num_gates, examples):
+                if self.pays(link, len(found), len(opened[id(reader.layer)]), examples):
                     cols[id(reader.layer)] = found, found
                 continue
             alive = self._alive(link, opened)
@@ -93,13 +179,18 @@ class Skipping:
             if not self.pays(link, len(found), len(alive), examples):
                 continue
             rows[id(link.maker)] = found
+            alone = sum(not isinstance(reader.layer, NORMS) for reader in link.readers) == 1
             for reader in link.readers:
-                alone = len(link.readers) == 1
                 cols[id(reader.layer)] = self._columns(reader, alive, found, opened, alone)
-        for layer in {id(layer): layer for link in self.links for layer in link.layers()}.values():
+        for layer in self._layers:
+            compact = None
             if id(layer) in rows or id(layer) in cols:
                 compact = Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
+            if isinstance(layer, Drawn):
                 layer.__dict__["_compact"] = compact
+            else:
+                following = layer.__dict__["forward"]
+                following.compact, following.draw = compact, draw
 
     def pays(self, link: Link, kept: int, of: int, examples: float) -> bool:
         """Whether leaving out the other channels saves more time than it costs."""
@@ -111,21 +202,21 @@ class Skipping:
     def _alive(link: Link, opened: dict[int, Tensor]) -> Tensor:
         """bool [channels]: those that somebody reads, and that are not zeros."""
         assert link.maker is not None
-        alive: Tensor | None = None
+        size = link.maker.weight.shape[0]
+        needed: list[Tensor] = []
         for reader in link.readers:
-            if reader.layer.gates != "input":
-                alive = None
+            if reader.by_gates:
+                need = opened[id(reader.layer)]
+                if reader.labels is not None:
+                    counts = torch.zeros(size, device=need.device)
+                    need = counts.index_add_(0, reader.labels, need.float()) > 0
+                needed.append(need)
+            elif not isinstance(reader.layer, NORMS):
+                needed = [torch.ones(size, dtype=torch.bool, device=link.maker.weight.device)]
                 break
-            needed = opened[id(reader.layer)]
-            if reader.labels is not None:
-                counts = needed.new_zeros(link.maker.weight.shape[0], dtype=torch.float32)
-                needed = counts.index_add_(0, reader.labels, needed.float()) > 0
-            alive = needed if alive is None else alive | needed
-        if link.zeros and link.maker.gates == "output":
-            own = opened[id(link.maker)]
-            alive = own if alive is None else alive & own
-        if alive is None:
-            alive = torch.ones(link.maker.weight.shape[0], dtype=torch.bool)
+        alive = functools.reduce(torch.logical_or, needed)
+        if link.own:
+            alive = alive & opened[id(link.maker)]
         return alive
 
     @staticmethod
@@ -133,13 +224,12 @@ class Skipping:
         reader: Reader, alive: Tensor, found: Tensor, opened: dict[int, Tensor], alone: bool
     ) -> tuple[Tensor, Tensor | None]:
         """([C] columns to compute with, their positions among the inputs that arrive)."""
-        by_gates = reader.layer.gates == "input"
-        if reader.labels is None and (alone or not by_gates):
+        if reader.labels is None and (alone or not reader.by_gates):
             return found, None  # what arrives is what it wants
         there = torch.zeros_like(alive)
         there[found] = True
         arrives = there if reader.labels is None else there[reader.labels]
-        wanted = arrives & opened[id(reader.layer)] if by_gates else arrives
+        wanted = arrives & opened[id(reader.layer)] if reader.by_gates else arrives
         positions, arriving = wanted.nonzero().flatten(), arrives.nonzero().flatten()
         if not len(positions):
             positions = arriving[:1]

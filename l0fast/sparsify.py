@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks
+from l0fast import _checks, graph
 from l0fast.draw import attach_draw, gated_layers
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES, Gated
 from l0fast.links import attach_skipping
+from l0fast.recipes import Choice, GateRow, GateTable, by_structure, without_structure
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
@@ -87,6 +88,23 @@ def _eligible(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def _row(name: str, layer: Any, choice: Choice) -> GateRow:
+    inputs, outputs = graph.layer_size(layer)
+    sizes = {"input": inputs, "output": outputs, "weight": layer.weight.numel(), "": 0}
+    gates = sizes[choice.gates] // choice.units
+    kind = type(layer).__name__
+    return GateRow(name, kind, choice.gates, choice.units, gates, choice.reason)
+
+
+def _fused_rows(model: nn.Module) -> list[GateRow]:
+    reason = "a fused op reads its weights"
+    return [
+        GateRow(name, type(module).__name__, "", 1, 0, reason)
+        for name, module in model.named_modules()
+        if isinstance(module, _FUSED)
+    ]
+
+
 def _reached(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) -> set[int]:
     """The ids of the layers that run when the model is given `example_inputs`."""
     reached: set[int] = set()
@@ -114,6 +132,26 @@ def _per_layer(option: str, value: Any, names: list[str]) -> dict[str, float | N
     return chosen
 
 
+def _choices(
+    model: nn.Module, gates: str, layers: dict[str, nn.Module], example_inputs: Any
+) -> tuple[dict[str, Choice], str]:
+    """Layer -> where its gates go, and a note if the model's structure is not known."""
+    if gates != "auto":
+        return {name: Choice(gates) for name in layers}, ""
+    if example_inputs is None:
+        note = "each layer by itself: no example_inputs, so the model's structure is not known"
+        return without_structure(layers), note
+    try:
+        with evaluating(model):
+            trace = graph.export(model, example_args(example_inputs))
+    except Exception as failure:
+        reason = (str(failure).strip().splitlines() or [""])[0][:200]
+        note = f"each layer by itself: torch.export refuses the model, {reason}"
+        return without_structure(layers), note
+    return by_structure(model, trace), ""
+
+
+@overload
 def sparsify_(
     model: ModelT,
     *,
@@ -126,7 +164,41 @@ def sparsify_(
     noise: str = "batch",
     example_inputs: Any = None,
     skip: str | bool = "auto",
-) -> ModelT:
+    dry_run: Literal[False] = False,
+) -> ModelT: ...
+
+
+@overload
+def sparsify_(
+    model: nn.Module,
+    *,
+    gates: str = "auto",
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    density_init: float | Mapping[str, float] | None = None,
+    droprate_init: float | Mapping[str, float] | None = None,
+    distribution: HardConcrete | None = None,
+    noise: str = "batch",
+    example_inputs: Any = None,
+    skip: str | bool = "auto",
+    dry_run: Literal[True],
+) -> GateTable: ...
+
+
+def sparsify_(
+    model: nn.Module,
+    *,
+    gates: str = "auto",
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    density_init: float | Mapping[str, float] | None = None,
+    droprate_init: float | Mapping[str, float] | None = None,
+    distribution: HardConcrete | None = None,
+    noise: str = "batch",
+    example_inputs: Any = None,
+    skip: str | bool = "auto",
+    dry_run: bool = False,
+) -> nn.Module | GateTable:
     """Puts gates on a model's linear and convolution layers, in place, and returns the model.
 
     The parameters stay the same objects, so an optimizer built before still holds them; the
@@ -134,11 +206,19 @@ def sparsify_(
     the start of the model's forward. With density_init=1 the model computes in evaluation
     exactly what it computed before.
 
+    With gates="auto" the model's structure says where they go, found by one torch.export on
+    `example_inputs`: the output channels of convolutions without a norm behind them; elsewhere the
+    inputs of the layer that alone reads some hidden units, so that whatever makes them can go (a
+    convolution and its batch norm, an MLP's hidden units, both halves of a gated MLP); one gate
+    for each attention head, group of query heads with one key, or group of a convolution; and the
+    model's own inputs into a Linear. Residual streams, and what the model gives out, have none.
+    Where there is no example, or torch.export refuses the model, each convolution has gates on its
+    outputs and each Linear on its inputs.
+
     Args:
         model: any module; layers of exactly the classes nn.Linear and nn.Conv1d/2d/3d take part
             (those inside PyTorch's fused attention modules do not).
-        gates: "auto" (each conv's output channels, each Linear's inputs), or "input", "output"
-            or "weight" for every layer that takes part.
+        gates: "auto", or "input", "output" or "weight" for every layer that takes part.
         include: only layers whose name matches a glob pattern (or one of several), or for which
             predicate(name, layer) is true.
         exclude: the same, left out.
@@ -153,6 +233,8 @@ def sparsify_(
             closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
             units can be followed from the layers that make them to those that read them (on a GPU
             the host then waits for the gates); False: nowhere. Needs `example_inputs`.
+        dry_run: change nothing, and return a table of what would have gates and why the others
+            would not; it prints as a table.
 
     Raises:
         ValueError: no layer is left to gate, a pattern matches none, or an option is out of range.
@@ -183,7 +265,17 @@ def sparsify_(
     if example_inputs is not None:
         reached = _reached(model, layers, example_inputs)
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
+    choices, note = _choices(model, gates, layers, example_inputs)
+    considered, layers = layers, {n: layer for n, layer in layers.items() if choices[n].gates}
+    if dry_run:
+        rows = [_row(name, layer, choices[name]) for name, layer in considered.items()]
+        return GateTable(tuple(rows + _fused_rows(model)), note)
     if not layers and not gated_layers(model):
+        if considered:
+            why = next(f"{name!r}: {choices[name].reason}" for name in considered)
+            _checks.refuse(
+                "gates", gates, f"'input', 'output' or 'weight' where no recipe fits ({why})"
+            )
         _checks.refuse("model", type(model).__name__, "a model with a Linear or conv layer to gate")
     densities = _per_layer("density_init", density_init, list(layers))
     droprates = _per_layer("droprate_init", droprate_init, list(layers))
@@ -196,7 +288,8 @@ def sparsify_(
     for name, layer in layers.items():
         replacements[id(layer)] = GATED_TYPES[type(layer)].from_dense(
             layer,
-            gates=None if gates == "auto" else gates,
+            gates=choices[name].gates,
+            units=choices[name].units,
             density_init=densities[name],
             droprate_init=droprates[name],
             distribution=distribution,

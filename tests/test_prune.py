@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from l0fast import DensityConstraint, L0Linear, graph, prune, sparsify_
+from l0fast import DensityConstraint, L0Linear, channels, graph, prune, sparsify_
 from l0fast.budget import budget, choose, most_within, spent
 from l0fast.compact import Edit, edited, gather, scatter
 from l0fast.constraint import TARGETS
@@ -569,18 +569,85 @@ def test_an_unbatched_convolution(gates: str) -> None:
 
 @pytest.mark.parametrize("gates", ["input", "output"])
 @pytest.mark.parametrize("groups", [2, 6])
-def test_grouped_convolutions_are_kept(gates: str, groups: int) -> None:
+def test_grouped_convolutions_lose_whole_groups(gates: str, groups: int) -> None:
     model = with_gates(
         nn.Sequential(
             nn.Conv2d(2, 6, 3), nn.Conv2d(6, 12, 3, groups=groups), nn.ReLU(), nn.Conv2d(12, 3, 3)
         ),
+        include="[13]",
         gates=gates,
     )
+    with torch.no_grad():  # the last group is closed behind the convolution, or in it
+        layer = model[3] if gates == "input" else model[1]
+        layer.log_alpha[-12 // groups :] = -9.0
     x = torch.randn(2, 2, 12, 12, dtype=torch.float64)
     small: Any = prune(model, x)
     assert_same(small, model, x)
-    assert site(small, "1")["status"] == "kept"
+    z = (layer.evaluation_gates() > 0).view(groups, -1).any(1)
+    left = int(z.sum())
+    assert small[1].groups == left < groups
+    assert sizes(small[1]) == (12 // groups * left, 6 // groups)
+    assert sizes(small[0])[0] == small[1].in_channels == 6 // groups * left
+    assert site(small, "1")["status"] == "removed"
     assert f"{groups} groups" in site(small, "1")["reason"]
+
+
+def test_without_a_graph_a_grouped_convolution_is_kept() -> None:
+    class Secret(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(4, 4, 1, groups=2), nn.BatchNorm2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.norm(self.conv(x)) if x.sum().item() > 0 else x
+
+    model = with_gates(Secret())
+    x = torch.rand(2, 4, 3, 3, dtype=torch.float64)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert site(small, "conv")["status"] == "kept"
+    assert "2 groups" in site(small, "conv")["reason"]
+
+
+def test_a_norm_shrinks_with_its_channels() -> None:
+    model: Any = with_gates(
+        nn.Sequential(
+            nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.SiLU(),
+            nn.Conv2d(8, 3, 3), nn.BatchNorm2d(3, affine=False),
+        ),
+        include="3",
+        gates="input",
+    )  # fmt: skip
+    for norm in (model[1], model[4]):
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2.0)
+        norm.num_batches_tracked.fill_(7)
+    nn.init.normal_(model[1].weight)
+    nn.init.normal_(model[1].bias)
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    kept = (gates_of(model)["3"] > 0).nonzero().flatten()
+    assert sizes(small[0]) == (len(kept), 2)
+    assert small[1].num_features == len(kept) < 8
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        assert torch.equal(getattr(small[1], name), getattr(model[1], name)[kept])
+    assert small[1].num_batches_tracked == 7
+    assert small[4].num_features == 3
+    row = site(small, "1")
+    assert (row["kind"], row["gates"], row["status"]) == ("BatchNorm2d", None, "removed")
+
+
+def test_what_a_norm_makes_of_zeros_is_not_removed() -> None:
+    layers = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3)
+    model: Any = with_gates(nn.Sequential(*layers), include="0", gates="output")
+    model[1].running_mean[:4] = -1.0  # closed channels: 1 / sqrt(1 + eps) here, 0 there
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.report["notes"] == []
+    z = gates_of(model)["0"] > 0
+    assert small[1].num_features == 4 + int(z[4:].sum())
 
 
 def test_nested_modules() -> None:
@@ -595,8 +662,17 @@ def test_nested_modules() -> None:
     assert sizes(small.a.down)[0] == int((z["b.0.up"] > 0).sum())
 
 
+class WrittenOut(plain.LeNet):
+    """The flattened size is written in the forward, and nowhere else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.max_pool2d(nn.functional.relu(self.conv1(x)), 2)
+        x = nn.functional.max_pool2d(nn.functional.relu(self.conv2(x)), 2)
+        return self.fc2(nn.functional.relu(self.fc1(x.view(-1, 160))))
+
+
 def test_a_size_written_out_stops_at_the_view() -> None:
-    model = with_gates(plain.HardCoded(6, 10, 30))
+    model = with_gates(WrittenOut(6, 10, 30))
     x = torch.randn(3, 1, 28, 28, dtype=torch.float64)
     small: Any = prune(model, x)
     assert_same(small, model, x)
@@ -604,11 +680,27 @@ def test_a_size_written_out_stops_at_the_view() -> None:
     assert len(small.report["notes"]) == 1
     z = {name: int((gate > 0).sum()) for name, gate in gates_of(model).items()}
     assert type(small.conv1) is nn.Conv2d
-    assert sizes(small.conv2) == (z["conv2"], z["conv1"])
-    assert sizes(small.fc1) == (z["fc2"], z["fc1"])
+    rows = int((gates_of(model)["conv2"] > 0).logical_and(
+        (gates_of(model)["fc1"] > 0).view(10, 16).any(1)).sum())  # fmt: skip
+    assert sizes(small.conv2) == (rows, z["conv1"])
     assert "aten::view" in site(small, "conv2")["reason"]
     assert site(small, "conv2")["status"] == "compacted"
     assert site(small, "conv1")["status"] == "removed"
+    assert small.report["attributes"] == []
+
+
+def test_an_attribute_follows_its_size() -> None:
+    model = with_gates(plain.HardCoded(6, 10, 30))
+    x = torch.randn(3, 1, 28, 28, dtype=torch.float64)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.report["tier"] == "merged"
+    assert small.report["notes"] == []
+    left = sizes(small.conv2)[0]
+    assert small.second == left < model.second == 10
+    mend = {"name": "", "kind": "HardCoded", "attribute": "second", "value": [left, 10]}
+    assert small.report["attributes"] == [mend]
+    assert f"second: {left} instead of 10" in format_report(small.report)
 
 
 @pytest.mark.parametrize("gates", ["input", "output"])
@@ -715,13 +807,18 @@ def test_hooks_of_the_users_stay() -> None:
     assert "hooks" in site(small, "fc2")["reason"]
 
 
-def test_an_addition_stops_and_is_named() -> None:
+def test_an_addition_ties_what_it_adds() -> None:
     model = with_gates(plain.Residual())
     x = torch.randn(2, 2, 6, 6, dtype=torch.float64)
+    with torch.no_grad():  # only where both are zero is the sum
+        model.stem.log_alpha.copy_(torch.tensor([9.0, 9, -9, -9, -9, 9]))
+        model.branch.log_alpha.copy_(torch.tensor([9.0, -9, 9, -9, -9, 9]))
     small: Any = prune(model, x)
     assert_same(small, model, x)
-    for name in ("stem", "branch"):
-        assert site(small, name)["status"] == "compacted"
+    assert sizes(small.head)[1] == 4
+    for name in ("stem", "branch"):  # three channels each, and a zero for the other's
+        assert sizes(small.get_submodule(name))[0] == 3
+        assert small.get_submodule(f"{name}.scatter").index.numel() == 4
         assert "aten::add" in site(small, name)["reason"]
 
 
@@ -773,7 +870,7 @@ def test_a_gated_layer_alone() -> None:
 
 def test_a_wrong_rule_is_caught_and_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     # Softmax over the channels is not elementwise: who believes it is gets another function.
-    monkeypatch.setitem(graph.RULES, "aten::softmax", lambda node, flow: flow)
+    monkeypatch.setitem(channels.RULES, "aten::softmax", channels.elementwise)
     model = with_gates(nn.Sequential(nn.Linear(5, 9), nn.Softmax(-1), nn.Linear(9, 3)))
     x = torch.randn(4, 5, dtype=torch.float64)
     small: Any = prune(model, x)
@@ -785,7 +882,7 @@ def test_a_wrong_rule_is_caught_and_undone(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_blank_example_proves_too(monkeypatch: pytest.MonkeyPatch) -> None:
     # On zeros every bias-free model is 0: the noise beside the example sees the difference.
-    monkeypatch.setitem(graph.RULES, "aten::softmax", lambda node, flow: flow)
+    monkeypatch.setitem(channels.RULES, "aten::softmax", channels.elementwise)
     model = nn.Sequential(nn.Linear(5, 9, bias=False), nn.Softmax(-1), nn.Linear(9, 3, bias=False))
     model = with_gates(model, include="2")
     with torch.no_grad():

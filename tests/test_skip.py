@@ -28,7 +28,6 @@ from tests.tolerance import rounding_tolerance
 
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
 EXACT = 1e-10
-NOTHING_TO_LEAVE_OUT = "output gates, f(0) is not 0"
 
 
 class TwoReaders(nn.Module):
@@ -90,15 +89,8 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
     "mlp, output gates": (
         lambda: chain(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU(), nn.Linear(8, 5)),
         (8, 6),
-        {"gates": "output", "exclude": "4"},
-        1,
-    ),
-    # A closed unit arrives as cos(0) = 1: it may not be left out by its own gate.
-    NOTHING_TO_LEAVE_OUT: (
-        lambda: chain(nn.Linear(6, 9), nn.Softplus(), nn.Linear(9, 5)),
-        (8, 6),
-        {"gates": "output"},
-        1,
+        {"gates": "output", "exclude": "4"},  # which reads what arrives, without gates
+        2,
     ),
     "no bias, GELU": (
         lambda: chain(nn.Linear(6, 9, bias=False), nn.GELU(), nn.Linear(9, 5, bias=False)),
@@ -129,8 +121,8 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
         {},
         1,
     ),
-    "two readers": (TwoReaders, (8, 6), {}, 2),
-    "residual": (Residual, (8, 6), {}, 3),
+    "two readers": (TwoReaders, (8, 6), {"gates": "input"}, 2),
+    "residual": (Residual, (8, 6), {"gates": "input"}, 3),
     "a view written out": (WrittenOut, (4, 1, 8, 8), {}, 2),
     "read in training": (InTraining, (8, 6), {}, 2),
     "groups": (
@@ -144,6 +136,27 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
         (4, 2, 6, 6),
         {"gates": "input"},
         2,
+    ),
+    "batch norms": (
+        lambda: chain(
+            nn.Conv2d(3, 6, 3, bias=False),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.Conv2d(6, 8, 3, bias=False),
+            nn.BatchNorm2d(8, affine=False),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(32, 5),
+        ),
+        (4, 3, 8, 8),
+        {},
+        2,
+    ),
+    "a hidden layer without gates of its own": (
+        lambda: chain(nn.LayerNorm(6), nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 5)),
+        (4, 3, 6),
+        {"exclude": "1"},
+        1,
     ),
     "dropout": (
         lambda: chain(
@@ -216,7 +229,7 @@ def test_loss_and_gradients_are_those_of_the_masked_step(name: str, density: flo
         set_density(model, density)
     assert_same_step(masked, skipped, x, EXACT)
     assert left_out(masked) == 0
-    assert (left_out(skipped) > 0) == (density < 1 and name != NOTHING_TO_LEAVE_OUT)
+    assert (left_out(skipped) > 0) == (density < 1)
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet"])
@@ -362,6 +375,40 @@ def test_autocast() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
 
 
+def test_a_norm_leaves_the_statistics_of_absent_channels_alone() -> None:
+    model, x = prepared("batch norms", True)
+    reader: Any = model.get_submodule("3")
+    with torch.no_grad():
+        reader.log_alpha.fill_(40.0)
+        reader.log_alpha[2:4] = -40.0
+    masked = copy.deepcopy(model)
+    masked.__dict__.pop(SKIPPING)
+    norm: Any = model.get_submodule("1")
+    for one in (masked, model):
+        step(one, x)
+    there = torch.tensor([0, 1, 4, 5])
+    for name, buffer in masked.get_submodule("1").named_buffers():
+        got = norm.get_buffer(name)
+        if buffer.dim() == 0:
+            assert got == buffer == 1
+            continue
+        torch.testing.assert_close(got[there], buffer[there], rtol=EXACT, atol=EXACT)
+        assert got[2:4].tolist() == ([0, 0] if "mean" in name else [1, 1])
+
+
+def test_a_layer_that_follows_is_itself_elsewhere() -> None:
+    model, x = prepared("batch norms", True)
+    set_density(model, 0.3)
+    step(model, x)
+    first = model.get_submodule("0")
+    assert type(first) is nn.Conv2d
+    assert first(x).shape == (4, 6, 6, 6)
+    small: Any = l0fast.prune(model, x)
+    assert all("forward" not in module.__dict__ for module in small.modules())
+    sparsify_(model, example_inputs=x, skip=False)
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
 # --- auto -----------------------------------------------------------------------------------------
 
 
@@ -422,14 +469,20 @@ def test_auto_takes_the_masked_step_where_nothing_pays(name: str) -> None:
 # --- what is refused ------------------------------------------------------------------------------
 
 
-def test_a_model_that_cannot_skip() -> None:
-    def fresh() -> nn.Module:
-        return nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
-
-    x = torch.randn(2, 1, 8, 8)
-    assert SKIPPING not in sparsify_(fresh(), example_inputs=x).__dict__
+@pytest.mark.parametrize(
+    ("make", "gates"),
+    [
+        (lambda: chain(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5)), "weight"),
+        # A closed unit arrives as log 2, which its reader needs.
+        (lambda: chain(nn.Linear(6, 9), nn.Softplus(), nn.Linear(9, 5)), "output"),
+        (lambda: chain(nn.Linear(6, 9), nn.LayerNorm(9), nn.Linear(9, 5)), "output"),
+    ],
+)
+def test_a_model_that_cannot_skip(make: Make, gates: str) -> None:
+    x = torch.randn(2, 6)
+    assert SKIPPING not in sparsify_(make(), gates=gates, example_inputs=x).__dict__
     with pytest.raises(ValueError, match=r"^skip: got True; expected 'auto' or False for this mod"):
-        sparsify_(fresh(), example_inputs=x, skip=True)
+        sparsify_(make(), gates=gates, example_inputs=x, skip=True)
 
 
 class ReadsItsWidth(nn.Module):

@@ -1,0 +1,179 @@
+"""Where gates go in a model, by its structure: what `sparsify_` does with gates="auto".
+
+A gate on a layer's inputs is the safe one: closed, nobody reads the units behind it, so that what
+makes them can go, whatever is between. It serves a block of inputs where those can only vanish
+together: an attention head, a group of a convolution, a channel that was flattened.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from l0fast._tables import aligned
+from l0fast.channels import STAYS
+from l0fast.graph import Trace, is_carrier
+from l0fast.walk import Site, Walk, find_sites, tied_modules
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """What one layer is given, and why."""
+
+    name: str
+    kind: str
+    """Class of the layer."""
+    gates: str
+    """"input", "output", "weight", or "" for none."""
+    units: int
+    """How many units each gate serves."""
+    num_gates: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """What `sparsify_` would do: a row for each layer, and a note; prints as a table."""
+
+    layers: tuple[GateRow, ...]
+    note: str = ""
+    """Why the structure is not known, where it is not."""
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "gates", "each on", "of", "reason")]
+        for row in self.layers:
+            units, gates = (str(row.units), str(row.num_gates)) if row.gates else ("-", "-")
+            rows.append((row.name, row.kind, row.gates or "-", units, gates, row.reason))
+        lines = aligned(rows, left=len(rows[0]))
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where one layer's gates go: "input", "output" or "" for none."""
+
+    gates: str
+    reason: str = ""
+    units: int = 1
+
+
+def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
+    """Where gates go in a model whose graph is not known: safe anywhere, if not always smaller."""
+    return {
+        name: Choice("input" if isinstance(layer, nn.Linear) else "output")
+        for name, layer in layers.items()
+    }
+
+
+def by_structure(model: nn.Module, trace: Trace) -> dict[str, Choice]:
+    """Layer -> where its gates go, for every Linear and convolution that is not a gated one.
+
+    - A convolution whose closed channels reach their readers as zeros has gates on its outputs;
+      a Linear that reads them has a gate on each of its inputs.
+    - Any other layer has gates on its inputs, if it alone reads the units there and nothing
+      else needs them; one gate for each block of inputs that can only vanish together.
+    - A Linear that reads the model's own inputs has a gate on each.
+    - No gates where nothing would get smaller: on what a residual stream or the output keeps.
+    """
+    tied = {
+        name: f"it shares its weight with {other}" for name, other in tied_modules(model).items()
+    }
+    sites = find_sites(model, trace, tied, {})
+    recipe = _Recipe(trace, sites)
+    return {name: recipe.choose(site) for name, site in sites.items() if _makes(site.layer)} | {
+        name: Choice("", "it passes its channels on: they go with the gates of its neighbours")
+        for name, site in sites.items()
+        if isinstance(site.layer, nn.modules.conv._ConvNd) and is_carrier(site.layer)
+    }
+
+
+def _makes(layer: nn.Module) -> bool:
+    return not is_carrier(layer)
+
+
+class _Recipe:
+    """What is known of a model's units when the layers choose their gates, in the graph's order."""
+
+    def __init__(self, trace: Trace, sites: dict[str, Site]) -> None:
+        self.walk = walk = Walk(trace, sites.values())
+        self.readers: dict[int, set[str]] = {}
+        """Class of units -> the layers that read it."""
+        self.makers: dict[int, set[str]] = {}
+        """Class of units -> the layers that make it."""
+        self.carried: set[int] = set()
+        """Classes of units that a norm or a convolution in groups passes on."""
+        for name, units in walk.inputs.items():
+            found = [] if units is None else self._classes(units.labels)
+            if is_carrier(sites[name].layer):
+                self.carried.update(found)
+                continue
+            for one in found:
+                self.readers.setdefault(one, set()).add(name)
+        for name, labels in walk.made.items():
+            for one in self._classes(labels):
+                self.makers.setdefault(one, set()).add(name)
+        self.stays = int(walk.classes[STAYS])
+        self.nonzero = self._nonzero(trace, sites)
+        """Classes of units that do not reach every reader as zeros when their maker gives zeros."""
+        self.closed_by_maker: set[int] = set()
+        """Classes of units that have gates where they are made."""
+
+    def _classes(self, labels: Tensor) -> list[int]:
+        return self.walk.classes[labels].unique().tolist()
+
+    def _nonzero(self, trace: Trace, sites: dict[str, Site]) -> set[int]:
+        silent = {
+            name: dataclasses.replace(site, writes=torch.zeros_like(site.writes))
+            for name, site in sites.items()
+            if _makes(site.layer)
+        }
+        walk = Walk(trace, (sites | silent).values())
+        found: set[int] = set(self.carried)
+        for name, units in walk.inputs.items():
+            if units is not None and _makes(sites[name].layer):
+                zero = (units.constant == 0) & ~walk.tainted[units.labels]
+                found.update(self._classes(units.labels[~zero]))
+        return found
+
+    def choose(self, site: Site) -> Choice:
+        """Where the gates of a Linear or an ordinary convolution go."""
+        if site.fixed:
+            return Choice("", site.fixed)
+        inputs = self._inputs(site)
+        if inputs.gates or isinstance(site.layer, nn.Linear):
+            return inputs
+        classes = set(self._classes(self.walk.made[site.name]))
+        alone = all(self.makers[one] == {site.name} for one in classes - {self.stays})
+        if self.stays in classes or self.nonzero & classes or not alone:
+            return inputs
+        self.closed_by_maker |= classes
+        return Choice("output")
+
+    def _inputs(self, site: Site) -> Choice:
+        linear = isinstance(site.layer, nn.Linear)
+        units, source = self.walk.inputs[site.name], self.walk.sources[site.name]
+        if units is None or not bool((units.labels != STAYS).any()):
+            if linear and source.startswith("the model's input"):
+                return Choice("input")
+            return Choice("", f"it reads {source}")
+        classes = self.walk.classes[units.labels]
+        found: set[int] = set(classes.tolist())
+        if self.stays in found:
+            return Choice("", f"what it reads must stay: {self.walk.reasons(units.labels)}")
+        if found <= self.closed_by_maker:
+            return Choice("input") if linear else Choice("", "what it reads has gates")
+        others = {name for one in found for name in self.readers[one]} - {site.name}
+        if others:
+            return Choice("", "what it reads is also read by " + ", ".join(sorted(others)))
+        block = len(classes) // len(found)
+        if len(classes) % len(found) or not torch.equal(
+            classes, classes[::block].repeat_interleave(block)
+        ):
+            return Choice("", "the units that it reads do not lie in blocks of one size")
+        if len(found) == 1:
+            return Choice("", "what it reads can only vanish as a whole")
+        return Choice("input", units=block)
