@@ -11,16 +11,9 @@ from typing import Any, NoReturn
 import torch
 
 from l0fast import _checks, data, models
-from l0fast.trainer import (
-    CHECKPOINT,
-    MAX_SEED,
-    METRICS,
-    PLOT,
-    PRUNED,
-    SUMMARY,
-    Trainer,
-    TrainerSettings,
-)
+from l0fast.checkpoint import CHECKPOINT
+from l0fast.settings import MAX_SEED, TrainerSettings
+from l0fast.trainer import METRICS, PLOT, PRUNED, SUMMARY, Trainer
 
 DEFAULTS = TrainerSettings()
 RECIPES = ("default", "published")

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from l0fast import cli, load_pruned, models
-from l0fast.trainer import CHECKPOINT, FILES, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.checkpoint import CHECKPOINT
+from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
