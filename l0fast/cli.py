@@ -12,6 +12,7 @@ import torch
 
 from l0fast import _checks, data, models
 from l0fast.checkpoint import CHECKPOINT
+from l0fast.constraint import DensityConstraint
 from l0fast.settings import MAX_SEED, TrainerSettings
 from l0fast.trainer import METRICS, PLOT, PRUNED, SUMMARY, Trainer
 
@@ -157,11 +158,27 @@ def _progress(settings: TrainerSettings, done: int, quiet: bool) -> Any:
     )
 
 
+def _collapse(layers: list[str], trainer: Trainer) -> str:
+    """That nothing passes through those layers, and what may help."""
+    remedy = "a smaller --penalty"
+    if isinstance(trainer.term, DensityConstraint):
+        rate = f"{float(trainer.term.dual_lr):.3g}"
+        remedy = f"a higher density, a smaller --dual-lr (it is {rate}) or more --epochs"
+    names = ", ".join(layers)
+    return f"collapsed: all gates of {names} are closed, nothing passes through; try {remedy}"
+
+
 def _run(trainer: Trainer, resume: bool, quiet: bool) -> dict[str, Any]:
     trainer.open(resume)
+    told = False
     with _progress(trainer.settings, trainer.epoch, quiet) as bar:
 
         def on_epoch(row: dict[str, Any]) -> None:
+            nonlocal told
+            if row.get("collapsed") and not told:
+                line = f"epoch {row['epoch']}: {_collapse(row['collapsed'], trainer)}"
+                bar.write(line, file=sys.stderr)
+                told = True
             words = [f"loss {row['loss']:.4f}", f"test error {row['test_error_percent']:.2f}%"]
             if "expected_density" in row:
                 words.append(f"density {row['expected_density']:.4f}")
@@ -232,6 +249,8 @@ def _report(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
             words = "within" if summary["feasible"] else "OVER"
             target = summary["target_density"] or "the target of each layer"
             print(f"density {summary['realised_density']:.4f}, {words} {target}")
+        if summary["collapsed"]:
+            print(_collapse(summary["collapsed"], trainer))
         beside = "" if dense is None else f" (dense: {dense:.2f} %)"
         print(f"pruned model {summary['architecture']}: test error {error}{beside}")
         for unit in ("params", "macs"):

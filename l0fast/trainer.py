@@ -237,6 +237,7 @@ class Trainer:
                 }
                 for layer in table.layers
             }
+            row["collapsed"] = [layer.name for layer in table.layers if not layer.open_gates]
         if isinstance(self.term, DensityConstraint):
             with torch.no_grad():
                 by_constraint = {
@@ -328,6 +329,7 @@ class Trainer:
                 "expected_density": last["expected_density"],
                 "realised_density": report["density"],
                 "forced": report["forced"],
+                "collapsed": report["collapsed"],
                 "architecture": report["architecture"],
                 "test_error_percent": self._error_percent(self.pruned, self.data.test),
                 "feasible": all(group["density"] <= group["target"] for group in groups)

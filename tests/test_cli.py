@@ -165,6 +165,35 @@ def test_lenet_and_the_published_recipe() -> None:
     assert summary["expected_density"] == pytest.approx(start, abs=12 * 7e-4 / 4 + 1e-3)
 
 
+@pytest.mark.parametrize("method", ["constraint", "penalty"])
+def test_a_collapse_is_told_once_and_at_the_end(
+    method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {
+        "constraint": ["--density", "0.1", "--dual-lr", "30", "--no-restarts"],
+        "penalty": ["--penalty", "1000"],
+    }[method]
+    fast = [*FAST, "--epochs", "4", "--gate-lr", "0.5", "--quiet"]
+    assert run(*fast, *options, "--out", "x") == 0
+    said = capsys.readouterr()
+    rows = [json.loads(line) for line in Path("x", METRICS).read_text().splitlines()]
+    first = next(row for row in rows if row["collapsed"])
+    collapsed = json.loads(Path("x", SUMMARY).read_text())["collapsed"]
+    remedy = {
+        "constraint": "a higher density, a smaller --dual-lr (it is 30) or more --epochs",
+        "penalty": "a smaller --penalty",
+    }[method]
+
+    def line(layers: list[str]) -> str:
+        names = ", ".join(layers)
+        closed = f"collapsed: all gates of {names} are closed, nothing passes through"
+        return f"{closed}; try {remedy}"
+
+    during = f"epoch {first['epoch']}: {line(first['collapsed'])}"
+    assert said.err.strip().splitlines() == [during]
+    assert line(collapsed) in said.out.splitlines()
+
+
 def test_resume_of_a_finished_run_changes_nothing(finished: Path) -> None:
     shutil.copytree(finished, "run")
     before = tree(Path("run"))

@@ -37,7 +37,7 @@ METRICS_OF = {
     "always": {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
-    "gated": {"expected_density", "realised_density", "layers"},
+    "gated": {"expected_density", "realised_density", "layers", "collapsed"},
     "constrained": {"density", "lambda", "restarts"},
 }  # fmt: skip
 SUMMARY_OF = {
@@ -47,7 +47,7 @@ SUMMARY_OF = {
         "validation_error_percent", "feasible", "params", "dense_params", "params_fraction",
         "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device", "torch",
     },
-    "gated": {"realised_density", "forced"},
+    "gated": {"realised_density", "forced", "collapsed"},
     "constrained": set[str](),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -177,7 +177,7 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        for name in wanted - {"epoch", "layers", "density", "lambda", "restarts"}:
+        for name in wanted - {"epoch", "layers", "density", "lambda", "restarts", "collapsed"}:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
         if "layers" in row:
@@ -196,6 +196,20 @@ def test_metrics(finished: Any) -> None:
                     density = layer["expected_density"]
                     assert row["density"][name] == pytest.approx(density, rel=1e-6)
             assert all(isinstance(count, int) for count in row["restarts"].values())
+
+
+def test_a_collapse_is_told(digits: Data) -> None:
+    """The multiplier outruns the weights: a layer has no open gate left, and the run says which."""
+    one = trainer(digits, density=0.1, epochs=3, dual_lr=30.0, restarts=False)
+    summary = one.fit()
+    assert summary["feasible"] is True  # it speaks of size alone
+    assert summary["collapsed"]
+    small: Any = one.pruned
+    assert summary["collapsed"] == small.report["collapsed"]
+    for row in one.history:
+        closed = [name for name, layer in row["layers"].items() if layer["kept"] == 0]
+        assert row["collapsed"] == closed
+    assert one.history[-1]["collapsed"] == summary["collapsed"]
 
 
 def test_summary(finished: Any) -> None:
