@@ -26,6 +26,7 @@ from l0fast.prune import prune
 from l0fast.saving import save_pruned
 from l0fast.settings import TrainerSettings, default_dual_lr, default_gate_lr
 from l0fast.sparsify import param_groups, sparsify_
+from l0fast.tensorboard import TENSORBOARD, scalar_writer
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
@@ -71,7 +72,8 @@ class Trainer:
         data: train, validation and test splits (see `l0fast.data`).
         settings: how to train.
         out: folder for checkpoint.pt, metrics.jsonl, summary.json, dynamics.png and
-            pruned.safetensors; None writes nothing.
+            pruned.safetensors, and where TensorBoard is installed for tensorboard/; None writes
+            nothing.
         identity: facts about model and data that a checkpoint must share to be resumed, and that
             head the summary ("dataset", "model", ...).
         device: where to train; CUDA if there is one, else the CPU.
@@ -265,17 +267,19 @@ class Trainer:
         """
         if not self._opened:
             self.open(resume)
-        for _ in range(self.epoch, self.settings.epochs):
-            started = time.perf_counter()
-            trained = self._train_epoch()
-            self._check_finite(trained["loss"])
-            self.epoch += 1
-            row = self._row(trained)
-            self.history.append(row)
-            self.seconds += time.perf_counter() - started
-            self._save()
-            if on_epoch is not None:
-                on_epoch(row)
+        with scalar_writer(self.out, self.history) as write_scalars:
+            for _ in range(self.epoch, self.settings.epochs):
+                started = time.perf_counter()
+                trained = self._train_epoch()
+                self._check_finite(trained["loss"])
+                self.epoch += 1
+                row = self._row(trained)
+                self.history.append(row)
+                self.seconds += time.perf_counter() - started
+                self._save()
+                write_scalars(row)
+                if on_epoch is not None:
+                    on_epoch(row)
         summary = self._summary()
         if self.out is not None:
             from l0fast.plots import plot_dynamics
@@ -379,7 +383,9 @@ class Trainer:
         if resume and path.exists():
             self._load(path)
             self._save_metrics()  # the checkpoint may be an epoch ahead of them
-        elif self.out.is_dir() and any((self.out / name).exists() for name in FILES):
+        elif self.out.is_dir() and any(
+            (self.out / name).exists() for name in (*FILES, TENSORBOARD)
+        ):
             _checks.refuse("out", str(self.out), "a folder without a run in it (or resume it)")
         else:
             self.out.mkdir(parents=True, exist_ok=True)

@@ -17,6 +17,7 @@ import torch
 
 from l0fast import cli, load_pruned, models
 from l0fast.checkpoint import CHECKPOINT
+from l0fast.tensorboard import TENSORBOARD
 from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -78,7 +79,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert {path.name for path in finished.iterdir()} == set(FILES)
+    assert {path.name for path in finished.iterdir()} - {TENSORBOARD} == set(FILES)
     summary = json.loads((finished / SUMMARY).read_text())
     identity = {"dataset": "digits", "model": "mlp", "widths": [16, 8], "recipe": "default"}
     assert summary.items() >= (identity | {"seed": 0, "epochs": 2, "target_density": 0.5}).items()

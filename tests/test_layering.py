@@ -35,6 +35,7 @@ LEVELS: dict[str, int] = {
     "models": 5,
     "plots": 5,
     "settings": 5,
+    "tensorboard": 5,
     "plan": 6,
     "prune": 6,
     "saving": 6,

@@ -21,6 +21,7 @@ from l0fast.checkpoint import CHECKPOINT
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Data, Split
 from l0fast.draw import gated_layers
+from l0fast.tensorboard import TENSORBOARD
 from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 QUICK: dict[str, Any] = {
@@ -238,7 +239,7 @@ def test_summary(finished: Any) -> None:
 def test_files(finished: Any) -> None:
     kind, _, _, out = finished
     wanted = set(FILES) - ({PRUNED} if kind == "dense" else set())
-    assert {path.name for path in out.iterdir()} == wanted
+    assert {path.name for path in out.iterdir()} - {TENSORBOARD} == wanted
     assert (out / PLOT).read_bytes().startswith(b"\x89PNG")
 
 
@@ -409,14 +410,17 @@ def test_what_is_no_number_stops_the_run(digits: Data, tmp_path: Path, where: st
     one.optimizer.register_step_post_hook(poison)
     files: dict[str, bytes] = {}
 
+    def content() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
     def keep(_row: Any) -> None:
-        files.update({path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()})
+        files.update(content())
 
     with pytest.raises(ValueError, match=rf"^{where} \(epoch 3\): got .*; expected") as caught:
         one.fit(on_epoch=keep)
     assert "\n" not in str(caught.value)
     assert files.keys() == {CHECKPOINT, METRICS}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+    assert content() == files
     assert len(files[METRICS].splitlines()) == 2
     summary = trainer(digits, tmp_path / "run", density=0.5, epochs=4).fit(resume=True)
     assert summary["feasible"] is True
@@ -510,7 +514,7 @@ def test_bad_arguments(digits: Data, options: Any, error: type[Exception], messa
 # --- folders and checkpoints ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, TENSORBOARD])
 def test_a_folder_with_a_run_is_not_overwritten(digits: Data, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
     with pytest.raises(ValueError, match=r"^out: got .*; expected a folder without a run in it"):
@@ -633,4 +637,4 @@ def test_what_a_kill_left_is_put_right(digits: Data, tmp_path: Path) -> None:
     (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half")
     trainer(digits, tmp_path, **options).fit(resume=True)
     assert (tmp_path / METRICS).read_bytes() == whole
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} - {TENSORBOARD} == set(FILES)
