@@ -63,8 +63,8 @@ class Checkpoint:
         write_atomically(path, write)
 
     @classmethod
-    def read(cls, path: Path, device: torch.device) -> Checkpoint:
-        """The checkpoint in a file, its tensors on `device`.
+    def read(cls, path: Path, device: torch.device, name: str = "resume") -> Checkpoint:
+        """The checkpoint in a file, its tensors on `device`; `name` is the option that named it.
 
         Raises:
             ValueError: it is not a whole checkpoint.
@@ -75,9 +75,9 @@ class Checkpoint:
             missing = {field.name for field in fields(cls)} - {"cuda_rng"} - state.keys()
             state["identity"] = dict(state.get("identity", {}))
         except Exception as error:
-            _checks.refuse("resume", str(path), f"{whole} ({type(error).__name__})")
+            _checks.refuse(name, str(path), f"{whole} ({type(error).__name__})")
         if missing:
-            _checks.refuse("resume", str(path), f"{whole} (this one has no {min(missing)!r})")
+            _checks.refuse(name, str(path), f"{whole} (this one has no {min(missing)!r})")
         return cls(
             **{field.name: state[field.name] for field in fields(cls) if field.name in state}
         )

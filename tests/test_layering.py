@@ -19,6 +19,7 @@ LEVELS: dict[str, int] = {
     "gated_weight": 0,
     "autograd": 1,
     "functional": 2,
+    "formats": 1,
     "draw": 3,
     "layers": 3,
     "channels": 3,
@@ -40,6 +41,7 @@ LEVELS: dict[str, int] = {
     "prune": 6,
     "saving": 6,
     "trainer": 6,
+    "commands": 7,
     "cli": 7,
     "__init__": 8,
     "__main__": 9,
@@ -54,6 +56,7 @@ WITHIN_A_LEVEL: set[tuple[str, str]] = {
     ("density", "sparsify"),
     ("constraint", "dual"),
     ("prune", "plan"),
+    ("cli", "commands"),
     ("trainer", "prune"),
     ("trainer", "saving"),
 }
