@@ -16,6 +16,7 @@ from l0fast import _checks, data, models
 from l0fast.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.constraint import DensityConstraint
 from l0fast.density import density
+from l0fast.draw import gated_layers
 from l0fast.prune import format_report
 from l0fast.prune import prune as prune_model
 from l0fast.saving import save_pruned
@@ -175,8 +176,10 @@ def train(args: argparse.Namespace) -> int:
             models.load_pretrained_(dense, Path(args.pretrained))
         return models.sparsify_published_(dense) if gated and published else dense
 
-    dense = build(False)
-    layers = [name for name, layer in dense.named_modules() if list(layer.parameters(False))]
+    layers: list[str] = []
+    if args.layer_density is not None:  # a single number stands for each of them
+        example = dataset.train.inputs[:1]
+        layers = list(gated_layers(sparsify_(build(False), example_inputs=example)))
     settings = _settings(args, layers)
     identity: dict[str, Any] = {
         "dataset": args.dataset,

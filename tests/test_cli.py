@@ -271,6 +271,19 @@ def test_a_users_model_starts_from_a_file(
     assert "gates" in capsys.readouterr().out
 
 
+def test_a_density_for_each_layer_leaves_out_what_has_no_gates(tmp_path: Path) -> None:
+    (tmp_path / "normed.py").write_text(
+        "from torch import nn\n"
+        "def net():\n"
+        "    first, norm = nn.Linear(64, 6), nn.BatchNorm1d(6)\n"
+        "    return nn.Sequential(nn.Flatten(), first, norm, nn.Linear(6, 10))\n"
+    )
+    options = ["--model", "normed:net", "--layer-density", "0.5", "--epochs", "1", "--out", "x"]
+    assert run("train", "--quiet", "--device", "cpu", *options) == 0
+    summary = json.loads(Path("x", SUMMARY).read_text())
+    assert summary["target_layer_density"] == {"1": 0.5, "3": 0.5}
+
+
 # --- prune and report -----------------------------------------------------------------------------
 
 
