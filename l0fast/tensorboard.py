@@ -25,6 +25,15 @@ def scalars(row: Row) -> dict[str, float]:
     return {tag: value for tag, value in found.items() if isinstance(value, (int, float))}
 
 
+def _summary_writer(folder: Path, purge_step: int | None) -> Any:
+    """torch's SummaryWriter, or None where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=purge_step)
+
+
 @contextmanager
 def scalar_writer(out: Path | None, history: list[Row]) -> Generator[Callable[[Row], None]]:
     """Yields a function that writes a row of metrics into OUT/tensorboard, at its epoch as step.
@@ -33,14 +42,12 @@ def scalar_writer(out: Path | None, history: list[Row]) -> Generator[Callable[[R
     a killed run may have left some epoch out, or be one ahead of its checkpoint. Without
     TensorBoard, or without a folder, nothing is written.
     """
-    try:
-        if out is None:
-            raise ImportError
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
+    purge_step = 1 if history else None
+    writer = None if out is None else _summary_writer(out / TENSORBOARD, purge_step)
+    if writer is None:
         yield lambda row: None
         return
-    with SummaryWriter(str(out / TENSORBOARD), purge_step=1 if history else None) as writer:
+    with writer:
 
         def write(row: Row) -> None:
             for tag, value in scalars(row).items():
