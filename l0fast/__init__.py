@@ -8,8 +8,9 @@ from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
 from l0fast.prune import prune
 from l0fast.saving import load_pruned, save_pruned
+from l0fast.settings import TrainerSettings
 from l0fast.sparsify import param_groups, sparsify_
-from l0fast.trainer import Trainer, TrainerSettings
+from l0fast.trainer import Trainer
 
 __version__ = "0.1.0"
 

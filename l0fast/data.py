@@ -1,32 +1,29 @@
-"""The data sets of the command, whole, as tensors: digits (embedded in scikit-learn) and MNIST."""
+"""The data sets of the command, each whole, as tensors: digits (embedded in scikit-learn), and
+those that torchvision knows.
+
+A data set has to fit into memory, and onto the device, as float32.
+"""
 
 from __future__ import annotations
 
-import gzip
-import math
-import os
-import struct
-import zlib
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from l0fast import _checks
+from l0fast import _checks, formats
+from l0fast.formats import Split
 
-DATASETS = ("digits", "mnist")
-DATA_ROOT_VARIABLE = "L0FAST_DATA_ROOT"
+COLOURS = 3
 DIGITS_TEST = 360
-MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
-MNIST_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
-
-
-class Split(NamedTuple):
-    """Examples: inputs [N, channels, height, width] float32, and targets [N] int64."""
-
-    inputs: Tensor
-    targets: Tensor
+FIXED = {
+    "digits": ((1, 8, 8), 10),
+    "mnist": ((1, 28, 28), 10),
+    "fashionmnist": ((1, 28, 28), 10),
+    "cifar10": ((3, 32, 32), 10),
+    "cifar100": ((3, 32, 32), 100),
+}
+"""Data set -> (shape of an example, number of classes), where neither depends on the files."""
+DATASETS = (*FIXED, "imagefolder")
 
 
 class Data(NamedTuple):
@@ -36,6 +33,16 @@ class Data(NamedTuple):
     validation: Split | None
     test: Split
     num_classes: int
+
+
+def in_colour(data: Data) -> Data:
+    """The data with three equal channels in place of one, which torchvision's models take."""
+
+    def three(split: Split) -> Split:
+        return Split(split.inputs.expand(-1, COLOURS, -1, -1), split.targets)
+
+    validation = None if data.validation is None else three(data.validation)
+    return Data(three(data.train), validation, three(data.test), data.num_classes)
 
 
 def _digits() -> tuple[Split, Split]:
@@ -53,73 +60,27 @@ def _digits() -> tuple[Split, Split]:
     )
 
 
-def _idx(raw: Path, name: str) -> Tensor:
-    """The bytes of a file in MNIST's idx format, unpacked or gzipped; nothing is written.
-
-    The format: 0, 0, 8 (bytes), D, then D sizes of four bytes, big-endian, then the values.
-    """
-    path = raw / name
-    wanted = "a whole idx file of MNIST"
-    try:
-        if path.is_file():
-            content = path.read_bytes()
-        else:
-            path = raw / f"{name}.gz"
-            content = gzip.decompress(path.read_bytes())
-    except (EOFError, OSError, zlib.error) as error:
-        _checks.refuse("data_root", str(path), f"{wanted} ({error})")
-    dims = content[3] if len(content) > 3 else 0
-    start = 4 + 4 * dims
-    if content[:3] != b"\0\0\x08" or len(content) < start:
-        _checks.refuse("data_root", str(path), wanted)
-    sizes = struct.unpack(f">{dims}I", content[4:start])
-    if len(content) != start + math.prod(sizes):
-        whole = f"{start + math.prod(sizes)} bytes, not {len(content)}"
-        _checks.refuse("data_root", str(path), f"{wanted} ({whole})")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
-
-
-def _mnist(root: str | None) -> tuple[Split, Split]:
-    root = root or os.environ.get(DATA_ROOT_VARIABLE)
-    wanted = "a torchvision data folder that holds MNIST"
-    if root is None:
-        _checks.refuse("data_root", root, f"{wanted} (--data-root or {DATA_ROOT_VARIABLE})")
-    if not Path(root).is_dir():
-        _checks.refuse("data_root", root, f"{wanted}; there is no such folder")
-    raw = Path(root) / "MNIST" / "raw"
-    names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in MNIST_KINDS]
-    if not all((raw / name).is_file() or (raw / f"{name}.gz").is_file() for name in names):
-        from torchvision.datasets import MNIST
-
-        try:
-            MNIST(root, download=True)
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            _checks.refuse("data_root", root, f"{wanted}; it could not be downloaded: {reason}")
-    splits: list[Split] = []
-    for index in (0, 2):
-        images, targets = _idx(raw, names[index]), _idx(raw, names[index + 1])
-        if images.shape[1:] != (28, 28) or targets.shape != images.shape[:1]:
-            shapes = f"images {tuple(images.shape)} and targets {tuple(targets.shape)}"
-            _checks.refuse("data_root", root, f"{wanted}, not {shapes}")
-        inputs = images.to(torch.float32).div_(255).sub_(MNIST_MEAN).div_(MNIST_STD)
-        splits.append(Split(inputs.unsqueeze(1), targets.to(torch.int64)))
-    return splits[0], splits[1]
-
-
 def load(
-    dataset: str, data_root: str | None = None, validation_fraction: float = 0.0, seed: int = 0
+    dataset: str,
+    data_root: str | None = None,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
+    image_size: int | None = None,
 ) -> Data:
     """A data set, normalised, with a validation split taken from its training examples.
 
     Args:
-        dataset: "digits" or "mnist".
+        dataset: "digits", "mnist", "fashionmnist", "cifar10", "cifar100" or "imagefolder".
         data_root: torchvision's root folder; L0FAST_DATA_ROOT by default; digits needs none.
+            For "imagefolder" the one that holds train/ and test/ (or else val/).
         validation_fraction: of the training examples, in [0, 1), held out at random.
         seed: of that choice.
+        image_size: for "imagefolder": the shorter side of every image is resized to it, and the
+            centre cropped to a square; None takes images that are all of one size as they are.
 
     Raises:
-        ValueError: an unknown data set, data that is not there, or a fraction out of range.
+        ValueError: an unknown data set, data that is not there or does not fit together, or a
+            fraction out of range.
     """
     _checks.one_of("dataset", dataset, DATASETS)
     _checks.number(
@@ -130,7 +91,20 @@ def load(
         high=1.0,
         open_high=True,
     )
-    train, test = _digits() if dataset == "digits" else _mnist(data_root)
+    if image_size is not None:
+        _checks.whole("image_size", image_size)
+        if dataset != "imagefolder":
+            _checks.refuse("image_size", image_size, f"none: {dataset} has a size of its own")
+    if dataset == "imagefolder":
+        train, test, num_classes = formats.imagefolder(data_root, image_size)
+    else:
+        num_classes = FIXED[dataset][1]
+        if dataset == "digits":
+            train, test = _digits()
+        elif dataset in formats.MNIST_STATISTICS:
+            train, test = formats.mnist(dataset, data_root)
+        else:
+            train, test = formats.cifar(dataset, data_root)
     count = len(train.targets)
     held = round(validation_fraction * count)
     if held == count:
@@ -143,4 +117,4 @@ def load(
         kept = order[held:].sort().values
         validation = Split(train.inputs[order[:held]], train.targets[order[:held]])
         train = Split(train.inputs[kept], train.targets[kept])
-    return Data(train, validation, test, 10)
+    return Data(train, validation, test, num_classes)

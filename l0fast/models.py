@@ -1,14 +1,18 @@
-"""The models of the command, dense: the published MLP and LeNet, with widths by argument."""
+"""The models of the command, dense: the published MLP and LeNet, torchvision's, and the user's."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import math
+import sys
 from collections import OrderedDict
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.draw import gated_layers
@@ -16,6 +20,8 @@ from l0fast.hard_concrete import HardConcrete
 from l0fast.sparsify import sparsify_
 
 MODELS = ("mlp", "lenet5")
+CHOICES = "'mlp', 'lenet5', a torchvision model such as 'resnet18', or 'package.module:callable'"
+WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")
 WIDTHS = {"mlp": (300, 100), "lenet5": (20, 50, 500)}
 
 
@@ -67,22 +73,95 @@ def lenet5(
     )
 
 
+def from_torchvision(name: str) -> bool:
+    """Whether the name is that of one of torchvision's classifiers.
+
+    Raises:
+        ValueError: it is no model at all.
+    """
+    if name in MODELS or ":" in name:
+        return False
+    from torchvision import models
+
+    if name not in models.list_models(module=models):
+        _checks.refuse("model", name, CHOICES)
+    return True
+
+
+def _users(name: str) -> Callable[..., Any]:
+    """The callable that `package.module:callable` names; the working directory is searched, too."""
+    module_name, _, path = name.partition(":")
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except Exception as error:
+        _checks.refuse("model", name, f"package.module:callable ({_words(error)})")
+    if not callable(found):
+        _checks.refuse("model", name, f"package.module:callable, not a {type(found).__name__}")
+    return found
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _foreign(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Module:
+    """A model of torchvision's or of the user's, tried on one example."""
+    options: dict[str, Any] = {"num_classes": num_classes}
+    if from_torchvision(name):
+        from torchvision import models
+
+        if name in WITH_AUXILIARY_OUTPUTS:
+            options |= {"aux_logits": False, "init_weights": True}
+        model = models.get_model(name, **options)
+    else:
+        build = _users(name)
+        try:
+            parameters = inspect.signature(build).parameters.values()
+            if not any(p.name == "num_classes" or p.kind == p.VAR_KEYWORD for p in parameters):
+                options = {}
+            model = build(**options)
+        except Exception as error:
+            _checks.refuse("model", name, f"a callable that builds a model ({_words(error)})")
+        if not isinstance(model, nn.Module):
+            expected = f"a callable that returns a torch.nn.Module, not {type(model).__name__}"
+            _checks.refuse("model", name, expected)
+    expected = f"a model that makes {num_classes} numbers of an example of shape {tuple(in_shape)}"
+    try:
+        with torch.no_grad():
+            output = model.eval()(torch.zeros(1, *in_shape))
+    except Exception as error:
+        _checks.refuse("model", name, f"{expected} ({_words(error)})")
+    if not isinstance(output, Tensor) or output.shape != (1, num_classes):
+        got = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
+        _checks.refuse("model", name, f"{expected}, not {got}")
+    return model.train()
+
+
 def build(
     name: str, in_shape: Sequence[int], num_classes: int, widths: Sequence[int] | None = None
-) -> nn.Sequential:
+) -> nn.Module:
     """A dense model by name.
 
     Args:
-        name: "mlp" or "lenet5".
+        name: "mlp", "lenet5", the name of one of torchvision's classifiers, or
+            "package.module:callable"; the callable is given num_classes if it takes that.
         in_shape: (channels, height, width) of one example.
         num_classes: outputs.
         widths: of the hidden layers; MLP: any number, 300-100 by default; LeNet: two
-            convolutions and one hidden layer, 20-50-500 by default.
+            convolutions and one hidden layer, 20-50-500 by default; none for other models.
 
     Raises:
-        ValueError: an unknown name, or widths that do not fit it.
+        ValueError: an unknown name, widths that do not fit it, or a model that does not take
+            such an example or makes other outputs of it.
     """
-    _checks.one_of("model", name, MODELS)
+    if name not in MODELS:
+        if widths is not None:
+            _checks.refuse("widths", widths, f"none: only {' and '.join(MODELS)} have widths")
+        return _foreign(name, in_shape, num_classes)
     widths = tuple(widths or WIDTHS[name])
     if not all(isinstance(width, int) and width >= 1 for width in widths):
         _checks.refuse("widths", widths, "whole numbers >= 1")
@@ -92,6 +171,43 @@ def build(
     if len(widths) != 3:
         _checks.refuse("widths", widths, "three numbers for lenet5: conv, conv, hidden")
     return lenet5(in_shape, num_classes, widths)
+
+
+def load_pretrained_(model: nn.Module, path: Path) -> None:
+    """Puts the weights of a file into a dense model, in place, whole or not at all.
+
+    Args:
+        model: as `build` made it.
+        path: a state dict: .safetensors, or else what torch.load reads with weights_only.
+
+    Raises:
+        ValueError: the file cannot be read, or its state is not one of this model.
+    """
+
+    def bad(what: str) -> NoReturn:
+        _checks.refuse("pretrained", str(path), f"a file with the state of the model ({what})")
+
+    if not path.is_file():
+        bad("there is no such file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        bad(f"it cannot be read: {_words(error)}")
+    wanted = model.state_dict()
+    if not isinstance(state, dict):
+        bad(f"it holds a {type(state).__name__}")
+    for name in sorted({*map(str, state)} ^ wanted.keys()):
+        bad(f"it has {'no' if name in wanted else 'a'} {name!r}")
+    for name, value in wanted.items():
+        got = tuple(state[name].shape) if isinstance(state[name], Tensor) else "no tensor"
+        if got != tuple(value.shape):
+            bad(f"its {name!r} is {got}, not {tuple(value.shape)}")
+    model.load_state_dict(state)
 
 
 PUBLISHED_SETTINGS: dict[str, Any] = {

@@ -70,7 +70,12 @@ def _reference(
 
 
 def _site(
-    name: str, plan: Plan, layer: Gated | None, kept: Tensor | None, forced: int
+    name: str,
+    plan: Plan,
+    layer: Gated | None,
+    kept: Tensor | None,
+    forced: int,
+    collapsed: bool,
 ) -> dict[str, Any]:
     """One row of the report."""
     site, extent = plan.sites[name], plan.extents[name]
@@ -96,10 +101,13 @@ def _site(
     if layer is not None and kept is not None:
         if gates == "weight":
             reasons.append("gates on single weights: zeros in a layer of the same shape")
-        elif bool(kept.all()):
+        elif bool(kept.all()) and not collapsed:
             reasons.append("all gates are open")
         if edit is not None and edit.scale is not None:
             reasons.append("its gates are a factor on its units")
+    if collapsed:
+        stays = "" if gates == "weight" else ", one unit of zeros stays"
+        reasons.append(f"collapsed: all its gates are closed{stays}")
     return {
         "name": name,
         "kind": type(site.layer).__name__,
@@ -143,6 +151,8 @@ def prune(
             architecture: units left along each gated layer's gated dimension, "198-233-100".
             density: parameters of kept gates / gated parameters.
             forced: how many gates the targets closed that were open in evaluation.
+            collapsed: names of the gated layers without an open gate, through which nothing of
+                the input passes (with gates on units, one unit of zeros stands for them).
             groups: name -> {layers, target, density, kept, limit, total, forced}: each target,
                 with the parameters kept, allowed and gated (an empty dict without targets).
             params, macs: [after, before]; before is the dense model without gates, and the MACs
@@ -175,10 +185,13 @@ def prune(
     budgets = _budgets(model, layers, target)
     kept = choose(layers, budgets)
     forced: dict[str, int] = {}
+    collapsed: list[str] = []
     with torch.no_grad():
         for name, layer in layers.items():
-            surplus = (layer.evaluation_gates() > 0).cpu() & ~kept[name]
-            forced[name] = int(surplus.sum())
+            is_open = (layer.evaluation_gates() > 0).cpu()
+            forced[name] = int((is_open & ~kept[name]).sum())
+            if not bool((is_open & kept[name]).any()):
+                collapsed.append(name)
     args = example_args(example_inputs)
 
     twin, wide, proof = _reference(model, args, kept)
@@ -194,7 +207,7 @@ def prune(
     small = apply(result.model, plan.edits, result.factors, plan.mends)
     changed = {edit.name for edit in plan.edits}
     sites = [
-        _site(name, plan, layers.get(name), kept.get(name), forced.get(name, 0))
+        _site(name, plan, layers.get(name), kept.get(name), forced.get(name, 0), name in collapsed)
         for name in plan.sites
         if name in layers or name in changed
     ]
@@ -208,6 +221,7 @@ def prune(
         "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
         "density": spent(kept, layers, everything) / total,
         "forced": sum(forced.values()),
+        "collapsed": collapsed,
         "groups": {
             one.name: {
                 "layers": list(one.layers),
@@ -252,6 +266,9 @@ def format_report(report: Mapping[str, Any]) -> str:
             f"{name}: density {group['density']:.4f} of at most {group['target']:g}, "
             f"{group['forced']} gates forced closed"
         )
+    if report["collapsed"]:
+        names = ", ".join(report["collapsed"])
+        lines.append(f"collapsed: all gates of {names} are closed, nothing passes through")
     for what, key in (("parameters", "params"), ("MACs", "macs")):
         after, before = report[key]
         share = f" ({after / before:.2%})" if before else ""

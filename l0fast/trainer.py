@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import PARTS, write_atomically, write_text
+from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.data import Data, Split
 from l0fast.density import count_macs, count_params, density
@@ -23,123 +24,18 @@ from l0fast.draw import gated_layers
 from l0fast.dual import DualAscent
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
+from l0fast.settings import TrainerSettings, default_dual_lr, default_gate_lr
 from l0fast.sparsify import param_groups, sparsify_
+from l0fast.tensorboard import TENSORBOARD, scalar_writer
 
-CHECKPOINT = "checkpoint.pt"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PRUNED = "pruned.safetensors"
 PLOT = "dynamics.png"
 FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
 EVALUATION_BATCH = 1000
-MAX_SEED = 2**32 - 1
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class TrainerSettings:
-    """How to train. The defaults are this project's own recipe.
-
-    Args:
-        density: target of the whole model, in (0, 1]; or
-        layer_density: layer name or pattern -> target, each its own constraint; or
-        penalty: coefficient of the penalised method; with none of the three the model is
-            trained as it is, dense.
-        penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
-        epochs: passes over the training examples, >= 1.
-        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
-        seed: of the order of the examples. (torch.manual_seed governs weights and gates.)
-        lr: learning rate of Adam for the weights.
-        gate_lr: of the gates; None: GATE_TRAVEL / number of steps, within GATE_LR_RANGE.
-        dual_lr: dual learning rate; None: DUAL_GAIN / (least target x number of steps), at most
-            DUAL_LR_MOST.
-        restarts: dual restarts.
-        weight_decay: decoupled, of the weights.
-        schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
-    """
-
-    density: float | None = None
-    layer_density: Mapping[str, float] | None = None
-    penalty: float | None = None
-    penalty_per_example: bool = False
-    epochs: int = 20
-    batch_size: int = 128
-    seed: int = 0
-    lr: float = 1e-3
-    gate_lr: float | None = None
-    dual_lr: float | None = None
-    restarts: bool = True
-    weight_decay: float = 0.1
-    schedule: str = "cosine"
-
-    def __post_init__(self) -> None:
-        named = [
-            name
-            for name in ("density", "layer_density", "penalty")
-            if getattr(self, name) is not None
-        ]
-        if len(named) > 1:
-            _checks.refuse(named[1], getattr(self, named[1]), f"only one of {' and '.join(named)}")
-        checked: Row = {}  # as plain numbers: a checkpoint holds no others
-        if self.density is not None:
-            checked["density"] = _checks.density("density", self.density)
-        if self.layer_density is not None:
-            if not isinstance(self.layer_density, Mapping):
-                expected = "layer names or patterns -> densities"
-                _checks.refuse("layer_density", self.layer_density, expected, TypeError)
-            # In one order, whichever the caller's: a checkpoint's multipliers have no names.
-            checked["layer_density"] = {
-                name: _checks.density(f"layer_density[{name!r}]", self.layer_density[name])
-                for name in sorted(self.layer_density, key=str)
-            }
-        for name in ("epochs", "batch_size"):
-            checked[name] = _checks.whole(name, getattr(self, name))
-        checked["seed"] = _checks.whole("seed", self.seed, 0, MAX_SEED)
-        for name in ("lr", "gate_lr"):
-            value = getattr(self, name)
-            if value is not None or name == "lr":
-                checked[name] = _checks.number(name, value, "a number > 0", low=0.0, open_low=True)
-        for name in ("dual_lr", "penalty", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None or name == "weight_decay":
-                checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
-        _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
-
-    @property
-    def gated(self) -> bool:
-        """Whether there is a constraint or a penalty."""
-        return not (self.density is None and self.layer_density is None and self.penalty is None)
-
-
-DUAL_GAIN = 33.0
-DUAL_LR_MOST = 0.1
-GATE_TRAVEL = 30.0
-GATE_LR_RANGE = (0.03, 0.1)
-
-
-def default_dual_lr(steps: int, target: float) -> float:
-    """The dual learning rate for a training of that many steps to that density.
-
-    The multiplier has to reach the loss's sensitivity to density (it peaked at 1.0 for the MLP and
-    2.2 for LeNet on MNIST, at 6 on digits), and the violation that drives it shrinks with the
-    target. At 33 % the target was first met after 9 % (MNIST) and 19 % (digits) of the training.
-    The upper bound keeps a short training from closing gates before the weights have learned
-    anything.
-    """
-    return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
-
-
-def default_gate_lr(steps: int) -> float:
-    """Adam's learning rate for log_alpha in a training of that many steps.
-
-    A gate travels about 3 from its start to closed, and Adam moves it by at most one learning
-    rate a step: a short training needs larger steps.
-    """
-    least, most = GATE_LR_RANGE
-    return min(max(GATE_TRAVEL / steps, least), most)
 
 
 def _check_data(data: Data) -> None:
@@ -176,7 +72,8 @@ class Trainer:
         data: train, validation and test splits (see `l0fast.data`).
         settings: how to train.
         out: folder for checkpoint.pt, metrics.jsonl, summary.json, dynamics.png and
-            pruned.safetensors; None writes nothing.
+            pruned.safetensors, and where TensorBoard is installed for tensorboard/; None writes
+            nothing.
         identity: facts about model and data that a checkpoint must share to be resumed, and that
             head the summary ("dataset", "model", ...).
         device: where to train; CUDA if there is one, else the CPU.
@@ -342,6 +239,7 @@ class Trainer:
                 }
                 for layer in table.layers
             }
+            row["collapsed"] = [layer.name for layer in table.layers if not layer.open_gates]
         if isinstance(self.term, DensityConstraint):
             with torch.no_grad():
                 by_constraint = {
@@ -369,17 +267,19 @@ class Trainer:
         """
         if not self._opened:
             self.open(resume)
-        for _ in range(self.epoch, self.settings.epochs):
-            started = time.perf_counter()
-            trained = self._train_epoch()
-            self._check_finite(trained["loss"])
-            self.epoch += 1
-            row = self._row(trained)
-            self.history.append(row)
-            self.seconds += time.perf_counter() - started
-            self._save()
-            if on_epoch is not None:
-                on_epoch(row)
+        with scalar_writer(self.out, self.history) as write_scalars:
+            for _ in range(self.epoch, self.settings.epochs):
+                started = time.perf_counter()
+                trained = self._train_epoch()
+                self._check_finite(trained["loss"])
+                self.epoch += 1
+                row = self._row(trained)
+                self.history.append(row)
+                self.seconds += time.perf_counter() - started
+                self._save()
+                write_scalars(row)
+                if on_epoch is not None:
+                    on_epoch(row)
         summary = self._summary()
         if self.out is not None:
             from l0fast.plots import plot_dynamics
@@ -433,6 +333,7 @@ class Trainer:
                 "expected_density": last["expected_density"],
                 "realised_density": report["density"],
                 "forced": report["forced"],
+                "collapsed": report["collapsed"],
                 "architecture": report["architecture"],
                 "test_error_percent": self._error_percent(self.pruned, self.data.test),
                 "feasible": all(group["density"] <= group["target"] for group in groups)
@@ -476,13 +377,15 @@ class Trainer:
         self._opened = True
         if self.out is None:
             return
-        checkpoint = self.out / CHECKPOINT
+        path = self.out / CHECKPOINT
         if self.out.exists() and not self.out.is_dir():
             _checks.refuse("out", str(self.out), "a folder")
-        if resume and checkpoint.exists():
-            self._load(checkpoint)
+        if resume and path.exists():
+            self._load(path)
             self._save_metrics()  # the checkpoint may be an epoch ahead of them
-        elif self.out.is_dir() and any((self.out / name).exists() for name in FILES):
+        elif self.out.is_dir() and any(
+            (self.out / name).exists() for name in (*FILES, TENSORBOARD)
+        ):
             _checks.refuse("out", str(self.out), "a folder without a run in it (or resume it)")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
@@ -490,33 +393,21 @@ class Trainer:
         for part in self.out.glob(PARTS):
             part.unlink()  # of a process that was killed while it wrote
 
-    def _state(self) -> Row:
-        state: Row = {
-            "format": 1,
-            "identity": self._identity(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "seconds": self.seconds,
-            "history": self.history,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "term": None if self.term is None else self.term.state_dict(),
-            "rng": torch.get_rng_state(),
-        }
-        if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
-        return state
-
     def _save(self) -> None:
         if self.out is None:
             return
-        state = self._state()
-
-        def write(path: Path) -> None:
-            with path.open("wb") as file:  # given a path, torch.save raises no OSError
-                torch.save(state, file)
-
-        write_atomically(self.out / CHECKPOINT, write)
+        checkpoint = Checkpoint(
+            identity=self._identity(),
+            epoch=self.epoch,
+            step=self.step,
+            seconds=self.seconds,
+            history=self.history,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            term=None if self.term is None else self.term.state_dict(),
+            **rng_state(self.device),
+        )
+        checkpoint.write(self.out / CHECKPOINT)
         self._save_metrics()
 
     def _save_metrics(self) -> None:
@@ -525,37 +416,12 @@ class Trainer:
         write_text(self.out / METRICS, "".join(line + "\n" for line in lines))
 
     def _load(self, path: Path) -> None:
-        whole = "a whole checkpoint of this project"
-        try:
-            state: Row = torch.load(path, map_location=self.device, weights_only=True)
-            missing = self._state().keys() - {"cuda_rng"} - state.keys()
-            theirs: Row = dict(state.get("identity", {}))
-        except Exception as error:
-            _checks.refuse("resume", str(path), f"{whole} ({type(error).__name__})")
-        if missing:
-            _checks.refuse("resume", str(path), f"{whole} (this one has no {min(missing)!r})")
-        ours = self._identity()
-        for key in sorted({*ours, *theirs}):
-            if ours.get(key) != theirs.get(key):
-                _checks.refuse(
-                    key, ours.get(key), f"{theirs.get(key)!r}, as in the checkpoint {path}"
-                )
-        shapes = [
-            {name: getattr(value, "shape", None) for name, value in model.items()}
-            for model in (self.model.state_dict(), state["model"])
-        ]
-        for name in sorted({*shapes[0], *shapes[1]}):
-            mine, saved = (
-                "none" if name not in part else str(tuple(part[name] or ())) for part in shapes
-            )
-            if mine != saved:
-                _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        checkpoint = Checkpoint.read(path, self.device)
+        checkpoint.refuse_other(path, self._identity(), self.model)
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.term is not None:
-            self.term.load_state_dict(state["term"])
-        self.epoch, self.step = state["epoch"], state["step"]
-        self.seconds, self.history = state["seconds"], state["history"]
-        torch.set_rng_state(state["rng"].cpu())
-        if "cuda_rng" in state and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["cuda_rng"].cpu(), self.device)
+            self.term.load_state_dict(checkpoint.term or {})
+        self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        self.seconds, self.history = checkpoint.seconds, checkpoint.history
+        checkpoint.restore_rng(self.device)

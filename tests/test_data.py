@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from l0fast import data
+from l0fast import data, formats
 
-NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in data.MNIST_KINDS]
+NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in formats.MNIST_KINDS]
 COUNTS = {"train": 6, "t10k": 4}
 
 
@@ -111,9 +111,9 @@ def test_mnist_is_read_without_writing(
     tensors = tiny_mnist(tmp_path, packed)
     before = sorted(tmp_path.rglob("*"))
     if by_variable:
-        monkeypatch.setenv(data.DATA_ROOT_VARIABLE, str(tmp_path))
+        monkeypatch.setenv(formats.DATA_ROOT_VARIABLE, str(tmp_path))
     else:
-        monkeypatch.setenv(data.DATA_ROOT_VARIABLE, "/nowhere")
+        monkeypatch.setenv(formats.DATA_ROOT_VARIABLE, "/nowhere")
     loaded = data.load("mnist", None if by_variable else str(tmp_path))
     assert sorted(tmp_path.rglob("*")) == before
     for split, part in ((loaded.train, "train"), (loaded.test, "t10k")):
@@ -197,7 +197,7 @@ def test_an_empty_root_without_a_network(tmp_path: Path) -> None:
 def test_bad_arguments(
     arguments: Any, error: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv(data.DATA_ROOT_VARIABLE, raising=False)
+    monkeypatch.delenv(formats.DATA_ROOT_VARIABLE, raising=False)
     with pytest.raises(error) as caught:
         data.load(*arguments)
     assert str(caught.value).startswith(message)

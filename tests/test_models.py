@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from l0fast import DensityConstraint, TrainerSettings, density, models, sparsify_
@@ -79,7 +83,7 @@ def test_gates_stand_where_the_papers_have_them() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("vgg", (1, 8, 8), 10), "model: got 'vgg'; expected one of 'mlp', 'lenet5'"),
+        (("vgg", (1, 8, 8), 10), "model: got 'vgg'; expected 'mlp', 'lenet5', a torchvision"),
         (("mlp", (1, 8, 8), 10, (0,)), "widths: got (0,); expected whole numbers >= 1"),
         (("mlp", (1, 8, 8), 10, (30, -5)), "widths: got (30, -5); expected whole numbers >= 1"),
         (("mlp", (1, 8, 8), 10, (30.5,)), "widths: got (30.5,); expected whole numbers >= 1"),
@@ -131,3 +135,140 @@ def test_the_published_settings() -> None:
     wanted |= {"schedule": "constant", "epochs": 200, "batch_size": 128}
     assert wanted == models.PUBLISHED_SETTINGS
     TrainerSettings(**models.PUBLISHED_SETTINGS)
+
+
+# --- torchvision's models, and the user's ---------------------------------------------------------
+
+
+USERS = """
+from torch import nn
+
+def plain():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+
+class Sized(nn.Sequential):
+    def __init__(self, num_classes, width=4):
+        super().__init__(nn.Flatten(), nn.Linear(64, width), nn.Linear(width, num_classes))
+
+def any_options(**options):
+    return Sized(**options)
+
+class Holder:
+    build = Sized
+
+def wrong():
+    return 3
+
+def fails():
+    raise KeyError("oh\\nno")
+
+number = 3
+"""
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A module in the working directory, which is not on the path."""
+    (tmp_path / "users_own.py").write_text(USERS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    yield
+    sys.modules.pop("users_own", None)
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize("path", ["plain", "Sized", "any_options", "Holder.build"])
+def test_a_users_model(path: str) -> None:
+    model = models.build(f"users_own:{path}", (1, 8, 8), 10)
+    assert model.training
+    assert model(torch.randn(3, 1, 8, 8)).shape == (3, 10)
+
+
+@pytest.mark.usefixtures("users")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("users_own:nothing", "expected package.module:callable (AttributeError: "),
+        ("users_own:", "expected package.module:callable (AttributeError: "),
+        (":plain", "expected package.module:callable (ValueError: "),
+        ("no_such_module:f", "expected package.module:callable (ModuleNotFoundError: "),
+        ("users_own:number", "expected package.module:callable, not a int"),
+        ("users_own:wrong", "expected a callable that returns a torch.nn.Module, not int"),
+        ("users_own:fails", "expected a callable that builds a model (KeyError: "),
+        ("users_own:plain", "expected a model that makes 7 numbers of an example of shape (1, 8, "),
+        ("resnet", "expected 'mlp', 'lenet5', a torchvision model such as 'resnet18', or"),
+        ("alexnet", "expected a model that makes 7 numbers of an example of shape (1, 8, 8) (Runt"),
+    ],
+)
+def test_a_model_that_is_none_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^model: got {name!r}; expected") as caught:
+        models.build(name, (1, 8, 8), 7)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "googlenet"])
+def test_torchvisions_models(name: str) -> None:
+    assert models.from_torchvision(name)
+    model = models.build(name, (3, 32, 32), 7)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 7)
+
+
+def test_only_our_own_models_have_widths() -> None:
+    with pytest.raises(ValueError, match=r"^widths: got \[3\]; expected none: only mlp and lenet5"):
+        models.build("resnet18", (3, 32, 32), 10, [3])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_pretrained(tmp_path: Path, suffix: str) -> None:
+    source, model = (models.build("mlp", (1, 8, 8), 10, (5,)) for _ in range(2))
+    path = tmp_path / f"weights{suffix}"
+    if suffix == ".pt":
+        torch.save(source.state_dict(), path)
+    else:
+        save_file(source.state_dict(), path)
+    models.load_pretrained_(model, path)
+    for name, value in source.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return exec, ("import sys; sys.l0fast_was_here = True",)
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (None, "(there is no such file)"),
+        (b"garbage", "(it cannot be read: "),
+        ([1, 2], "(it holds a list)"),
+        ({"fc9.weight": 1.0}, "(it has no 'fc1.bias')"),
+        ({"zzz": torch.zeros(1)}, "(it has a 'zzz')"),
+        ({"fc1.bias": torch.zeros(6)}, "(its 'fc1.bias' is (6,), not (5,))"),
+        ({"fc1.bias": 1.5}, "(its 'fc1.bias' is no tensor, not (5,))"),
+        (Evil(), "(it cannot be read: UnpicklingError: "),
+    ],
+    ids=["missing", "garbage", "list", "other", "surplus", "shape", "number", "code"],
+)
+def test_a_pretrained_file_that_does_not_fit_changes_nothing(
+    tmp_path: Path, state: Any, message: str
+) -> None:
+    model = models.build("mlp", (1, 8, 8), 10, (5,))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    path = tmp_path / "weights.pt"
+    if isinstance(state, bytes):
+        path.write_bytes(state)
+    elif isinstance(state, dict):
+        torch.save(state if "fc9.weight" in state else before | state, path)
+    elif state is not None:
+        torch.save(state, path)
+    with pytest.raises(
+        ValueError, match=r"^pretrained: got .*; expected a file with the st"
+    ) as caught:
+        models.load_pretrained_(model, path)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(sys, "l0fast_was_here")
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name], value)

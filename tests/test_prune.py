@@ -187,6 +187,33 @@ def test_a_closed_layer_keeps_its_likeliest_unit() -> None:
     assert site(small, "fc2")["forced"] == 0
     assert small.report["layers"][0]["outputs"] == [17]
     assert not small.fc2.weight.any()
+    assert small.report["collapsed"] == ["fc2"]
+
+
+@pytest.mark.parametrize("gates", ["input", "output", "weight"])
+def test_collapsed_layers_are_named(gates: str) -> None:
+    """Also one of a single unit, whose gate is kept and closed; not one with a gate left open."""
+    layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1), nn.Linear(1, 1), nn.Linear(1, 2)]
+    model: Any = nn.Sequential(*layers)
+    model = sparsify_(model.double(), gates=gates, exclude="4").eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    whole: Any = prune(model, x)
+    assert whole.report["collapsed"] == []
+    assert "collapsed" not in format_report(whole.report)
+    with torch.no_grad():
+        for index in (2, 3):
+            model[index].log_alpha.fill_(-9.0)
+        model[0].log_alpha.view(-1)[1:] = -9.0
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.report["collapsed"] == ["2", "3"]
+    for row in small.report["sites"]:
+        collapsed = "collapsed: all its gates are closed" in row["reason"]
+        assert collapsed is (row["name"] in ("2", "3"))
+        assert ("one unit of zeros stays" in row["reason"]) is (collapsed and gates != "weight")
+        assert "all gates are open" not in row["reason"]
+    line = "collapsed: all gates of 2, 3 are closed, nothing passes through"
+    assert line in format_report(small.report).splitlines()
 
 
 def test_a_closed_conv_keeps_one_channel_of_zeros() -> None:
@@ -835,6 +862,12 @@ def test_weight_gates() -> None:
         assert "single weights" in row["reason"]
     assert small.report["density"] <= 0.1
     assert small.report["params"][0] == small.report["params"][1]
+    assert small.report["collapsed"] == []
+    with torch.no_grad():
+        model.fc1.log_alpha.clamp_max_(0.5)  # open, and the first that the target closes
+    forced: Any = prune(model, x, 0.02)
+    assert forced.report["collapsed"] == ["fc1"]
+    assert site(forced, "fc1")["forced"] > 0
 
 
 def test_several_inputs_and_outputs() -> None:

@@ -6,6 +6,7 @@ training; their code is the command's, and a real process is killed while it sta
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import io
 import json
@@ -21,11 +22,14 @@ from typing import Any
 
 import pytest
 import torch
+from test_tensorboard import read_scalars
 from torch import nn
 
 from l0fast import Trainer, TrainerSettings, data, models, plots, prune, sparsify_
 from l0fast._files import PARTS
-from l0fast.trainer import CHECKPOINT, FILES, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.checkpoint import CHECKPOINT
+from l0fast.tensorboard import TENSORBOARD
+from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -46,6 +50,8 @@ def warm_up() -> None:
     which autograd would not run in a fork."""
     for name in ("sklearn.datasets", "torch.utils.flop_counter", "tqdm", "l0fast.cli"):
         importlib.import_module(name)
+    with contextlib.suppress(ImportError):
+        importlib.import_module("torch.utils.tensorboard")
     torch.set_num_threads(1)
     model = sparsify_(models.build("mlp", (1, 8, 8), 10, (4,)))
     torch.optim.AdamW(model.parameters(), fused=True).zero_grad()
@@ -226,6 +232,8 @@ def assert_same_run(out: Path, wanted: Path) -> None:
         assert (out / name).read_bytes() == (wanted / name).read_bytes(), name
     if (wanted / PRUNED).exists():
         assert pruned(out) == pruned(wanted)
+    if (wanted / TENSORBOARD).exists():
+        assert read_scalars(out) == read_scalars(wanted)
     if (wanted / "dense").exists():
         assert_same_run(out / "dense", wanted / "dense")
 
@@ -238,7 +246,7 @@ def assert_whole(out: Path) -> None:
     if not out.exists():
         return
     names = {path.name for path in out.iterdir()} - {path.name for path in out.glob(PARTS)}
-    assert names <= {*FILES, "dense"}
+    assert names <= {*FILES, TENSORBOARD, "dense"}
     rows: list[Any] = []
     if METRICS in names:
         text = (out / METRICS).read_text()

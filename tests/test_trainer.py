@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import L0Penalty, Trainer, TrainerSettings, data, load_pruned, models, prune
+from l0fast.checkpoint import CHECKPOINT
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Data, Split
 from l0fast.draw import gated_layers
-from l0fast.trainer import CHECKPOINT, FILES, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.tensorboard import TENSORBOARD
+from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 QUICK: dict[str, Any] = {
     "epochs": 12,
@@ -36,7 +38,7 @@ METRICS_OF = {
     "always": {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
-    "gated": {"expected_density", "realised_density", "layers"},
+    "gated": {"expected_density", "realised_density", "layers", "collapsed"},
     "constrained": {"density", "lambda", "restarts"},
 }  # fmt: skip
 SUMMARY_OF = {
@@ -46,7 +48,7 @@ SUMMARY_OF = {
         "validation_error_percent", "feasible", "params", "dense_params", "params_fraction",
         "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device", "torch",
     },
-    "gated": {"realised_density", "forced"},
+    "gated": {"realised_density", "forced", "collapsed"},
     "constrained": set[str](),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -176,7 +178,7 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        for name in wanted - {"epoch", "layers", "density", "lambda", "restarts"}:
+        for name in wanted - {"epoch", "layers", "density", "lambda", "restarts", "collapsed"}:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
         if "layers" in row:
@@ -195,6 +197,20 @@ def test_metrics(finished: Any) -> None:
                     density = layer["expected_density"]
                     assert row["density"][name] == pytest.approx(density, rel=1e-6)
             assert all(isinstance(count, int) for count in row["restarts"].values())
+
+
+def test_a_collapse_is_told(digits: Data) -> None:
+    """The multiplier outruns the weights: a layer has no open gate left, and the run says which."""
+    one = trainer(digits, density=0.1, epochs=3, dual_lr=30.0, restarts=False)
+    summary = one.fit()
+    assert summary["feasible"] is True  # it speaks of size alone
+    assert summary["collapsed"]
+    small: Any = one.pruned
+    assert summary["collapsed"] == small.report["collapsed"]
+    for row in one.history:
+        closed = [name for name, layer in row["layers"].items() if layer["kept"] == 0]
+        assert row["collapsed"] == closed
+    assert one.history[-1]["collapsed"] == summary["collapsed"]
 
 
 def test_summary(finished: Any) -> None:
@@ -223,7 +239,7 @@ def test_summary(finished: Any) -> None:
 def test_files(finished: Any) -> None:
     kind, _, _, out = finished
     wanted = set(FILES) - ({PRUNED} if kind == "dense" else set())
-    assert {path.name for path in out.iterdir()} == wanted
+    assert {path.name for path in out.iterdir()} - {TENSORBOARD} == wanted
     assert (out / PLOT).read_bytes().startswith(b"\x89PNG")
 
 
@@ -394,53 +410,20 @@ def test_what_is_no_number_stops_the_run(digits: Data, tmp_path: Path, where: st
     one.optimizer.register_step_post_hook(poison)
     files: dict[str, bytes] = {}
 
+    def content() -> dict[str, bytes]:
+        return {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.is_file()}
+
     def keep(_row: Any) -> None:
-        files.update({path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()})
+        files.update(content())
 
     with pytest.raises(ValueError, match=rf"^{where} \(epoch 3\): got .*; expected") as caught:
         one.fit(on_epoch=keep)
     assert "\n" not in str(caught.value)
     assert files.keys() == {CHECKPOINT, METRICS}
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+    assert content() == files
     assert len(files[METRICS].splitlines()) == 2
     summary = trainer(digits, tmp_path / "run", density=0.5, epochs=4).fit(resume=True)
     assert summary["feasible"] is True
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"density": 0}, ValueError, "density: got 0; expected a density in (0, 1]"),
-        ({"density": 1.5}, ValueError, "density: got 1.5; expected a density in (0, 1]"),
-        ({"density": math.nan}, ValueError, "density: got nan; expected a density in (0, 1]"),
-        ({"density": "abc"}, TypeError, "density: got 'abc'; expected a density in (0, 1]"),
-        ({"density": True}, TypeError, "density: got True; expected a density in (0, 1]"),
-        ({"layer_density": 0.5}, TypeError, "layer_density: got 0.5; expected layer names or"),
-        ({"layer_density": {"fc1": 2}}, ValueError, "layer_density['fc1']: got 2; expected a den"),
-        ({"density": 0.5, "penalty": 1}, ValueError, "penalty: got 1; expected only one of"),
-        ({"density": 0.5, "layer_density": {}}, ValueError, "layer_density: got {}; expected only"),
-        ({"penalty": -1}, ValueError, "penalty: got -1; expected a number >= 0"),
-        ({"epochs": 0}, ValueError, "epochs: got 0; expected a whole number >= 1"),
-        ({"epochs": -1}, ValueError, "epochs: got -1; expected a whole number >= 1"),
-        ({"epochs": 1.5}, ValueError, "epochs: got 1.5; expected a whole number >= 1"),
-        ({"epochs": True}, TypeError, "epochs: got True; expected a whole number >= 1"),
-        ({"epochs": None}, TypeError, "epochs: got None; expected a whole number >= 1"),
-        ({"batch_size": 0}, ValueError, "batch_size: got 0; expected a whole number >= 1"),
-        ({"seed": -1}, ValueError, "seed: got -1; expected a whole number >= 0"),
-        ({"seed": 2**32}, ValueError, f"seed: got {2**32}; expected a whole number >= 0"),
-        ({"seed": 10**400}, ValueError, "seed: got 1000000"),
-        ({"lr": 0}, ValueError, "lr: got 0; expected a number > 0"),
-        ({"gate_lr": -1}, ValueError, "gate_lr: got -1; expected a number > 0"),
-        ({"dual_lr": math.inf}, ValueError, "dual_lr: got inf; expected a number >= 0"),
-        ({"weight_decay": None}, TypeError, "weight_decay: got None; expected a number >= 0"),
-        ({"schedule": "step"}, ValueError, "schedule: got 'step'; expected one of 'cosine', 'con"),
-    ],
-)
-def test_bad_settings(options: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error) as caught:
-        TrainerSettings(**options)
-    assert str(caught.value).startswith(message)
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -531,7 +514,7 @@ def test_bad_arguments(digits: Data, options: Any, error: type[Exception], messa
 # --- folders and checkpoints ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", [*FILES, TENSORBOARD])
 def test_a_folder_with_a_run_is_not_overwritten(digits: Data, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("precious")
     with pytest.raises(ValueError, match=r"^out: got .*; expected a folder without a run in it"):
@@ -654,4 +637,4 @@ def test_what_a_kill_left_is_put_right(digits: Data, tmp_path: Path) -> None:
     (tmp_path / ".checkpoint.pt.123.part").write_bytes(b"half")
     trainer(digits, tmp_path, **options).fit(resume=True)
     assert (tmp_path / METRICS).read_bytes() == whole
-    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+    assert {path.name for path in tmp_path.iterdir()} - {TENSORBOARD} == set(FILES)

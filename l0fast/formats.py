@@ -1,0 +1,209 @@
+"""The files of torchvision's MNIST, FashionMNIST, CIFAR-10, CIFAR-100 and ImageFolder, as tensors.
+
+They are read without writing into their folder; torchvision's own classes download and list.
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import pickle
+import struct
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+
+DATA_ROOT_VARIABLE = "L0FAST_DATA_ROOT"
+MNIST_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+MNIST_STATISTICS = {"mnist": ((0.1307,), (0.3081,)), "fashionmnist": ((0.2860,), (0.3530,))}
+CIFAR_STATISTICS = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+}
+IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+class Split(NamedTuple):
+    """Examples: inputs [N, channels, height, width] float32, and targets [N] int64."""
+
+    inputs: Tensor
+    targets: Tensor
+
+
+def _idx(raw: Path, name: str) -> Tensor:
+    """The bytes of a file in MNIST's idx format, unpacked or gzipped; nothing is written.
+
+    The format: 0, 0, 8 (bytes), D, then D sizes of four bytes, big-endian, then the values.
+    """
+    path = raw / name
+    wanted = "a whole idx file of MNIST"
+    try:
+        if path.is_file():
+            content = path.read_bytes()
+        else:
+            path = raw / f"{name}.gz"
+            content = gzip.decompress(path.read_bytes())
+    except (EOFError, OSError, zlib.error) as error:
+        _checks.refuse("data_root", str(path), f"{wanted} ({error})")
+    dims = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * dims
+    if content[:3] != b"\0\0\x08" or len(content) < start:
+        _checks.refuse("data_root", str(path), wanted)
+    sizes = struct.unpack(f">{dims}I", content[4:start])
+    if len(content) != start + math.prod(sizes):
+        whole = f"{start + math.prod(sizes)} bytes, not {len(content)}"
+        _checks.refuse("data_root", str(path), f"{wanted} ({whole})")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
+
+
+def _normalised(images: Tensor, statistics: tuple[tuple[float, ...], ...]) -> Tensor:
+    """[N, C, H, W] bytes -> float32: (images / 255 - mean) / std, by channel."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in statistics)
+    return images.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+
+def _root(root: str | None, wanted: str) -> Path:
+    """The data folder: the one named, else the variable's."""
+    root = root or os.environ.get(DATA_ROOT_VARIABLE)
+    if root is None:
+        _checks.refuse("data_root", root, f"{wanted} (--data-root or {DATA_ROOT_VARIABLE})")
+    if not Path(root).is_dir():
+        _checks.refuse("data_root", root, f"{wanted}; there is no such folder")
+    return Path(root)
+
+
+def _download(kind: str, root: Path, wanted: str) -> None:
+    """Has torchvision's class `kind` put its files into the folder."""
+    from torchvision import datasets
+
+    try:
+        getattr(datasets, kind)(str(root), download=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        _checks.refuse("data_root", str(root), f"{wanted}; it could not be downloaded: {reason}")
+
+
+def mnist(dataset: str, data_root: str | None) -> tuple[Split, Split]:
+    kind = {"mnist": "MNIST", "fashionmnist": "FashionMNIST"}[dataset]
+    wanted = f"a torchvision data folder that holds {kind}"
+    root = _root(data_root, wanted)
+    raw = root / kind / "raw"
+    names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in MNIST_KINDS]
+    if not all((raw / name).is_file() or (raw / f"{name}.gz").is_file() for name in names):
+        _download(kind, root, wanted)
+    splits: list[Split] = []
+    for index in (0, 2):
+        images, targets = _idx(raw, names[index]), _idx(raw, names[index + 1])
+        if images.shape[1:] != (28, 28) or targets.shape != images.shape[:1]:
+            shapes = f"images {tuple(images.shape)} and targets {tuple(targets.shape)}"
+            _checks.refuse("data_root", str(root), f"{wanted}, not {shapes}")
+        inputs = _normalised(images.unsqueeze(1), MNIST_STATISTICS[dataset])
+        splits.append(Split(inputs, targets.to(torch.int64)))
+    return splits[0], splits[1]
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads pickles of plain values and NumPy arrays, and calls nothing else that one may name."""
+
+    ALLOWED = frozenset(
+        {
+            ("numpy", "dtype"),
+            ("numpy", "ndarray"),
+            ("numpy._core.multiarray", "_reconstruct"),
+            ("numpy._core.numeric", "_frombuffer"),
+            ("_codecs", "encode"),
+        }
+    )
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        """The few functions that make arrays."""
+        module_name = module_name.replace("numpy.core.", "numpy._core.")  # before NumPy 2
+        if (module_name, global_name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"it names {module_name}.{global_name}")
+        return super().find_class(module_name, global_name)
+
+
+def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
+    """Images [N, 3, 32, 32] (bytes) and targets [N] of one of CIFAR's files."""
+    wanted = "a whole batch of CIFAR"
+    try:
+        with path.open("rb") as file:
+            batch = _ArraysOnly(file, encoding="latin1").load()
+        images = torch.tensor(batch["data"], dtype=torch.uint8).view(-1, 3, 32, 32)
+        key = "labels" if "labels" in batch else "fine_labels"
+        targets = torch.tensor(batch[key], dtype=torch.int64)
+    except Exception as error:  # whatever a damaged pickle leads to
+        reason = " ".join(str(error).split())
+        _checks.refuse("data_root", str(path), f"{wanted} ({type(error).__name__}: {reason})")
+    if targets.shape != images.shape[:1]:
+        shapes = f"images {tuple(images.shape)} and targets {tuple(targets.shape)}"
+        _checks.refuse("data_root", str(path), f"{wanted}, not {shapes}")
+    return images, targets
+
+
+def cifar(dataset: str, data_root: str | None) -> tuple[Split, Split]:
+    kind = dataset.upper()
+    wanted = f"a torchvision data folder that holds {kind}"
+    root = _root(data_root, wanted)
+    folder, train, test = {
+        "cifar10": (
+            "cifar-10-batches-py",
+            [f"data_batch_{number}" for number in range(1, 6)],
+            ["test_batch"],
+        ),
+        "cifar100": ("cifar-100-python", ["train"], ["test"]),
+    }[dataset]
+    if not all((root / folder / name).is_file() for name in (*train, *test)):
+        _download(kind, root, wanted)
+    splits: list[Split] = []
+    for names in (train, test):
+        parts = [_cifar_batch(root / folder / name) for name in names]
+        images, targets = (torch.cat(part) for part in zip(*parts, strict=True))
+        splits.append(Split(_normalised(images, CIFAR_STATISTICS[dataset]), targets))
+    return splits[0], splits[1]
+
+
+def imagefolder(data_root: str | None, image_size: int | None) -> tuple[Split, Split, int]:
+    from torchvision import transforms
+    from torchvision.datasets import ImageFolder
+
+    wanted = "a folder with train/ and val/ (or test/), each with a folder of images for each class"
+    root = _root(data_root, wanted)
+    held = "test" if (root / "test").is_dir() else "val"
+    steps: list[Any] = [transforms.PILToTensor()]
+    if image_size is not None:
+        steps = [transforms.Resize(image_size), transforms.CenterCrop(image_size), *steps]
+    transform = transforms.Compose(steps)
+    try:
+        folders = [ImageFolder(str(root / part)) for part in ("train", held)]
+    except OSError as error:
+        _checks.refuse("data_root", str(root), f"{wanted} ({' '.join(str(error).split())})")
+    classes = folders[0].classes
+    if folders[1].classes != classes:
+        odd = min({*classes} ^ {*folders[1].classes})
+        _checks.refuse("data_root", str(root), f"the same classes in both ({odd!r} is in one only)")
+    splits: list[Split] = []
+    size: torch.Size | None = None
+    for folder in folders:
+        images: list[Tensor] = []
+        for path, _ in folder.samples:
+            try:
+                image: Tensor = transform(folder.loader(path))
+            except OSError as error:
+                _checks.refuse("data_root", path, f"an image ({error})")
+            size = size or image.shape
+            if image.shape != size:
+                sizes = ["x".join(map(str, shape[1:])) for shape in (image.shape, size)]
+                _checks.refuse(
+                    "image_size", None, f"a number: {path} is {sizes[0]}, not {sizes[1]}"
+                )
+            images.append(image)
+        inputs = _normalised(torch.stack(images), IMAGENET_STATISTICS)
+        splits.append(Split(inputs, torch.tensor(folder.targets, dtype=torch.int64)))
+    return splits[0], splits[1], len(classes)

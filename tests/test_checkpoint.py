@@ -1,0 +1,92 @@
+"""Checkpoints: written and read whole, or refused. (Whole runs: test_resume.py.)"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
+
+CPU = torch.device("cpu")
+
+
+def checkpoint(model: nn.Module, **changes: Any) -> Checkpoint:
+    """One of a model after its second epoch."""
+    entries: dict[str, Any] = {
+        "identity": {"dataset": "digits", "lr": 0.1},
+        "epoch": 2,
+        "step": 20,
+        "seconds": 1.5,
+        "history": [{"epoch": 1}, {"epoch": 2}],
+        "model": model.state_dict(),
+        "optimizer": {"state": {}},
+        "term": None,
+        **rng_state(CPU),
+    }
+    return Checkpoint(**entries | changes)
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    model = nn.Linear(3, 2)
+    path = tmp_path / CHECKPOINT
+    checkpoint(model).write(path)
+    # Plain tensors and numbers: safe to load, and no CUDA state where there was no CUDA.
+    state = torch.load(path, weights_only=True)
+    assert list(state) == [
+        "format", "identity", "epoch", "step", "seconds", "history", "model", "optimizer", "term",
+        "rng",
+    ]  # fmt: skip
+    read = Checkpoint.read(path, CPU)
+    for name in ("identity", "epoch", "step", "seconds", "history", "optimizer", "term", "format"):
+        assert getattr(read, name) == getattr(checkpoint(model), name), name
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(read.model[name], tensor)
+    read.refuse_other(path, {"lr": 0.1, "dataset": "digits"}, nn.Linear(3, 2))
+
+
+def test_the_generator_goes_back() -> None:
+    saved = checkpoint(nn.Linear(3, 2))
+    wanted = torch.rand(5)
+    saved.restore_rng(CPU)
+    assert torch.equal(torch.rand(5), wanted)
+
+
+@pytest.mark.parametrize(
+    ("identity", "model", "message"),
+    [
+        ({"dataset": "digits", "lr": 0.2}, nn.Linear(3, 2), "lr: got 0.2; expected 0.1, as in"),
+        ({"dataset": "digits"}, nn.Linear(3, 2), "lr: got None; expected 0.1, as in"),
+        (
+            {"dataset": "digits", "lr": 0.1, "seed": 1},
+            nn.Linear(3, 2),
+            "seed: got 1; expected None, as in",
+        ),
+        (
+            {"dataset": "digits", "lr": 0.1},
+            nn.Linear(3, 4),
+            "model.bias: got '(4,)'; expected shape (2,), as in",
+        ),
+        (
+            {"dataset": "digits", "lr": 0.1},
+            nn.Linear(3, 2, bias=False),
+            "model.bias: got 'none'; expected shape (2,), as in",
+        ),
+    ],
+)
+def test_another_run_is_refused(identity: Any, model: nn.Module, message: str) -> None:
+    with pytest.raises(ValueError, match=r"as in the checkpoint where$") as caught:
+        checkpoint(nn.Linear(3, 2)).refuse_other(Path("where"), identity, model)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"identity": {}}, {"identity": [1]}, None], ids=repr)
+def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
+    path = tmp_path / CHECKPOINT
+    torch.save(content, path)
+    with pytest.raises(ValueError, match=r"^resume: got .*; expected a whole checkpoint") as caught:
+        Checkpoint.read(path, CPU)
+    assert str(path) in str(caught.value)
