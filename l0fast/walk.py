@@ -303,7 +303,7 @@ class Walk:
         if after is None:
             for source in sources:
                 self._pin_node(source, name)
-            self._lose(node, name if any(s not in self.lost for s in sources) else self._lost(node))
+            self._lose(node, name)
             if writes_in_place(node):
                 self.tainted[:] = True
             return
