@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from l0fast import graph, load_pruned, prune, save_pruned, sparsify_
+from l0fast import (
+    DensityConstraint,
+    graph,
+    load_pruned,
+    param_groups,
+    prune,
+    save_pruned,
+    sparsify_,
+)
 from l0fast.draw import gated_layers
 from l0fast.prune import format_report
 
@@ -166,3 +174,21 @@ def test_what_shrinks_in_each_kind() -> None:
     assert vgg.classifier[0].in_features == 4  # the four places of one channel
     assert graph.is_carrier(vgg.features[1])
     assert vgg.features[1].num_features == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "vgg", "resnext"])
+def test_a_target_is_met_by_gates_that_serve_blocks(name: str) -> None:
+    model, args, _ = gated(name)
+    model = copy.deepcopy(model).train()
+    constraint = DensityConstraint(model, target=0.4)
+    optimizer = torch.optim.Adam(param_groups(model, lr=1e-3, gate_lr=0.3))
+    for _ in range(12):
+        loss = model(*args).square().mean() + constraint()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        constraint.step()
+    small: Any = prune(model.eval(), args)
+    assert small.report["density"] <= 0.4
+    assert small.report["params"][0] < small.report["params"][1]
+    assert small.report["tier"] == "merged"
