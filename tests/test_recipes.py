@@ -12,7 +12,7 @@ from test_sparsify import Net, snapshot
 from torch import Tensor, nn
 from zoo import ZOO
 
-from l0fast import sparsify_
+from l0fast import prune, sparsify_
 from l0fast.draw import gated_layers
 from l0fast.recipes import GateTable
 
@@ -124,6 +124,32 @@ class Convs(nn.Module):
 def test_closed_means_zero(model: nn.Module, expected: dict[str, str]) -> None:
     found = placed(model, torch.randn(1, 3, 4, 4))
     assert {name: gates for name, (gates, _) in found.items()} == expected
+
+
+class Skip(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.first(x))
+        return self.head(h + torch.tanh(self.second(h)))
+
+
+def test_several_readers_each_have_gates_and_both_must_close() -> None:
+    model: Any = Skip().double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert placed(model, x) == dict.fromkeys(("first", "second", "head"), ("input", 1))
+    with torch.no_grad():
+        for layer, shut in ((model.first, []), (model.second, [1, 2, 3]), (model.head, [2, 3, 4])):
+            layer.log_alpha.fill_(9.0)
+            layer.log_alpha[shut] = -9.0
+    small: Any = prune(model, x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-10, atol=1e-12)
+    assert small.first.out_features == 6  # without 2 and 3, which neither reads
+    assert small.second.layer.out_features == 6
+    assert small.second.gather.index.tolist() == [0, 2, 3, 4, 5]
+    assert small.head.gather.index.tolist() == [0, 1, 3, 4, 5]
 
 
 def test_without_structure_each_layer_is_by_itself() -> None:
