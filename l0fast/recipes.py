@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from l0fast._tables import aligned
 from l0fast.channels import STAYS
 from l0fast.graph import Trace, is_carrier
-from l0fast.walk import Site, Walk, find_sites, tied_modules
+from l0fast.sites import Site, find_sites, tied_modules
+from l0fast.walk import Walk
 
 
 @dataclass(frozen=True)
