@@ -14,8 +14,9 @@ from l0fast import _checks, graph
 from l0fast.channels import RIGID, STAYS, op_name, shape_of
 from l0fast.draw import SKIPPING, Drawn, detach_draw, gated_layers
 from l0fast.proof import TOLERANCE, relative_error, tensors_of
+from l0fast.sites import find_sites
 from l0fast.skip import Link, Reader, Skipping, can_follow, stop_following
-from l0fast.walk import Walk, find_sites
+from l0fast.walk import Walk
 
 SLACK = 100.0
 """Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""

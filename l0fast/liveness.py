@@ -15,7 +15,8 @@ from torch.fx import Node
 
 from l0fast.channels import RIGID, STAYS, Units, narrowed, op_name
 from l0fast.graph import is_carrier
-from l0fast.walk import Site, Walk
+from l0fast.sites import Site
+from l0fast.walk import Walk
 
 
 @dataclass

@@ -20,8 +20,9 @@ from l0fast.layers import Gated
 from l0fast.liveness import Extent, Liveness, local_extents
 from l0fast.mend import merged_tiers
 from l0fast.proof import Proof
+from l0fast.sites import Site, find_sites, tied_modules
 from l0fast.skip import stop_following
-from l0fast.walk import Site, Walk, find_sites, tied_modules
+from l0fast.walk import Walk
 
 ALONE = "each layer by itself"
 

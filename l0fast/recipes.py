@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from l0fast._tables import aligned
 from l0fast.channels import STAYS
 from l0fast.graph import Trace, is_carrier
-from l0fast.walk import Site, Walk, find_sites, tied_modules
+from l0fast.sites import Site, find_sites, tied_modules
+from l0fast.walk import Walk
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,9 @@ def by_structure(model: nn.Module, trace: Trace) -> dict[str, Choice]:
 
     - A convolution whose closed channels reach their readers as zeros has gates on its outputs;
       a Linear that reads them has a gate on each of its inputs.
-    - Any other layer has gates on its inputs, if it alone reads the units there and nothing
-      else needs them; one gate for each block of inputs that can only vanish together.
+    - Any other layer has gates on its inputs, if nothing but layers needs the units there, and, a
+      convolution, if it alone reads them; one gate for each block of inputs that can only vanish
+      together.
     - A Linear that reads the model's own inputs has a gate on each.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
@@ -167,7 +169,7 @@ class _Recipe:
         if found <= self.closed_by_maker:
             return Choice("input") if linear else Choice("", "what it reads has gates")
         others = {name for one in found for name in self.readers[one]} - {site.name}
-        if others:
+        if others and not linear:  # where they disagree it would gather whole images
             return Choice("", "what it reads is also read by " + ", ".join(sorted(others)))
         block = len(classes) // len(found)
         if len(classes) % len(found) or not torch.equal(

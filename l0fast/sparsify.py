@@ -207,13 +207,13 @@ def sparsify_(
     exactly what it computed before.
 
     With gates="auto" the model's structure says where they go, found by one torch.export on
-    `example_inputs`: the output channels of convolutions without a norm behind them; elsewhere the
-    inputs of the layer that alone reads some hidden units, so that whatever makes them can go (a
-    convolution and its batch norm, an MLP's hidden units, both halves of a gated MLP); one gate
-    for each attention head, group of query heads with one key, or group of a convolution; and the
-    model's own inputs into a Linear. Residual streams, and what the model gives out, have none.
-    Where there is no example, or torch.export refuses the model, each convolution has gates on its
-    outputs and each Linear on its inputs.
+    `example_inputs`: on the output channels of convolutions without a norm behind them; elsewhere
+    on the inputs of a Linear, or of a convolution that alone reads some hidden units, so that what
+    makes these can go (a convolution and its batch norm, an MLP's hidden units, both halves of a
+    gated MLP); one gate for each attention head, group of query heads with one key, or group of a
+    convolution; and on the model's own inputs into a Linear. What a residual stream with norms, or
+    the model's output, needs has none. Where there is no example, or torch.export refuses the
+    model, each convolution has gates on its outputs and each Linear on its inputs.
 
     Args:
         model: any module; layers of exactly the classes nn.Linear and nn.Conv1d/2d/3d take part

@@ -287,6 +287,62 @@ def test_from_dense_keeps_parameters_mode_and_hooks(name: str) -> None:
         assert vars(dense)[key] == value or isinstance(value, Tensor)
 
 
+BLOCKS: dict[str, tuple[nn.Module, Tensor]] = {
+    "Linear": (nn.Linear(6, 4), torch.randn(3, 6)),
+    "Conv2d": (nn.Conv2d(6, 4, 2), torch.randn(3, 6, 4, 4)),
+    "Conv2d in groups": (nn.Conv2d(6, 4, 2, groups=2), torch.randn(3, 6, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("noise", ["batch", "example"])
+def test_a_gate_may_serve_a_block_of_inputs(name: str, noise: str) -> None:
+    dense, x = copy.deepcopy(BLOCKS[name][0]).double(), BLOCKS[name][1].double()
+    kind: Any = GATED_TYPES[type(dense)]
+    layer = kind.from_dense(dense, gates="input", units=3, noise=noise)
+    assert layer.log_alpha.shape == (2,)
+    assert layer.num_gates * layer.group_size == layer.weight.numel()
+    assert "units=3" in repr(layer)
+    with torch.no_grad():
+        layer.log_alpha.copy_(torch.tensor([0.3, -9.0]))
+    place = [1, -1] + [1] * (x.dim() - 2)
+
+    def gated(z: Tensor) -> Tensor:
+        return dense(x * z.repeat_interleave(3).view(place))
+
+    layer.eval()
+    expected = gated(layer.evaluation_gates())
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer.folded(layer.evaluation_gates())(x), expected)
+    assert not hasattr(layer.folded(layer.evaluation_gates()), "units")
+    layer.train()
+    torch.manual_seed(3)
+    out = layer(x)
+    if noise == "batch":
+        torch.manual_seed(3)
+        z = functional.hard_concrete(layer.log_alpha).z
+        torch.testing.assert_close(out, gated(z))
+    (gradient,) = torch.autograd.grad(out.sum(), layer.log_alpha)
+    assert gradient.shape == (2,)
+    assert gradient[1] == 0.0  # a closed block
+    again = pickle.loads(pickle.dumps(layer)).eval()
+    torch.testing.assert_close(again(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"units": 4}, "units: got 4; expected a divisor of its 6 inputs"),
+        ({"units": 0}, "units: got 0; expected a whole number >= 1"),
+        ({"units": 2, "gates": "output"}, "units: got 2; expected 1 where gates='output'"),
+        ({"units": 2, "gates": "weight"}, "units: got 2; expected 1 where gates='weight'"),
+    ],
+)
+def test_blocks_that_do_not_fit_are_refused(options: dict[str, Any], line: str) -> None:
+    with pytest.raises(ValueError, match=line):
+        L0Linear.from_dense(nn.Linear(6, 3), **options)
+
+
 def test_from_dense_leaves_a_layers_own_compilation_behind() -> None:
     dense = nn.Linear(3, 2)
     dense.compile(backend="eager")

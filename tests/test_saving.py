@@ -243,6 +243,7 @@ def test_files_that_are_not_ours_or_not_whole(tmp_path: Path) -> None:
         other = rewritten(path, lambda r, k=key, v=value: r["layers"][1].update({k: v}))
         refused(other, "its recipe is damaged")
     refused(rewritten(path, lambda r: r["aliases"].update(a="b")), "its recipe is damaged")
+    refused(rewritten(path, lambda r: r["attributes"].append({})), "its recipe is damaged")
 
 
 def test_a_recipe_of_another_model(tmp_path: Path) -> None:
@@ -285,5 +286,13 @@ def test_a_recipe_of_another_model(tmp_path: Path) -> None:
         return model
 
     refused(other_kind, "its 'conv1' is a Conv2d, not a Conv1d")
+
+    hard = tmp_path / "hard.safetensors"
+    save_pruned(pruned(lambda: plain.HardCoded(6, 10, 30), "auto", IMAGE), hard)
+    with pytest.raises(ValueError, match="its 'root' is a HardCoded with second=10"):
+        load_pruned(lenet, hard)  # the same layers, but another forward
+    entry = {"name": "no.such", "kind": "LeNet", "attribute": "second", "value": [3, 10]}
+    path = rewritten(path, lambda r: r["attributes"].append(entry))
+    refused(lenet, "it has a module 'no.such'")
     with pytest.raises(TypeError, match=r"build_fn: got 'int'; expected a torch.nn.Module"):
         load_pruned(lambda: 3, path)  # type: ignore[arg-type, return-value]

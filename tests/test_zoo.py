@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from l0fast import graph, load_pruned, prune, save_pruned, sparsify_
+from l0fast import (
+    DensityConstraint,
+    graph,
+    load_pruned,
+    param_groups,
+    prune,
+    save_pruned,
+    sparsify_,
+)
 from l0fast.draw import gated_layers
 from l0fast.prune import format_report
 
@@ -103,6 +111,8 @@ def test_pruned_it_is_the_same_function_and_smaller(name: str, how: str) -> None
 GATHERS = {
     # The sizes of its heads are computed from the model's width, which no attribute mends.
     "gpt2": {"h.0.attn.c_attn", "h.0.attn.c_proj", "h.1.attn.c_attn", "h.1.attn.c_proj"},
+    # It shares what it reads with convolutions that have no gates on it.
+    "densenet": {"classifier"},
     # Pixels, and positions of a flattened channel, have a gate each.
     "lenet": {"fc1"},
     **{f"mlp {name}": {"0"} for name in ("ReLU", "GELU", "Sigmoid", "Tanh", "Softplus")},
@@ -166,3 +176,21 @@ def test_what_shrinks_in_each_kind() -> None:
     assert vgg.classifier[0].in_features == 4  # the four places of one channel
     assert graph.is_carrier(vgg.features[1])
     assert vgg.features[1].num_features == 1
+
+
+@pytest.mark.parametrize("name", ["llama", "vgg", "resnext"])
+def test_a_target_is_met_by_gates_that_serve_blocks(name: str) -> None:
+    model, args, _ = gated(name)
+    model = copy.deepcopy(model).train()
+    constraint = DensityConstraint(model, target=0.4)
+    optimizer = torch.optim.Adam(param_groups(model, lr=1e-3, gate_lr=0.3))
+    for _ in range(12):
+        loss = model(*args).square().mean() + constraint()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        constraint.step()
+    small: Any = prune(model.eval(), args)
+    assert small.report["density"] <= 0.4
+    assert small.report["params"][0] < small.report["params"][1]
+    assert small.report["tier"] == "merged"

@@ -1,0 +1,85 @@
+"""The layers of a model that may get smaller, and why others must not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.graph import Trace, is_carrier, is_site, layer_size
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that may get smaller, as its own gates and the rest of the model leave it."""
+
+    name: str
+    layer: nn.Module
+    reads: Tensor
+    """bool [in]: inputs that its gates leave open."""
+    writes: Tensor
+    """bool [out]: outputs that its gates leave open."""
+    fixed: str = ""
+    """Why its full inputs and outputs must stay where they are, if they must."""
+    local: bool = True
+    """Whether it may nevertheless compute less inside, with a gather and a scatter around."""
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def tied_modules(model: nn.Module) -> dict[str, str]:
+    """Module -> what it shares a parameter with."""
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and name not in owners.setdefault(id(parameter), []):
+                owners[id(parameter)].append(name)
+    tied: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            others = [other for other in owners.get(id(parameter), []) if other != name]
+            if others:
+                tied[name] = " and ".join(repr(other) for other in others)
+    return tied
+
+
+def find_sites(
+    model: nn.Module, trace: Trace | None, tied: Mapping[str, str], full: Mapping[str, str]
+) -> dict[str, Site]:
+    """Every Linear, convolution and batch norm of a model, all of it open.
+
+    Args:
+        model: without gates.
+        trace: its export, if there is one.
+        tied: layer -> what it shares its weight with, in words.
+        full: layers that must not get smaller -> why.
+    """
+    sites: dict[str, Site] = {}
+    for name, layer in model.named_modules():
+        if not is_site(layer):
+            continue
+        inputs, outputs = layer_size(layer)
+        local = False
+        if name in full:
+            fixed = full[name]
+        elif name in tied:
+            fixed = tied[name]
+        elif trace is not None and name in trace.read_outside:
+            fixed = "its weight is also read outside of its own call"
+        elif any(getattr(layer, hooks) for hooks in _HOOKS):
+            fixed = "it has hooks"
+        else:
+            local = not is_carrier(layer)
+            calls = 1 if trace is None else trace.counts[name]
+            fixed = "" if calls == 1 else f"it is called {calls} times"
+        reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
+        sites[name] = Site(name, layer, reads, writes, fixed, local)
+    return sites

@@ -1,0 +1,91 @@
+"""Sizes written out in a model's own code: which attributes follow, and where none can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from l0fast import prune, sparsify_
+from l0fast.compact import Mend
+
+
+class Split(nn.Module):
+    """Splits what a layer makes by the sizes that its attributes say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size, self.width, self.decoy = 8, 16, 8
+        self.both, self.last = nn.Linear(4, 16), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.both(x).view(-1, self.width).split(self.size, -1)
+        return self.last(first * second.sigmoid()) * (self.decoy - 7)
+
+
+class Pair(nn.Module):
+    """Two of them, one of which no attribute mends."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good, self.fixed = Split(), Split()
+        self.fixed.forward = self.written_out  # type: ignore[method-assign]
+
+    def written_out(self, x: Tensor) -> Tensor:
+        first, second = self.fixed.both(x).split(8, -1)
+        return self.fixed.last(first * second.sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.good(x) + self.fixed(x)
+
+
+def closed(model: nn.Module, names: list[str]) -> Any:
+    sparsify_(model.double(), include=names, gates="input").eval()
+    with torch.no_grad():
+        for name in names:
+            model.get_submodule(name).log_alpha[[1, 2, 6]] = -9.0  # type: ignore[index, operator]
+    return model
+
+
+def same(small: nn.Module, model: nn.Module, x: Tensor) -> bool:
+    with torch.no_grad():
+        return bool((small(x) - model(x)).abs().max() <= 1e-10 * model(x).abs().max())
+
+
+def test_attributes_that_hold_a_size_follow_it_and_no_others() -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    model = closed(Split(), ["last"])
+    small: Any = prune(model, x)
+    assert same(small, model, x)
+    assert (small.size, small.width, small.decoy) == (5, 10, 8)
+    assert (model.size, model.width) == (8, 16)
+    assert small.both.out_features == 10
+    assert small.report["tier"] == "merged"
+    assert small.report["notes"] == []
+    assert {row["attribute"]: row["value"] for row in small.report["attributes"]} == {
+        "size": [5, 8],
+        "width": [10, 16],
+    }
+
+
+def test_where_no_attribute_helps_the_shape_stays_and_the_rest_shrinks() -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    model = closed(Pair(), ["good.last", "fixed.last"])
+    small: Any = prune(model, x)
+    assert same(small, model, x)
+    assert small.report["tier"] == "merged except across reshapes"
+    assert small.good.both.out_features == 10
+    assert small.fixed.both.layer.out_features == 10  # computed, among 16 that are there
+    assert small.fixed.both.scatter.index.numel() == 16
+    assert small.fixed.last.gather.index.tolist() == [0, 3, 4, 5, 7]
+    assert {row["name"] for row in small.report["attributes"]} == {"good"}
+
+
+def test_a_mend_is_read_back_or_refused() -> None:
+    mend = Mend("h.0", "Attention", "num_heads", (3, 4))
+    assert Mend.from_json(mend.as_json()) == mend
+    for key, value in (("value", [5, 4]), ("value", [0, 4]), ("value", [3]), ("more", 1)):
+        with pytest.raises((ValueError, TypeError)):
+            Mend.from_json({**mend.as_json(), key: value})
