@@ -59,3 +59,9 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         words = ", ".join(repr(choice) for choice in choices)
         refuse(name, value, f"one of {words}")
+
+
+def skip(value: object) -> None:
+    """Refuses what says neither whether to skip closed units nor leaves it to the library."""
+    if not isinstance(value, bool) and value != "auto":
+        refuse("skip", value, "'auto', True or False")

@@ -88,6 +88,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--out", metavar="DIR", help="folder of this run; default: runs/DATASET-MODEL-...-SEED")
     add("--resume", action="store_true", help="go on from the checkpoint in --out, if there is one")
     add("--compare-dense", action="store_true", help="also train the dense model, into OUT/dense")
+    add(
+        "--skip",
+        default="auto",
+        help="leave closed units out of a training step: auto (where it pays), on or off",
+    )
     add("--threads", metavar="N", help="CPU threads")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--quiet", action="store_true", help="no progress bar")

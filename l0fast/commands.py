@@ -25,6 +25,7 @@ from l0fast.sparsify import sparsify_
 from l0fast.trainer import METRICS, PLOT, PRUNED, SUMMARY, Trainer
 
 RECIPES = ("default", "published")
+SKIP: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in data.DATASETS},
     "digits": {"epochs": 100, "batch_size": 64, "lr": 3e-3},
@@ -89,6 +90,7 @@ def _settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         penalty_per_example=args.penalty_per_example,
         seed=_number("seed", args.seed, int),
         restarts=not args.no_restarts,
+        skip=SKIP[args.skip],
         **chosen,
     )
 
@@ -147,6 +149,7 @@ def _run(trainer: Trainer, resume: bool, quiet: bool) -> dict[str, Any]:
 def train(args: argparse.Namespace) -> int:
     """Trains, prunes, writes all into --out, and says what it came to."""
     _checks.one_of("recipe", args.recipe, RECIPES)
+    _checks.one_of("skip", args.skip, tuple(SKIP))
     _checks.one_of("dataset", args.dataset, data.DATASETS)
     in_colour = models.from_torchvision(args.model)
     if args.threads is not None:
@@ -174,11 +177,13 @@ def train(args: argparse.Namespace) -> int:
         dense = models.build(args.model, in_shape, dataset.num_classes, widths)
         if args.pretrained is not None:
             models.load_pretrained_(dense, Path(args.pretrained))
-        return models.sparsify_published_(dense) if gated and published else dense
+        if gated and published:
+            models.sparsify_published_(dense, example, SKIP[args.skip])
+        return dense
 
+    example = dataset.train.inputs[:1]
     layers: list[str] = []
     if args.layer_density is not None:  # a single number stands for each of them
-        example = dataset.train.inputs[:1]
         layers = list(gated_layers(sparsify_(build(False), example_inputs=example)))
     settings = _settings(args, layers)
     identity: dict[str, Any] = {
@@ -252,9 +257,9 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     model = models.build(name, in_shape, num_classes, identity["widths"])
     example = torch.zeros(1, *in_shape)
     if identity["recipe"] == "published":
-        models.sparsify_published_(model)
+        models.sparsify_published_(model, example, False)
     else:
-        sparsify_(model, example_inputs=example)
+        sparsify_(model, example_inputs=example, skip=False)
     checkpoint.refuse_other(path, identity, model)
     model.load_state_dict(checkpoint.model)
     return checkpoint, model, example

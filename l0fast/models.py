@@ -222,7 +222,9 @@ PUBLISHED_SETTINGS: dict[str, Any] = {
 """The published optimiser: Adam for weights and gates, gradient ascent for the multiplier."""
 
 
-def sparsify_published_(model: nn.Module) -> nn.Module:
+def sparsify_published_(
+    model: nn.Module, example_inputs: Any = None, skip: str | bool = "auto"
+) -> nn.Module:
     """Gates and initialisation of the published MNIST runs, in place.
 
     Gates on conv outputs and Linear inputs; droprate 0.5 (0.2 on an MLP's first layer); weights
@@ -233,6 +235,10 @@ def sparsify_published_(model: nn.Module) -> nn.Module:
     is the one whose density, multiplier and error at epoch 10 are those of the authors' code. That
     of the convolutions is an assumption.
 
+    Args:
+        model: the MLP or LeNet.
+        example_inputs, skip: as in `sparsify_`.
+
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (all but the fans).
     """
     first = next(name for name, layer in model.named_modules() if list(layer.parameters(False)))
@@ -240,7 +246,13 @@ def sparsify_published_(model: nn.Module) -> nn.Module:
     if isinstance(model.get_submodule(first), nn.Linear):
         droprates[first] = 0.2
     distribution = HardConcrete(bound=math.log(100))
-    sparsify_(model, droprate_init=droprates, distribution=distribution)
+    sparsify_(
+        model,
+        droprate_init=droprates,
+        distribution=distribution,
+        example_inputs=example_inputs,
+        skip=skip,
+    )
     with torch.no_grad():
         for name, layer in gated_layers(model).items():
             mode = "fan_out" if isinstance(layer, nn.Linear) else "fan_in"

@@ -35,6 +35,8 @@ class TrainerSettings:
         restarts: dual restarts.
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
+        skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
+            models that the trainer gives their gates.
     """
 
     density: float | None = None
@@ -50,6 +52,7 @@ class TrainerSettings:
     restarts: bool = True
     weight_decay: float = 0.1
     schedule: str = "cosine"
+    skip: str | bool = "auto"
 
     def __post_init__(self) -> None:
         named = [
@@ -83,6 +86,7 @@ class TrainerSettings:
             if value is not None or name == "weight_decay":
                 checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
+        _checks.skip(self.skip)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -148,9 +148,11 @@ def test_settings_reach_the_trainer() -> None:
     numbers = {"lr": 0.002, "gate_lr": 0.03, "dual_lr": 0.5, "weight_decay": 0.01}
     options = [text for k, v in numbers.items() for text in (f"--{k.replace('_', '-')}", str(v))]
     options += ["--batch-size", "500", "--no-restarts", "--validation-fraction", "0.25"]
+    options += ["--skip", "on"]
     assert run(*FAST, "--quiet", "--density", "0.5", *options, "--out", "x") == 0
     summary = json.loads(Path("x", SUMMARY).read_text())
     expected = numbers | {"batch_size": 500, "restarts": False, "epochs": 2, "density": 0.5}
+    expected |= {"skip": True}
     assert summary["settings"].items() >= expected.items()
     assert summary["validation_fraction"] == 0.25
 
@@ -390,6 +392,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--dense", "--image-size", "8"), "image_size: got 8; expected none: digits has a size"),
         (("--dense", "--dataset", "cifar10"), "data_root: got None; expected a torchvision data f"),
         (("--dense", "--dataset", "imagefolder", "--data-root", "no"), "data_root: got 'no'; expe"),
+        (("--skip", "x"), "skip: got 'x'; expected one of 'auto', 'on', 'off'"),
         (("--recipe", "x"), "recipe: got 'x'; expected one of 'default', 'published'"),
         (("--density", "0"), "density: got 0.0; expected a density in (0, 1]"),
         (("--density", "1.5"), "density: got 1.5; expected a density in (0, 1]"),

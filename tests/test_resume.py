@@ -392,6 +392,8 @@ class Stop(Exception):
         ("lenet5", {"density": 0.5}, 1),
         ("own", {"density": 0.6}, 2),
         ("own", {"density": 0.6}, 3),
+        ("mlp", {"density": 0.4, "skip": True}, 1),
+        ("own", {"density": 0.4, "skip": True}, 2),
     ],
 )
 def test_resumed_in_a_new_trainer(
