@@ -57,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a target for each layer (or pattern), such as 'conv*=0.5,fc1=0.1'; "
         "a single number stands for each layer",
     )
+    add(
+        "--measure",
+        default=DEFAULTS.measure,
+        help="what densities are shares of: gates (the "
+        "default), or params or macs of the pruned model",
+    )
     add("--penalty", metavar="C", help="coefficient of the penalised method instead of a target")
     add(
         "--penalty-per-example",
@@ -139,6 +145,7 @@ def _settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
     return TrainerSettings(
         density=density,
         layer_density=layer_density,
+        measure=args.measure,
         penalty=penalty,
         penalty_per_example=args.penalty_per_example,
         seed=_number("seed", args.seed, int),
@@ -218,7 +225,9 @@ def _train(args: argparse.Namespace) -> int:
     trainer = Trainer(build(settings.gated), dataset, settings, out=out, **options)
     summary = _run(trainer, args.resume, args.quiet)
     if args.compare_dense and settings.gated:
-        dense_settings = replace(settings, density=None, layer_density=None, penalty=None)
+        dense_settings = replace(
+            settings, density=None, layer_density=None, measure=DEFAULTS.measure, penalty=None
+        )
         baseline = Trainer(build(False), dataset, dense_settings, out=out / "dense", **options)
         error = _run(baseline, (out / "dense" / CHECKPOINT).exists(), args.quiet)
         summary["dense_test_error_percent"] = error["test_error_percent"]
@@ -238,7 +247,11 @@ def _report(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
         if summary["feasible"] is not None:
             words = "within" if summary["feasible"] else "OVER"
             target = summary["target_density"] or "the target of each layer"
-            print(f"density {summary['realised_density']:.4f}, {words} {target}")
+            measure = summary["measure"]
+            name, key = "density", "realised_density"
+            if measure != "gates":
+                name, key = measure, f"{measure}_fraction"
+            print(f"{name} {summary[key]:.4f}, {words} {target}")
         beside = "" if dense is None else f" (dense: {dense:.2f} %)"
         print(f"pruned model {summary['architecture']}: test error {error}{beside}")
         for unit in ("params", "macs"):

@@ -151,7 +151,7 @@ def _local(site: Site) -> Extent:
     return Extent(arrives, columns, rows, leaves)
 
 
-class _Walk:
+class Walk:
     """The state of one walk along the graph."""
 
     def __init__(self, trace: Trace, sites: dict[str, Site], views: bool) -> None:
@@ -259,7 +259,7 @@ def extents(trace: Trace, sites: Iterable[Site], views: bool = True) -> dict[str
         views: follow channels across reshapes.
     """
     by_name = {site.name: site for site in sites}
-    walk = _Walk(trace, by_name, views)
+    walk = Walk(trace, by_name, views)
     walk.run()
     result = local_extents(by_name.values())
 

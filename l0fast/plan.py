@@ -15,7 +15,7 @@ from l0fast.compact import Edit, apply, layer_size, replace
 from l0fast.draw import detach_draw, gated_layers
 from l0fast.graph import LAYERS, Extent, Site, Trace
 from l0fast.layers import Gated
-from l0fast.proof import Proof
+from l0fast.proof import Proof, in_float64
 
 _HOOKS = (
     "_forward_hooks",
@@ -49,6 +49,12 @@ class Plan:
     """What was undone, and why."""
     raw: set[str]
     """Layers whose weights stay without their gates, see `fold`."""
+    scaled: set[str]
+    """Layers whose gates are a factor on their units: they do not get smaller by them."""
+    trace: Trace | None
+    """What the channels were followed in, and"""
+    views: bool
+    """whether across reshapes; None if each layer is planned by itself."""
 
 
 def closed(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
@@ -58,6 +64,24 @@ def closed(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
         for name, layer in gated_layers(twin).items():
             layer.log_alpha[~kept[name].to(layer.log_alpha.device)] = -torch.inf
     return twin
+
+
+def reference(
+    model: nn.Module, args: tuple[Any, ...], kept: Mapping[str, Tensor]
+) -> tuple[nn.Module, tuple[Any, ...], Proof]:
+    """The gated model in evaluation with its surplus gates closed, in float64 if that runs."""
+    try:
+        twin, wide = closed(model, kept).double().eval(), in_float64(args)
+        return twin, wide, Proof(twin, wide)
+    except Exception:
+        twin = closed(model, kept).eval()
+    try:
+        return twin, args, Proof(twin, args)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+        expected = f"what the model's forward takes ({type(error).__name__}: {reason[0][:200]})"
+        raise ValueError(f"example_inputs: got {shapes}; expected {expected}") from error
 
 
 def _light_copy(model: nn.Module) -> nn.Module:
@@ -223,13 +247,16 @@ def make_plan(
     fixed: dict[str, str] = {}
     while True:
         sites = find_sites(folded, layers, kept, trace, fixed)
-        tiers: list[tuple[str, dict[str, Extent]]] = []
+        tiers: list[tuple[str, Trace | None, bool]] = []
         if trace is not None:
-            whole, split = (graph.extents(trace, sites.values(), views) for views in (True, False))
-            tiers += [("merged", whole), ("merged except across reshapes", split)]
-        tiers.append(("each layer by itself", graph.local_extents(sites.values())))
+            tiers = [("merged", trace, True), ("merged except across reshapes", trace, False)]
+        tiers.append(("each layer by itself", None, False))
         tried: list[list[Edit]] = []
-        for tier, extents in tiers:
+        for tier, followed, views in tiers:
+            if followed is None:
+                extents = graph.local_extents(sites.values())
+            else:
+                extents = graph.extents(followed, sites.values(), views)
             pairs = ((site, extents[name]) for name, site in sites.items())
             edits = [edit_of(site, extent, scales.get(site.name)) for site, extent in pairs]
             tried.append([edit for edit in edits if edit is not None])
@@ -237,7 +264,18 @@ def make_plan(
                 continue
             error, failure = attempt(tried[-1])
             if not failure:
-                return Plan(tier, tried[-1], extents, sites, error, notes, raw)
+                return Plan(
+                    tier=tier,
+                    edits=tried[-1],
+                    extents=extents,
+                    sites=sites,
+                    error=error,
+                    notes=notes,
+                    raw=raw,
+                    scaled=set(scales),
+                    trace=followed,
+                    views=views,
+                )
             _notes_once(notes, f"{tier}: undone, {failure}")
 
         base = [edit for edit in tried[-1] if edit.scale is not None]

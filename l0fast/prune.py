@@ -9,63 +9,54 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.budget import Budget, budget, choose, spent
+from l0fast.budget import Budget, choose
 from l0fast.compact import apply
 from l0fast.constraint import TARGETS, DensityConstraint, L0Penalty
-from l0fast.density import WHOLE_MODEL, count_macs, count_params, require_gated, target_groups
+from l0fast.density import (
+    WHOLE_MODEL,
+    Cost,
+    Group,
+    count_macs,
+    count_params,
+    require_gated,
+    target_groups,
+)
+from l0fast.footprint import measure_of, trial
 from l0fast.layers import Gated
-from l0fast.plan import Plan, closed, fold, make_plan
-from l0fast.proof import Proof, in_float64
+from l0fast.measure import GateMeasure, check_measure, measure_name
+from l0fast.plan import Plan, closed, fold, make_plan, reference
 from l0fast.sparsify import example_args, unwrapped
 
 REPORT_FORMAT = 1
 
 
-def _targets(model: nn.Module) -> dict[tuple[str, ...], float]:
-    """The targets that constraints left on the model and its parts, by its layers' names."""
-    return {
-        tuple(f"{outer}.{name}" if outer else name for name in names): target
-        for outer, module in model.named_modules()
-        for names, target in module.__dict__.get(TARGETS, {}).items()
-    }
+def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> dict[str, tuple[Group, float]]:
+    """The targets that constraints left on the model and its parts."""
+    found: dict[str, tuple[Group, float]] = {}
+    for outer, module in model.named_modules():
+        prefix = f"{outer}." if outer else ""
+        for group, target in module.__dict__.get(TARGETS, {}).items():
+            names = tuple(prefix + name for name in group.layers)
+            whole = None if group.whole is None else outer
+            for name in names:
+                if name not in layers:
+                    expected = (
+                        f"a target: the model's constraint names {name!r}, which has no gates"
+                    )
+                    _checks.refuse("target", None, expected)
+            everything = group.measure == "gates" and set(names) == set(layers)
+            title = WHOLE_MODEL if everything or whole == "" else whole or ", ".join(names)
+            if group.measure != "gates":
+                title += f" ({measure_name(group.measure)})"
+            while title in found:
+                title += "'"
+            found[title] = Group(names, group.measure, whole), target
+    return found
 
 
-def _budgets(
-    model: nn.Module,
-    layers: Mapping[str, Gated],
-    target: float | Mapping[str, float] | None,
-) -> list[Budget]:
-    """What the gates may keep: by `target`, or by what the constraints left on the model."""
-    if target is not None:
-        groups = target_groups(model, target)
-        return [budget(name, names, value, layers) for name, (names, value) in groups.items()]
-    budgets: list[Budget] = []
-    for names, value in _targets(model).items():
-        for name in names:
-            if name not in layers:
-                expected = f"a target: the model's constraint names {name!r}, which has no gates"
-                _checks.refuse("target", None, expected)
-        title = WHOLE_MODEL if set(names) == set(layers) else ", ".join(names)
-        budgets.append(budget(title, names, value, layers))
-    return budgets
-
-
-def _reference(
-    model: nn.Module, args: tuple[Any, ...], kept: Mapping[str, Tensor]
-) -> tuple[nn.Module, tuple[Any, ...], Proof]:
-    """The gated model in evaluation with its surplus gates closed, in float64 if that runs."""
-    try:
-        twin, wide = closed(model, kept).double().eval(), in_float64(args)
-        return twin, wide, Proof(twin, wide)
-    except Exception:
-        twin = closed(model, kept).eval()
-    try:
-        return twin, args, Proof(twin, args)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
-        expected = f"what the model's forward takes ({type(error).__name__}: {reason[0][:200]})"
-        raise ValueError(f"example_inputs: got {shapes}; expected {expected}") from error
+def _whole(value: float) -> float:
+    """A count as an int; a cost that is none stays as it is."""
+    return int(value) if value.is_integer() else value
 
 
 def _site(
@@ -111,7 +102,11 @@ def _site(
 
 
 def prune(
-    model: nn.Module, example_inputs: Any, target: float | Mapping[str, float] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    target: float | Mapping[str, float] | None = None,
+    *,
+    measure: str | Cost = "gates",
 ) -> nn.Module:
     """A smaller ordinary model that computes what the gated one does in evaluation.
 
@@ -119,7 +114,8 @@ def prune(
         model.eval()(x)      # with the gates that do not fit the target closed
 
     The gates that stay are those open in evaluation, by rank of their open probability, as many
-    as the target allows; every layer with gates on units keeps its likeliest one. Closed units
+    as the targets allow (a layer is complete with its first gate that does not fit); every layer
+    with gates on units keeps its likeliest one. Closed units
     are then removed wherever the layers around them agree, and elsewhere left out of the layer's
     computation by a gather before or a scatter after it. The result is compared with the gated
     model in float64 (where the model runs in it) on the example and on noise of its shape, and
@@ -128,9 +124,10 @@ def prune(
     Args:
         model: a model with gates.
         example_inputs: what its forward takes (a tuple for several arguments).
-        target: the density that the kept gates must not exceed: a number for the whole model, or
-            layer name or glob pattern -> number. Default: the targets of the `DensityConstraint`s
-            made for the model; without any, every open gate stays.
+        target: the density that must not be exceeded: a number for the whole model, or layer
+            name or glob pattern -> number. Default: the targets of the `DensityConstraint`s made
+            for the model, each by its own measure; without any, every open gate stays.
+        measure: what `target` is a share of, as in `DensityConstraint`.
 
     Returns:
         A model of the same class, of plain PyTorch modules, in the same dtype, device and mode.
@@ -166,18 +163,40 @@ def prune(
         if isinstance(module, (DensityConstraint, L0Penalty)):
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
-    budgets = _budgets(model, layers, target)
-    kept = choose(layers, budgets)
+    if target is not None:
+        check_measure(measure, example_inputs)
+        targets = target_groups(model, target, measure)
+    else:
+        if measure != "gates":
+            _checks.refuse("measure", measure_name(measure), "a target beside it")
+        targets = _left_targets(model, layers)
+    args = example_args(example_inputs)
+    groups = [group for group, _ in targets.values()]
+    sized = any(group.measure in ("params", "macs") for group in groups)
+    tried = [trial(model, args) if sized else None]
+    while True:
+        # Whichever way of carrying them out was met so far: the budgets hold in each.
+        budgets = [
+            Budget(name, group.layers, value, measure_of(layers, [group], way))
+            for way in tried
+            for name, (group, value) in targets.items()
+        ]
+        kept = choose(layers, budgets)
+        twin, wide, proof = reference(model, args, kept)
+        plan = make_plan(twin, layers, kept, wide, proof)
+        del twin
+        tried.append(tried[0] and (plan, tried[0][1]))
+        budgets = [
+            Budget(name, group.layers, value, measure_of(layers, [group], tried[-1]))
+            for name, (group, value) in targets.items()
+        ]
+        if all(one.share(kept) <= one.target for one in budgets):
+            break
     forced: dict[str, int] = {}
     with torch.no_grad():
         for name, layer in layers.items():
             surplus = (layer.evaluation_gates() > 0).cpu() & ~kept[name]
             forced[name] = int(surplus.sum())
-    args = example_args(example_inputs)
-
-    twin, wide, proof = _reference(model, args, kept)
-    plan = make_plan(twin, layers, kept, wide, proof)
-    del twin
 
     result = fold(closed(model, kept), plan.raw)
     for module in result.model.modules():
@@ -193,23 +212,22 @@ def prune(
         if name in layers or name in changed
     ]
     units = {"input": "in", "output": "out", "weight": "out", None: "out"}
-    everything = tuple(layers)
-    total = sum(layer.num_gates * layer.group_size for layer in layers.values())
+    gated = GateMeasure(layers, [Group(tuple(layers))])
     previous = getattr(model, "report", None)
     earlier = previous["layers"] if isinstance(previous, dict) and "layers" in previous else []
     small.report = {  # type: ignore[assignment]
         "format": REPORT_FORMAT,
         "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
-        "density": spent(kept, layers, everything) / total,
+        "density": gated.spent(kept)[0] / gated.totals[0],
         "forced": sum(forced.values()),
         "groups": {
             one.name: {
                 "layers": list(one.layers),
+                "measure": measure_name(targets[one.name][0].measure),
                 "target": one.target,
-                "density": spent(kept, layers, one.layers) / one.total,
-                "kept": spent(kept, layers, one.layers),
-                "limit": one.limit,
-                "total": one.total,
+                "density": one.share(kept),
+                "kept": _whole(one.spent(kept)),
+                "total": _whole(one.measure.totals[0]),
                 "forced": sum(forced[name] for name in one.layers),
             }
             for one in budgets
@@ -246,7 +264,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     ]
     for name, group in report["groups"].items():
         lines.append(
-            f"{name}: density {group['density']:.4f} of at most {group['target']:g}, "
+            f"{name}: {group['measure']} {group['density']:.4f} of at most {group['target']:g}, "
             f"{group['forced']} gates forced closed"
         )
     for what, key in (("parameters", "params"), ("MACs", "macs")):

@@ -21,6 +21,7 @@ from l0fast.data import Data, Split
 from l0fast.density import count_macs, count_params, density
 from l0fast.draw import gated_layers
 from l0fast.dual import DualAscent
+from l0fast.measure import MEASURES
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
 from l0fast.sparsify import param_groups, sparsify_
@@ -44,6 +45,8 @@ class TrainerSettings:
     Args:
         density: target of the whole model, in (0, 1]; or
         layer_density: layer name or pattern -> target, each its own constraint; or
+        measure: what these targets are shares of, "gates", "params" or "macs" (see
+            `DensityConstraint`).
         penalty: coefficient of the penalised method; with none of the three the model is
             trained as it is, dense.
         penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
@@ -61,6 +64,7 @@ class TrainerSettings:
 
     density: float | None = None
     layer_density: Mapping[str, float] | None = None
+    measure: str = "gates"
     penalty: float | None = None
     penalty_per_example: bool = False
     epochs: int = 20
@@ -81,6 +85,9 @@ class TrainerSettings:
         ]
         if len(named) > 1:
             _checks.refuse(named[1], getattr(self, named[1]), f"only one of {' and '.join(named)}")
+        _checks.one_of("measure", self.measure, MEASURES)
+        if self.measure != "gates" and self.density is None and self.layer_density is None:
+            _checks.refuse("measure", self.measure, "a density or layer_density beside it")
         checked: Row = {}  # as plain numbers: a checkpoint holds no others
         if self.density is not None:
             checked["density"] = _checks.density("density", self.density)
@@ -260,7 +267,13 @@ class Trainer:
         if lr is None:
             least = min(target.values()) if isinstance(target, Mapping) else target
             lr = default_dual_lr(self.total_steps, least)
-        return DensityConstraint(self.model, target, dual=DualAscent(lr, settings.restarts))
+        return DensityConstraint(
+            self.model,
+            target,
+            measure=settings.measure,
+            example_inputs=self.example_inputs,
+            dual=DualAscent(lr, settings.restarts),
+        )
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
@@ -351,6 +364,7 @@ class Trainer:
                 }
             for key, values in by_constraint.items():
                 row[key] = dict(zip(self.term.names, values.tolist(), strict=True))
+            row["measure"] = self.term.measure
         return row
 
     # --- the whole run --------------------------------------------------------------------------
@@ -419,6 +433,7 @@ class Trainer:
             "epochs": self.settings.epochs,
             "target_density": self.settings.density,
             "target_layer_density": self.settings.layer_density,
+            "measure": self.settings.measure,
             "penalty": self.settings.penalty,
         }
         if gated:

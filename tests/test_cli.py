@@ -215,6 +215,8 @@ def test_an_interrupt_is_no_traceback(
         (("--layer-density", "abc"), "layer_density: got 'abc'; expected a number"),
         (("--density", "0.5", "--penalty", "1"), "penalty: got 1.0; expected only one of"),
         (("--density", "0.5", "--layer-density", "0.5"), "expected only one of density and layer"),
+        (("--density", "0.5", "--measure", "x"), "measure: got 'x'; expected one of 'gates', 'par"),
+        (("--penalty", "1", "--measure", "macs"), "measure: got 'macs'; expected a density or la"),
         (("--density", "0.5", "--dense"), "dense: got True; expected no --density"),
         (("--penalty", "-1"), "penalty: got -1.0; expected a number >= 0"),
         (("--penalty", "abc"), "penalty: got 'abc'; expected a number"),
