@@ -1,6 +1,7 @@
 """Constrained L0 sparsity for PyTorch: name a density, train once, get a smaller model."""
 
 from l0fast import functional
+from l0fast.carry import prune_optimizer, prune_state_dict
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.density import density
 from l0fast.dual import DualAscent
@@ -30,6 +31,8 @@ __all__ = [
     "load_pruned",
     "param_groups",
     "prune",
+    "prune_optimizer",
+    "prune_state_dict",
     "save_pruned",
     "sparsify_",
 ]

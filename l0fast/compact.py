@@ -148,16 +148,17 @@ def scale(z: Tensor, dim: int) -> fx.GraphModule:
     )
 
 
-def _sliced(parameter: nn.Parameter, *keep: Tensor | None) -> nn.Parameter:
-    """A parameter with, along each dimension, only the indices named; in the same layout."""
-    value = parameter.detach()
+def sliced(value: Tensor, edit: Edit, key: str) -> Tensor:
+    """What an edit leaves of its layer's "weight" or "bias", or of a tensor shaped like it; a copy
+    in the same layout."""
+    keep = (edit.outputs, edit.inputs) if key == "weight" else (edit.outputs,)
     last = value.dim() == 4 and not value.is_contiguous()
     last = last and value.is_contiguous(memory_format=torch.channels_last)
     for dim, index in enumerate(keep):
         if index is not None:
-            value = value.index_select(dim, index)
+            value = value.index_select(dim, torch.tensor(index, device=value.device))
     layout = torch.channels_last if last else torch.contiguous_format
-    return nn.Parameter(value.clone(memory_format=layout), parameter.requires_grad)
+    return value.clone(memory_format=layout)
 
 
 def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Module:
@@ -174,17 +175,17 @@ def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Mod
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None
 
-    def index(values: tuple[int, ...] | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, device=weight.device)
-
-    columns, rows = index(edit.inputs), index(edit.outputs)
-    if columns is not None or rows is not None:
-        small._parameters["weight"] = _sliced(weight, rows, columns)
-        if bias is not None:
-            small._parameters["bias"] = _sliced(bias, rows)
+    if edit.inputs is not None or edit.outputs is not None:
+        for key, whole in (("weight", weight), ("bias", bias)):
+            if whole is not None:
+                part = sliced(whole.detach(), edit, key)
+                small._parameters[key] = nn.Parameter(part, whole.requires_grad)
         unit = "features" if isinstance(layer, nn.Linear) else "channels"
-        for side, whole, part in (("in", edit.size[0], columns), ("out", edit.size[1], rows)):
-            setattr(small, f"{side}_{unit}", whole if part is None else len(part))
+        for side, size, kept in (
+            ("in", edit.size[0], edit.inputs),
+            ("out", edit.size[1], edit.outputs),
+        ):
+            setattr(small, f"{side}_{unit}", size if kept is None else len(kept))
 
     dim = channel_dim(layer)
     parts: OrderedDict[str, nn.Module] = OrderedDict(layer=small)

@@ -36,6 +36,7 @@ LEVELS: dict[str, int] = {
     "plan": 6,
     "footprint": 6,
     "constraint": 6,
+    "carry": 7,
     "prune": 6,
     "saving": 6,
     "trainer": 6,

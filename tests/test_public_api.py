@@ -35,6 +35,8 @@ PUBLIC = {
     "load_pruned",
     "param_groups",
     "prune",
+    "prune_optimizer",
+    "prune_state_dict",
     "save_pruned",
     "sparsify_",
 }
