@@ -3,6 +3,7 @@
 from l0fast import functional
 from l0fast.carry import prune_optimizer, prune_state_dict
 from l0fast.constraint import DensityConstraint, L0Penalty
+from l0fast.constraints import Constraints
 from l0fast.density import density
 from l0fast.dual import DualAscent
 from l0fast.hard_concrete import HardConcrete
@@ -15,6 +16,7 @@ from l0fast.trainer import Trainer, TrainerSettings
 __version__ = "0.1.0"
 
 __all__ = [
+    "Constraints",
     "DensityConstraint",
     "DualAscent",
     "HardConcrete",

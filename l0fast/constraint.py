@@ -161,14 +161,17 @@ class DensityConstraint(_DensityTerm):
         self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
         return torch.dot(self.multiplier, violation)
 
+    def ascend_(self) -> None:
+        """Moves the multipliers."""
+        self.dual.step_(self.multiplier, self.violation, self.dual_lr, self.restarts)
+
     def step(self) -> None:
         """Moves the multipliers and puts every log_alpha back into its bounds."""
-        self.dual.step_(self.multiplier, self.violation, self.dual_lr, self.restarts)
+        self.ascend_()
         self.project_()
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
-    ) -> None:
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Refuses the state of constraints on something else."""
         saved = state_dict.get(prefix + "_extra_state", {})
         both = [
             "constraints on "
@@ -179,7 +182,10 @@ class DensityConstraint(_DensityTerm):
         ]
         if len(set(both)) > 1:
             _checks.refuse("state_dict", both[0], both[1])
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the state holds beside tensors: the layers of each constraint, and the targets."""

@@ -37,6 +37,7 @@ LEVELS: dict[str, int] = {
     "footprint": 6,
     "constraint": 6,
     "carry": 7,
+    "constraints": 7,
     "prune": 6,
     "saving": 6,
     "trainer": 6,

@@ -19,6 +19,7 @@ import l0fast
 ROOT = Path(__file__).resolve().parent.parent
 
 PUBLIC = {
+    "Constraints",
     "DensityConstraint",
     "DualAscent",
     "HardConcrete",
