@@ -32,39 +32,56 @@ class Budget(NamedTuple):
         return self.spent(kept) / self.measure.totals[0]
 
 
-def choose(layers: Mapping[str, Gated], budgets: list[Budget]) -> dict[str, Tensor]:
+def choose(
+    layers: Mapping[str, Gated], budgets: list[Budget], round_to: int = 1
+) -> dict[str, Tensor]:
     """The gates that stay, by layer: bool of log_alpha's shape, on the CPU.
 
-    Every layer with gates on units keeps its likeliest unit. Then gates that are open in
-    evaluation are kept in the order of their open probability, as long as every budget holds; a
-    layer is complete with its first gate that does not fit, and makes room for the others'.
+    Gates on units stay and go in blocks of `round_to`, in the order of their open probability
+    (the last block of a layer may be smaller); gates on single weights one by one. Every layer
+    with gates on units keeps its first block. Then blocks that begin with a gate that is open in
+    evaluation are kept in the order of that gate's open probability, as long as every budget
+    holds; a layer is complete with its first block that does not fit, and makes room for the
+    others'.
 
     Raises:
-        ValueError: a budget does not hold one unit for each of its layers, or a log_alpha is NaN.
+        ValueError: a budget does not hold the first block of its layers, or a log_alpha is NaN.
     """
     scores: list[Tensor] = []
-    candidates: list[Tensor] = []
-    reserved: list[Tensor] = []
+    leaders: list[Tensor] = []
+    first: list[Tensor] = []
+    waits: list[Tensor] = []
+    place = 0
     for name, layer in layers.items():
         log_alpha = layer.log_alpha.detach().double().cpu().flatten()
         if bool(log_alpha.isnan().any()):
             _checks.refuse("log_alpha", math.nan, f"numbers in every gate of {name!r}")
-        best = torch.zeros(len(log_alpha), dtype=torch.bool)
-        if layer.gates != "weight" and len(log_alpha):
-            best[log_alpha.argmax()] = True
-        reserved.append(best)
+        units = layer.gates != "weight"
+        size = round_to if units else 1
+        order = log_alpha.argsort(descending=True, stable=True)
+        ranks = torch.arange(len(order))
+        leader = torch.empty_like(order)
+        leader[order] = order[ranks // size * size]
+        begins = leader == ranks
+        reserved = torch.zeros(len(order), dtype=torch.bool)
+        if units:
+            reserved[order[:1]] = True
         with torch.no_grad():
             is_open = layer.evaluation_gates() > 0
-        candidates.append(is_open.cpu().flatten() & ~best)
+        first.append(reserved)
+        waits.append(is_open.cpu().flatten() & begins & ~reserved)
+        leaders.append(leader + place)
         # Monotone in the open probability, and never rounded to 1.
         scores.append(log_alpha + layer.distribution.shift)
+        place += len(order)
     sizes = [len(score) for score in scores]
     shapes = [layer.log_alpha.shape for layer in layers.values()]
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    kept = torch.cat(reserved)
+    leader = torch.cat(leaders)
+    kept = torch.cat(first)  # of each block, by the gate that it begins with
 
-    def by_layer(flat: Tensor) -> dict[str, Tensor]:
-        parts = zip(layers, flat.split(sizes), shapes, strict=True)
+    def by_layer(blocks: Tensor) -> dict[str, Tensor]:
+        parts = zip(layers, blocks[leader].split(sizes), shapes, strict=True)
         return {name: part.view(shape) for name, part, shape in parts}
 
     def fits(more: Tensor) -> bool:
@@ -75,9 +92,10 @@ def choose(layers: Mapping[str, Gated], budgets: list[Budget]) -> dict[str, Tens
         least = one.share(by_layer(kept))
         if least > one.target:
             name = "target" if len(one.layers) == len(layers) else f"target[{one.name!r}]"
-            expected = f"a density of at least {least:.6g}, for one unit in each of {one.layers}"
+            units = "one unit" if round_to == 1 else f"{round_to} units"
+            expected = f"a density of at least {least:.6g}, for {units} in each of {one.layers}"
             _checks.refuse(name, one.target, expected)
-    waiting = torch.cat(candidates).nonzero().flatten()
+    waiting = torch.cat(waits).nonzero().flatten()
     waiting = waiting[torch.cat(scores)[waiting].argsort(descending=True, stable=True)]
     while len(waiting):
         # Costs do not fall when a gate opens, so what fits is a beginning of those that wait.

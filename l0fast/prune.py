@@ -107,6 +107,7 @@ def prune(
     target: float | Mapping[str, float] | None = None,
     *,
     measure: str | Cost = "gates",
+    round_to: int = 1,
 ) -> nn.Module:
     """A smaller ordinary model that computes what the gated one does in evaluation.
 
@@ -128,6 +129,12 @@ def prune(
             name or glob pattern -> number. Default: the targets of the `DensityConstraint`s made
             for the model, each by its own measure; without any, every open gate stays.
         measure: what `target` is a share of, as in `DensityConstraint`.
+        round_to: each layer with gates on units keeps a multiple of so many of them (or all it
+            has), in the order of their open probability. A last block that is partly open is
+            filled by the next likeliest gates, which are closed in evaluation and so add units of
+            zeros, where the targets allow it, and else dropped. Where units have gates on both
+            sides (a convolution's channels in front of a Linear's inputs) fewer may be left; the
+            report names widths that are no multiples.
 
     Returns:
         A model of the same class, of plain PyTorch modules, in the same dtype, device and mode.
@@ -136,8 +143,9 @@ def prune(
             architecture: units left along each gated layer's gated dimension, "198-233-100".
             density: parameters of kept gates / gated parameters.
             forced: how many gates the targets closed that were open in evaluation.
-            groups: name -> {layers, target, density, kept, limit, total, forced}: each target,
-                with the parameters kept, allowed and gated (an empty dict without targets).
+            round_to: as asked; filled: how many gates stay that are closed in evaluation.
+            groups: name -> {layers, measure, target, density, kept, total, forced}: each target,
+                with what is kept of its measure, and of how much (empty without targets).
             params, macs: [after, before]; before is the dense model without gates, and the MACs
                 are those of one forward of the example.
             sites: a dict for each gated layer, and for each other that changed: name, kind,
@@ -157,6 +165,7 @@ def prune(
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (purged models).
     """
+    _checks.whole("round_to", round_to)
     model = unwrapped(model)
     layers = require_gated(model)
     for name, module in model.named_modules():
@@ -181,7 +190,7 @@ def prune(
             for way in tried
             for name, (group, value) in targets.items()
         ]
-        kept = choose(layers, budgets)
+        kept = choose(layers, budgets, round_to)
         twin, wide, proof = reference(model, args, kept)
         plan = make_plan(twin, layers, kept, wide, proof)
         del twin
@@ -193,10 +202,12 @@ def prune(
         if all(one.share(kept) <= one.target for one in budgets):
             break
     forced: dict[str, int] = {}
+    filled: dict[str, int] = {}
     with torch.no_grad():
         for name, layer in layers.items():
-            surplus = (layer.evaluation_gates() > 0).cpu() & ~kept[name]
-            forced[name] = int(surplus.sum())
+            is_open = (layer.evaluation_gates() > 0).cpu()
+            forced[name] = int((is_open & ~kept[name]).sum())
+            filled[name] = int((kept[name] & ~is_open).sum())
 
     result = fold(closed(model, kept), plan.raw)
     for module in result.model.modules():
@@ -220,6 +231,8 @@ def prune(
         "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
         "density": gated.spent(kept)[0] / gated.totals[0],
         "forced": sum(forced.values()),
+        "round_to": round_to,
+        "filled": sum(filled.values()),
         "groups": {
             one.name: {
                 "layers": list(one.layers),
@@ -271,6 +284,16 @@ def format_report(report: Mapping[str, Any]) -> str:
         after, before = report[key]
         share = f" ({after / before:.2%})" if before else ""
         lines.append(f"{what}: {after:,} of {before:,}{share}")
+    size = report["round_to"]
+    if size > 1:
+        odd = [
+            f"{site['name']} {side} {site[side][0]}"
+            for site in report["sites"]
+            for side in ("in", "out")
+            if site[side][0] % size and site[side][0] < site[side][1]
+        ]
+        but = f", but {', '.join(odd)}" if odd else ""
+        lines.append(f"widths in multiples of {size} ({report['filled']} gates filled up){but}")
     lines.append(f"architecture: {report['architecture']} ({report['tier']})")
     lines.append(f"largest error: {report['max_error']:.3g} (allowed {report['tolerance']:g})")
     lines.extend(report["notes"])
