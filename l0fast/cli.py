@@ -159,7 +159,8 @@ def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
     if settings.penalty is not None:
         kind = f"penalty-{args.penalty}"
     elif settings.gated:
-        kind = f"density-{args.density or args.layer_density}"
+        measure = "density" if settings.measure == "gates" else settings.measure
+        kind = f"{measure}-{args.density or args.layer_density}"
     return Path("runs") / f"{args.dataset}-{args.model}-{kind}-seed-{settings.seed}"
 
 

@@ -106,11 +106,24 @@ def test_the_report_and_the_progress(capsys: pytest.CaptureFixture[str]) -> None
     assert str(Path("x", PLOT)) in said.out
 
 
+def test_the_report_names_the_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--density", "0.5", "--measure", "params", "--out", "x")
+    assert run(*FAST, "--quiet", *arguments, "--compare-dense") == 0
+    summary = json.loads(Path("x", SUMMARY).read_text())
+    line = f"params {summary['params_fraction']:.4f}, within 0.5"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "out", "wanted"),
     [
         (("--density", "0.5"), "digits-mlp-density-0.5-seed-0", {"target_density": 0.5}),
         (("--density", "1", "--seed", "7"), "digits-mlp-density-1-seed-7", {"seed": 7}),
+        (
+            ("--density", "0.5", "--measure", "macs"),
+            "digits-mlp-macs-0.5-seed-0",
+            {"target_density": 0.5, "measure": "macs", "feasible": True},
+        ),
         (
             ("--layer-density", "fc1=0.5,fc[23]=0.75"),
             "digits-mlp-density-fc1=0.5,fc[23]=0.75-seed-0",
