@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, models, prune, sparsify_
 from l0fast.draw import gated_layers
+from l0fast.footprint import trial
 
 FLAT = torch.randn(2, 6)
 IMAGE = torch.randn(2, 1, 28, 28)
@@ -151,6 +153,20 @@ def test_prune_holds_the_size_of_the_real_model_and_uses_it(
     places = 1 if measure == "params" else group["total"] // layer.weight.numel()
     assert group["kept"] == units * area * places + bias
     assert group["kept"] <= 0.5 * group["total"]
+
+
+def test_the_size_holds_where_the_plan_reaches_less_far_than_the_trial(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sizes written out stop the merging; a trial that did not see it promised too much."""
+    model = random_gates(sparsify_(plain.HardCoded(6, 10, 30)))
+    promised = trial(sparsify_(lenet()), (IMAGE,))
+    module = importlib.import_module("l0fast.prune")
+    monkeypatch.setattr(module, "trial", lambda *_: promised)
+    small: Any = prune(model, IMAGE, 0.2, measure="params")
+    assert small.report["tier"] != promised[0].tier
+    kept, dense = small.report["params"]
+    assert 0.1 < kept / dense <= 0.2
 
 
 def test_the_expectation_written_out() -> None:
