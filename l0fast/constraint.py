@@ -198,7 +198,8 @@ class DensityConstraint(_DensityTerm):
 
     def extra_repr(self) -> str:
         pairs = zip(self.names, self._exact, strict=True)
-        return ", ".join(f"{name} <= {target:g}" for name, target in pairs)
+        by = "" if self.measure == "gates" else f" by {self.measure}"
+        return ", ".join(f"{name} <= {target:g}" for name, target in pairs) + by
 
 
 class L0Penalty(_DensityTerm):

@@ -85,106 +85,101 @@ class Footprint(Measure):
     ) -> None:
         super().__init__(layers)
         self.gated = [name for name, layer in layers.items() if layer.gates != "weight"]
-        counts = torch.tensor([layers[name].num_gates for name in self.gated], dtype=torch.int64)
+        # A layer that cannot get smaller is part of the rest, which is added as it is.
+        names = [name for name, site in plan.sites.items() if site.local]
+        tensors = self._units(plan, names) | self._sizes(plan, names, dense, groups)
+        self.totals = tensors["total"].tolist()
+        for name, tensor in tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def _units(self, plan: Plan, names: list[str]) -> dict[str, Tensor]:
+        """Which gates each unit of the layers hangs on."""
+        counts = torch.tensor([self.layers[name].num_gates for name in self.gated]).long()
         starts = dict(zip(self.gated, (counts.cumsum(0) - counts).tolist(), strict=True))
         always = int(counts.sum())  # one gate more, which is always open
 
         def gates(name: str, side: str, units: int) -> Tensor:
             """[units] the gate that each unit on one side of a layer has."""
-            if name in plan.scaled or name not in starts or layers[name].gates != side:
+            if name in plan.scaled or name not in starts or self.layers[name].gates != side:
                 return torch.full((units,), always)
             return torch.arange(starts[name], starts[name] + units)
 
         sizes = {name: layer_size(site.layer) for name, site in plan.sites.items()}
-        own = {name: gates(name, "output", sizes[name][1]) for name in plan.sites}
-        label_gate = torch.cat(list(own.values()))
+        own = {name: gates(name, "output", outputs) for name, (_, outputs) in sizes.items()}
+        own_by_label = torch.cat(list(own.values()))
+        counted = torch.cat([torch.full(own[n].shape, s.local) for n, s in plan.sites.items()])
         walk: Walk | None = None
         if plan.trace is not None:
-            shut = {
-                name: replace(site, writes=own[name] == always) for name, site in plan.sites.items()
-            }
+            # With every gated output closed it shows where closing one leaves zeros.
+            shut = {n: replace(site, writes=own[n] == always) for n, site in plan.sites.items()}
             walk = Walk(plan.trace, shut, plan.views)
             walk.run()
 
-        first: dict[str, list[Tensor]] = {"in": [], "out": []}
+        needed = torch.ones_like(counted)
+        columns: list[Tensor] = []
         makers: list[Tensor] = []
-        needed = torch.ones(len(label_gate), dtype=torch.bool)
-        labels_read, read_by = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0).long()]
-        names = [name for name, site in plan.sites.items() if site.local]
+        labels_read, read_by = [torch.zeros(0).long()], [torch.zeros(0).long()]
         for name in names:
-            site, inputs = plan.sites[name], sizes[name][0]
-            reads = gates(name, "input", inputs)
-            made_by = torch.full((inputs,), always)
-            if walk is not None and not site.fixed and walk.trace.counts[name] == 1:
-                flow, _ = walk.reading[name]
-                if flow is not None:
-                    gone = (flow.constant == 0) & ~walk.tainted[flow.labels]
-                    made_by = torch.where(gone, label_gate[flow.labels], made_by)
-                    labels_read.append(flow.labels)
-                    read_by.append(reads)
-                labels = walk.ranges[name]
-                needed[labels] = walk.pinned[labels]
-            first["in"].append(reads)
-            first["out"].append(own[name])
-            makers.append(made_by)
-
-        # A unit with a reader that has no gate is there as soon as its own gate is open.
+            inputs = sizes[name][0]
+            columns.append(gates(name, "input", inputs))
+            makers.append(torch.full((inputs,), always))
+            if walk is None or plan.sites[name].fixed or walk.trace.counts[name] != 1:
+                continue
+            needed[walk.ranges[name]] = walk.pinned[walk.ranges[name]]
+            flow, _ = walk.reading[name]
+            if flow is not None:
+                gone = (flow.constant == 0) & ~walk.tainted[flow.labels]
+                makers[-1] = torch.where(gone, own_by_label[flow.labels], always)
+                labels_read.append(flow.labels)
+                read_by.append(columns[-1])
         labels, readers = torch.cat(labels_read), torch.cat(read_by)
+        # A unit with a reader that has no gate is there as soon as its own gate is open.
         needed[labels[readers == always]] = True
-        counted = torch.cat(
-            [torch.full((sizes[name][1],), site.local) for name, site in plan.sites.items()]
-        )
-        open_to = counted[labels] & ~needed[labels]
-        labels, readers = labels[open_to], readers[open_to]
-        order = labels.argsort(stable=True)
-        rows = counted.nonzero().flatten()
-        unit = groups[0].measure
-        cost = dense.params if unit == "params" else dense.macs
-        bias = [
-            int(unit == "params" and plan.sites[name].layer._parameters.get("bias") is not None)
-            for name in names
-        ]
-        areas = [
-            (cost[name] - b * sizes[name][1]) / (sizes[name][0] * sizes[name][1])
-            for name, b in zip(names, bias, strict=True)
-        ]
+        undecided = counted[labels] & ~needed[labels]
+        labels, readers = labels[undecided], readers[undecided]
+        shift = [self.layers[name].distribution.shift for name in self.gated]
+        each = torch.cat([counts, torch.ones(1).long()])
+        wide = torch.float64
+        return {
+            "shift": torch.tensor([*shift, torch.inf], dtype=wide).repeat_interleave(each),
+            "first": torch.cat([*columns, *(own[name] for name in names)]),
+            "makers": torch.cat(makers),
+            "readers": readers[labels.argsort(stable=True)],
+            "reader_lengths": labels.bincount(minlength=len(counted))[counted],
+            "never_unread": torch.where(needed[counted], -torch.inf, 0.0).to(wide),
+            "lengths": torch.tensor([sizes[name][side] for side in (0, 1) for name in names]),
+        }
+
+    @staticmethod
+    def _sizes(
+        plan: Plan, names: list[str], dense: Dense, groups: list[Group]
+    ) -> dict[str, Tensor]:
+        """What a pair of units, and a bias, of each layer costs; what each group has besides."""
+        params = groups[0].measure == "params"
+        cost = dense.params if params else dense.macs
+        weight: list[float] = []
+        bias: list[float] = []
+        for name in names:
+            layer = plan.sites[name].layer
+            inputs, outputs = layer_size(layer)
+            bias.append(float(params and layer._parameters.get("bias") is not None))
+            weight.append((cost[name] - bias[-1] * outputs) / (inputs * outputs))
         member: list[list[bool]] = []
-        totals: list[int] = []
         rest: list[int] = []
+        total: list[int] = []
         for group in groups:
             if group.whole is None:
                 inside = [name in group.layers for name in names]
-                totals.append(sum(cost[name] for name in group.layers))
+                total.append(sum(cost[name] for name in group.layers))
             else:
                 prefix = f"{group.whole}." if group.whole else ""
                 inside = [name.startswith(prefix) for name in names]
-                totals.append(cost[group.whole])
+                total.append(cost[group.whole])
             member.append(inside)
-            rest.append(totals[-1] - sum(cost[n] for n, i in zip(names, inside, strict=True) if i))
-        self.totals = [float(total) for total in totals]
-
-        shift = [layers[name].distribution.shift for name in self.gated]
-        wide = torch.float64
-        tensors: dict[str, Tensor] = {
-            "shift": torch.tensor([*shift, torch.inf], dtype=wide).repeat_interleave(
-                torch.cat([counts, torch.ones(1, dtype=torch.int64)])
-            ),
-            "first": torch.cat([*first["in"], *first["out"]]),
-            "makers": torch.cat(makers),
-            "readers": readers[order],
-            "reader_lengths": labels.bincount(minlength=len(counted))[rows],
-            "never_unread": torch.zeros(len(rows), dtype=wide).masked_fill(
-                needed[rows], -torch.inf
-            ),
-            "lengths": torch.tensor([sizes[name][side] for side in (0, 1) for name in names]),
-            "weight": torch.tensor(areas, dtype=wide),
-            "bias": torch.tensor(bias, dtype=wide),
-            "member": torch.tensor(member, dtype=wide),
-            "rest": torch.tensor(rest, dtype=wide),
-            "total": torch.tensor(self.totals, dtype=wide),
-        }
-        for name, tensor in tensors.items():
-            self.register_buffer(name, tensor, persistent=False)
+            shrinking = (cost[name] for name, of in zip(names, inside, strict=True) if of)
+            rest.append(total[-1] - sum(shrinking))
+        tensors = {"weight": weight, "bias": bias, "member": member, "rest": rest, "total": total}
+        return {name: torch.tensor(v, dtype=torch.float64) for name, v in tensors.items()}
 
     def _costs(self, logits: Tensor) -> Tensor:
         opened = torch.sigmoid(logits)

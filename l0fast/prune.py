@@ -21,7 +21,7 @@ from l0fast.density import (
     require_gated,
     target_groups,
 )
-from l0fast.footprint import measure_of, trial
+from l0fast.footprint import Dense, measure_of, trial
 from l0fast.layers import Gated
 from l0fast.measure import GateMeasure, check_measure, measure_name
 from l0fast.plan import Plan, closed, fold, make_plan, reference
@@ -180,29 +180,29 @@ def prune(
             _checks.refuse("measure", measure_name(measure), "a target beside it")
         targets = _left_targets(model, layers)
     args = example_args(example_inputs)
-    groups = [group for group, _ in targets.values()]
-    sized = any(group.measure in ("params", "macs") for group in groups)
-    tried = [trial(model, args) if sized else None]
-    while True:
-        # Whichever way of carrying them out was met so far: the budgets hold in each.
-        budgets = [
+    sized = any(group.measure in ("params", "macs") for group, _ in targets.values())
+
+    def budgets_of(way: tuple[Plan, Dense] | None) -> list[Budget]:
+        return [
             Budget(name, group.layers, value, measure_of(layers, [group], way))
-            for way in tried
             for name, (group, value) in targets.items()
         ]
-        kept = choose(layers, budgets, round_to)
+
+    way = trial(model, args) if sized else None
+    budgets = budgets_of(way)
+    allowed = list(budgets)
+    while True:
+        kept = choose(layers, allowed, round_to)
         twin, wide, proof = reference(model, args, kept)
         plan = make_plan(twin, layers, kept, wide, proof)
         del twin
-        tried.append(tried[0] and (plan, tried[0][1]))
-        budgets = [
-            Budget(name, group.layers, value, measure_of(layers, [group], tried[-1]))
-            for name, (group, value) in targets.items()
-        ]
+        if way is not None:
+            budgets = budgets_of((plan, way[1]))
         if all(one.share(kept) <= one.target for one in budgets):
             break
-    forced: dict[str, int] = {}
-    filled: dict[str, int] = {}
+        # Less was removed than the trial promised: from now on the targets hold that way too.
+        allowed += budgets
+    forced, filled = dict[str, int](), dict[str, int]()
     with torch.no_grad():
         for name, layer in layers.items():
             is_open = (layer.evaluation_gates() > 0).cpu()
@@ -222,7 +222,7 @@ def prune(
         for name in plan.sites
         if name in layers or name in changed
     ]
-    units = {"input": "in", "output": "out", "weight": "out", None: "out"}
+    units = {"input": "in", "output": "out", "weight": "out"}
     gated = GateMeasure(layers, [Group(tuple(layers))])
     previous = getattr(model, "report", None)
     earlier = previous["layers"] if isinstance(previous, dict) and "layers" in previous else []

@@ -405,7 +405,9 @@ def test_the_targets_stay_on_the_model_for_prune() -> None:
 
 def test_it_prints_its_targets() -> None:
     text = repr(DensityConstraint(mlp(), {"0": 0.25, "2": 0.5}))
-    assert "0 <= 0.25, 2 <= 0.5" in text
+    assert "0 <= 0.25, 2 <= 0.5)" in text
+    own = DensityConstraint(mlp(), 0.5, measure="macs", example_inputs=torch.randn(1, 8))
+    assert repr(own) == "DensityConstraint(model <= 0.5 by macs)"
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -161,3 +161,8 @@ def test_costs_that_are_refused(
     with pytest.raises(error) as caught:
         DensityConstraint(two_layers(), target, measure=cost)
     assert str(caught.value).startswith(message)
+
+
+def test_a_measure_without_a_target_is_refused_by_prune() -> None:
+    with pytest.raises(ValueError, match=r"^measure: got 'macs'; expected a target beside it$"):
+        prune(two_layers(), torch.randn(1, 8), measure="macs")
