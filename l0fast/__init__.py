@@ -1,7 +1,9 @@
 """Constrained L0 sparsity for PyTorch: name a density, train once, get a smaller model."""
 
 from l0fast import functional
+from l0fast.carry import prune_optimizer, prune_state_dict
 from l0fast.constraint import DensityConstraint, L0Penalty
+from l0fast.constraints import Constraints
 from l0fast.density import density
 from l0fast.dual import DualAscent
 from l0fast.hard_concrete import HardConcrete
@@ -15,6 +17,7 @@ from l0fast.trainer import Trainer
 __version__ = "0.1.0"
 
 __all__ = [
+    "Constraints",
     "DensityConstraint",
     "DualAscent",
     "HardConcrete",
@@ -31,6 +34,8 @@ __all__ = [
     "load_pruned",
     "param_groups",
     "prune",
+    "prune_optimizer",
+    "prune_state_dict",
     "save_pruned",
     "sparsify_",
 ]

@@ -52,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
         help="a target for each layer (or pattern), such as 'conv*=0.5,fc1=0.1'; "
         "a single number stands for each layer",
     )
+    add(
+        "--measure",
+        default=DEFAULTS.measure,
+        help="what densities are shares of: gates (the "
+        "default), or params or macs of the pruned model",
+    )
     add("--penalty", metavar="C", help="coefficient of the penalised method instead of a target")
     add(
         "--penalty-per-example",

@@ -86,6 +86,7 @@ def _settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
     return TrainerSettings(
         density=density,
         layer_density=layer_density,
+        measure=args.measure,
         penalty=penalty,
         penalty_per_example=args.penalty_per_example,
         seed=_number("seed", args.seed, int),
@@ -100,7 +101,8 @@ def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
     if settings.penalty is not None:
         kind = f"penalty-{args.penalty}"
     elif settings.gated:
-        kind = f"density-{args.density or args.layer_density}"
+        measure = "density" if settings.measure == "gates" else settings.measure
+        kind = f"{measure}-{args.density or args.layer_density}"
     model = args.model.replace(":", ".")
     return Path("runs") / f"{args.dataset}-{model}-{kind}-seed-{settings.seed}"
 
@@ -201,7 +203,13 @@ def train(args: argparse.Namespace) -> int:
     trainer = Trainer(build(settings.gated), dataset, settings, out=out, **options)
     summary = _run(trainer, args.resume, args.quiet)
     if args.compare_dense and settings.gated:
-        dense_settings = replace(settings, density=None, layer_density=None, penalty=None)
+        dense_settings = replace(
+            settings,
+            density=None,
+            layer_density=None,
+            measure=TrainerSettings.measure,
+            penalty=None,
+        )
         baseline = Trainer(build(False), dataset, dense_settings, out=out / "dense", **options)
         error = _run(baseline, (out / "dense" / CHECKPOINT).exists(), args.quiet)
         summary["dense_test_error_percent"] = error["test_error_percent"]
@@ -221,7 +229,11 @@ def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
         if summary["feasible"] is not None:
             words = "within" if summary["feasible"] else "OVER"
             target = summary["target_density"] or "the target of each layer"
-            print(f"density {summary['realised_density']:.4f}, {words} {target}")
+            measure = summary["measure"]
+            name, key = "density", "realised_density"
+            if measure != "gates":
+                name, key = measure, f"{measure}_fraction"
+            print(f"{name} {summary[key]:.4f}, {words} {target}")
         if summary["collapsed"]:
             print(_collapse(summary["collapsed"], trainer))
         beside = "" if dense is None else f" (dense: {dense:.2f} %)"
@@ -268,15 +280,17 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
 def _pruned(
     checkpoint: Checkpoint, model: nn.Module, example: Tensor, target: str | None
 ) -> nn.Module:
-    """The smaller model, within `target` or else what the run asked for."""
+    """The smaller model, within `target` (by the run's measure) or else what the run asked for."""
+    measure = checkpoint.identity["measure"]
     if target is not None:
         wanted = _layer_density(target, []) if "=" in target else _number("target", target)
-        return prune_model(model, example, wanted)
+        return prune_model(model, example, wanted, measure=measure)
     asked: float | Mapping[str, float] | None = (
         checkpoint.identity["density"] or checkpoint.identity["layer_density"]
     )
     if asked is not None:
-        DensityConstraint(model, asked)  # leaves its targets on the model
+        # It leaves its targets on the model.
+        DensityConstraint(model, asked, measure=measure, example_inputs=example)
     return prune_model(model, example)
 
 

@@ -171,37 +171,46 @@ def scale(z: Tensor, dim: int) -> fx.GraphModule:
     )
 
 
-def _sliced(value: Tensor, *keep: Tensor | None) -> Tensor:
-    """A tensor with, along each dimension, only the indices named; in the same layout."""
+def sliced(value: Tensor, edit: Edit, whole_groups: bool) -> Tensor:
+    """What an edit leaves of a tensor of its layer, or of one shaped like it; a copy in the same
+    layout.
+
+    Args:
+        value: [out, in, ...], [out], or a number.
+        edit: of the layer.
+        whole_groups: the layer is a carrier: its tensors have only outputs to lose.
+    """
+    keep = () if not value.dim() else (edit.outputs,)
+    if value.dim() > 1 and not whole_groups:
+        keep += (edit.inputs,)
     last = value.dim() == 4 and not value.is_contiguous()
     last = last and value.is_contiguous(memory_format=torch.channels_last)
     for dim, index in enumerate(keep):
         if index is not None:
-            value = value.index_select(dim, index)
+            value = value.index_select(dim, torch.tensor(index, device=value.device))
     layout = torch.channels_last if last else torch.contiguous_format
     return value.clone(memory_format=layout)
 
 
-def _shrink(small: Any, rows: Tensor | None, columns: Tensor | None) -> None:
+def _shrink(small: Any, edit: Edit) -> None:
     """Slices a copy of a layer, in place, and sets the attributes that say its size."""
-    whole_groups = is_carrier(small)
+    carrier = is_carrier(small)
     for owned in (small._parameters, small._buffers):
         for name, value in owned.items():
-            if value is None or not value.dim():  # a batch norm's counter
+            if value is None:
                 continue
-            within = None if whole_groups or value.dim() == 1 else columns
-            part = _sliced(value.detach(), rows, within)
+            part = sliced(value.detach(), edit, carrier)
             if isinstance(value, nn.Parameter):
                 part = nn.Parameter(part, value.requires_grad)
             owned[name] = part
     if type(small) in NORMS:
-        small.num_features = small.num_features if rows is None else len(rows)
+        small.num_features = small.num_features if edit.outputs is None else len(edit.outputs)
         return
     groups = getattr(small, "groups", 1)
-    if groups > 1 and columns is not None:
-        small.groups = groups * len(columns) // small.in_channels
+    if groups > 1 and edit.inputs is not None:
+        small.groups = groups * len(edit.inputs) // small.in_channels
     unit = "features" if isinstance(small, nn.Linear) else "channels"
-    for side, part in (("in", columns), ("out", rows)):
+    for side, part in (("in", edit.inputs), ("out", edit.outputs)):
         if part is not None:
             setattr(small, f"{side}_{unit}", len(part))
 
@@ -220,11 +229,8 @@ def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Mod
     weight = layer._parameters.get("weight")
     device = None if weight is None else weight.device
 
-    def index(values: tuple[int, ...] | None) -> Tensor | None:
-        return None if values is None else torch.tensor(values, device=device)
-
     if edit.inputs is not None or edit.outputs is not None:
-        _shrink(small, index(edit.outputs), index(edit.inputs))
+        _shrink(small, edit)
     parts: OrderedDict[str, nn.Module] = OrderedDict(layer=small)
     if edit.gather is not None:
         parts["gather"] = gather(torch.tensor(edit.gather[0], device=device), channel_dim(layer))

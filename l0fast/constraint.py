@@ -11,34 +11,38 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.density import (
     WHOLE_MODEL,
-    expected_densities,
+    Cost,
+    Group,
     gated_parameters,
-    group_weights,
     require_gated,
     target_groups,
 )
 from l0fast.dual import DualAscent
+from l0fast.footprint import measure_of, trial
 from l0fast.layers import Gated
-from l0fast.sparsify import unwrapped
+from l0fast.measure import SIZES, check_measure, measure_name
+from l0fast.sparsify import example_args, unwrapped
 
 TARGETS = "_l0fast_targets"
-"""Attribute of a constrained model: layer names -> target, so that `prune` holds them."""
+"""Attribute of a constrained model: `Group` -> target, so that `prune` holds them."""
 
 
 class _DensityTerm(nn.Module):
     """Expected densities of groups of a model's gated layers, and the projection after a step."""
 
-    weights: Tensor
-
-    def __init__(self, model: nn.Module, groups: list[tuple[str, ...]]) -> None:
+    def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()
-        layers = require_gated(unwrapped(model))
+        layers = require_gated(model)
+        sized = groups[0].measure in SIZES
+        tried = trial(model, example_args(example_inputs)) if sized else None
+        measure = measure_of(layers, groups, tried)
         # The layers belong to the model: kept out of this module's children and state.
-        self.__dict__["_layers"] = layers
+        self.__dict__.update(_layers=layers, _measure=measure)
         anchor = next(iter(layers.values())).log_alpha
         self._dtype = torch.promote_types(anchor.dtype, torch.float32)
-        weights = group_weights(groups, layers).to(anchor.device, self._dtype)
-        self.register_buffer("weights", weights, persistent=False)
+        self._device = anchor.device
+        self._lowest = measure.lowest()
+        measure.to(self._device, self._dtype)
         self._bounds = [layer.distribution.bound for layer in layers.values()]
         self._lower = [-bound for bound in self._bounds]
 
@@ -49,10 +53,13 @@ class _DensityTerm(nn.Module):
 
     def densities(self) -> Tensor:
         """[C] expected densities, differentiable."""
+        measure: nn.Module = self.__dict__["_measure"]
         device = next(iter(self.layers.values())).log_alpha.device
-        if self.weights.device != device:
-            self.to(device)  # the model has moved
-        return expected_densities(self.layers, self.weights)
+        if self._device != device:  # the model has moved
+            self._device = device
+            self.to(device)
+            measure.to(device)
+        return measure()
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -75,7 +82,17 @@ class DensityConstraint(_DensityTerm):
         model: a model with gates.
         target: the density asked for, in (0, 1]: a number for the whole model, or layer name or
             glob pattern -> number, each key its own constraint.
-        measure: "gates": expected L0 / gated parameters (the paper's density).
+        measure: what the target is a share of:
+            "gates": the gated parameters, as expected L0 counts them (the paper's density).
+            "params", "macs": what the pruned model will have, over what the dense one has: the
+            whole model's, or of the layers that a key names. A unit goes with its gate, its
+            maker's or its readers', and takes their weights with it.
+            A callable: a cost of your own, over the cost with every gate open. It is given
+            layer name -> open probabilities (of log_alpha's shape) and returns a 0-d tensor,
+            differentiable, which must not fall when a probability rises; only with one number
+            as target.
+        example_inputs: what the model's forward takes (a tuple for several arguments); "params"
+            and "macs" need it, to see which layer feeds which.
         dual: how the multipliers move; DualAscent() by default.
 
     Attributes:
@@ -92,7 +109,7 @@ class DensityConstraint(_DensityTerm):
 
     multiplier: Tensor
     target: Tensor
-    _left_on_model: dict[tuple[str, ...], float]
+    _left_on_model: dict[Group, float]
     violation: Tensor
     restarts: Tensor
     dual_lr: Tensor
@@ -102,21 +119,26 @@ class DensityConstraint(_DensityTerm):
         model: nn.Module,
         target: float | Mapping[str, float],
         *,
-        measure: str = "gates",
+        measure: str | Cost = "gates",
+        example_inputs: Any = None,
         dual: DualAscent | None = None,
     ) -> None:
-        _checks.one_of("measure", measure, ("gates",))
+        check_measure(measure, example_inputs)
         model = unwrapped(model)
-        groups = target_groups(model, target)
-        super().__init__(model, [names for names, _ in groups.values()])
+        named = target_groups(model, target, measure)
+        super().__init__(model, [group for group, _ in named.values()], example_inputs)
         self.dual = dual or DualAscent()
-        self.groups = {name: names for name, (names, _) in groups.items()}
-        targets = [value for _, value in groups.values()]
-        place: dict[str, Any] = {"dtype": self._dtype, "device": self.weights.device}
-        self.register_buffer("multiplier", torch.zeros(len(groups), **place))
+        self.measure = measure_name(measure)
+        self.groups = {name: group for name, (group, _) in named.items()}
+        targets = [value for _, value in named.values()]
+        for name, value, lowest in zip(named, targets, self._lowest, strict=True):
+            title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
+            _checks.density(title, value, low=lowest)
+        place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
+        self.register_buffer("multiplier", torch.zeros(len(targets), **place))
         self.register_buffer("target", torch.tensor(targets, **place))
-        self.register_buffer("violation", torch.zeros(len(groups), **place))
-        self.register_buffer("restarts", torch.zeros(len(groups), **place))
+        self.register_buffer("violation", torch.zeros(len(targets), **place))
+        self.register_buffer("restarts", torch.zeros(len(targets), **place))
         self.register_buffer("dual_lr", torch.tensor(self.dual.lr, **place))
         # The dict itself, for targets that a loaded state brings.
         self.__dict__["_left_on_model"] = model.__dict__.setdefault(TARGETS, {})
@@ -139,27 +161,36 @@ class DensityConstraint(_DensityTerm):
         self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
         return torch.dot(self.multiplier, violation)
 
+    def ascend_(self) -> None:
+        """Moves the multipliers."""
+        self.dual.step_(self.multiplier, self.violation, self.dual_lr, self.restarts)
+
     def step(self) -> None:
         """Moves the multipliers and puts every log_alpha back into its bounds."""
-        self.dual.step_(self.multiplier, self.violation, self.dual_lr, self.restarts)
+        self.ascend_()
         self.project_()
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: Any, *args: Any
-    ) -> None:
-        saved = state_dict.get(prefix + "_extra_state", {}).get("groups")
-        ours = self.get_extra_state()["groups"]
-        if saved is not None and saved != ours:
-            words = [
-                ", ".join(f"{n} ({' '.join(of)})" for n, of in groups) for groups in (saved, ours)
-            ]
-            _checks.refuse("state_dict", f"constraints on {words[0]}", f"constraints on {words[1]}")
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Refuses the state of constraints on something else."""
+        saved = state_dict.get(prefix + "_extra_state", {})
+        both = [
+            "constraints on "
+            + ", ".join(f"{name} ({' '.join(of)})" for name, of in state["groups"])
+            + f" by {state['measure']}"
+            for state in (saved, self.get_extra_state())
+            if state
+        ]
+        if len(set(both)) > 1:
+            _checks.refuse("state_dict", both[0], both[1])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What the state holds beside tensors: the layers of each constraint, and the targets."""
-        groups = [[name, list(layers)] for name, layers in self.groups.items()]
-        return {"groups": groups, "targets": list(self._exact)}
+        groups = [[name, list(group.layers)] for name, group in self.groups.items()]
+        return {"measure": self.measure, "groups": groups, "targets": list(self._exact)}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes the targets over, for `prune` too."""
@@ -167,7 +198,8 @@ class DensityConstraint(_DensityTerm):
 
     def extra_repr(self) -> str:
         pairs = zip(self.names, self._exact, strict=True)
-        return ", ".join(f"{name} <= {target:g}" for name, target in pairs)
+        by = "" if self.measure == "gates" else f" by {self.measure}"
+        return ", ".join(f"{name} <= {target:g}" for name, target in pairs) + by
 
 
 class L0Penalty(_DensityTerm):
@@ -196,12 +228,13 @@ class L0Penalty(_DensityTerm):
         self, model: nn.Module, coefficient: float, num_examples: int | None = None
     ) -> None:
         coefficient = _checks.number("coefficient", coefficient, "a number >= 0", low=0.0)
-        layers = require_gated(unwrapped(model))
-        super().__init__(model, [tuple(layers)])
+        model = unwrapped(model)
+        layers = require_gated(model)
+        super().__init__(model, [Group(tuple(layers))])
         if num_examples is not None:
             _checks.whole("num_examples", num_examples)
             coefficient *= gated_parameters(list(layers.values())) / num_examples
-        place: dict[str, Any] = {"dtype": self._dtype, "device": self.weights.device}
+        place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("coefficient", torch.tensor(coefficient, **place))
         self.names = (WHOLE_MODEL,)
 

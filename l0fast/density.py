@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._tables import aligned
-from l0fast.draw import expected_open, gated_layers
+from l0fast.draw import gated_layers
 from l0fast.layers import Gated
 from l0fast.sparsify import evaluating, example_args
 
@@ -28,72 +28,59 @@ def require_gated(model: nn.Module) -> dict[str, Gated]:
     return layers
 
 
+Cost = Callable[[Mapping[str, Tensor]], Tensor]
+"""A cost of the user's own: open probabilities of each layer's gates, by name -> 0-d."""
+
+
+class Group(NamedTuple):
+    """What one target is about."""
+
+    layers: tuple[str, ...]
+    """The gated layers."""
+    measure: str | Cost = "gates"
+    whole: str | None = None
+    """The module that is measured as a whole, with all in it that has no gates ("" is the model);
+    None: the layers alone."""
+
+
 def target_groups(
-    model: nn.Module, target: float | Mapping[str, float]
-) -> dict[str, tuple[tuple[str, ...], float]]:
-    """Group name -> (names of its layers, target): one group for a number, or one for each key.
+    model: nn.Module, target: float | Mapping[str, float], measure: str | Cost = "gates"
+) -> dict[str, tuple[Group, float]]:
+    """Group name -> (group, target): one group for a number, or one for each key.
 
     A key is a layer's name or a glob pattern. Refused: an unknown key, a layer in two groups, a
-    target outside what its group can reach.
+    number that is no density.
     """
     layers = require_gated(model)
-    if isinstance(target, Mapping):
-        if not target:
-            _checks.refuse("target", target, "at least one layer or pattern")
-        chosen: dict[str, tuple[str, ...]] = {}
-        owner: dict[str, str] = {}
-        for key in target:
-            if not isinstance(key, str):
-                _checks.refuse("target", key, "layer names or patterns as keys", TypeError)
-            matched = tuple(name for name in layers if fnmatchcase(name, key))
-            if not matched:
-                _checks.refuse("target", key, f"a pattern that matches one of {list(layers)}")
-            for name in matched:
-                if name in owner:
-                    _checks.refuse(
-                        "target", key, f"layers of one group only ({name!r} is in {owner[name]!r})"
-                    )
-                owner[name] = key
-            chosen[key] = matched
-    else:
-        chosen = {WHOLE_MODEL: tuple(layers)}
-    groups: dict[str, tuple[tuple[str, ...], float]] = {}
-    for key, matched in chosen.items():
-        value: Any = target[key] if isinstance(target, Mapping) else target
-        name = "target" if key == WHOLE_MODEL else f"target[{key!r}]"
-        _checks.density(name, value)
-        lowest = lowest_density([layers[layer] for layer in matched])
-        groups[key] = matched, _checks.density(name, value, low=lowest)
+    if not isinstance(target, Mapping):
+        whole = None if measure == "gates" else ""
+        group = Group(tuple(layers), measure, whole)
+        return {WHOLE_MODEL: (group, _checks.density("target", target))}
+    if callable(measure):
+        _checks.refuse("target", target, "one number, for a cost of your own", TypeError)
+    if not target:
+        _checks.refuse("target", target, "at least one layer or pattern")
+    groups: dict[str, tuple[Group, float]] = {}
+    owner: dict[str, str] = {}
+    for key, value in target.items():
+        if not isinstance(key, str):
+            _checks.refuse("target", key, "layer names or patterns as keys", TypeError)
+        matched = tuple(name for name in layers if fnmatchcase(name, key))
+        if not matched:
+            _checks.refuse("target", key, f"a pattern that matches one of {list(layers)}")
+        for name in matched:
+            if name in owner:
+                _checks.refuse(
+                    "target", key, f"layers of one group only ({name!r} is in {owner[name]!r})"
+                )
+            owner[name] = key
+        groups[key] = Group(matched, measure), _checks.density(f"target[{key!r}]", value)
     return groups
 
 
 def gated_parameters(layers: list[Gated]) -> int:
     """How many parameters the gates of `layers` control."""
     return sum(layer.num_gates * layer.group_size for layer in layers)
-
-
-def lowest_density(layers: list[Gated]) -> float:
-    """The least density that the gates can reach with a unit left in each layer."""
-    one_each = sum(layer.group_size for layer in layers) / gated_parameters(layers)
-    bound = max(layer.distribution.lowest_density for layer in layers)
-    return max(one_each, bound)
-
-
-def group_weights(groups: list[tuple[str, ...]], layers: dict[str, Gated]) -> Tensor:
-    """[C, L]: density of group c = weights[c] @ (expected open gates of each layer)."""
-    weights = torch.zeros(len(groups), len(layers), dtype=torch.float64)
-    column = {name: index for index, name in enumerate(layers)}
-    for row, names in enumerate(groups):
-        total = gated_parameters([layers[name] for name in names])
-        for name in names:
-            weights[row, column[name]] = layers[name].group_size / total
-    return weights
-
-
-def expected_densities(layers: dict[str, Gated], weights: Tensor) -> Tensor:
-    """[C] differentiable expected densities, from `group_weights` on the layers' device."""
-    counts = expected_open(list(layers.values())).to(weights.dtype)
-    return (weights * counts).sum(1)  # not a product of matrices: autocast would halve its dtype
 
 
 def count_params(model: nn.Module) -> int:

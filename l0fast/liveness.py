@@ -107,11 +107,16 @@ class Liveness:
         left = [self._left(part, present, dim) for part in self.walk.units(node)]  # type: ignore[arg-type]
         return left != [len(part) for part in torch.empty(sum(left)).chunk(number)]  # type: ignore[arg-type]
 
+    def viewed(self, rigid: Collection[str]) -> Tensor:
+        """bool, by class of units: some modules view, split or slice it."""
+        viewed = torch.zeros_like(self.live)
+        for _, labels in self._rigid(rigid):
+            viewed[self.walk.classes[labels]] = True
+        return viewed
+
     def present(self, rigid: Collection[str] = ()) -> Tensor:
         """bool, by class of units: it exists, if only as zeros."""
-        classes, present = self.walk.classes, self.live.clone()
-        for _, labels in self._rigid(rigid):
-            present[classes[labels]] = True
+        classes, present = self.walk.classes, self.live | self.viewed(rigid)
         uneven = [node for node in self.walk.values if op_name(node) == "aten::chunk"]
         # What is left of every tensor must be whole slices along each of its dimensions.
         while True:

@@ -44,14 +44,15 @@ def _options(
 
 def merged_tiers(
     model: nn.Module, live: Liveness, attempt: Attempt
-) -> Iterator[tuple[str, dict[str, Extent], list[Mend]]]:
-    """Plans that merge layers with their neighbours, the furthest first: name, extents, mends.
+) -> Iterator[tuple[str, list[str], list[Mend]]]:
+    """Plans that merge layers with their neighbours, the furthest first: name, rigid modules
+    (see `Liveness.extents`), mends.
 
     The next one is for when the last one failed. Each module that views, splits or slices what
     shrinks is tried alone, without and with its attributes mended; where nothing helps, what it
     views stays there.
     """
-    yield MERGED, live.extents(), []
+    yield MERGED, [], []
     views = live.shrinking()
     mends: list[Mend] = []
     rigid: list[str] = []
@@ -65,5 +66,5 @@ def merged_tiers(
         else:
             mends += holds
             last = {mend.attribute for mend in holds} or last
-    yield EXCEPT if rigid else MERGED, live.extents(rigid), mends
-    yield EXCEPT, live.extents(views), []
+    yield EXCEPT if rigid else MERGED, rigid, mends
+    yield EXCEPT, views, []

@@ -19,7 +19,7 @@ from l0fast.graph import Trace, layer_size
 from l0fast.layers import Gated
 from l0fast.liveness import Extent, Liveness, local_extents
 from l0fast.mend import merged_tiers
-from l0fast.proof import Proof
+from l0fast.proof import Proof, in_float64
 from l0fast.sites import Site, find_sites, tied_modules
 from l0fast.skip import stop_following
 from l0fast.walk import Walk
@@ -52,6 +52,12 @@ class Plan:
     """What was undone, and why."""
     raw: set[str]
     """Layers whose weights stay without their gates, see `fold`."""
+    scaled: set[str]
+    """Layers whose gates are a factor on their units: they do not get smaller by them."""
+    live: Liveness | None
+    """What the extents come from; None if each layer is planned by itself."""
+    rigid: list[str]
+    """Modules in whose forward sizes are written out, see `Liveness.extents`."""
 
 
 def closed(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
@@ -61,6 +67,24 @@ def closed(model: nn.Module, kept: Mapping[str, Tensor]) -> nn.Module:
         for name, layer in gated_layers(twin).items():
             layer.log_alpha[~kept[name].to(layer.log_alpha.device)] = -torch.inf
     return twin
+
+
+def reference(
+    model: nn.Module, args: tuple[Any, ...], kept: Mapping[str, Tensor]
+) -> tuple[nn.Module, tuple[Any, ...], Proof]:
+    """The gated model in evaluation with its surplus gates closed, in float64 if that runs."""
+    try:
+        twin, wide = closed(model, kept).double().eval(), in_float64(args)
+        return twin, wide, Proof(twin, wide)
+    except Exception:
+        twin = closed(model, kept).eval()
+    try:
+        return twin, args, Proof(twin, args)
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [""]
+        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+        expected = f"what the model's forward takes ({type(error).__name__}: {reason[0][:200]})"
+        raise ValueError(f"example_inputs: got {shapes}; expected {expected}") from error
 
 
 def _light_copy(model: nn.Module) -> nn.Module:
@@ -200,17 +224,20 @@ def make_plan(
             edits = [edit_of(site, extent, scales.get(site.name)) for site, extent in pairs]
             return [edit for edit in edits if edit is not None]
 
-        last = local_extents(sites.values())
-        tiers: Iterable[tuple[str, dict[str, Extent], list[Mend]]] = [(ALONE, last, [])]
+        alone = local_extents(sites.values())
+        live: Liveness | None = None
+        tiers: Iterable[tuple[str, list[str], list[Mend]]] = []
         if trace is not None:
             live = Liveness(Walk(trace, sites.values()))
-            merged = merged_tiers(
+            tiers = merged_tiers(
                 folded.model, live, lambda extents, mends: attempt(edits_of(extents), mends)[1]
             )
-            tiers = chain(merged, tiers)
         tried: list[tuple[list[Edit], list[Mend]]] = []
         undone: dict[str, str] = {}
-        for tier, extents, mends in tiers:
+        for tier, rigid, mends in chain(tiers, [(ALONE, [], [])]):
+            if tier == ALONE:
+                live = None
+            extents = alone if live is None else live.extents(rigid)
             edits = edits_of(extents)
             if (edits, mends) in tried:
                 continue
@@ -219,12 +246,24 @@ def make_plan(
             if not failure:
                 undone.pop(tier, None)
                 notes += [f"{other}: undone, {failure}" for other, failure in undone.items()]
-                return Plan(tier, edits, mends, extents, sites, error, notes, raw)
+                return Plan(
+                    tier=tier,
+                    edits=edits,
+                    mends=mends,
+                    extents=extents,
+                    sites=sites,
+                    error=error,
+                    notes=notes,
+                    raw=raw,
+                    scaled=set(scales),
+                    live=live,
+                    rigid=rigid,
+                )
             undone.setdefault(tier, failure)
         for tier, failure in undone.items():
             _notes_once(notes, f"{tier}: undone, {failure}")
 
-        edits = edits_of(last)
+        edits = edits_of(alone)
         base = [edit for edit in edits if edit.scale is not None]
         failure = attempt(base)[1]
         if failure:
@@ -234,7 +273,7 @@ def make_plan(
                 "a model that reads the weights of its layers only by calling them",
             )
         rest = [edit.name for edit in edits if edit.scale is None]
-        alone = {edit.name: attempt([*base, edit])[1] for edit in edits if edit.name in rest}
-        faults = {name: failure for name, failure in alone.items() if failure}
+        each = {edit.name: attempt([*base, edit])[1] for edit in edits if edit.name in rest}
+        faults = {name: failure for name, failure in each.items() if failure}
         for name in faults or rest:
-            fixed[name] = f"made smaller: {alone[name] or 'it fails together with others'}"
+            fixed[name] = f"made smaller: {each[name] or 'it fails together with others'}"

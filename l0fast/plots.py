@@ -114,12 +114,16 @@ def _result(axis: Any, history: Rows, value: float, label: str) -> None:
 def _density(
     axis: Any, history: Rows, targets: Mapping[str, float], summary: Mapping[str, Any]
 ) -> None:
-    axis.set_title("density")
+    measure = summary.get("measure", "gates")
+    axis.set_title("density" if measure == "gates" else f"density ({measure})")
     axis.set_ylim(0, 1.03)
     if "expected_density" not in history[0]:
         _absent(axis, "dense: no gates")
         return
     expected = [row["expected_density"] for row in history]
+    value = summary["realised_density"]
+    if measure != "gates":
+        value = summary[f"{measure}_fraction"]
     if len(targets) > 1:
         for index, (name, target) in enumerate(targets.items()):
             style = _style(index)
@@ -128,7 +132,15 @@ def _density(
             label = f"{_short(name)}, target {target:g}"
             _curve(axis, history, [row["density"][name] for row in history], label=label, **style)
             axis.axhline(target, color=style["color"], ls=(0, (1, 2)), lw=1)
-        _curve(axis, history, expected, color=GREY, ls=(0, (5, 1)), lw=1, label="whole model")
+        _curve(
+            axis, history, expected, color=GREY, ls=(0, (5, 1)), lw=1, label="whole model, gates"
+        )
+    elif measure != "gates":
+        (target,) = targets.items()
+        shares = [row["density"][target[0]] for row in history]
+        _curve(axis, history, shares, color=BLUE, label=f"expected {measure}")
+        _curve(axis, history, expected, color=GREY, ls=(0, (5, 1)), lw=1, label="expected gates")
+        axis.axhline(target[1], color=BLACK, ls="-.", lw=1.2, label=f"target {target[1]:g}")
     else:
         realised = [row["realised_density"] for row in history]
         _curve(axis, history, expected, color=BLUE, label="expected")
@@ -136,7 +148,6 @@ def _density(
         _curve(axis, history, realised, color=VERMILLION, ls="--", label=label)
         for target in targets.values():
             axis.axhline(target, color=BLACK, ls="-.", lw=1.2, label=f"target {target:g}")
-    value = summary["realised_density"]
     _result(axis, history, value, f"pruned: {value:.4f}")
 
 

@@ -10,63 +10,54 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._tables import aligned
-from l0fast.budget import Budget, budget, choose, spent
+from l0fast.budget import Budget, choose
 from l0fast.compact import apply
 from l0fast.constraint import TARGETS, DensityConstraint, L0Penalty
-from l0fast.density import WHOLE_MODEL, count_macs, count_params, require_gated, target_groups
+from l0fast.density import (
+    WHOLE_MODEL,
+    Cost,
+    Group,
+    count_macs,
+    count_params,
+    require_gated,
+    target_groups,
+)
+from l0fast.footprint import Counts, measure_of, trial
 from l0fast.layers import Gated
-from l0fast.plan import Plan, closed, fold, make_plan
-from l0fast.proof import Proof, in_float64
+from l0fast.measure import SIZES, GateMeasure, check_measure, measure_name
+from l0fast.plan import Plan, closed, fold, make_plan, reference
 from l0fast.sparsify import example_args, unwrapped
 
 REPORT_FORMAT = 1
 
 
-def _targets(model: nn.Module) -> dict[tuple[str, ...], float]:
-    """The targets that constraints left on the model and its parts, by its layers' names."""
-    return {
-        tuple(f"{outer}.{name}" if outer else name for name in names): target
-        for outer, module in model.named_modules()
-        for names, target in module.__dict__.get(TARGETS, {}).items()
-    }
+def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> dict[str, tuple[Group, float]]:
+    """The targets that constraints left on the model and its parts."""
+    found: dict[str, tuple[Group, float]] = {}
+    for outer, module in model.named_modules():
+        prefix = f"{outer}." if outer else ""
+        for group, target in module.__dict__.get(TARGETS, {}).items():
+            names = tuple(prefix + name for name in group.layers)
+            whole = None if group.whole is None else outer
+            for name in names:
+                if name not in layers:
+                    expected = (
+                        f"a target: the model's constraint names {name!r}, which has no gates"
+                    )
+                    _checks.refuse("target", None, expected)
+            everything = group.measure == "gates" and set(names) == set(layers)
+            title = WHOLE_MODEL if everything or whole == "" else whole or ", ".join(names)
+            if group.measure != "gates":
+                title += f" ({measure_name(group.measure)})"
+            while title in found:
+                title += "'"
+            found[title] = Group(names, group.measure, whole), target
+    return found
 
 
-def _budgets(
-    model: nn.Module,
-    layers: Mapping[str, Gated],
-    target: float | Mapping[str, float] | None,
-) -> list[Budget]:
-    """What the gates may keep: by `target`, or by what the constraints left on the model."""
-    if target is not None:
-        groups = target_groups(model, target)
-        return [budget(name, names, value, layers) for name, (names, value) in groups.items()]
-    budgets: list[Budget] = []
-    for names, value in _targets(model).items():
-        for name in names:
-            if name not in layers:
-                expected = f"a target: the model's constraint names {name!r}, which has no gates"
-                _checks.refuse("target", None, expected)
-        title = WHOLE_MODEL if set(names) == set(layers) else ", ".join(names)
-        budgets.append(budget(title, names, value, layers))
-    return budgets
-
-
-def _reference(
-    model: nn.Module, args: tuple[Any, ...], kept: Mapping[str, Tensor]
-) -> tuple[nn.Module, tuple[Any, ...], Proof]:
-    """The gated model in evaluation with its surplus gates closed, in float64 if that runs."""
-    try:
-        twin, wide = closed(model, kept).double().eval(), in_float64(args)
-        return twin, wide, Proof(twin, wide)
-    except Exception:
-        twin = closed(model, kept).eval()
-    try:
-        return twin, args, Proof(twin, args)
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [""]
-        shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
-        expected = f"what the model's forward takes ({type(error).__name__}: {reason[0][:200]})"
-        raise ValueError(f"example_inputs: got {shapes}; expected {expected}") from error
+def _whole(value: float) -> float:
+    """A count as an int; a cost that is none stays as it is."""
+    return int(value) if float(value).is_integer() else value
 
 
 def _site(
@@ -123,7 +114,12 @@ def _site(
 
 
 def prune(
-    model: nn.Module, example_inputs: Any, target: float | Mapping[str, float] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    target: float | Mapping[str, float] | None = None,
+    *,
+    measure: str | Cost = "gates",
+    round_to: int = 1,
 ) -> nn.Module:
     """A smaller ordinary model that computes what the gated one does in evaluation.
 
@@ -131,7 +127,8 @@ def prune(
         model.eval()(x)      # with the gates that do not fit the target closed
 
     The gates that stay are those open in evaluation, by rank of their open probability, as many
-    as the target allows; every layer with gates on units keeps its likeliest one. Closed units
+    as the targets allow (a layer is complete with its first gate that does not fit); every layer
+    with gates on units keeps its likeliest one. Closed units
     are then removed wherever the layers around them agree, and elsewhere left out of the layer's
     computation by a gather before or a scatter after it. The result is compared with the gated
     model in float64 (where the model runs in it) on the example and on noise of its shape, and
@@ -140,9 +137,16 @@ def prune(
     Args:
         model: a model with gates.
         example_inputs: what its forward takes (a tuple for several arguments).
-        target: the density that the kept gates must not exceed: a number for the whole model, or
-            layer name or glob pattern -> number. Default: the targets of the `DensityConstraint`s
-            made for the model; without any, every open gate stays.
+        target: the density that must not be exceeded: a number for the whole model, or layer
+            name or glob pattern -> number. Default: the targets of the `DensityConstraint`s made
+            for the model, each by its own measure; without any, every open gate stays.
+        measure: what `target` is a share of, as in `DensityConstraint`.
+        round_to: each layer with gates on units keeps a multiple of so many of them (or all it
+            has), in the order of their open probability. A last block that is partly open is
+            filled by the next likeliest gates, which are closed in evaluation and so add units of
+            zeros, where the targets allow it, and else dropped. Where units have gates on both
+            sides (a convolution's channels in front of a Linear's inputs) fewer may be left; the
+            report names widths that are no multiples.
 
     Returns:
         A model of the same class, of plain PyTorch modules, in the same dtype, device and mode.
@@ -153,8 +157,9 @@ def prune(
             forced: how many gates the targets closed that were open in evaluation.
             collapsed: names of the gated layers without an open gate, through which nothing of
                 the input passes (with gates on units, one unit of zeros stands for them).
-            groups: name -> {layers, target, density, kept, limit, total, forced}: each target,
-                with the parameters kept, allowed and gated (an empty dict without targets).
+            round_to: as asked; filled: how many gates stay that are closed in evaluation.
+            groups: name -> {layers, measure, target, density, kept, total, forced}: each target,
+                with what is kept of its measure, and of how much (empty without targets).
             params, macs: [after, before]; before is the dense model without gates, and the MACs
                 are those of one forward of the example.
             sites: a dict for each gated layer, and for each other that changed: name, kind,
@@ -176,66 +181,89 @@ def prune(
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (purged models).
     """
+    _checks.whole("round_to", round_to)
     model = unwrapped(model)
     layers = require_gated(model)
     for name, module in model.named_modules():
         if isinstance(module, (DensityConstraint, L0Penalty)):
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
-    budgets = _budgets(model, layers, target)
-    kept = choose(layers, budgets)
-    forced: dict[str, int] = {}
+    if target is not None:
+        check_measure(measure, example_inputs)
+        targets = target_groups(model, target, measure)
+    else:
+        if measure != "gates":
+            _checks.refuse("measure", measure_name(measure), "a target beside it")
+        targets = _left_targets(model, layers)
+    args = example_args(example_inputs)
+    sized = any(group.measure in SIZES for group, _ in targets.values())
+    tried = trial(model, args) if sized else None
+    budgets = [
+        Budget(name, group.layers, value, measure_of(layers, [group], tried))
+        for name, (group, value) in targets.items()
+    ]
+    while True:
+        kept = choose(layers, budgets, round_to)
+        twin, wide, proof = reference(model, args, kept)
+        plan = make_plan(twin, layers, kept, wide, proof)
+        del twin
+        result = fold(closed(model, kept), plan.raw)
+        for module in result.model.modules():
+            module.__dict__.pop(TARGETS, None)
+        for parameter in result.model.parameters():
+            parameter.grad = None
+        params, macs = count_params(model), count_macs(result.model, args)[""]
+        small = apply(result.model, plan.edits, result.factors, plan.mends)
+        left = Counts.of(small, args)
+        spent: dict[str, float] = {}
+        for one in budgets:
+            group, _ = targets[one.name]
+            real = group.measure in SIZES
+            spent[one.name] = left.group(group) if real else one.measure.spent(kept)[0]
+        budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
+        if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
+            break
+    forced, filled = dict[str, int](), dict[str, int]()
     collapsed: list[str] = []
     with torch.no_grad():
         for name, layer in layers.items():
             is_open = (layer.evaluation_gates() > 0).cpu()
             forced[name] = int((is_open & ~kept[name]).sum())
+            filled[name] = int((kept[name] & ~is_open).sum())
             if not bool((is_open & kept[name]).any()):
                 collapsed.append(name)
-    args = example_args(example_inputs)
-
-    twin, wide, proof = _reference(model, args, kept)
-    plan = make_plan(twin, layers, kept, wide, proof)
-    del twin
-
-    result = fold(closed(model, kept), plan.raw)
-    for module in result.model.modules():
-        module.__dict__.pop(TARGETS, None)
-    for parameter in result.model.parameters():
-        parameter.grad = None
-    params, macs = count_params(model), count_macs(result.model, args)[""]
-    small = apply(result.model, plan.edits, result.factors, plan.mends)
     changed = {edit.name for edit in plan.edits}
     sites = [
         _site(name, plan, layers.get(name), kept.get(name), forced.get(name, 0), name in collapsed)
         for name in plan.sites
         if name in layers or name in changed
     ]
-    units = {"input": "in", "output": "out", "weight": "out", None: "out"}
-    everything = tuple(layers)
-    total = sum(layer.num_gates * layer.group_size for layer in layers.values())
+    units = {"input": "in", "output": "out", "weight": "out"}
+    gated = GateMeasure(layers, [Group(tuple(layers))])
     previous = getattr(model, "report", None)
     earlier = previous if isinstance(previous, dict) else {}
     small.report = {  # type: ignore[assignment]
         "format": REPORT_FORMAT,
         "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
-        "density": spent(kept, layers, everything) / total,
+        "density": gated.spent(kept)[0] / gated.totals[0],
         "forced": sum(forced.values()),
         "collapsed": collapsed,
+        "round_to": round_to,
+        "filled": sum(filled.values()),
         "groups": {
             one.name: {
                 "layers": list(one.layers),
+                "measure": measure_name(targets[one.name][0].measure),
                 "target": one.target,
-                "density": spent(kept, layers, one.layers) / one.total,
-                "kept": spent(kept, layers, one.layers),
-                "limit": one.limit,
-                "total": one.total,
+                "density": spent[one.name] / one.measure.totals[0],
+                "kept": _whole(spent[one.name]),
+                "total": _whole(one.measure.totals[0]),
                 "forced": sum(forced[name] for name in one.layers),
             }
             for one in budgets
         },
-        "params": [count_params(small), params],
-        "macs": [count_macs(small, args)[""], macs],
+        "params": [left.params[""], params],
+        "macs": [left.macs[""], macs],
         "sites": sites,
         "tier": plan.tier,
         "notes": plan.notes,
@@ -263,7 +291,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     lines = aligned(rows, left=len(head))
     for name, group in report["groups"].items():
         lines.append(
-            f"{name}: density {group['density']:.4f} of at most {group['target']:g}, "
+            f"{name}: {group['measure']} {group['density']:.4f} of at most {group['target']:g}, "
             f"{group['forced']} gates forced closed"
         )
     if report["collapsed"]:
@@ -273,6 +301,16 @@ def format_report(report: Mapping[str, Any]) -> str:
         after, before = report[key]
         share = f" ({after / before:.2%})" if before else ""
         lines.append(f"{what}: {after:,} of {before:,}{share}")
+    size = report["round_to"]
+    if size > 1:
+        odd = [
+            f"{site['name']} {side} {site[side][0]}"
+            for site in report["sites"]
+            for side in ("in", "out")
+            if site[side][0] % size and site[side][0] < site[side][1]
+        ]
+        but = f", but {', '.join(odd)}" if odd else ""
+        lines.append(f"widths in multiples of {size} ({report['filled']} gates filled up){but}")
     lines.append(f"architecture: {report['architecture']} ({report['tier']})")
     for mend in report["attributes"]:
         name = f"{mend['name']}.{mend['attribute']}".lstrip(".")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l0fast import _checks
+from l0fast.measure import MEASURES
 
 MAX_SEED = 2**32 - 1
 DUAL_GAIN = 33.0
@@ -22,6 +23,8 @@ class TrainerSettings:
     Args:
         density: target of the whole model, in (0, 1]; or
         layer_density: layer name or pattern -> target, each its own constraint; or
+        measure: what these targets are shares of, "gates", "params" or "macs" (see
+            `DensityConstraint`).
         penalty: coefficient of the penalised method; with none of the three the model is
             trained as it is, dense.
         penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
@@ -41,6 +44,7 @@ class TrainerSettings:
 
     density: float | None = None
     layer_density: Mapping[str, float] | None = None
+    measure: str = "gates"
     penalty: float | None = None
     penalty_per_example: bool = False
     epochs: int = 20
@@ -62,6 +66,9 @@ class TrainerSettings:
         ]
         if len(named) > 1:
             _checks.refuse(named[1], getattr(self, named[1]), f"only one of {' and '.join(named)}")
+        _checks.one_of("measure", self.measure, MEASURES)
+        if self.measure != "gates" and self.density is None and self.layer_density is None:
+            _checks.refuse("measure", self.measure, "a density or layer_density beside it")
         checked: dict[str, Any] = {}  # as plain numbers: a checkpoint holds no others
         if self.density is not None:
             checked["density"] = _checks.density("density", self.density)

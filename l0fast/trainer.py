@@ -157,7 +157,13 @@ class Trainer:
         if lr is None:
             least = min(target.values()) if isinstance(target, Mapping) else target
             lr = default_dual_lr(self.total_steps, least)
-        return DensityConstraint(self.model, target, dual=DualAscent(lr, settings.restarts))
+        return DensityConstraint(
+            self.model,
+            target,
+            measure=settings.measure,
+            example_inputs=self.example_inputs,
+            dual=DualAscent(lr, settings.restarts),
+        )
 
     def _optimizer(self) -> torch.optim.Optimizer:
         settings = self.settings
@@ -249,6 +255,7 @@ class Trainer:
                 }
             for key, values in by_constraint.items():
                 row[key] = dict(zip(self.term.names, values.tolist(), strict=True))
+            row["measure"] = self.term.measure
         return row
 
     # --- the whole run --------------------------------------------------------------------------
@@ -319,6 +326,7 @@ class Trainer:
             "epochs": self.settings.epochs,
             "target_density": self.settings.density,
             "target_layer_density": self.settings.layer_density,
+            "measure": self.settings.measure,
             "penalty": self.settings.penalty,
         }
         if gated:

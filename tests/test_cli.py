@@ -110,11 +110,24 @@ def test_the_report_and_the_progress(capsys: pytest.CaptureFixture[str]) -> None
     assert str(Path("x", PLOT)) in said.out
 
 
+def test_the_report_names_the_measure(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ("--density", "0.5", "--measure", "params", "--out", "x")
+    assert run(*FAST, "--quiet", *arguments, "--compare-dense") == 0
+    summary = json.loads(Path("x", SUMMARY).read_text())
+    line = f"params {summary['params_fraction']:.4f}, within 0.5"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 @pytest.mark.parametrize(
     ("arguments", "out", "wanted"),
     [
         (("--density", "0.5"), "digits-mlp-density-0.5-seed-0", {"target_density": 0.5}),
         (("--density", "1", "--seed", "7"), "digits-mlp-density-1-seed-7", {"seed": 7}),
+        (
+            ("--density", "0.5", "--measure", "macs"),
+            "digits-mlp-macs-0.5-seed-0",
+            {"target_density": 0.5, "measure": "macs", "feasible": True},
+        ),
         (
             ("--layer-density", "fc1=0.5,fc[23]=0.75"),
             "digits-mlp-density-fc1=0.5,fc[23]=0.75-seed-0",
@@ -331,7 +344,7 @@ def test_prune_to_another_target(finished: Path, capsys: pytest.CaptureFixture[s
     assert run("prune", checkpoint, "--target", "0.2", "--out", "a.safetensors") == 0
     assert "of at most 0.2" in capsys.readouterr().out
     assert run("prune", checkpoint, "--target", "fc1=0.1", "--out", "b.safetensors") == 0
-    assert "fc1: density" in capsys.readouterr().out
+    assert "fc1: gates" in capsys.readouterr().out
     Path("b.safetensors").write_text("precious")
     for target, words in (
         ("0", "target: got 0.0; expected a density in"),
@@ -414,6 +427,8 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--layer-density", "abc"), "layer_density: got 'abc'; expected a number"),
         (("--density", "0.5", "--penalty", "1"), "penalty: got 1.0; expected only one of"),
         (("--density", "0.5", "--layer-density", "0.5"), "expected only one of density and layer"),
+        (("--density", "0.5", "--measure", "x"), "measure: got 'x'; expected one of 'gates', 'par"),
+        (("--penalty", "1", "--measure", "macs"), "measure: got 'macs'; expected a density or la"),
         (("--density", "0.5", "--dense"), "dense: got True; expected no --density"),
         (("--penalty", "-1"), "penalty: got -1.0; expected a number >= 0"),
         (("--penalty", "abc"), "penalty: got 'abc'; expected a number"),

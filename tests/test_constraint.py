@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 import io
 import math
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Counting
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import DensityConstraint, DualAscent, HardConcrete, L0Penalty, prune, sparsify_
 from l0fast.constraint import TARGETS
-from l0fast.density import density
+from l0fast.density import Group, density
 from l0fast.draw import gated_layers
 
 SHIFT = 2 / 3 * math.log(11)  # P(open) = sigmoid(log_alpha + SHIFT), from the paper's constants
@@ -44,18 +43,6 @@ def expected(model: nn.Sequential, *names: str) -> Tensor:
     return torch.stack([weights[name] * p[name] for name in names]).sum() / sum(
         weights[name] for name in names
     )
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operations dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 # --- the value -----------------------------------------------------------------------------------
@@ -356,11 +343,16 @@ def test_the_state_goes_round() -> None:
         ({"0": 0.3, "2": 0.6}, 0.4),
         ({"0": 0.3, "2": 0.6}, {"2": 0.6, "0": 0.3}),  # their multipliers are in another order
         ({"0": 0.3}, {"2": 0.3}),
+        ("params", 0.4),
     ],
 )
 def test_the_state_of_other_constraints_is_refused(ours: Any, theirs: Any) -> None:
     model = mlp()
-    one, other = DensityConstraint(model, ours), DensityConstraint(model, theirs)
+    if ours == "params":
+        one = DensityConstraint(model, 0.4, measure="params", example_inputs=torch.randn(1, 8))
+    else:
+        one = DensityConstraint(model, ours)
+    other = DensityConstraint(model, theirs)
     other.multiplier.fill_(7.0)
     before = copy.deepcopy(one.state_dict())
     with pytest.raises(
@@ -403,17 +395,19 @@ def test_the_targets_stay_on_the_model_for_prune() -> None:
         for layer in gated_layers(model).values():
             layer.log_alpha.fill_(9.0)  # all open
     DensityConstraint(model, {"0": 0.5, "2": 0.7})
-    assert getattr(model, TARGETS) == {("0",): 0.5, ("2",): 0.7}
+    assert getattr(model, TARGETS) == {Group(("0",)): 0.5, Group(("2",)): 0.7}
     report: Any = prune(copy.deepcopy(model), torch.randn(1, 8)).report
     kept = {site["name"]: site["gates_open"] for site in report["sites"]}
     assert kept == {"0": 4, "2": 4}  # 0.5 of 8, and the most of 6 within 0.7
     DensityConstraint(model, {"0": 0.25})  # the last word on these layers
-    assert getattr(model, TARGETS)[("0",)] == 0.25
+    assert getattr(model, TARGETS)[Group(("0",))] == 0.25
 
 
 def test_it_prints_its_targets() -> None:
     text = repr(DensityConstraint(mlp(), {"0": 0.25, "2": 0.5}))
-    assert "0 <= 0.25, 2 <= 0.5" in text
+    assert "0 <= 0.25, 2 <= 0.5)" in text
+    own = DensityConstraint(mlp(), 0.5, measure="macs", example_inputs=torch.randn(1, 8))
+    assert repr(own) == "DensityConstraint(model <= 0.5 by macs)"
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -483,6 +477,14 @@ def test_the_lowest_target_that_the_bound_of_log_alpha_allows(bound: float, lowe
 def test_a_model_without_gates_is_refused(build: Any) -> None:
     with pytest.raises(ValueError, match=r"^model: got 'Sequential'; expected a model with gates"):
         build(nn.Sequential(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("measure", ["params", "macs"])
+def test_a_size_of_the_pruned_model_needs_an_example(measure: str) -> None:
+    with pytest.raises(ValueError, match=r"^example_inputs: got None; ") as caught:
+        DensityConstraint(mlp(), 0.5, measure=measure)
+    expected = f"expected what the model's forward takes, for measure={measure!r}"
+    assert str(caught.value).endswith(expected)
 
 
 def test_an_unknown_measure_is_refused() -> None:

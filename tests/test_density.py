@@ -9,17 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.density import (
+    Group,
     count_macs,
     count_params,
     density,
-    expected_densities,
     gated_parameters,
-    group_weights,
-    lowest_density,
     require_gated,
     target_groups,
 )
-from l0fast.hard_concrete import HardConcrete
 from l0fast.models import lenet5, mlp
 from l0fast.sparsify import sparsify_
 
@@ -81,25 +78,6 @@ def test_the_table_prints_aligned_with_a_total() -> None:
     with_macs = str(density(gated(), torch.randn(1, 2, 5, 5)))
     assert "216" in with_macs
     assert " -" not in with_macs
-
-
-def test_expected_densities_and_their_gradient() -> None:
-    model = gated(density_init=0.6)
-    layers = require_gated(model)
-    weights = group_weights([("conv",), ("fc1", "fc2"), ("conv", "fc1", "fc2")], layers)
-    with torch.no_grad():
-        for layer in layers.values():
-            layer.log_alpha.normal_()
-    p = {name: layer.open_probability() for name, layer in layers.items()}
-    conv, fc1, fc2 = 19 * p["conv"].sum(), 6 * p["fc1"].sum(), p["fc2"].sum()
-    expected = torch.stack([conv / 76, (fc1 + fc2) / 234, (conv + fc1 + fc2) / 310])
-    got = expected_densities(layers, weights.float())
-    torch.testing.assert_close(got, expected)
-    gates = [layer.log_alpha for layer in layers.values()]
-    mix = torch.tensor([1.0, 2.0, 3.0])
-    wanted = torch.autograd.grad(expected @ mix, gates)
-    for one, other in zip(torch.autograd.grad(got @ mix, gates), wanted, strict=True):
-        torch.testing.assert_close(one, other)
 
 
 def test_expected_density_is_the_mean_of_realised_draws() -> None:
@@ -171,29 +149,16 @@ def test_shared_tensors_and_layers_count_once_as_parameters_and_each_call_as_mac
 def test_target_groups() -> None:
     model = gated()
     everything = ("conv", "fc1", "fc2")
-    assert target_groups(model, 0.5) == {"model": (everything, 0.5)}
-    assert target_groups(model, 1) == {"model": (everything, 1.0)}
+    assert target_groups(model, 0.5) == {"model": (Group(everything), 0.5)}
+    assert target_groups(model, 1) == {"model": (Group(everything), 1.0)}
     assert target_groups(model, {"fc*": 0.3, "conv": 0.5}) == {
-        "fc*": (("fc1", "fc2"), 0.3),
-        "conv": (("conv",), 0.5),
+        "fc*": (Group(("fc1", "fc2")), 0.3),
+        "conv": (Group(("conv",)), 0.5),
     }
-    assert target_groups(model, {"*": 0.5}) == {"*": (everything, 0.5)}
-
-
-def test_the_lowest_density_keeps_a_unit_in_each_layer() -> None:
-    layers = require_gated(gated())
-    assert lowest_density([layers["conv"]]) == 1 / 4
-    assert lowest_density(list(layers.values())) == (19 + 6 + 1) / 310
-    assert target_groups(gated(), {"conv": 0.25})["conv"][1] == 0.25
-    line = r"target\['conv'\]: got 0.24; expected a density in \[0.25, 1\]"
-    with pytest.raises(ValueError, match=line):
-        target_groups(gated(), {"conv": 0.24})
-    wide = list(require_gated(sparsify_(mlp(784, 10))).values())
-    assert lowest_density(wide) < 0.004
-    # A narrow bound on log_alpha is a floor of its own: published code never went below 4.71 %.
-    narrow = sparsify_(mlp(784, 10), distribution=HardConcrete(bound=4.60517))
-    with pytest.raises(ValueError, match=r"expected a density in \[0.0471\d*, 1\]"):
-        target_groups(narrow, 0.04)
+    assert target_groups(model, {"*": 0.5}) == {"*": (Group(everything), 0.5)}
+    # With a number it is the whole model that is measured, and what has no gates with it.
+    assert target_groups(model, 0.5, "macs") == {"model": (Group(everything, "macs", ""), 0.5)}
+    assert target_groups(model, {"*": 0.5}, "macs") == {"*": (Group(everything, "macs"), 0.5)}
 
 
 BAD_TARGETS: list[tuple[Any, str]] = [

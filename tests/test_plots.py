@@ -41,8 +41,8 @@ def history(epochs: int, kind: str, layers: dict[str, int] = LAYERS) -> list[dic
                 }
                 for i, (name, size) in enumerate(layers.items())
             }
-        if kind in ("model", "layers"):
-            names = ["model"] if kind == "model" else list(layers)
+        if kind in ("model", "layers", "params"):
+            names = list(layers) if kind == "layers" else ["model"]
             row["density"] = {name: fraction + 0.02 * i for i, name in enumerate(names)}
             row["lambda"] = {name: (epoch % 7) * (1 + i) / 9 for i, name in enumerate(names)}
             row["restarts"] = dict.fromkeys(names, epoch // 7)
@@ -53,7 +53,7 @@ def history(epochs: int, kind: str, layers: dict[str, int] = LAYERS) -> list[dic
 def targets(kind: str, layers: dict[str, int] = LAYERS) -> dict[str, float] | None:
     if kind == "layers":
         return {name: 0.2 + 0.1 * (i % 6) for i, name in enumerate(layers)}
-    return {"model": 0.3} if kind == "model" else None
+    return {"model": 0.3} if kind in ("model", "params") else None
 
 
 def summary(kind: str) -> dict[str, Any]:
@@ -65,11 +65,13 @@ def summary(kind: str) -> dict[str, Any]:
         "architecture": None,
     }
     if kind != "dense":
-        found |= {"realised_density": 0.2987, "architecture": "20-21-34-407"}
+        found |= {"realised_density": 0.2987, "architecture": "20-21-34-407", "measure": "gates"}
+    if kind == "params":
+        found |= {"measure": "params", "params_fraction": 0.2345}
     return found
 
 
-KINDS = ["model", "layers", "penalty", "dense"]
+KINDS = ["model", "layers", "params", "penalty", "dense"]
 
 
 @pytest.fixture
@@ -129,7 +131,9 @@ def test_the_curves_are_the_metrics(kind: str, figures: list[Figure]) -> None:
         wanted += [[row[n] for row in rows] for n in ("expected_density", "realised_density")]
     if kind == "layers":
         wanted += [[row["density"][name] for row in rows] for name in LAYERS]
-    if kind in ("model", "layers"):
+    if kind == "params":
+        wanted += [[row["density"]["model"] for row in rows]]
+    if kind in ("model", "layers", "params"):
         wanted += [[row["lambda"][name] for row in rows] for name in rows[0]["lambda"]]
     if kind != "dense":
         wanted += [[r["layers"][n]["kept"] / size for r in rows] for n, size in LAYERS.items()]
@@ -137,6 +141,16 @@ def test_the_curves_are_the_metrics(kind: str, figures: list[Figure]) -> None:
         assert any(values == pytest.approx(curve) for curve in found)
     levels = {y[0] for _, y in points(figures[0].axes[0]) if len(set(y)) == 1}
     assert levels >= set((targets(kind) or {}).values())
+
+
+@pytest.mark.parametrize(("kind", "pruned"), [("model", 0.2987), ("params", 0.2345)])
+def test_the_measure_names_the_density_and_the_result(
+    kind: str, pruned: float, figures: list[Figure]
+) -> None:
+    draw(kind)
+    axis = figures[0].axes[0]
+    assert axis.get_title() == ("density (params)" if kind == "params" else "density")
+    assert ([30.0], [pruned]) in points(axis)
 
 
 def test_restarts_are_marked(figures: list[Figure]) -> None:

@@ -19,6 +19,7 @@ import l0fast
 ROOT = Path(__file__).resolve().parent.parent
 
 PUBLIC = {
+    "Constraints",
     "DensityConstraint",
     "DualAscent",
     "HardConcrete",
@@ -35,6 +36,8 @@ PUBLIC = {
     "load_pruned",
     "param_groups",
     "prune",
+    "prune_optimizer",
+    "prune_state_dict",
     "save_pruned",
     "sparsify_",
 }

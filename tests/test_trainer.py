@@ -39,11 +39,12 @@ METRICS_OF = {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
     "gated": {"expected_density", "realised_density", "layers", "collapsed"},
-    "constrained": {"density", "lambda", "restarts"},
+    "constrained": {"density", "lambda", "restarts", "measure"},
 }  # fmt: skip
 SUMMARY_OF = {
     "always": {
         "dataset", "model", "seed", "epochs", "target_density", "target_layer_density", "penalty",
+        "measure",
         "expected_density", "architecture", "test_error_percent", "best_test_error_percent",
         "validation_error_percent", "feasible", "params", "dense_params", "params_fraction",
         "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device", "torch",
@@ -53,6 +54,7 @@ SUMMARY_OF = {
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "density": ({"density": 0.5}, ("always", "gated", "constrained")),
+    "params": ({"density": 0.4, "measure": "params"}, ("always", "gated", "constrained")),
     "layers": (
         {"layer_density": {"fc2": 0.5, "fc1": 0.6, "fc3": 0.8}},
         ("always", "gated", "constrained"),
@@ -130,6 +132,12 @@ def test_it_reaches_its_targets(finished: Any) -> None:
     assert abs(half["expected_density"] - last["expected_density"]) < 0.06
     assert summary["feasible"] is True
     report = one.pruned.report
+    if kind == "params":
+        assert last["density"]["model"] == pytest.approx(0.4, abs=0.03)
+        assert 0.3 < summary["params_fraction"] <= 0.4
+        assert list(report["groups"]) == ["model (params)"]
+        assert report["groups"]["model (params)"]["density"] == summary["params_fraction"]
+        return
     targets = {"model": 0.5} if kind == "density" else KINDS["layers"][0]["layer_density"]
     assert {name: group["target"] for name, group in report["groups"].items()} == targets
     for group in report["groups"].values():
@@ -178,7 +186,8 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        for name in wanted - {"epoch", "layers", "density", "lambda", "restarts", "collapsed"}:
+        others = {"epoch", "layers", "density", "lambda", "restarts", "collapsed", "measure"}
+        for name in wanted - others:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
         if "layers" in row:
@@ -187,12 +196,13 @@ def test_metrics(finished: Any) -> None:
                 assert layer.keys() == {"kept", "of", "expected_density"}
                 assert 0 <= layer["kept"] <= layer["of"]
         if "lambda" in row:
-            names = {"model"} if kind == "density" else sizes.keys()
-            for key in METRICS_OF["constrained"]:
+            names = sizes.keys() if kind == "layers" else {"model"}
+            assert row["measure"] == ("params" if kind == "params" else "gates")
+            for key in METRICS_OF["constrained"] - {"measure"}:
                 assert row[key].keys() == names
             if kind == "density":
                 assert row["density"]["model"] == pytest.approx(row["expected_density"], rel=1e-6)
-            else:
+            elif kind == "layers":
                 for name, layer in row["layers"].items():
                     density = layer["expected_density"]
                     assert row["density"][name] == pytest.approx(density, rel=1e-6)
@@ -224,6 +234,7 @@ def test_summary(finished: Any) -> None:
     assert summary["target_density"] == options.get("density")
     assert summary["target_layer_density"] == options.get("layer_density")
     assert summary["penalty"] == options.get("penalty")
+    assert summary["measure"] == options.get("measure", "gates")
     assert summary["dense_params"] == 64 * 32 + 32 + 32 * 16 + 16 + 16 * 10 + 10
     assert summary["dense_macs"] == 64 * 32 + 32 * 16 + 16 * 10
     assert summary["params_fraction"] == summary["params"] / summary["dense_params"]

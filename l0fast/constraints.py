@@ -1,0 +1,71 @@
+"""Several constraints on one model, called and stepped as one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.constraint import DensityConstraint
+from l0fast.measure import measure_name
+
+
+class Constraints(nn.Module):
+    """Several constraints on one model as one: add its call to the loss.
+
+    Equals:
+        sum(constraint() for constraint in constraints)
+    `step()` moves the multipliers of all. `prune` holds every target, by its own measure.
+
+    Args:
+        constraints: `DensityConstraint`s, by different measures or on different layers.
+
+    Attributes:
+        constraints: the same, in order; each with its multipliers.
+
+    Raises:
+        ValueError, TypeError: no constraint, one on another model, or two on the same layers by
+            the same measure.
+    """
+
+    def __init__(self, constraints: Iterable[DensityConstraint]) -> None:
+        super().__init__()
+        terms = list(constraints)
+        expected = "one or more DensityConstraints"
+        for term in terms:
+            if not isinstance(term, DensityConstraint):
+                _checks.refuse("constraints", type(term).__name__, expected, TypeError)
+        if not terms:
+            _checks.refuse("constraints", terms, expected)
+        first = list(terms[0].layers.values())
+        if any(list(term.layers.values()) != first for term in terms):
+            _checks.refuse("constraints", "several models", "constraints on one model")
+        groups = [group for term in terms for group in term.groups.values()]
+        for group in groups:
+            if groups.count(group) > 1:
+                words = f"two on {group.layers} by {measure_name(group.measure)}"
+                _checks.refuse("constraints", words, "one target for each")
+        self.constraints = nn.ModuleList(terms)
+
+    @property
+    def _terms(self) -> list[DensityConstraint]:
+        return list(self.constraints)  # pyright: ignore[reportReturnType]
+
+    def forward(self) -> Tensor:
+        """0-d: the sum of the constraints' terms."""
+        return torch.stack([term() for term in self._terms]).sum()
+
+    def step(self) -> None:
+        """Moves all multipliers and puts every log_alpha back into its bounds."""
+        for term in self._terms:
+            term.ascend_()
+        self._terms[0].project_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # All of them before the first is changed.
+        for index, term in enumerate(self._terms):
+            term.check_state(state_dict, f"{prefix}constraints.{index}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,103 @@
+"""Several constraints as one: the sum of their terms, one step, one state, and all of them held."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from l0fast import Constraints, DensityConstraint, DualAscent, L0Penalty, prune, sparsify_
+from l0fast.draw import gated_layers
+from l0fast.hard_concrete import HardConcrete
+
+X = torch.randn(2, 8)
+
+
+def mlp(**options: Any) -> nn.Sequential:
+    model = sparsify_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), **options)
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.normal_(2, 2)
+    return model
+
+
+def units(opened: Mapping[str, Tensor]) -> Tensor:
+    return torch.stack([p.sum() for p in opened.values()]).sum()
+
+
+def four(model: nn.Module, dual: DualAscent | None = None) -> list[DensityConstraint]:
+    """By gates for the model and for a layer, by MACs, and by a cost of one's own."""
+    return [
+        DensityConstraint(model, 0.7, dual=dual),
+        DensityConstraint(model, {"0": 0.6}, dual=dual),
+        DensityConstraint(model, 0.5, measure="macs", example_inputs=X, dual=dual),
+        DensityConstraint(model, 0.8, measure=units, dual=dual),
+    ]
+
+
+def test_one_call_and_one_step_are_those_of_each() -> None:
+    model = mlp(distribution=HardConcrete(bound=3.0))
+    dual = DualAscent(0.5, restarts=False)
+    alone, together = four(model, dual), Constraints(four(model, dual))
+    for index, (one, other) in enumerate(zip(alone, together.constraints, strict=True)):
+        one.multiplier.fill_(1.0 + index)
+        other.multiplier.fill_(1.0 + index)  # type: ignore[operator]
+    model(X)
+    wanted = torch.stack([one() for one in alone]).sum()
+    got = together()
+    torch.testing.assert_close(got, wanted)
+    gates = [layer.log_alpha for layer in gated_layers(model).values()]
+    pairs = zip(torch.autograd.grad(got, gates), torch.autograd.grad(wanted, gates), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        gates[0].fill_(9.0)
+    together.step()
+    assert float(gates[0].detach().max()) == 3.0
+    for one, other in zip(alone, together.constraints, strict=True):
+        one.step()
+        torch.testing.assert_close(one.multiplier, other.multiplier)
+        assert float(one.multiplier) != 0
+
+
+def test_prune_holds_them_all() -> None:
+    model = mlp()
+    Constraints(four(model))
+    report: Any = prune(model, X).report
+    assert sorted(report["groups"]) == ["0", "model", "model (macs)", "model (units)"]
+    for group in report["groups"].values():
+        assert group["density"] <= group["target"]
+    assert report["macs"][0] / report["macs"][1] == report["groups"]["model (macs)"]["density"]
+
+
+def test_the_state_goes_round() -> None:
+    model = mlp()
+    one, other = Constraints(four(model)), Constraints(four(model))
+    for _ in range(3):
+        one()
+        one.step()
+    other.load_state_dict(one.state_dict())
+    for name, buffer in one.named_buffers():
+        torch.testing.assert_close(other.get_buffer(name), buffer)
+    twin = Constraints(reversed(four(model)))
+    before = copy.deepcopy(twin.state_dict())
+    with pytest.raises(ValueError, match=r"^state_dict: got 'constraints on model \(0 2\) by g"):
+        twin.load_state_dict(one.state_dict())
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(before[name], buffer)
+
+
+def test_what_is_refused() -> None:
+    model, other = mlp(), mlp()
+    with pytest.raises(ValueError, match=r"^constraints: got \[\]; expected one or more Density"):
+        Constraints([])
+    with pytest.raises(TypeError, match=r"^constraints: got 'L0Penalty'; expected one or more"):
+        Constraints([L0Penalty(model, 0.1)])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match=r"^constraints: got 'several models'; expected constra"):
+        Constraints([DensityConstraint(model, 0.5), DensityConstraint(other, 0.5)])
+    with pytest.raises(ValueError, match=r"^constraints: got \"two on \('0', '2'\) by gates\"; "):
+        Constraints([DensityConstraint(model, 0.5), DensityConstraint(model, 0.4)])
