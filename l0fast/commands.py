@@ -281,7 +281,7 @@ def _pruned(
     checkpoint: Checkpoint, model: nn.Module, example: Tensor, target: str | None
 ) -> nn.Module:
     """The smaller model, within `target` (by the run's measure) or else what the run asked for."""
-    measure = checkpoint.identity["measure"]
+    measure = checkpoint.identity.get("measure", "gates")
     if target is not None:
         wanted = _layer_density(target, []) if "=" in target else _number("target", target)
         return prune_model(model, example, wanted, measure=measure)

@@ -14,7 +14,7 @@ from l0fast import _checks, graph
 from l0fast.channels import RIGID, STAYS, op_name, shape_of
 from l0fast.draw import SKIPPING, Drawn, detach_draw, gated_layers
 from l0fast.proof import TOLERANCE, relative_error, tensors_of
-from l0fast.sites import find_sites
+from l0fast.sites import find_sites, light_copy
 from l0fast.skip import Link, Reader, Skipping, can_follow, stop_following
 from l0fast.walk import Walk
 
@@ -23,14 +23,9 @@ SLACK = 100.0
 DRAWS = 3
 
 
-def _light_copy(model: nn.Module) -> nn.Module:
-    """A copy with the same parameters, not copies of them."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
-
-
 def _plain(model: nn.Module) -> nn.Module:
     """A copy in training with ordinary layers for the gated ones, of the same parameters."""
-    twin = _light_copy(model)
+    twin = light_copy(model)
     for module in list(twin.modules()):
         for name, child in list(module._modules.items()):
             if isinstance(child, Drawn):

@@ -20,7 +20,7 @@ from l0fast.layers import Gated
 from l0fast.liveness import Extent, Liveness, local_extents
 from l0fast.mend import merged_tiers
 from l0fast.proof import Proof, in_float64
-from l0fast.sites import Site, find_sites, tied_modules
+from l0fast.sites import Site, find_sites, light_copy, tied_modules
 from l0fast.skip import stop_following
 from l0fast.walk import Walk
 
@@ -85,11 +85,6 @@ def reference(
         shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
         expected = f"what the model's forward takes ({type(error).__name__}: {reason[0][:200]})"
         raise ValueError(f"example_inputs: got {shapes}; expected {expected}") from error
-
-
-def _light_copy(model: nn.Module) -> nn.Module:
-    """A copy whose modules may be replaced: it has the same parameters, not copies of them."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def fold(twin: nn.Module, raw: Collection[str] = ()) -> Folded:
@@ -193,12 +188,12 @@ def make_plan(
     trace: Trace | None = None
     raw: set[str] = set()
     try:
-        trace = graph.export(fold(_light_copy(twin)).model, args)
+        trace = graph.export(fold(light_copy(twin)).model, args)
     except Exception as failure:
         notes.append(f"layers are not merged, torch.export refuses the model: {_raises(failure)}")
     else:
         raw = trace.read_outside & layers.keys()
-    folded = fold(_light_copy(twin), raw)
+    folded = fold(light_copy(twin), raw)
     for name in raw:
         if trace is not None and not trace.counts[name]:
             folded.factors.pop(name, None)  # nothing was ever multiplied by its gates
@@ -207,7 +202,7 @@ def make_plan(
     def attempt(edits: list[Edit], mends: Collection[Mend] = ()) -> tuple[float, str]:
         """The error of a plan, and "" if it holds or what is wrong with it."""
         try:
-            candidate = apply(_light_copy(folded.model), edits, folded.factors, mends)
+            candidate = apply(light_copy(folded.model), edits, folded.factors, mends)
             error = proof.error(candidate)
         except Exception as failure:
             return torch.inf, _raises(failure)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -33,6 +34,11 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
+
+
+def light_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules may be replaced: it has the same parameters, not copies of them."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
