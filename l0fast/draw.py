@@ -86,12 +86,22 @@ NOT_DRAWN: tuple[Tensor | None, Draw] = (None, Draw(owner=0, live=False))
 
 
 def in_force(draw: Draw) -> bool:
-    """Whether a draw is this call's: in its model's forward, or replayed in a backward."""
+    """Whether a draw is this call's: in its model's forward, or replayed in a backward.
+
+    Raises:
+        RuntimeError: replayed, after a later forward has drawn other gates.
+    """
     # Activation checkpointing runs a layer again while the graph is walked backward, when
     # the model's forward is over: the gates it must see are those it saw then.
     if draw.live or torch.compiler.is_compiling():
         return draw.live
-    return torch._C._current_graph_task_id() != -1
+    replayed = torch._C._current_graph_task_id() != -1
+    if replayed and any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
+        raise RuntimeError(
+            "activation checkpointing: got several forward passes before a backward; expected "
+            "a backward after each (its gates are gone), or noise='example'"
+        )
+    return replayed
 
 
 DRAWN = ("_drawn", "_counted", "_compact")
@@ -135,14 +145,7 @@ class Drawn:
         z, draw = self._drawn
         if z is None:
             return False
-        if draw.live or not in_force(draw):
-            return draw.live
-        if any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
-            raise RuntimeError(
-                "activation checkpointing: got several forward passes before a backward; expected "
-                "a backward after each (its gates are gone), or noise='example'"
-            )
-        return True
+        return in_force(draw)
 
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one step of one model: copies and pickles start without.
@@ -160,7 +163,7 @@ def _members(model: nn.Module) -> list[Drawn]:
     return model.__dict__.get(_MEMBERS, [])
 
 
-def draw_gates(model: nn.Module, inputs: Any = ()) -> None:
+def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
     """Forward pre-hook: samples the gates of all the model's layers in one op."""
     groups: dict[Any, list[tuple[Drawn, Tensor]]] = {}
     for layer in _members(model):
@@ -175,6 +178,8 @@ def draw_gates(model: nn.Module, inputs: Any = ()) -> None:
     opened: dict[int, Tensor] = {}
     skip = None if torch.compiler.is_compiling() else model.__dict__.get(SKIPPING)
     draw = NOT_DRAWN[1]
+    if skip is not None:
+        skip.clear()  # a forward that was interrupted leaves its own behind
     for (distribution, _, dtype), members in groups.items():
         draw = Draw(id(model))
         layers, log_alphas = [layer for layer, _ in members], [gate for _, gate in members]
@@ -197,7 +202,7 @@ def draw_gates(model: nn.Module, inputs: Any = ()) -> None:
             for layer, part in zip(layers, parts, strict=True):
                 opened[id(layer)] = layer.spread(part)
     if skip is not None and opened:
-        skip.assign(opened, inputs, draw)
+        skip.assign(model, opened, inputs, options or {}, draw)
 
 
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
@@ -212,7 +217,7 @@ def attach_draw(model: nn.Module) -> None:
     """Makes `model` draw the gates of all its layers at the start of its forward."""
     model.__dict__[_MEMBERS] = list(gated_layers(model).values())
     if draw_gates not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(draw_gates)
+        model.register_forward_pre_hook(draw_gates, with_kwargs=True)
         model.register_forward_hook(release_gates, always_call=True)
 
 

@@ -334,9 +334,9 @@ class L0Linear(Gated, nn.Linear):
                 return F.linear(input * self._example_z(input, -1), self.weight, self.bias)
             y = F.linear(input, self.weight, self.bias)
             return y * self._example_z(y, -1)
+        if self.gates == "input" and not self.training:
+            return F.linear(input * self._z(), self.weight, self.bias)
         if self.gates == "input" and self._compact is None:
-            if not self.training:
-                return F.linear(input * self._z(), self.weight, self.bias)
             return autograd.gated_linear(input, self.weight, self.bias, self._z())
         return F.linear(*self._parts(input, -1))
 

@@ -9,16 +9,18 @@ others compact: no zeros are put in and taken out again between them.
 from __future__ import annotations
 
 import functools
+import operator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
 
-from l0fast import autograd
-from l0fast.draw import Compact, Draw, Drawn, in_force
+from l0fast.draw import SKIPPING, Compact, Draw, Drawn, in_force
 from l0fast.graph import LAYERS, NORMS
+from l0fast.proof import tensors_of
 
 OVERHEAD = 5_000_000
 """Multiply-accumulates of one pass that take as long as leaving channels out of a link (on a CPU:
@@ -56,10 +58,14 @@ class Following:
             assert compact.cols is not None
             return self._norm(x, compact.cols)
         rows, cols, gather = compact
-        inner = layer.weight.dim() - 2
+        weight, bias = layer.weight, layer.bias
+        if rows is not None:
+            weight = weight.index_select(0, rows)
+            bias = None if bias is None else bias.index_select(0, rows)
+        if cols is not None:
+            weight = weight.index_select(1, cols)
         if gather is not None:
-            x = autograd.gather(x, gather, -1 - inner)
-        weight, bias = autograd.compact_weight(layer.weight, layer.bias, None, 1, rows, cols)
+            x = x.index_select(1 - weight.dim(), gather)
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
         return layer._conv_forward(x, weight, bias)
@@ -69,7 +75,7 @@ class Following:
         mean = norm.running_mean.index_select(0, channels)
         variance = norm.running_var.index_select(0, channels)
         weight, bias = (
-            None if parameter is None else autograd.gather(parameter, channels, 0)
+            None if parameter is None else parameter.index_select(0, channels)
             for parameter in (norm.weight, norm.bias)
         )
         y = F.batch_norm(x, mean, variance, weight, bias, norm.training, norm.momentum, norm.eps)
@@ -89,8 +95,9 @@ def can_follow(layer: nn.Module) -> bool:
 
 
 def stop_following(model: nn.Module) -> None:
-    """Gives the layers of a model their own forward back."""
+    """Makes a model, and each part of it, compute with all units; layers get their own forward."""
     for module in model.modules():
+        module.__dict__.pop(SKIPPING, None)
         if isinstance(module.__dict__.get("forward"), Following):
             del module.__dict__["forward"]
 
@@ -131,48 +138,104 @@ class Link:
         return self.zeros and isinstance(self.maker, Drawn) and self.maker.gates == "output"
 
 
-def _rounded_up(mask: Tensor) -> Tensor:
+def _rounded_up(mask: Tensor, multiple: int) -> Tensor:
     """Positions where `mask` is set, and as many others as make their number a multiple.
 
     At least one: an empty layer does not run.
     """
     found = mask.nonzero().flatten()
-    wanted = min(-(-max(len(found), 1) // MULTIPLE) * MULTIPLE, len(mask))
+    wanted = min(-(-max(len(found), 1) // multiple) * multiple, len(mask))
     if len(found) < wanted:
         others = (~mask).nonzero().flatten()[: wanted - len(found)]
         found = torch.cat([found, others]).sort().values
     return found
 
 
+def form_of(args: tuple[Any, ...], options: dict[str, Any]) -> list[object]:
+    """How a forward is called: its tensors' dtypes and ranks, and everything else as it is."""
+    leaves, structure = tree_flatten((tuple(args), options))
+    forms = [
+        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+    ]
+    return [str(structure), *forms]
+
+
 class Skipping:
     """The links of a model, and whether closed units are skipped on them.
 
     What is left out depends on the gates and on the size of the input alone, so that a training
-    that is resumed takes the very steps of one that was not interrupted.
+    that is resumed takes the very steps of one that was not interrupted. A call of another form
+    than the example's, and a model that has been changed since, are computed masked.
 
     Args:
-        links: of the model's gated layers; each layer makes, and reads, at most one.
-        mode: "auto": a link where it pays; True: every link.
-        size: elements of the example's first tensor.
+        model: the model that draws.
+        links: of its layers; each layer makes, and reads, at most one.
+        mode: "auto": a link where it pays, on a CPU; True: every link.
+        args: the example.
+        multiple: of how many units are computed.
     """
 
-    def __init__(self, links: list[Link], mode: str | bool, size: int = 1) -> None:
-        self.links, self.mode, self.size = links, mode, size
+    def __init__(
+        self,
+        model: nn.Module,
+        links: list[Link],
+        mode: str | bool,
+        args: tuple[Any, ...],
+        multiple: int = MULTIPLE,
+    ) -> None:
+        self.links, self.mode, self.multiple = links, mode, multiple
+        self.form = form_of(args, {})
+        self.size = max(next((tensor.numel() for tensor in tensors_of(args)), 1), 1)
         found = {id(layer): layer for link in links for layer in link.layers()}
         self._layers = list(found.values())
-        for layer in self._layers:
-            if not isinstance(layer, Drawn):
-                layer.__dict__["forward"] = Following(layer)
+        self._following = [
+            Following(layer) for layer in self._layers if not isinstance(layer, Drawn)
+        ]
+        for following in self._following:
+            following.layer.__dict__["forward"] = following
+        self._modules = list(model.modules())
 
-    def assign(self, opened: dict[int, Tensor], inputs: tuple[Any, ...], draw: Draw) -> None:
+    def clear(self) -> None:
+        """Makes every layer compute with all units."""
+        for layer in self._layers:
+            if isinstance(layer, Drawn):
+                layer.__dict__["_compact"] = None
+        for following in self._following:
+            following.compact = None
+
+    def holds(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether this is a call like the example, of the model as it was."""
+        modules = list(model.modules())
+        return (
+            form_of(args, options) == self.form
+            and len(modules) == len(self._modules)
+            and all(map(operator.is_, modules, self._modules))
+            and all(f.layer.__dict__.get("forward") is f for f in self._following)
+            and all(can_follow(f.layer) for f in self._following)
+            and not any(one._forward_hooks or one._forward_pre_hooks for one in self._layers)
+        )
+
+    def assign(
+        self,
+        model: nn.Module,
+        opened: dict[int, Tensor],
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+        draw: Draw,
+    ) -> None:
         """Tells each layer what it leaves out in this step.
 
         Args:
+            model: the model that draws.
             opened: id of a layer drawn in this step -> bool, which units its gates leave open.
-            inputs: of the model's forward.
+            inputs, options: of the model's forward.
             draw: the model's, in force as long as this forward is.
         """
-        first = next((value for value in inputs if isinstance(value, Tensor)), None)
+        if self.mode == "auto" and any(mask.is_cuda for mask in opened.values()):
+            return  # the host would have to wait for the gates
+        if not self.holds(model, inputs, options):
+            return
+        first = next(iter(tensors_of(inputs)), None)
         examples = 1.0 if first is None else first.numel() / self.size
         rows: dict[int, Tensor] = {}
         cols: dict[int, tuple[Tensor, Tensor | None]] = {}
@@ -182,27 +245,28 @@ class Skipping:
                 continue
             if link.maker is None:
                 (reader,) = link.readers
-                found = _rounded_up(opened[id(reader.layer)])
+                found = _rounded_up(opened[id(reader.layer)], self.multiple)
                 if self.pays(link, len(found), len(opened[id(reader.layer)]), examples):
                     cols[id(reader.layer)] = found, found
                 continue
             alive = self._alive(link, opened)
-            found = _rounded_up(alive)
+            found = _rounded_up(alive, self.multiple)
             if not self.pays(link, len(found), len(alive), examples):
                 continue
             rows[id(link.maker)] = found
             alone = sum(not isinstance(reader.layer, NORMS) for reader in link.readers) == 1
             for reader in link.readers:
                 cols[id(reader.layer)] = self._columns(reader, alive, found, opened, alone)
+        compacts = {
+            id(layer): Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
+            for layer in self._layers
+            if id(layer) in rows or id(layer) in cols
+        }
         for layer in self._layers:
-            compact = None
-            if id(layer) in rows or id(layer) in cols:
-                compact = Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
             if isinstance(layer, Drawn):
-                layer.__dict__["_compact"] = compact
-            else:
-                following = layer.__dict__["forward"]
-                following.compact, following.draw = compact, draw
+                layer.__dict__["_compact"] = compacts.get(id(layer))
+        for following in self._following:
+            following.compact, following.draw = compacts.get(id(following.layer)), draw
 
     def pays(self, link: Link, kept: int, of: int, examples: float) -> bool:
         """Whether leaving out the other channels saves more time than it costs."""
@@ -220,8 +284,8 @@ class Skipping:
             if reader.by_gates:
                 need = opened[id(reader.layer)]
                 if reader.labels is not None:
-                    counts = torch.zeros(size, device=need.device)
-                    need = counts.index_add_(0, reader.labels, need.float()) > 0
+                    counts = torch.zeros(size, dtype=torch.float32, device=need.device)
+                    need = counts.index_add_(0, reader.labels.to(need.device), need.float()) > 0
                 needed.append(need)
             elif not isinstance(reader.layer, NORMS):
                 needed = [torch.ones(size, dtype=torch.bool, device=link.maker.weight.device)]
@@ -240,7 +304,7 @@ class Skipping:
             return found, None  # what arrives is what it wants
         there = torch.zeros_like(alive)
         there[found] = True
-        arrives = there if reader.labels is None else there[reader.labels]
+        arrives = there if reader.labels is None else there[reader.labels.to(there.device)]
         wanted = arrives & opened[id(reader.layer)] if reader.by_gates else arrives
         positions, arriving = wanted.nonzero().flatten(), arrives.nonzero().flatten()
         if not len(positions):

@@ -16,6 +16,7 @@ from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES, Gated
 from l0fast.links import attach_skipping
 from l0fast.recipes import Choice, GateRow, GateTable, by_structure, without_structure
+from l0fast.skip import stop_following
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
@@ -283,6 +284,7 @@ def sparsify_(
             name: DENSITY_INIT if value is None else value for name, value in densities.items()
         }
 
+    stop_following(model)
     replacements: dict[int, Gated] = {}
     for name, layer in layers.items():
         replacements[id(layer)] = GATED_TYPES[type(layer)].from_dense(

@@ -67,6 +67,8 @@ WITHIN_A_LEVEL: set[tuple[str, str]] = {
     ("gated_weight", "hard_concrete"),
     ("layers", "draw"),
     ("links", "proof"),
+    ("skip", "proof"),
+    ("sparsify", "skip"),
     ("links", "skip"),
     ("sparsify", "links"),
     ("density", "sparsify"),

@@ -23,7 +23,7 @@ from l0fast import sparsify_
 from l0fast.data import load
 from l0fast.draw import SKIPPING, gated_layers
 from l0fast.models import build
-from l0fast.skip import MULTIPLE, OVERHEAD, Link, Skipping
+from l0fast.skip import MULTIPLE, OVERHEAD, Link, Skipping, stop_following
 from tests.tolerance import rounding_tolerance
 
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
@@ -224,11 +224,11 @@ def test_the_links_that_are_found(name: str) -> None:
 @pytest.mark.parametrize("density", DENSITIES)
 @pytest.mark.parametrize("name", MODELS)
 def test_loss_and_gradients_are_those_of_the_masked_step(
-    name: str, density: float, multiple: int, monkeypatch: pytest.MonkeyPatch
+    name: str, density: float, multiple: int
 ) -> None:
-    monkeypatch.setattr("l0fast.skip.MULTIPLE", multiple)
     masked, x = prepared(name, False)
     skipped, _ = prepared(name, True)
+    skipped.__dict__[SKIPPING].multiple = multiple
     for model in (masked, skipped):
         set_density(model, density)
     assert_same_step(masked, skipped, x, EXACT)
@@ -306,7 +306,7 @@ def test_evaluation_and_a_layer_by_itself_are_whole() -> None:
     assert layer(torch.randn(2, 12).double()).shape == (2, 7)
     model.eval()
     whole = copy.deepcopy(model)
-    whole.__dict__.pop(SKIPPING)
+    stop_following(whole)
     assert torch.equal(model(x), whole(x))
 
 
@@ -315,7 +315,7 @@ def test_a_part_in_evaluation_is_whole() -> None:
     set_density(model, 0.3)
     model.get_submodule("fc2").eval()
     masked = copy.deepcopy(model)
-    masked.__dict__.pop(SKIPPING)
+    stop_following(masked)
     assert_same_step(masked, model, x, EXACT)
 
 
@@ -387,7 +387,7 @@ def test_a_norm_leaves_the_statistics_of_absent_channels_alone() -> None:
         reader.log_alpha.fill_(40.0)
         reader.log_alpha[2:4] = -40.0
     masked = copy.deepcopy(model)
-    masked.__dict__.pop(SKIPPING)
+    stop_following(masked)
     norm: Any = model.get_submodule("1")
     for one in (masked, model):
         step(one, x)
@@ -414,6 +414,165 @@ def test_a_layer_that_follows_is_itself_elsewhere() -> None:
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+# --- what is not like the example -----------------------------------------------------------------
+
+
+class Pair(nn.Module):
+    """One hidden layer without gates of its own, which the forward may give out as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        h = self.a(x).relu()
+        return h.mean() + self.b(h) if hidden else self.b(h)
+
+
+def pair() -> tuple[Any, nn.Module, Tensor]:
+    """(skipped, masked, x) of the same model, with a third of the gates open."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 6).double()
+    skipped: Any = Pair().double()
+    sparsify_(skipped, include="b", gates="input", example_inputs=x, skip=True)
+    set_density(skipped, 0.3)
+    masked = copy.deepcopy(skipped)
+    stop_following(masked)
+    return skipped, masked, x
+
+
+def test_norms_that_learn_make_no_zeros() -> None:
+    torch.manual_seed(0)
+    model = chain(
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 8, 3)
+    ).double()
+    x = torch.randn(4, 3, 8, 8).double()
+    sparsify_(model, gates="output", example_inputs=x)
+    set_density(model, 0.3)
+    nn.init.normal_(model.get_submodule("1").bias)  # type: ignore[arg-type]
+    masked = copy.deepcopy(model)
+    stop_following(masked)
+    assert_same_step(masked, model, x, EXACT)
+
+
+@pytest.mark.parametrize("options", [{"hidden": True}, {"hidden": False}])
+def test_another_kind_of_call_is_masked(options: dict[str, bool]) -> None:
+    skipped, masked, x = pair()
+    last: list[Tensor] = []
+    for model in (skipped, masked):
+        torch.manual_seed(3)
+        last.append(model(x, **options))
+    assert torch.equal(*last)
+    assert skipped.a.forward.compact is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "b", nn.Linear(32, 3).double()),
+        lambda model: setattr(model, "a", nn.Sequential(model.a, nn.LayerNorm(32)).double()),
+        lambda model: model.a.register_forward_hook(lambda *_: None),
+        lambda model: setattr(model.a, "forward", lambda x: type(model.a).forward(model.a, x)),
+    ],
+)
+def test_a_model_changed_since_is_masked(change: Callable[[Any], Any]) -> None:
+    skipped, masked, x = pair()
+    last: list[Tensor] = []
+    for model in (skipped, masked):
+        torch.manual_seed(4)
+        change(model)
+        torch.manual_seed(3)
+        last.append(model(x))
+    assert torch.equal(*last)
+
+
+def test_gates_put_in_later_work() -> None:
+    skipped, _, x = pair()
+    sparsify_(skipped, include="a", gates="output")
+    with torch.no_grad():
+        skipped.a.log_alpha.fill_(-40.0)
+    assert float(skipped.a(x).abs().max().detach()) == 0
+
+
+def test_a_part_that_skips_inside_a_model_that_does_not() -> None:
+    inner, _, x = pair()
+    outer = nn.Sequential(inner, nn.Linear(5, 4).double())
+    sparsify_(outer, include="1", example_inputs=x, skip=False)
+    assert inner(x).shape == (8, 5)
+    assert outer(x).shape == (8, 4)
+
+
+def test_a_gradient_of_the_input_s_gradient() -> None:
+    skipped, masked, x = pair()
+    found: list[Tensor] = []
+    for model in (skipped, masked):
+        torch.manual_seed(3)
+        x = x.detach().requires_grad_()
+        hidden: list[Tensor] = []
+        handle = model.get_submodule("b").register_forward_pre_hook(
+            lambda _, inputs, kept=hidden: kept.append(inputs[0])
+        )
+        if model is skipped:
+            model.__dict__[SKIPPING].holds = lambda *_: True  # the hook would make it masked
+        model(x)
+        handle.remove()
+        (slope,) = torch.autograd.grad(hidden[0].square().sum(), x, create_graph=True)
+        slope.square().sum().backward()
+        gradient = model.get_parameter("a.weight").grad
+        assert gradient is not None
+        found.append(gradient)
+    assert found[0].shape == found[1].shape
+    assert bool((found[0] != 0).any())
+
+
+def test_an_interrupted_step_leaves_nothing_behind() -> None:
+    skipped, masked, x = pair()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt("stopped")
+
+    handle = nn.Module.register_forward_hook(skipped.b, stop)
+    skipped.__dict__[SKIPPING].holds = lambda *_: True  # the hook alone would make it masked
+    with pytest.raises(KeyboardInterrupt, match="stopped"):
+        skipped(x)
+    handle.remove()
+    assert torch.equal(skipped.eval()(x), masked.eval()(x))
+
+
+def test_evaluation_is_the_same_bits_after_a_skipped_step() -> None:
+    model, x = prepared("mlp", True)
+    set_density(model, 0.5)
+    before = model.eval()(x)
+    step(model.train(), x)
+    assert left_out(model) > 0
+    assert torch.equal(model.eval()(x), before)
+
+
+def test_two_checkpointed_forwards_before_a_backward_are_refused() -> None:
+    skipped, _, x = pair()
+    inner = skipped.a.forward
+
+    def forward(y: Tensor) -> Any:
+        return skipped.b(checkpoint(skipped.a, y, use_reentrant=False).relu())
+
+    skipped.forward = forward
+    assert skipped.a.forward is inner
+    with pytest.raises(RuntimeError, match="several forward passes"):
+        (skipped(x).sum() + skipped(-x).sum()).backward()
+
+
+def test_the_default_dtype_does_not_matter() -> None:
+    previous = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.float64)
+        model, x = prepared("lenet", True)
+        set_density(model, 0.3)
+        step(model, x)
+        assert left_out(model) > 0
+    finally:
+        torch.set_default_dtype(previous)
+
+
 # --- auto -----------------------------------------------------------------------------------------
 
 
@@ -434,13 +593,14 @@ def test_what_is_computed_is_rounded_up() -> None:
 
 
 def test_auto_skips_where_it_pays() -> None:
-    link, plan = Link(None, [], work=10_000_000), Skipping([], "auto")
+    link = Link(None, [], work=10_000_000)
+    plan = Skipping(nn.Identity(), [], "auto", (torch.zeros(1),))
     most = round(1000 * (1 - OVERHEAD / 10_000_000))
     assert plan.pays(link, most - 1, 1000, 1.0)
     assert not plan.pays(link, most + 1, 1000, 1.0)
     assert plan.pays(link, most + 1, 1000, 1.1)  # more examples
     assert not plan.pays(link, 1, 1000, 0.1)
-    always = Skipping([], True)
+    always = Skipping(nn.Identity(), [], True, (torch.zeros(1),))
     assert always.pays(link, 999, 1000, 1e-9)
     assert not always.pays(link, 1000, 1000, 1.0)
 
