@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from l0fast.graph import LAYERS, NORMS, is_carrier
+from l0fast.sites import replace
 
 _SIDES = ("input", "output")
 
@@ -244,15 +245,6 @@ def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Mod
         parts["scale"] = scale(z.to(weight), channel_dim(layer))
         parts.move_to_end("scale", last=edit.scale == "output")
     return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
-
-
-def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
-    """Puts modules into the places of others (by id), in place; returns the root."""
-    for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if id(child) in replacements:
-                module._modules[name] = replacements[id(child)]
-    return replacements.get(id(model), model)
 
 
 def apply(

@@ -225,7 +225,6 @@ def detach_draw(model: nn.Module) -> None:
     """Undoes `attach_draw`, on the model and all inside it."""
     for module in model.modules():
         module.__dict__.pop(_MEMBERS, None)
-        module.__dict__.pop(SKIPPING, None)
         for hooks, ours in (
             (module._forward_pre_hooks, draw_gates),
             (module._forward_hooks, release_gates),

@@ -14,7 +14,7 @@ from l0fast import _checks, graph
 from l0fast.channels import RIGID, STAYS, op_name, shape_of
 from l0fast.draw import SKIPPING, Drawn, detach_draw, gated_layers
 from l0fast.proof import TOLERANCE, relative_error, tensors_of
-from l0fast.sites import find_sites, light_copy
+from l0fast.sites import find_sites, light_copy, replace
 from l0fast.skip import Link, Reader, Skipping, can_follow, stop_following
 from l0fast.walk import Walk
 
@@ -26,10 +26,7 @@ DRAWS = 6
 def _plain(model: nn.Module) -> nn.Module:
     """A copy in training with ordinary layers for the gated ones, of the same parameters."""
     twin = light_copy(model)
-    for module in list(twin.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, Drawn):
-                module._modules[name] = child.dense()  # type: ignore[attr-defined]
+    replace(twin, {id(layer): layer.dense() for layer in gated_layers(twin).values()})
     stop_following(twin)
     detach_draw(twin)
     for module in twin.modules():
@@ -138,9 +135,9 @@ class _Finder:
                 links.append(link)
                 linked.update(names)
         for name, layer in layers.items():
-            by_gates = isinstance(layer, Drawn) and layer.gates == "input"  # type: ignore[union-attr]
-            if name not in linked and by_gates and name in walk.inputs:
-                links.append(Link(None, [Reader(layer, None)], work=self._work(name)))
+            reader = Reader(layer, None)
+            if name not in linked and reader.by_gates and name in walk.inputs:
+                links.append(Link(None, [reader], work=self._work(name)))
         return links
 
 
@@ -176,7 +173,7 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
             torch.manual_seed(draw)
             for layer in gated_layers(twin).values():
                 layer.log_alpha.normal_(0.0, 2.0)
-            twin.__dict__.pop(SKIPPING, None)
+            stop_following(twin)
             expected = _outputs(twin, args, draw)
             twin.__dict__[SKIPPING] = Skipping(twin, own, True, args, multiple=1)
             worst = max(worst, relative_error(_outputs(twin, args, draw), expected))

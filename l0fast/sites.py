@@ -41,6 +41,15 @@ def light_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
+def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Puts modules into the places of others (by id), in place; returns the root."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if id(child) in replacements:
+                module._modules[name] = replacements[id(child)]
+    return replacements.get(id(model), model)
+
+
 def tied_modules(model: nn.Module) -> dict[str, str]:
     """Module -> what it shares a parameter with."""
     owners: dict[int, list[str]] = {}

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from l0fast import _checks, graph
 from l0fast.draw import attach_draw, gated_layers
 from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES, Gated
+from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES
 from l0fast.links import attach_skipping
 from l0fast.recipes import Choice, GateRow, GateTable, by_structure, without_structure
+from l0fast.sites import replace
 from l0fast.skip import stop_following
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -285,7 +286,7 @@ def sparsify_(
         }
 
     stop_following(model)
-    replacements: dict[int, Gated] = {}
+    replacements: dict[int, nn.Module] = {}
     for name, layer in layers.items():
         replacements[id(layer)] = GATED_TYPES[type(layer)].from_dense(
             layer,
@@ -296,10 +297,7 @@ def sparsify_(
             distribution=distribution,
             noise=noise,
         )
-    for module in list(model.modules()):
-        for child_name, child in list(module._modules.items()):
-            if id(child) in replacements:
-                module._modules[child_name] = replacements[id(child)]  # type: ignore[assignment]
+    replace(model, replacements)
     attach_draw(model)
     if example_inputs is not None:
         attach_skipping(model, example_args(example_inputs), skip)

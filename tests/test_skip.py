@@ -502,27 +502,26 @@ def test_a_part_that_skips_inside_a_model_that_does_not() -> None:
     assert outer(x).shape == (8, 4)
 
 
-def test_a_gradient_of_the_input_s_gradient() -> None:
-    skipped, masked, x = pair()
-    found: list[Tensor] = []
-    for model in (skipped, masked):
+@pytest.mark.parametrize("gated", ["b", "*"])
+def test_the_gradient_of_the_input_may_be_in_the_loss(gated: str) -> None:
+    found: list[dict[str, Tensor]] = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            OrderedDict(a=nn.Linear(6, 32), act=nn.Tanh(), b=nn.Linear(32, 5))
+        ).double()
+        x = torch.randn(8, 6, dtype=torch.float64, requires_grad=True)
+        sparsify_(model, include=gated, gates="input", example_inputs=x.detach(), skip=skip)
+        set_density(model, 0.3)
         torch.manual_seed(3)
-        x = x.detach().requires_grad_()
-        hidden: list[Tensor] = []
-        handle = model.get_submodule("b").register_forward_pre_hook(
-            lambda _, inputs, kept=hidden: kept.append(inputs[0])
-        )
-        if model is skipped:
-            model.__dict__[SKIPPING].holds = lambda *_: True  # the hook would make it masked
-        model(x)
-        handle.remove()
-        (slope,) = torch.autograd.grad(hidden[0].square().sum(), x, create_graph=True)
+        (slope,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
         slope.square().sum().backward()
-        gradient = model.get_parameter("a.weight").grad
-        assert gradient is not None
-        found.append(gradient)
-    assert found[0].shape == found[1].shape
-    assert bool((found[0] != 0).any())
+        assert (left_out(model) > 0) == skip
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    masked, skipped = found
+    assert bool((masked["b.weight"] != 0).any())
+    for name, gradient in masked.items():
+        torch.testing.assert_close(skipped[name], gradient, rtol=EXACT, atol=EXACT)
 
 
 def test_an_interrupted_step_leaves_nothing_behind() -> None:

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from counting import Counting
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import L0Penalty, Trainer, TrainerSettings, data, load_pruned, models, prune
 from l0fast.checkpoint import CHECKPOINT
@@ -301,18 +301,6 @@ def test_a_model_of_the_users(digits: Data) -> None:
 
 
 # --- how it trains -------------------------------------------------------------------------------
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operations dispatched."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -151,7 +151,7 @@ def _picked(tensor: Tensor, index: Tensor | None, dim: int = 0) -> Tensor:
     return tensor if index is None else tensor.index_select(dim, index)
 
 
-def _placed(part: Any, like: Any, rows: Tensor | None, cols: Tensor | None) -> Tensor:
+def _placed(part: Tensor, like: Tensor, rows: Tensor | None, cols: Tensor | None) -> Tensor:
     """Zeros of `like`'s shape with `part` at `rows` of dimension 0 and `cols` of dimension 1."""
     if rows is None and cols is None:
         return part
@@ -180,19 +180,18 @@ class _CompactWeight(torch.autograd.Function):
         ctx: Any,
         weight: Tensor,
         bias: Tensor | None,
-        z: Tensor | None,
+        z: Tensor,
         dim: int,
         rows: Tensor | None,
         cols: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        part = masked = _picked(_picked(weight, rows), cols, 1)
-        gates = raw = of_bias = None
+        part = _picked(_picked(weight, rows), cols, 1)
+        gates = _picked(z, rows if dim == 0 else cols)
+        masked = maths.mask(part, gates, dim)
+        raw = of_bias = None
         if bias is not None:
-            raw = of_bias = bias.view_as(bias) if rows is None else bias.index_select(0, rows)
-        if z is not None:
-            gates = _picked(z, rows if dim == 0 else cols)
-            masked = maths.mask(part, gates, dim)
-            of_bias = raw if raw is None or dim else raw * gates
+            raw = bias.view_as(bias) if rows is None else bias.index_select(0, rows)
+            of_bias = raw if dim else raw * gates
         ctx.dim = dim
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight, bias, z, part, raw, gates, rows, cols)
@@ -202,15 +201,14 @@ class _CompactWeight(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dmasked: Tensor | None, dout: Tensor | None) -> Any:
         weight, bias, z, part, raw, gates, rows, cols = ctx.saved_tensors
+        dweight: Tensor | None = None
         dbias: Tensor | None = None
         dz: Tensor | None = None
-        dweight = dmasked
         if dmasked is not None:
-            if gates is not None:
-                dweight, dz = maths.mask_backward(dmasked, part, gates, ctx.dim)
-            dweight = _placed(dweight, weight, rows, cols)
+            dpart, dz = maths.mask_backward(dmasked, part, gates, ctx.dim)
+            dweight = _placed(dpart, weight, rows, cols)
         if dout is not None:
-            if gates is not None and not ctx.dim:
+            if not ctx.dim:
                 dz = dout * raw if dz is None else dz.add_(dout * raw)
                 dout = torch.mul(dout, gates)
             dbias = _placed(dout, bias, rows, None)
@@ -229,12 +227,12 @@ class _Gather(torch.autograd.Function):
         return x.index_select(dim, index)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> Any:
+        # In ops of autograd: it lies on the way to the input, whose gradient may be in the loss.
         (index,) = ctx.saved_tensors
         shape = list(dy.shape)
         shape[ctx.dim] = ctx.size
-        return dy.new_zeros(shape).index_copy_(ctx.dim, index, dy), None, None
+        return dy.new_zeros(shape).index_copy(ctx.dim, index, dy), None, None
 
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
@@ -245,7 +243,7 @@ def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
 def compact_weight(
     weight: Tensor,
     bias: Tensor | None,
-    z: Tensor | None,
+    z: Tensor,
     dim: int,
     rows: Tensor | None,
     cols: Tensor | None,
@@ -253,7 +251,7 @@ def compact_weight(
     """The masked weight [R, C, ...] and bias [R] of some rows and columns.
 
     Equals: (weight * z)[rows][:, cols] and bias[rows], z along `dim` of the weight; with dim 0 the
-    bias is masked too. None stands for all rows, all columns, or no gates.
+    bias is masked too. None stands for all rows, or all columns.
     """
     return _CompactWeight.apply(weight, bias, z, dim, rows, cols)  # type: ignore[return-value]
 
