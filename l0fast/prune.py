@@ -23,6 +23,7 @@ from l0fast.density import (
     target_groups,
 )
 from l0fast.footprint import Counts, measure_of, trial
+from l0fast.draw import own_gates
 from l0fast.layers import Gated
 from l0fast.measure import SIZES, GateMeasure, check_measure, measure_name
 from l0fast.plan import Plan, closed, fold, make_plan, reference
@@ -223,6 +224,7 @@ def prune(
         budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
         if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
             break
+    owning = own_gates(layers)
     forced, filled = dict[str, int](), dict[str, int]()
     collapsed: list[str] = []
     with torch.no_grad():
@@ -246,10 +248,10 @@ def prune(
         "format": REPORT_FORMAT,
         "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
         "density": gated.spent(kept)[0] / gated.totals[0],
-        "forced": sum(forced.values()),
+        "forced": sum(forced[name] for name in owning),
         "collapsed": collapsed,
         "round_to": round_to,
-        "filled": sum(filled.values()),
+        "filled": sum(filled[name] for name in owning),
         "groups": {
             one.name: {
                 "layers": list(one.layers),
@@ -258,7 +260,9 @@ def prune(
                 "density": spent[one.name] / one.measure.totals[0],
                 "kept": _whole(spent[one.name]),
                 "total": _whole(one.measure.totals[0]),
-                "forced": sum(forced[name] for name in one.layers),
+                "forced": sum(
+                    forced[name] for name in own_gates({name: layers[name] for name in one.layers})
+                ),
             }
             for one in budgets
         },

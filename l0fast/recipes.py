@@ -60,6 +60,8 @@ class Choice:
     gates: str
     reason: str = ""
     units: int = 1
+    shared: str = ""
+    """The layer before, which reads the same units, whose gates it shares."""
 
 
 def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
@@ -70,14 +72,22 @@ def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
     }
 
 
-def by_structure(model: nn.Module, trace: Trace) -> dict[str, Choice]:
+def by_structure(
+    model: nn.Module, trace: Trace, layers: Mapping[str, nn.Module]
+) -> dict[str, Choice]:
     """Layer -> where its gates go, for every Linear and convolution that is not a gated one.
+
+    Args:
+        model: without gates on the layers in question.
+        trace: its export.
+        layers: those that may have gates.
 
     - A convolution whose closed channels reach their readers as zeros has gates on its outputs;
       a Linear that reads them has a gate on each of its inputs.
-    - Any other layer has gates on its inputs, if nothing but layers needs the units there, and, a
-      convolution, if it alone reads them; one gate for each block of inputs that can only vanish
-      together.
+    - Any other layer has gates on its inputs, if nothing but layers needs the units there; one gate
+      for each block of inputs that can only vanish together. Where several layers read the same
+      units (a residual stream, a squeeze-and-excite branch) they share the gates. A convolution
+      has none where other layers read some of its units and not all in the same order.
     - A Linear that reads the model's own inputs has a gate on each.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
@@ -85,7 +95,7 @@ def by_structure(model: nn.Module, trace: Trace) -> dict[str, Choice]:
         name: f"it shares its weight with {other}" for name, other in tied_modules(model).items()
     }
     sites = find_sites(model, trace, tied, {})
-    recipe = _Recipe(trace, sites)
+    recipe = _Recipe(trace, sites, layers)
     return {name: recipe.choose(site) for name, site in sites.items() if _makes(site.layer)} | {
         name: Choice("", "it passes its channels on: they go with the gates of its neighbours")
         for name, site in sites.items()
@@ -100,7 +110,9 @@ def _makes(layer: nn.Module) -> bool:
 class _Recipe:
     """What is known of a model's units when the layers choose their gates, in the graph's order."""
 
-    def __init__(self, trace: Trace, sites: dict[str, Site]) -> None:
+    def __init__(
+        self, trace: Trace, sites: dict[str, Site], layers: Mapping[str, nn.Module]
+    ) -> None:
         self.walk = walk = Walk(trace, sites.values())
         self.readers: dict[int, set[str]] = {}
         """Class of units -> the layers that read it."""
@@ -108,6 +120,8 @@ class _Recipe:
         """Class of units -> the layers that make it."""
         self.carried: set[int] = set()
         """Classes of units that a norm or a convolution in groups passes on."""
+        self.vectors: dict[str, Tensor] = {}
+        """Layer that may have gates -> the class of each block of inputs, if they lie in blocks."""
         for name, units in walk.inputs.items():
             found = [] if units is None else self._classes(units.labels)
             if is_carrier(sites[name].layer):
@@ -115,6 +129,11 @@ class _Recipe:
                 continue
             for one in found:
                 self.readers.setdefault(one, set()).add(name)
+            if units is not None and name in layers and not sites[name].fixed:
+                classes, block = walk.classes[units.labels], len(units.labels) // len(found)
+                vector = classes[::block]
+                if torch.equal(classes, vector.repeat_interleave(block)):
+                    self.vectors[name] = vector
         for name, labels in walk.made.items():
             for one in self._classes(labels):
                 self.makers.setdefault(one, set()).add(name)
@@ -168,14 +187,32 @@ class _Recipe:
             return Choice("", f"what it reads must stay: {self.walk.reasons(units.labels)}")
         if found <= self.closed_by_maker:
             return Choice("input") if linear else Choice("", "what it reads has gates")
-        others = {name for one in found for name in self.readers[one]} - {site.name}
-        if others and not linear:  # where they disagree it would gather whole images
-            return Choice("", "what it reads is also read by " + ", ".join(sorted(others)))
-        block = len(classes) // len(found)
-        if len(classes) % len(found) or not torch.equal(
-            classes, classes[::block].repeat_interleave(block)
-        ):
+        vector = self.vectors.get(site.name)
+        if vector is None or len(vector) != len(found):
             return Choice("", "the units that it reads do not lie in blocks of one size")
         if len(found) == 1:
             return Choice("", "what it reads can only vanish as a whole")
-        return Choice("input", units=block)
+        sharing = [name for name in self.walk.sites if any(name in self.readers[o] for o in found)]
+        alike = all(self._alike(site, name) for name in sharing)
+        if not alike and not linear:  # where they disagree it would gather whole images
+            others = ", ".join(name for name in sharing if name != site.name)
+            return Choice("", f"what it reads is also read by {others}")
+        shared = sharing[0] if alike and sharing[0] != site.name else ""
+        reason = f"the gates of {shared!r}, which reads the same" if shared else ""
+        return Choice("input", reason, len(classes) // len(vector), shared)
+
+    def _alike(self, site: Site, name: str) -> bool:
+        """Whether another layer reads just what this one does, and can share its gates."""
+        mine, other = self.vectors[site.name], self.vectors.get(name)
+        weight, theirs = (self._weight(one) for one in (site, self.walk.sites[name]))
+        return (
+            other is not None
+            and torch.equal(mine, other)
+            and (weight.dtype, weight.device) == (theirs.dtype, theirs.device)
+        )
+
+    @staticmethod
+    def _weight(site: Site) -> Tensor:
+        weight = site.layer._parameters["weight"]
+        assert weight is not None
+        return weight

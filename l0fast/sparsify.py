@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, graph
-from l0fast.draw import attach_draw, gated_layers
+from l0fast.draw import attach_draw, gated_layers, own_gates
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES
 from l0fast.links import attach_skipping
@@ -150,7 +150,7 @@ def _choices(
         reason = (str(failure).strip().splitlines() or [""])[0][:200]
         note = f"each layer by itself: torch.export refuses the model, {reason}"
         return without_structure(layers), note
-    return by_structure(model, trace), ""
+    return by_structure(model, trace, layers), ""
 
 
 @overload
@@ -285,19 +285,27 @@ def sparsify_(
             name: DENSITY_INIT if value is None else value for name, value in densities.items()
         }
 
+    for name in layers:
+        owner = choices[name].shared
+        for option, of in (("density_init", densities), ("droprate_init", droprates)):
+            if owner and of[name] != of[owner]:
+                expected = f"one number for {owner!r} and {name!r}, which share their gates"
+                _checks.refuse(option, [of[owner], of[name]], expected)
+
     stop_following(model)
-    replacements: dict[int, nn.Module] = {}
+    gated: dict[str, Any] = {}
     for name, layer in layers.items():
-        replacements[id(layer)] = GATED_TYPES[type(layer)].from_dense(
+        gated[name] = GATED_TYPES[type(layer)].from_dense(
             layer,
             gates=choices[name].gates,
             units=choices[name].units,
+            shared=gated.get(choices[name].shared),
             density_init=densities[name],
             droprate_init=droprates[name],
             distribution=distribution,
             noise=noise,
         )
-    replace(model, replacements)
+    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
     attach_draw(model)
     if example_inputs is not None:
         attach_skipping(model, example_args(example_inputs), skip)
@@ -332,7 +340,7 @@ def param_groups(
     layers = gated_layers(model)
     if not layers:
         _checks.refuse("model", type(model).__name__, "a model with gates (see sparsify_)")
-    gates: list[Tensor] = [layer.log_alpha for layer in layers.values()]
+    gates: list[Tensor] = [layers[name].log_alpha for name in own_gates(layers)]
     ids = {id(gate) for gate in gates}
     weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     return [
