@@ -7,6 +7,7 @@ together: an attention head, a group of a convolution, a channel that was flatte
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from l0fast._tables import aligned
 from l0fast.channels import STAYS
 from l0fast.graph import Trace, is_carrier
+from l0fast.liveness import Liveness
 from l0fast.sites import Site, find_sites, tied_modules
 from l0fast.walk import Walk
 
@@ -140,6 +142,8 @@ class _Recipe:
         self.stays = int(walk.classes[STAYS])
         self.nonzero = self._nonzero(trace, sites)
         """Classes of units that do not reach every reader as zeros when their maker gives zeros."""
+        self.vanishing: dict[str, bool] = {}
+        """First of the layers that read the same -> see `_vanish`."""
         self.closed_by_maker: set[int] = set()
         """Classes of units that have gates where they are made."""
 
@@ -197,6 +201,8 @@ class _Recipe:
         if not alike and not linear:  # where they disagree it would gather whole images
             others = ", ".join(name for name in sharing if name != site.name)
             return Choice("", f"what it reads is also read by {others}")
+        if not linear and not self._vanish(sharing, vector):
+            return Choice("", "no unit that it reads can vanish alone: they are split or shuffled")
         shared = sharing[0] if alike and sharing[0] != site.name else ""
         reason = f"the gates of {shared!r}, which reads the same" if shared else ""
         return Choice("input", reason, len(classes) // len(vector), shared)
@@ -210,6 +216,17 @@ class _Recipe:
             and torch.equal(mine, other)
             and (weight.dtype, weight.device) == (theirs.dtype, theirs.device)
         )
+
+    def _vanish(self, names: list[str], vector: Tensor) -> bool:
+        """Whether a unit exists no more when the gates that some layers have on it are closed."""
+        if names[0] not in self.vanishing:
+            walk = copy.copy(self.walk)
+            walk.sites = dict(walk.sites)
+            for name in names:
+                reads = walk.classes[self.walk.inputs[name].labels] != vector[0]  # type: ignore[union-attr]
+                walk.sites[name] = dataclasses.replace(walk.sites[name], reads=reads)
+            self.vanishing[names[0]] = not bool(Liveness(walk).present()[vector[0]])
+        return self.vanishing[names[0]]
 
     @staticmethod
     def _weight(site: Site) -> Tensor:
