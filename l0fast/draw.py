@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,7 +46,7 @@ class Draw:
         self.node: Any = None  # weak reference to this draw's node of autograd
         self.earlier: list[Any] = []  # the same of draws that still waited for their backward
 
-    def count(self, totals: Tensor, layers: list[list[Any]]) -> None:
+    def count(self, totals: Tensor, layers: Sequence[list[Any]]) -> None:
         """Keeps the counts for `expected_open`; layers that share their gates have one place."""
         self.totals = totals
         self.places = {

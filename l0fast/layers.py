@@ -124,9 +124,7 @@ class Gated(Drawn):
             if mine != theirs or gates != "input":
                 got = f"{theirs[1]} gates on its {theirs[0]}s"
                 _checks.refuse("shared", got, f"a layer with {mine[1]} gates on its inputs")
-        self._init_gates(
-            gates, density_init, droprate_init, distribution, noise, units, shared
-        )
+        self._init_gates(gates, density_init, droprate_init, distribution, noise, units, shared)
         return self
 
     default_gates: ClassVar[str]
