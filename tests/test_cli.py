@@ -19,8 +19,8 @@ from test_formats import tiny_imagefolder
 
 from l0fast import Trainer, TrainerSettings, cli, data, load_pruned, models
 from l0fast.checkpoint import CHECKPOINT
+from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.tensorboard import TENSORBOARD
-from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--threads", "1"]

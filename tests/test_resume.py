@@ -28,8 +28,8 @@ from torch import nn
 from l0fast import Trainer, TrainerSettings, data, models, plots, prune, sparsify_
 from l0fast._files import PARTS
 from l0fast.checkpoint import CHECKPOINT
+from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.tensorboard import TENSORBOARD
-from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20

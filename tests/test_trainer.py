@@ -21,8 +21,8 @@ from l0fast.checkpoint import CHECKPOINT
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Data, Split
 from l0fast.draw import gated_layers
+from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.tensorboard import TENSORBOARD
-from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 QUICK: dict[str, Any] = {
     "epochs": 12,
