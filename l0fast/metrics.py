@@ -65,7 +65,8 @@ def gate_metrics(model: nn.Module) -> Row:
 
 
 def constraint_metrics(term: DensityConstraint) -> Row:
-    """Where each constraint stands: its density, its multiplier, its restarts so far."""
+    """Where each constraint stands: its density, its multiplier, its restarts so far; and whether
+    all hold for the gates as they are in evaluation, so that pruning would close none of them."""
     with torch.no_grad():
         by_constraint = {
             "density": term.densities(),
@@ -76,4 +77,6 @@ def constraint_metrics(term: DensityConstraint) -> Row:
         key: dict(zip(term.names, values.tolist(), strict=True))
         for key, values in by_constraint.items()
     }
-    return row | {"measure": term.measure}
+    realised, targets = term.realised(), term.targets
+    feasible = all(realised[name] <= targets[name] for name in term.names)
+    return row | {"measure": term.measure, "feasible": feasible}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -30,6 +31,8 @@ from l0fast.sparsify import sparsify_
 from l0fast.summary import asked, of_dense, of_pruned
 from l0fast.tensorboard import scalar_writer
 
+VALIDATION = "validation_error_percent"
+
 Row = dict[str, Any]
 
 
@@ -53,7 +56,8 @@ class Trainer:
         device: where to train; CUDA if there is one, else the CPU.
 
     Attributes:
-        pruned: after `fit`, the smaller plain model (None after dense training).
+        pruned: after `fit`, the smaller plain model (None after dense training), of the epoch that
+            `settings.select` names; `model` is that of the last epoch.
         history: one row of metrics an epoch.
 
     Raises:
@@ -73,6 +77,8 @@ class Trainer:
         if not isinstance(model, nn.Module):
             _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
         check_data(data)
+        if settings.select == "best" and data.validation is None:
+            _checks.refuse("select", settings.select, "'last' without a validation split")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.zeros((), device=device).device
@@ -100,6 +106,7 @@ class Trainer:
         )
         self.optimizer = make_optimizer(model, settings, self.total_steps)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.best: Row | None = None
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
@@ -164,7 +171,7 @@ class Trainer:
         """The metrics of the epoch just trained."""
         row: Row = {"epoch": self.epoch, **trained}
         if self.data.validation is not None:
-            row["validation_error_percent"] = error_percent(self.model, self.data.validation)
+            row[VALIDATION] = error_percent(self.model, self.data.validation)
         row["test_error_percent"] = error_percent(self.model, self.data.test)
         if self.term is not None:
             row |= gate_metrics(self.model)
@@ -197,6 +204,7 @@ class Trainer:
                 self.epoch += 1
                 row = self._row(trained)
                 self.history.append(row)
+                self._keep_best(row)
                 self.seconds += time.perf_counter() - started
                 self._save()
                 write_scalars(row)
@@ -206,6 +214,15 @@ class Trainer:
         self._plot(summary)
         self.write_summary(summary)
         return summary
+
+    def _keep_best(self, row: Row) -> None:
+        """Keeps the model of the epoch just measured, if it is the best so far."""
+        if self.settings.select == "last" or not row.get("feasible", True):
+            return
+        error = row[VALIDATION]
+        if self.best is None or error <= self.history[self.best["epoch"] - 1][VALIDATION]:
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {"epoch": self.epoch, "model": state}
 
     def write_summary(self, summary: Row) -> None:
         """Puts `summary` into summary.json."""
@@ -219,28 +236,32 @@ class Trainer:
 
         targets = None
         if isinstance(self.term, DensityConstraint):
-            targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
+            targets = self.term.targets
         write_atomically(
             self.folder / PLOT, lambda path: plot_dynamics(self.history, targets, summary, path)
         )
 
     def _summary(self) -> Row:
-        last = self.history[-1]
+        selected, model = self.history[-1], self.model
+        if self.best is not None:
+            selected, model = self.history[self.best["epoch"] - 1], copy.deepcopy(model)
+            model.load_state_dict(self.best["model"])
         if self.term is None:
-            outcome = of_dense(self.model, self.example_inputs, last)
+            outcome = of_dense(model, self.example_inputs, selected)
         else:
-            self.pruned = prune(self.model, self.example_inputs)
+            self.pruned = prune(model, self.example_inputs)
             if self.folder is not None:
                 save_pruned(self.pruned, self.folder / PRUNED)
             error = error_percent(self.pruned, self.data.test)
             report: Any = self.pruned.report
-            outcome = of_pruned(report, self.settings, last, error)
+            outcome = of_pruned(report, self.settings, selected, error)
         return {
             **self.identity,
             **asked(self.settings),
             **outcome,
             "best_test_error_percent": min(row["test_error_percent"] for row in self.history),
-            "validation_error_percent": last.get("validation_error_percent"),
+            "selected_epoch": selected["epoch"],
+            VALIDATION: selected.get(VALIDATION),
             "seconds": round(self.seconds, 3),
             "settings": asdict(self.settings),
             "device": str(self.device),
@@ -266,10 +287,9 @@ class Trainer:
             self.folder.write_metrics(self.history)  # the checkpoint may be an epoch ahead of them
         self.folder.sweep()
 
-    def _save(self) -> None:
-        if self.folder is None:
-            return
-        checkpoint = Checkpoint(
+    def checkpoint(self) -> Checkpoint:
+        """The state of the run as it is; its tensors are the model's own."""
+        return Checkpoint(
             identity=self._identity(),
             epoch=self.epoch,
             step=self.step,
@@ -278,10 +298,14 @@ class Trainer:
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             term=None if self.term is None else self.term.state_dict(),
+            best=self.best,
             **rng_state(self.device),
         )
-        checkpoint.write(self.folder / CHECKPOINT)
-        self.folder.write_metrics(self.history)
+
+    def _save(self) -> None:
+        if self.folder is not None:
+            self.checkpoint().write(self.folder / CHECKPOINT)
+            self.folder.write_metrics(self.history)
 
     def _load(self, path: Path) -> None:
         checkpoint = Checkpoint.read(path, self.device)
@@ -292,4 +316,5 @@ class Trainer:
             self.term.load_state_dict(checkpoint.term or {})
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         self.seconds, self.history = checkpoint.seconds, checkpoint.history
+        self.best = checkpoint.best
         checkpoint.restore_rng(self.device)

@@ -394,6 +394,8 @@ class Stop(Exception):
         ("own", {"density": 0.6}, 3),
         ("mlp", {"density": 0.4, "skip": True}, 1),
         ("own", {"density": 0.4, "skip": True}, 2),
+        ("own", {"density": 0.9, "select": "best"}, 2),
+        ("mlp", {"select": "best"}, 2),
     ],
 )
 def test_resumed_in_a_new_trainer(

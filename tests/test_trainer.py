@@ -39,14 +39,14 @@ METRICS_OF = {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
     "gated": {"expected_density", "realised_density", "layers", "collapsed"},
-    "constrained": {"density", "lambda", "restarts", "measure"},
+    "constrained": {"density", "lambda", "restarts", "measure", "feasible"},
 }  # fmt: skip
 SUMMARY_OF = {
     "always": {
         "dataset", "model", "seed", "epochs", "target_density", "target_layer_density", "penalty",
         "measure",
         "expected_density", "architecture", "test_error_percent", "best_test_error_percent",
-        "validation_error_percent", "feasible", "params", "dense_params", "params_fraction",
+        "validation_error_percent", "selected_epoch", "feasible", "params", "dense_params", "params_fraction",
         "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device", "torch",
     },
     "gated": {"realised_density", "forced", "collapsed"},
@@ -186,7 +186,16 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        others = {"epoch", "layers", "density", "lambda", "restarts", "collapsed", "measure"}
+        others = {
+            "epoch",
+            "layers",
+            "density",
+            "lambda",
+            "restarts",
+            "collapsed",
+            "measure",
+            "feasible",
+        }
         for name in wanted - others:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
@@ -198,7 +207,7 @@ def test_metrics(finished: Any) -> None:
         if "lambda" in row:
             names = sizes.keys() if kind == "layers" else {"model"}
             assert row["measure"] == ("params" if kind == "params" else "gates")
-            for key in METRICS_OF["constrained"] - {"measure"}:
+            for key in METRICS_OF["constrained"] - {"measure", "feasible"}:
                 assert row[key].keys() == names
             if kind == "density":
                 assert row["density"]["model"] == pytest.approx(row["expected_density"], rel=1e-6)

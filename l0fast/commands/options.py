@@ -69,6 +69,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="default, or published: the settings of the 2021 paper (constant learning rates, "
         "droprate initialisation, log_alpha within log(100), no validation split)",
     )
+    add(
+        "--select",
+        default=DEFAULTS.select,
+        help="the epoch whose model is pruned: last, or best (the least validation error where the "
+        "evaluation gates meet the target)",
+    )
     add("--validation-fraction", metavar="F", help="held out from the training examples")
     add(
         "--data-root",
@@ -152,6 +158,7 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         penalty_per_example=args.penalty_per_example,
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
+        select=args.select,
         skip=SKIP[args.skip],
         **chosen,
     )
