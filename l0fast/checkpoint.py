@@ -50,6 +50,13 @@ class Checkpoint:
     best: Row | None = None
     """Of the epoch that `select="best"` would take: its number, and its model's state."""
 
+    @property
+    def selected(self) -> tuple[int, Row]:
+        """Number of the epoch whose model the run would prune, and that model's state."""
+        if self.best is None:
+            return self.epoch, self.model
+        return self.best["epoch"], self.best["model"]
+
     def write(self, path: Path) -> None:
         """Puts the checkpoint into a file, whole or not at all.
 

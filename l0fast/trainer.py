@@ -242,10 +242,11 @@ class Trainer:
         )
 
     def _summary(self) -> Row:
-        selected, model = self.history[-1], self.model
-        if self.best is not None:
-            selected, model = self.history[self.best["epoch"] - 1], copy.deepcopy(model)
-            model.load_state_dict(self.best["model"])
+        epoch, state = self.checkpoint().selected
+        selected, model = self.history[epoch - 1], self.model
+        if epoch != self.epoch:
+            model = copy.deepcopy(model)
+            model.load_state_dict(state)
         if self.term is None:
             outcome = of_dense(model, self.example_inputs, selected)
         else:

@@ -46,7 +46,7 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     else:
         sparsify_(model, example_inputs=example, skip=False)
     checkpoint.refuse_other(path, identity, model)
-    model.load_state_dict(checkpoint.model)
+    model.load_state_dict(checkpoint.selected[1])
     return checkpoint, model, example
 
 
@@ -86,7 +86,14 @@ def report(args: argparse.Namespace) -> int:
     table = density(model, example)
     small = _pruned(checkpoint, model, example, args.target)
     identity = checkpoint.identity
-    done = f"epoch {checkpoint.epoch} of {identity['epochs']}"
+    epoch, _ = checkpoint.selected
+    done = f"epoch {epoch} of {identity['epochs']}"
+    if epoch != checkpoint.epoch:
+        done += f" (the best of {checkpoint.epoch})"
     print(f"{identity['model']} on {identity['dataset']}, {done}; gates:\n\n{table}")
+    feasible = checkpoint.history[epoch - 1].get("feasible") if epoch else None
+    if feasible is not None:
+        words = "meet the target" if feasible else "do not meet the target: pruning closes more"
+        print(f"\nthe gates {words}")
     print(f"\npruned, it would be:\n\n{format_report(small.report)}")  # type: ignore[arg-type]
     return 0
