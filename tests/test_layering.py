@@ -41,6 +41,8 @@ LEVELS: dict[str, int] = {
     "data": 5,
     "models": 5,
     "plots": 5,
+    "plots_poster": 6,
+    "results": 5,
     "mend": 6,
     "settings": 6,
     "tensorboard": 5,

@@ -100,6 +100,13 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses words that are none of their choices."""
+    _checks.one_of("recipe", args.recipe, RECIPES)
+    _checks.one_of("skip", args.skip, tuple(SKIP))
+    _checks.one_of("dataset", args.dataset, data.DATASETS)
+
+
 def number(name: str, text: Any, kind: type = float) -> Any:
     """What a word says as a number; None and numbers stay as they are."""
     if text is None or isinstance(text, (int, float)):
@@ -115,6 +122,19 @@ def widths(text: str | None) -> list[int] | None:
     if text is None:
         return None
     return [number("widths", part, int) for part in text.split("-")]
+
+
+def validation_fraction(args: argparse.Namespace) -> float:
+    """What is held out: as named; else a twelfth, and nothing in the published recipe."""
+    fraction: float | None = number("validation_fraction", args.validation_fraction)
+    if fraction is None:
+        fraction = 0.0 if args.recipe == "published" else 1 / 12
+    return fraction
+
+
+def default_widths(model: str) -> list[int] | None:
+    """Those of the hidden layers of a model that has widths."""
+    return list(models.WIDTHS[model]) if model in models.WIDTHS else None
 
 
 def layer_densities(text: str | None, layers: list[str]) -> dict[str, float] | None:
