@@ -1,4 +1,4 @@
-"""What a run trains under, by its settings: the constraint or penalty, and the optimizer."""
+"""What a run trains under, by its settings: the term of the loss, and the optimizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.dual import DualAscent
+from l0fast.magnitude import MagnitudePruning
 from l0fast.settings import TrainerSettings, default_dual_lr, default_gate_lr
 from l0fast.sparsify import param_groups
 
@@ -34,6 +35,15 @@ def make_term(
     target = settings.density if settings.layer_density is None else settings.layer_density
     if target is None:
         return None
+    if settings.method != "l0":
+        return MagnitudePruning(
+            model,
+            target,
+            steps=steps,
+            gradual=settings.method == "magnitude",
+            measure=settings.measure,
+            example_inputs=example_inputs,
+        )
     lr = settings.dual_lr
     if lr is None:
         least = min(target.values()) if isinstance(target, Mapping) else target

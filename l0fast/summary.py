@@ -21,6 +21,7 @@ def asked(settings: TrainerSettings) -> Row:
         "target_density": settings.density,
         "target_layer_density": settings.layer_density,
         "measure": settings.measure,
+        "method": settings.method,
         "penalty": settings.penalty,
     }
 

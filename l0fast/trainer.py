@@ -97,7 +97,12 @@ class Trainer:
         if data.train.inputs.dim() == 4:
             model.to(memory_format=torch.channels_last)
         if settings.gated and not gated_layers(model):
-            sparsify_(model, example_inputs=self.example_inputs, skip=settings.skip)
+            sparsify_(
+                model,
+                gates=settings.gates,
+                example_inputs=self.example_inputs,
+                skip=settings.skip,
+            )
         self.model = model
         self.steps_per_epoch = math.ceil(len(data.train.targets) / settings.batch_size)
         self.total_steps = self.steps_per_epoch * settings.epochs

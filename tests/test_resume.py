@@ -396,6 +396,7 @@ class Stop(Exception):
         ("own", {"density": 0.4, "skip": True}, 2),
         ("own", {"density": 0.9, "select": "best"}, 2),
         ("mlp", {"select": "best"}, 2),
+        ("own", {"density": 0.4, "method": "magnitude"}, 1),
     ],
 )
 def test_resumed_in_a_new_trainer(

@@ -44,7 +44,7 @@ METRICS_OF = {
 SUMMARY_OF = {
     "always": {
         "dataset", "model", "seed", "epochs", "target_density", "target_layer_density", "penalty",
-        "measure",
+        "measure", "method",
         "expected_density", "architecture", "test_error_percent", "best_test_error_percent",
         "validation_error_percent", "selected_epoch", "feasible", "params", "dense_params",
         "params_fraction", "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device",

@@ -48,6 +48,17 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="what densities are shares of: gates (the "
         "default), or params or macs of the pruned model",
     )
+    add(
+        "--method",
+        default=DEFAULTS.method,
+        help="how the density is met: l0 (the default), or by the baselines magnitude, which is "
+        "gradual, and magnitude-one-shot",
+    )
+    add(
+        "--gates",
+        default=DEFAULTS.gates,
+        help="where gates sit: auto (the default), input, output, or weight for single weights",
+    )
     add("--penalty", metavar="C", help="coefficient of the penalised method instead of a target")
     add(
         "--penalty-per-example",
@@ -174,6 +185,8 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         density=density,
         layer_density=layer_density,
         measure=args.measure,
+        method=args.method,
+        gates=args.gates,
         penalty=penalty,
         penalty_per_example=args.penalty_per_example,
         seed=number("seed", args.seed, int),

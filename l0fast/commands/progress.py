@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from l0fast.constraint import DensityConstraint
+from l0fast.magnitude import MagnitudePruning
 from l0fast.settings import TrainerSettings
 from l0fast.trainer import Trainer
 
@@ -21,7 +22,9 @@ def _progress(settings: TrainerSettings, done: int, quiet: bool) -> Any:
 def collapse(layers: list[str], trainer: Trainer) -> str:
     """That nothing passes through those layers, and what may help."""
     remedy = "a smaller --penalty"
-    if isinstance(trainer.term, DensityConstraint):
+    if isinstance(trainer.term, MagnitudePruning):
+        remedy = "a higher density"
+    elif isinstance(trainer.term, DensityConstraint):
         rate = f"{float(trainer.term.dual_lr):.3g}"
         remedy = f"a higher density, a smaller --dual-lr (it is {rate}) or more --epochs"
     names = ", ".join(layers)

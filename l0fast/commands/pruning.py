@@ -44,7 +44,8 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     if identity["recipe"] == "published":
         models.sparsify_published_(model, example, False)
     else:
-        sparsify_(model, example_inputs=example, skip=False)
+        gates = identity.get("gates", "auto")
+        sparsify_(model, gates=gates, example_inputs=example, skip=False)
     checkpoint.refuse_other(path, identity, model)
     model.load_state_dict(checkpoint.selected[1])
     return checkpoint, model, example

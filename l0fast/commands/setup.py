@@ -67,7 +67,11 @@ class Setup:
         layers: list[str] = []
         if self.args.layer_density is not None:  # a single number stands for each of them
             example = self.data.train.inputs[:1]
-            layers = list(gated_layers(sparsify_(self.build(False), example_inputs=example)))
+            layers = list(
+                gated_layers(
+                    sparsify_(self.build(False), gates=self.args.gates, example_inputs=example)
+                )
+            )
         return options.settings(self.args, layers)
 
     def trainer(self, settings: TrainerSettings, out: Path) -> Trainer:

@@ -17,11 +17,12 @@ from l0fast.trainer import Trainer
 
 def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
     kind = "dense"
+    method = "" if settings.method == "l0" else f"{settings.method}-"
     if settings.penalty is not None:
         kind = f"penalty-{args.penalty}"
     elif settings.gated:
         measure = "density" if settings.measure == "gates" else settings.measure
-        kind = f"{measure}-{args.density or args.layer_density}"
+        kind = f"{method}{measure}-{args.density or args.layer_density}"
     model = args.model.replace(":", ".")
     return Path("runs") / f"{args.dataset}-{model}-{kind}-seed-{settings.seed}"
 
@@ -45,8 +46,8 @@ def train(args: argparse.Namespace) -> int:
 
 def _dense(settings: TrainerSettings) -> TrainerSettings:
     """The same training without a target."""
-    measure = TrainerSettings.measure
-    return replace(settings, density=None, layer_density=None, measure=measure, penalty=None)
+    given = {name: getattr(TrainerSettings, name) for name in ("measure", "method", "gates")}
+    return replace(settings, density=None, layer_density=None, penalty=None, **given)
 
 
 def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
