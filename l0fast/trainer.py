@@ -280,12 +280,21 @@ class Trainer:
         """What a checkpoint must share with this run to be resumed."""
         return {**self.identity, **asdict(self.settings)}
 
-    def open(self, resume: bool = False) -> None:
-        """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`)."""
+    def open(self, resume: bool = False, after: Checkpoint | None = None) -> None:
+        """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`).
+
+        Args:
+            resume: as in `fit`.
+            after: a new run starts with the weights, gates, moments and noise of this one.
+        """
         self._opened = True
+        path = None if self.folder is None else self.folder.open(resume)
+        if path is None and after is not None:
+            self.model.load_state_dict(after.model)
+            self.optimizer.load_state_dict(after.optimizer)
+            after.restore_rng(self.device)
         if self.folder is None:
             return
-        path = self.folder.open(resume)
         if path is None:
             self._save()
         else:
