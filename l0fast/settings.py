@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from l0fast import _checks
+from l0fast.layers import GATES
 from l0fast.measure import MEASURES
 
+METHODS = ("l0", "magnitude", "magnitude-one-shot")
 MAX_SEED = 2**32 - 1
 DUAL_GAIN = 33.0
 DUAL_LR_MOST = 0.1
@@ -25,6 +27,9 @@ class TrainerSettings:
         layer_density: layer name or pattern -> target, each its own constraint; or
         measure: what these targets are shares of, "gates", "params" or "macs" (see
             `DensityConstraint`).
+        method: how a density is met: "l0" (gates are learned under a constraint), or by the
+            baselines "magnitude" (gradually) and "magnitude-one-shot" (see `MagnitudePruning`).
+        gates: where they sit, as in `sparsify_`; for models that the trainer gives them.
         penalty: coefficient of the penalised method; with none of the three the model is
             trained as it is, dense.
         penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
@@ -38,6 +43,9 @@ class TrainerSettings:
         restarts: dual restarts.
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
+        select: the epoch whose model is pruned and reported: "last", or "best": of those whose
+            evaluation gates meet every target, the one of least validation error (the latest of
+            equals); the last where none does.
         skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
             models that the trainer gives their gates.
     """
@@ -45,6 +53,8 @@ class TrainerSettings:
     density: float | None = None
     layer_density: Mapping[str, float] | None = None
     measure: str = "gates"
+    method: str = "l0"
+    gates: str = "auto"
     penalty: float | None = None
     penalty_per_example: bool = False
     epochs: int = 20
@@ -56,6 +66,7 @@ class TrainerSettings:
     restarts: bool = True
     weight_decay: float = 0.1
     schedule: str = "cosine"
+    select: str = "last"
     skip: str | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -69,6 +80,10 @@ class TrainerSettings:
         _checks.one_of("measure", self.measure, MEASURES)
         if self.measure != "gates" and self.density is None and self.layer_density is None:
             _checks.refuse("measure", self.measure, "a density or layer_density beside it")
+        _checks.one_of("method", self.method, METHODS)
+        if self.method != "l0" and self.density is None and self.layer_density is None:
+            _checks.refuse("method", self.method, "a density or layer_density beside it")
+        _checks.one_of("gates", self.gates, ("auto", *GATES))
         checked: dict[str, Any] = {}  # as plain numbers: a checkpoint holds no others
         if self.density is not None:
             checked["density"] = _checks.density("density", self.density)
@@ -93,6 +108,7 @@ class TrainerSettings:
             if value is not None or name == "weight_decay":
                 checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
+        _checks.one_of("select", self.select, ("last", "best"))
         _checks.skip(self.skip)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
