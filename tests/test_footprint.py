@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, models, prune, sparsify_
 from l0fast.draw import gated_layers
-from l0fast.footprint import trial
+from l0fast.trial import trial
 
 FLAT = torch.randn(2, 6)
 IMAGE = torch.randn(2, 1, 28, 28)
