@@ -163,6 +163,19 @@ class DensityConstraint(_DensityTerm):
         """The names of the constraints, in the order of their multipliers."""
         return tuple(self.groups)
 
+    @property
+    def targets(self) -> dict[str, float]:
+        """Name of each constraint -> its target, as it was named."""
+        return dict(zip(self.names, self._exact, strict=True))
+
+    @torch.no_grad()
+    def realised(self) -> dict[str, float]:
+        """Name of each constraint -> its density with the gates as they are in evaluation."""
+        measure: Measure = self.__dict__["_measure"]
+        opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
+        spent = zip(self.names, measure.spent(opened), measure.totals, strict=True)
+        return {name: cost / total for name, cost, total in spent}
+
     def forward(self) -> Tensor:
         """0-d: multiplier * (density - target), summed over the constraints."""
         violation = self.densities() - self.target
