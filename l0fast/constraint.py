@@ -212,7 +212,7 @@ class DensityConstraint(_DensityTerm):
         """What the state holds beside tensors: the layers of each constraint, and the targets."""
         groups = [[name, list(group.layers)] for name, group in self.groups.items()]
         state = {"measure": self.measure, "groups": groups, "targets": list(self._exact)}
-        table = self._table
+        table = self.table
         return state if table is None else {**state, "latency": table.as_json()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
@@ -227,8 +227,8 @@ class DensityConstraint(_DensityTerm):
         self._set_targets(list(state["targets"]))
 
     @property
-    def _table(self) -> LatencyTable | None:
-        """What latencies are read off."""
+    def table(self) -> LatencyTable | None:
+        """What latencies are read off, if the measure is one."""
         measure = next(iter(self.groups.values())).measure
         return measure if isinstance(measure, LatencyTable) else None
 

@@ -15,7 +15,8 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PRUNED = "pruned.safetensors"
 PLOT = "dynamics.png"
-FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
+LATENCY = "latency.json"
+FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT, LATENCY)
 
 Row = dict[str, Any]
 

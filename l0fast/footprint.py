@@ -71,8 +71,8 @@ class Footprint(Measure):
         # A layer that cannot get smaller is part of the rest, which is added as it is.
         self.names = tried.shrinking
         live = tried.plan.live
-        counted = live is not None and self.measure in ("macs", "memory")
-        self.products = products(live.walk) if counted else []
+        counted = self.measure in ("macs", "memory")
+        self.products = products(live.walk) if counted and live is not None else []
         for name, tensor in (self._units(hinges) | self._sizes(tried)).items():
             self.register_buffer(name, tensor, persistent=False)
         self.totals = self.left(tried.dense)
@@ -173,7 +173,9 @@ class Footprint(Measure):
         sums = torch.segment_reduce(units, "sum", lengths=self.lengths, unsafe=True)
         counts = torch.maximum(sums, self.least)
         layers = len(self.names)
-        costs = (self.member * self._layer_costs(counts[:layers], counts[layers : 2 * layers])).sum(1)
+        costs = (self.member * self._layer_costs(counts[:layers], counts[layers : 2 * layers])).sum(
+            1
+        )
         if self.products:
             costs = costs + (self.product * counts[2 * layers :]).sum(1)
         return costs + self.rest

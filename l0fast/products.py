@@ -3,11 +3,12 @@ they are made of."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from l0fast.channels import STAYS, narrowed, op_name, shape_of
 from l0fast.graph import Trace
@@ -49,13 +50,12 @@ def products(walk: Walk) -> list[Product]:
 
 def _of_an_element(node: Node) -> tuple[float, float]:
     """MACs, and elements given, for each element of the result."""
-    first, second, *more = (shape_of(source) for source in node.args if isinstance(source, Node))
-    assert first is not None and second is not None
+    shapes: Any = [shape_of(source) for source in node.args if isinstance(source, Node)]
+    inner = shapes[0][-1]
     if op_name(node) != ATTENTION:
-        return first[-1], 1.0
-    assert more[0] is not None
-    keys, size = second[-2], more[0][-1]  # scores = q @ k^T for each key, then scores @ v
-    return keys * (1 + first[-1] / size), 1 + keys / size
+        return inner, 1.0
+    keys, size = shapes[1][-2], shapes[2][-1]  # scores = q @ k^T for each key, then scores @ v
+    return keys * (1 + inner / size), 1 + keys / size
 
 
 def unreckoned(trace: Trace) -> list[str]:
@@ -66,7 +66,7 @@ def unreckoned(trace: Trace) -> list[str]:
     for node in trace.graph.nodes:
         if node.op != "call_function" or node in trace.calls or op_name(node) in PRODUCTS:
             continue
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
+        args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         counter = FlopCounterMode(display=False)
         try:
             with torch.no_grad(), counter:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._tables import aligned
-from l0fast.budget import Budget, choose
 from l0fast.amounts import Asked, share, words
+from l0fast.budget import Budget, choose
 from l0fast.compact import apply
 from l0fast.constraint import TARGETS, DensityConstraint, L0Penalty
 from l0fast.counts import Counts, element_size, widths_left
@@ -28,10 +28,10 @@ from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
 from l0fast.measure import GateMeasure, of_pruned
 from l0fast.plan import Plan, closed, fold, make_plan, reference
-from l0fast.sites import light_copy
 from l0fast.sparsify import example_args, unwrapped
-from l0fast.timing import settled, whole_seconds
-from l0fast.trial import trial
+from l0fast.stopwatch import whole_seconds
+from l0fast.timing import settled
+from l0fast.trial import all_open, trial
 
 REPORT_FORMAT = 1
 
@@ -228,12 +228,13 @@ def prune(
             parameter.grad = None
         size = element_size(model)
         dense = Counts.of(result.model, args, size, {})
-        small = apply(light_copy(result.model), plan.edits, result.factors, plan.mends)
+        small = apply(result.model, plan.edits, result.factors, plan.mends)
         left = Counts.of(small, args, size, widths_left(plan))
         spent: dict[str, float] = {}
         for one in budgets:
-            real = isinstance(one.measure, Footprint)
-            spent[one.name] = (one.measure.left(left) if real else one.measure.spent(kept))[0]
+            by = one.measure
+            costs = by.left(left) if isinstance(by, Footprint) else by.spent(kept)
+            spent[one.name] = costs[0]
         budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
         if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
             break
@@ -253,7 +254,6 @@ def prune(
         if name in layers or name in changed
     ]
     units = {"input": "in", "output": "out", "weight": "out"}
-    timed = any(isinstance(group.measure, LatencyTable) for group in groups.values())
     gated = GateMeasure(layers, [Group(tuple(layers))])
     previous = getattr(model, "report", None)
     earlier = previous if isinstance(previous, dict) else {}
@@ -280,7 +280,9 @@ def prune(
         "params": [left.params[""], dense.params[""]],
         "macs": [left.macs[""], dense.macs[""]],
         "memory": [left.memory[""], dense.memory[""]],
-        "latency": whole_seconds([small, result.model], args) if timed else None,
+        "latency": whole_seconds([small, fold(all_open(model), plan.raw).model], args)
+        if any(isinstance(group.measure, LatencyTable) for group in groups.values())
+        else None,
         "sites": sites,
         "tier": plan.tier,
         "notes": plan.notes,

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import statistics
-import time
-from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
 from typing import Any, NamedTuple
@@ -14,93 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l0fast.compact import Edit, channel_dim, edited
+from l0fast.compact import Edit, apply, channel_dim, edited
 from l0fast.density import AnyMeasure, require_gated
 from l0fast.graph import NORMS, is_carrier, layer_size
 from l0fast.latency import Grids, LatencyTable, LayerLatency
 from l0fast.measure import check_measure
+from l0fast.plan import fold
 from l0fast.sites import light_copy
 from l0fast.sites import replace as replace_modules
 from l0fast.sparsify import evaluating, example_args, unwrapped
-from l0fast.trial import Trial, trial
+from l0fast.stopwatch import Build, Call, device_of, quartiles, whole
+from l0fast.trial import Trial, all_open, trial
 
 POINTS = 5
 """Widths along each side of a layer."""
-ROUNDS = (8, 25)
-"""Samples of each call, at least and at most, and"""
-SECONDS = 8.0
-"""in about how long a time."""
-SAMPLE_S = 2e-4
-"""A sample takes about that long, or one call."""
-
-Call = Callable[[], object]
-Build = Callable[[], list[Call]]
-
-
-def quartiles(builds: list[Build], device: torch.device) -> list[float]:
-    """Seconds of some calls, of interleaved samples, each after a call that warms up.
-
-    Args:
-        builds: each makes a few of the calls, anew in each round: all of them at once might not
-            fit into memory.
-        device: where they run.
-    """
-    cuda = device.type == "cuda"
-    times: dict[tuple[int, int], int] = {}
-    """How many calls make a sample."""
-
-    def timed(call: Call, number: int) -> float:
-        if cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda.synchronize(device)
-            start.record()
-            for _ in range(number):
-                call()
-            end.record()
-            end.synchronize()
-            return start.elapsed_time(end) * 1e-3 / number
-        began = time.perf_counter()
-        for _ in range(number):
-            call()
-        return (time.perf_counter() - began) / number
-
-    def sample(key: tuple[int, int], call: Call) -> float:
-        call()
-        if key not in times:  # the first call of all makes what later ones find
-            times[key] = max(1, min(50, int(SAMPLE_S / max(timed(call, 1), 1e-7))))
-        return timed(call, times[key])
-
-    def round_() -> list[float]:
-        calls = (((i, j), call) for i, b in enumerate(builds) for j, call in enumerate(b()))
-        return [sample(key, call) for key, call in calls]
-
-    round_()
-    began = time.perf_counter()
-    samples = [round_()]
-    each = time.perf_counter() - began
-    rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / each)))
-    samples += [round_() for _ in range(rounds - 1)]
-    # The lower quartile: what else runs on the machine only ever adds.
-    return [statistics.quantiles(column, n=4)[0] for column in zip(*samples, strict=True)]
-
-
-def _whole(models: list[nn.Module], args: tuple[Any, ...]) -> Build:
-    return lambda: [lambda model=model: model(*args) for model in models]
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
-
-
-def whole_seconds(models: list[nn.Module], args: tuple[Any, ...]) -> list[float]:
-    """Seconds of one forward of each of some models, in evaluation."""
-    training = [model.training for model in models]
-    try:
-        with torch.no_grad():
-            return quartiles([_whole([m.eval() for m in models], args)], _device(models[0]))
-    finally:
-        for model, mode in zip(models, training, strict=True):
-            model.train(mode)
 
 
 def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
@@ -108,8 +31,8 @@ def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
 
     Each layer that `prune` can make smaller is run in evaluation on the example's shapes, at five
     widths along each side (with the gathers and scatters that pruning puts around it): the lower
-    quartile of interleaved samples. Two whole models, dense and about half pruned, each with and without its
-    layers, tell what is spent besides them.
+    quartile of interleaved samples. Two whole models, dense and about half pruned, each with and
+    without its layers, tell what is spent besides them.
 
     Args:
         model: a model with gates.
@@ -125,8 +48,12 @@ def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
     model = unwrapped(model)
     require_gated(model)
     args = example_args(example_inputs)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    return table(trial(model, args), args, dtype)
+    tried = trial(model, args)
+    # Not as the trial left it: some ops take less time for zeros.
+    dense = fold(all_open(model).eval(), tried.plan.raw)
+    edits, mends = tried.plan.edits, tried.plan.mends
+    small = apply(light_copy(dense.model), edits, dense.factors, mends)
+    return _table(tried, [dense.model, small], args)
 
 
 def settled(measure: AnyMeasure, model: nn.Module, example_inputs: Any) -> AnyMeasure:
@@ -165,9 +92,9 @@ def _recorded(model: nn.Module, names: list[str], args: tuple[Any, ...]) -> dict
     return records
 
 
-def table(tried: Trial, args: tuple[Any, ...], dtype: torch.dtype) -> LatencyTable:
-    """The table of a model that was tried."""
-    models = [copy.deepcopy(m).to(dtype).eval() for m in (tried.folded, tried.small)]
+def _table(tried: Trial, models: list[nn.Module], args: tuple[Any, ...]) -> LatencyTable:
+    """The table of a model that was tried; of the plain models with all units, and with those that
+    the trial left."""
     edits = {edit.name: edit for edit in tried.plan.edits}
     records = [_recorded(model, tried.shrinking, args) for model in models]
     empty: list[nn.Module] = []
@@ -175,7 +102,7 @@ def table(tried: Trial, args: tuple[Any, ...], dtype: torch.dtype) -> LatencyTab
         twin = light_copy(model)
         layers_of = {id(twin.get_submodule(name)): record for name, record in of.items()}
         empty.append(replace_modules(twin, layers_of))
-    builds = [_whole([*models, *empty], args)]
+    builds = [whole([*models, *empty], args)]
     number = 4
     alike: dict[str, _Sides] = {}  # networks repeat their blocks
     kinds: dict[str, str] = {}
@@ -190,20 +117,19 @@ def table(tried: Trial, args: tuple[Any, ...], dtype: torch.dtype) -> LatencyTab
             number += len(sides.inputs) * len(sides.outputs)
             builds.append(_cells(layer, record.inputs, edit, sides))
     with torch.no_grad():
-        seconds = quartiles(builds, _device(models[0]))
+        seconds = quartiles(builds, device_of(models[0]))
     layers = {name: alike[kind].layer(seconds) for name, kind in kinds.items()}
     positions = {
         name: sum(y.numel() for y in record.outputs) / tried.dense.widths[name][1]
         for name, record in records[0].items()
     }
     about = {
-        "device": _device_name(_device(models[0])),
+        "device": _device_name(device_of(models[0])),
         "threads": torch.get_num_threads(),
-        "dtype": str(dtype),
+        "dtypes": [str(part.dtype) for part in args if isinstance(part, Tensor)],
         "shapes": [list(part.shape) for part in args if isinstance(part, Tensor)],
         "torch": torch.__version__,
     }
-    print('whole, empty', seconds[:4])
     return LatencyTable(*_completed(layers, positions, tried, seconds), about)
 
 
@@ -235,7 +161,9 @@ def _widths(layer: nn.Module, edit: Edit) -> tuple[list[int], list[int]]:
         shares = (index / (POINTS - 1) for index in range(POINTS))
         return sorted({step * max(1, round(share * (size // step))) for share in shares})
 
-    rows = [outputs] if edit.outputs is None else grid(outputs, outputs // groups if groups > 1 else 1)
+    rows = (
+        [outputs] if edit.outputs is None else grid(outputs, outputs // groups if groups > 1 else 1)
+    )
     if is_carrier(layer) or edit.inputs is None:  # a carrier is given what it passes on
         return [inputs], rows
     return grid(inputs, 1), rows

@@ -14,7 +14,6 @@ from l0fast.counts import Counts, element_size, widths_left
 from l0fast.draw import gated_layers
 from l0fast.graph import layer_size
 from l0fast.plan import Plan, fold, make_plan, reference
-from l0fast.sites import light_copy
 
 
 @dataclass(frozen=True)
@@ -27,10 +26,6 @@ class Trial:
     dense: Counts
     """With every gate open."""
     left: Counts
-    folded: nn.Module
-    """The plain model with every unit, in float64 if that runs, and"""
-    small: nn.Module
-    """what was left of it."""
     element_size: int
     """Bytes of one of the model's own numbers."""
 
@@ -45,14 +40,22 @@ class Trial:
         ]
 
 
+def all_open(model: nn.Module) -> nn.Module:
+    """A copy of a gated model with every gate open."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for layer in gated_layers(twin).values():
+            layer.log_alpha.fill_(layer.distribution.bound)
+    return twin
+
+
 def trial(model: nn.Module, args: tuple[Any, ...]) -> Trial:
     """Prunes with about half of the units closed."""
-    twin = copy.deepcopy(model)
+    twin = all_open(model)
     kept: dict[str, Tensor] = {}
     chance = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, layer in gated_layers(twin).items():
-            layer.log_alpha.fill_(layer.distribution.bound)
             kept[name] = torch.ones(layer.log_alpha.shape, dtype=torch.bool)
             if layer.gates != "weight":
                 closed = torch.randperm(layer.num_gates, generator=chance)[layer.num_gates // 2 :]
@@ -63,6 +66,6 @@ def trial(model: nn.Module, args: tuple[Any, ...]) -> Trial:
     size = element_size(model)
     full = {name: layer_size(site.layer) for name, site in plan.sites.items()}
     dense = Counts.of(folded.model, wide, size, full)
-    small = apply(light_copy(folded.model), plan.edits, folded.factors, plan.mends)
+    small = apply(folded.model, plan.edits, folded.factors, plan.mends)
     left = Counts.of(small, wide, size, widths_left(plan))
-    return Trial(plan, kept, dense, left, folded.model, small, size)
+    return Trial(plan, kept, dense, left, size)
