@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from l0fast import _checks
@@ -26,13 +27,14 @@ def _unit(measure: str) -> str:
 
 
 def _amount(text: str, measure: str) -> float | None:
-    """The amount that a text names, or None if it names none of that measure."""
+    """The amount above 0 that a text names, or None if it names none of that measure."""
     prefixes = _PARTS if measure == "latency" else _COUNTS
     unit = _unit(measure)
     letters = unit if len(unit) == 1 else f"(?i:{unit})"
     number = r"(\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?)"
     match = re.fullmatch(rf"\s*{number}\s*([{''.join(prefixes)}]?)\s*{letters}\s*", text)
-    return float(match[1]) * prefixes[match[2]] if match else None
+    amount = float(match[1]) * prefixes[match[2]] if match else 0.0
+    return amount if 0.0 < amount < math.inf else None
 
 
 def check(name: str, asked: object, measure: str) -> Asked:
@@ -45,7 +47,7 @@ def check(name: str, asked: object, measure: str) -> Asked:
     """
     if not isinstance(asked, str):
         return _checks.density(name, asked)
-    if not _amount(asked, measure):
+    if _amount(asked, measure) is None:
         example = _EXAMPLES.get(measure, "3.5 cost")
         _checks.refuse(name, asked, f"a density in (0, 1], or an amount such as {example!r}")
     return asked

@@ -15,8 +15,9 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 PRUNED = "pruned.safetensors"
 PLOT = "dynamics.png"
+FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
 LATENCY = "latency.json"
-FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT, LATENCY)
+"""Only where latency was measured."""
 
 Row = dict[str, Any]
 

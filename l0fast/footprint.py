@@ -211,16 +211,15 @@ class Latency(Footprint):
                 expected = f"one of this model, with {name!r} of size {size} (see measure_latency)"
                 got = f"a latency table of {len(table.layers)} layers"
                 _checks.refuse("measure", got, expected)
-        grids = Grids.of([table.layers[name] for name in self.names])
-        whole = torch.tensor([float(group.whole is not None) for group in self.groups]).double()
-        member, rest = self._inside(self.names).double(), whole * table.rest
+        # As they are in the table, whatever the dtype that a constraint computes in.
+        self.exact = grids = Grids.of([table.layers[name] for name in self.names])
         return {
             "in_grid": grids.inputs,
             "out_grid": grids.outputs,
             "seconds": grids.seconds,
-            "member": member,
-            "rest": rest,
-            "total": (member * self._seconds(grids, self.dense)).sum(1) + rest,
+            "member": self._inside(self.names).double(),
+            "rest": torch.tensor(self._rest(), dtype=torch.float64),
+            "total": torch.tensor(self.left(self.dense), dtype=torch.float64),
         }
 
     def take(self, groups: list[Group]) -> None:
@@ -230,14 +229,15 @@ class Latency(Footprint):
             self._buffers[name] = tensor.to(self.total)
         self.totals = self.left(self.dense)
 
-    def _seconds(self, grids: Grids, counts: Counts) -> Tensor:
-        """[L] of a plain model's widths."""
-        widths = torch.tensor([counts.widths[name] for name in self.names]).double()
-        return grids.at(*widths.unbind(1))
+    def _rest(self) -> list[float]:
+        """[C] what each group has besides its layers."""
+        rest: float = self.groups[0].measure.rest  # type: ignore[union-attr]
+        return [0.0 if group.whole is None else rest for group in self.groups]
 
     def left(self, counts: Counts) -> list[float]:
-        seconds = self._seconds(Grids(self.in_grid, self.out_grid, self.seconds), counts)
-        return ((self.member * seconds).sum(1) + self.rest).tolist()
+        widths = torch.tensor([counts.widths[name] for name in self.names], dtype=torch.float64)
+        seconds = (self._inside(self.names) * self.exact.at(*widths.unbind(1))).sum(1).tolist()
+        return [layers + rest for layers, rest in zip(seconds, self._rest(), strict=True)]
 
     def _layer_costs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
         return Grids(self.in_grid, self.out_grid, self.seconds).at(inputs, outputs)

@@ -997,7 +997,7 @@ def test_refusals() -> None:
         prune(mlp(), x)
     with pytest.raises(ValueError, match=r"target: got 1.5; expected a density in"):
         prune(model, x, 1.5)
-    with pytest.raises(TypeError, match=r"target: got 'abc'; expected a density"):
+    with pytest.raises(ValueError, match=r"target: got 'abc'; expected a density"):
         prune(model, x, "abc")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"target: got 'fc9'; expected a pattern that matches"):
         prune(model, x, {"fc9": 0.5})

@@ -48,9 +48,11 @@ SUMMARY_OF = {
         "expected_density", "architecture", "test_error_percent", "best_test_error_percent",
         "validation_error_percent", "selected_epoch", "feasible", "params", "dense_params",
         "params_fraction", "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device",
-        "torch", "memory", "dense_memory", "memory_fraction",
+        "torch",
     },
-    "gated": {"realised_density", "forced", "collapsed"},
+    "gated": {
+        "realised_density", "forced", "collapsed", "memory", "dense_memory", "memory_fraction",
+    },
     "constrained": set[str](),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
