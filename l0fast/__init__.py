@@ -7,11 +7,13 @@ from l0fast.constraints import Constraints
 from l0fast.density import density
 from l0fast.dual import DualAscent
 from l0fast.hard_concrete import HardConcrete
+from l0fast.latency import LatencyTable
 from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
 from l0fast.prune import prune
 from l0fast.saving import load_pruned, save_pruned
 from l0fast.settings import TrainerSettings
 from l0fast.sparsify import param_groups, sparsify_
+from l0fast.timing import measure_latency
 from l0fast.trainer import Trainer
 
 __version__ = "0.1.0"
@@ -26,12 +28,14 @@ __all__ = [
     "L0Conv3d",
     "L0Linear",
     "L0Penalty",
+    "LatencyTable",
     "Trainer",
     "TrainerSettings",
     "__version__",
     "density",
     "functional",
     "load_pruned",
+    "measure_latency",
     "param_groups",
     "prune",
     "prune_optimizer",

@@ -9,20 +9,25 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.amounts import Asked, share
 from l0fast.density import (
     WHOLE_MODEL,
-    Cost,
+    AnyMeasure,
     Group,
     gated_parameters,
+    measure_name,
     require_gated,
     target_groups,
 )
 from l0fast.draw import own_gates
 from l0fast.dual import DualAscent
-from l0fast.footprint import measure_of, trial
+from l0fast.footprint import Latency, measure_of
+from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
-from l0fast.measure import SIZES, Measure, check_measure, measure_name
+from l0fast.measure import Measure, of_pruned
 from l0fast.sparsify import example_args, unwrapped
+from l0fast.timing import settled
+from l0fast.trial import trial
 
 TARGETS = "_l0fast_targets"
 """Attribute of a constrained model: `Group` -> target, so that `prune` holds them."""
@@ -34,7 +39,7 @@ class _DensityTerm(nn.Module):
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()
         layers = require_gated(model)
-        sized = groups[0].measure in SIZES
+        sized = of_pruned(groups[0].measure)
         tried = trial(model, example_args(example_inputs)) if sized else None
         measure = measure_of(layers, groups, tried)
         # The layers belong to the model: kept out of this module's children and state.
@@ -119,23 +124,26 @@ class DensityConstraint(_DensityTerm):
     def __init__(
         self,
         model: nn.Module,
-        target: float | Mapping[str, float],
+        target: Asked | Mapping[str, Asked],
         *,
-        measure: str | Cost = "gates",
+        measure: AnyMeasure = "gates",
         example_inputs: Any = None,
         dual: DualAscent | None = None,
     ) -> None:
-        check_measure(measure, example_inputs)
         model = unwrapped(model)
+        measure = settled(measure, model, example_inputs)
         named = target_groups(model, target, measure)
         super().__init__(model, [group for group, _ in named.values()], example_inputs)
         self.dual = dual or DualAscent()
         self.measure = measure_name(measure)
         self.groups = {name: group for name, (group, _) in named.items()}
-        targets = [value for _, value in named.values()]
-        for name, value, lowest in zip(named, targets, self._lowest, strict=True):
+        totals: list[float] = self.__dict__["_measure"].totals
+        targets: list[float] = []
+        for name, (_, asked), total, lowest in zip(
+            named, named.values(), totals, self._lowest, strict=True
+        ):
             title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
-            _checks.density(title, value, low=lowest)
+            targets.append(share(title, asked, self.measure, total, lowest))
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("multiplier", torch.zeros(len(targets), **place))
         self.register_buffer("target", torch.tensor(targets, **place))
@@ -205,11 +213,26 @@ class DensityConstraint(_DensityTerm):
     def get_extra_state(self) -> dict[str, Any]:
         """What the state holds beside tensors: the layers of each constraint, and the targets."""
         groups = [[name, list(group.layers)] for name, group in self.groups.items()]
-        return {"measure": self.measure, "groups": groups, "targets": list(self._exact)}
+        state = {"measure": self.measure, "groups": groups, "targets": list(self._exact)}
+        table = self.table
+        return state if table is None else {**state, "latency": table.as_json()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes the targets over, for `prune` too."""
+        """Takes the targets over, for `prune` too, and the table they are shares of."""
+        if "latency" in state:
+            table = LatencyTable.from_json(state["latency"])
+            for group in self.groups.values():
+                self._left_on_model.pop(group, None)
+            self.groups = {n: g._replace(measure=table) for n, g in self.groups.items()}
+            measure: Latency = self.__dict__["_measure"]
+            measure.take(list(self.groups.values()))
         self._set_targets(list(state["targets"]))
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """What latencies are read off, if the measure is one."""
+        measure = next(iter(self.groups.values())).measure
+        return measure if isinstance(measure, LatencyTable) else None
 
     def extra_repr(self) -> str:
         pairs = zip(self.names, self._exact, strict=True)

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from l0fast.amounts import Asked
 from l0fast.constraint import DensityConstraint, L0Penalty
+from l0fast.density import WHOLE_MODEL, AnyMeasure
 from l0fast.dual import DualAscent
 from l0fast.magnitude import MagnitudePruning
 from l0fast.settings import TrainerSettings, default_dual_lr, default_gate_lr
 from l0fast.sparsify import param_groups
+from l0fast.timing import settled
 
 Term = DensityConstraint | L0Penalty
 
@@ -32,16 +35,18 @@ def make_term(
     if settings.penalty is not None:
         per_example = examples if settings.penalty_per_example else None
         return L0Penalty(model, settings.penalty, per_example)
-    target = settings.density if settings.layer_density is None else settings.layer_density
-    if target is None:
+    asked = settings.density if settings.layer_density is None else settings.layer_density
+    if asked is None:
         return None
+    measure = settled(settings.measure, model, example_inputs)
+    target = _in_shares(model, asked, measure, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(
             model,
             target,
             steps=steps,
             gradual=settings.method == "magnitude",
-            measure=settings.measure,
+            measure=measure,
             example_inputs=example_inputs,
         )
     lr = settings.dual_lr
@@ -51,10 +56,25 @@ def make_term(
     return DensityConstraint(
         model,
         target,
-        measure=settings.measure,
+        measure=measure,
         example_inputs=example_inputs,
         dual=DualAscent(lr, settings.restarts),
     )
+
+
+def _in_shares(
+    model: nn.Module,
+    asked: Asked | Mapping[str, Asked],
+    measure: AnyMeasure,
+    example_inputs: Any,
+) -> float | Mapping[str, float]:
+    """Targets as densities, by which the duals' learning rate goes; a constraint tells amounts."""
+    values = asked.values() if isinstance(asked, Mapping) else [asked]
+    if not any(isinstance(value, str) for value in values):
+        return asked  # type: ignore[return-value]
+    constraint = DensityConstraint(model, asked, measure=measure, example_inputs=example_inputs)
+    shares = constraint.targets
+    return shares if isinstance(asked, Mapping) else shares[WHOLE_MODEL]
 
 
 def make_optimizer(

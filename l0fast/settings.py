@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from l0fast import _checks
+from l0fast import _checks, amounts
 from l0fast.layers import GATES
 from l0fast.measure import MEASURES
 
@@ -23,10 +23,10 @@ class TrainerSettings:
     """How to train. The defaults are this project's own recipe.
 
     Args:
-        density: target of the whole model, in (0, 1]; or
+        density: target of the whole model, in (0, 1] or an amount ("100k params"); or
         layer_density: layer name or pattern -> target, each its own constraint; or
-        measure: what these targets are shares of, "gates", "params" or "macs" (see
-            `DensityConstraint`).
+        measure: what these targets are shares or amounts of: "gates", "params", "macs",
+            "memory" or "latency" (see `DensityConstraint`).
         method: how a density is met: "l0" (gates are learned under a constraint), or by the
             baselines "magnitude" (gradually) and "magnitude-one-shot" (see `MagnitudePruning`).
         gates: where they sit, as in `sparsify_`; for models that the trainer gives them.
@@ -50,8 +50,8 @@ class TrainerSettings:
             models that the trainer gives their gates.
     """
 
-    density: float | None = None
-    layer_density: Mapping[str, float] | None = None
+    density: amounts.Asked | None = None
+    layer_density: Mapping[str, amounts.Asked] | None = None
     measure: str = "gates"
     method: str = "l0"
     gates: str = "auto"
@@ -86,14 +86,16 @@ class TrainerSettings:
         _checks.one_of("gates", self.gates, ("auto", *GATES))
         checked: dict[str, Any] = {}  # as plain numbers: a checkpoint holds no others
         if self.density is not None:
-            checked["density"] = _checks.density("density", self.density)
+            checked["density"] = amounts.check("density", self.density, self.measure)
         if self.layer_density is not None:
             if not isinstance(self.layer_density, Mapping):
                 expected = "layer names or patterns -> densities"
                 _checks.refuse("layer_density", self.layer_density, expected, TypeError)
             # In one order, whichever the caller's: a checkpoint's multipliers have no names.
             checked["layer_density"] = {
-                name: _checks.density(f"layer_density[{name!r}]", self.layer_density[name])
+                name: amounts.check(
+                    f"layer_density[{name!r}]", self.layer_density[name], self.measure
+                )
                 for name in sorted(self.layer_density, key=str)
             }
         for name in ("epochs", "batch_size"):

@@ -21,7 +21,7 @@ from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Data, Split, check_data
 from l0fast.draw import gated_layers
-from l0fast.folder import PLOT, PRUNED, RunFolder
+from l0fast.folder import LATENCY, PLOT, PRUNED, RunFolder
 from l0fast.method import make_optimizer, make_term
 from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.prune import prune
@@ -258,6 +258,8 @@ class Trainer:
             self.pruned = prune(model, self.example_inputs)
             if self.folder is not None:
                 save_pruned(self.pruned, self.folder / PRUNED)
+                if isinstance(self.term, DensityConstraint) and self.term.table is not None:
+                    self.term.table.save(self.folder / LATENCY)
             error = error_percent(self.pruned, self.data.test)
             report: Any = self.pruned.report
             outcome = of_pruned(report, self.settings, selected, error)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, models, prune, sparsify_
 from l0fast.draw import gated_layers
-from l0fast.footprint import trial
+from l0fast.measure import SIZES
+from l0fast.trial import trial
 
 FLAT = torch.randn(2, 6)
 IMAGE = torch.randn(2, 1, 28, 28)
@@ -98,7 +99,7 @@ def test_of_closed_and_open_gates_it_is_the_pruned_models_count(case: str, gates
     build, x = MODELS[case]
     model = sparsify_(build().double(), gates=gates).eval()
     x = x.double() if x.is_floating_point() else x
-    by_measure = {name: constrained(model, name, x) for name in ("params", "macs")}
+    by_measure = {name: constrained(model, name, x) for name in SIZES}
     for name, constraint in by_measure.items():  # every gate at the bound: all but open
         with torch.no_grad():
             for layer in gated_layers(model).values():

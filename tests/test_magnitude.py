@@ -11,7 +11,7 @@ from torch import nn
 
 from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
 from l0fast.data import Data
-from l0fast.magnitude import CLOSED, OPEN, MagnitudePruning, magnitudes
+from l0fast.magnitude import CLOSED, OPEN, MagnitudePruning, magnitudes, shared_magnitudes
 
 __all__ = ["digits", "one_thread"]  # fixtures
 
@@ -190,3 +190,19 @@ def _data() -> Data:
     from l0fast import data
 
     return data.load("digits")
+
+
+def test_layers_that_share_gates_are_ranked_together() -> None:
+    first = L0Linear.from_dense(nn.Linear(3, 2, bias=False))
+    second = L0Linear.from_dense(nn.Linear(3, 1, bias=False), shared=first)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[3.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
+        second.weight.copy_(torch.tensor([[0.0, 6.0, 1.0]]))
+    found = shared_magnitudes({"first": first, "second": second})
+    assert list(found) == ["first"]
+    torch.testing.assert_close(found["first"], torch.tensor([3.0, 12.0, 1.0]).sqrt())
+    model = nn.Sequential(first, nn.Flatten(0), nn.Flatten(0))
+    model[1] = nn.Sequential(second)
+    pruning = MagnitudePruning(model, 0.4, steps=2, gradual=False)
+    pruning.step()
+    assert (first.log_alpha > 0).tolist() == [False, True, False]

@@ -18,7 +18,7 @@ from l0fast.settings import default_dual_lr, default_gate_lr
         ({"density": 0}, ValueError, "density: got 0; expected a density in (0, 1]"),
         ({"density": 1.5}, ValueError, "density: got 1.5; expected a density in (0, 1]"),
         ({"density": math.nan}, ValueError, "density: got nan; expected a density in (0, 1]"),
-        ({"density": "abc"}, TypeError, "density: got 'abc'; expected a density in (0, 1]"),
+        ({"density": "abc"}, ValueError, "density: got 'abc'; expected a density in (0, 1]"),
         ({"density": True}, TypeError, "density: got True; expected a density in (0, 1]"),
         ({"layer_density": 0.5}, TypeError, "layer_density: got 0.5; expected layer names or"),
         ({"layer_density": {"fc1": 2}}, ValueError, "layer_density['fc1']: got 2; expected a den"),

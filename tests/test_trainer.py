@@ -50,7 +50,9 @@ SUMMARY_OF = {
         "params_fraction", "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device",
         "torch",
     },
-    "gated": {"realised_density", "forced", "collapsed"},
+    "gated": {
+        "realised_density", "forced", "collapsed", "memory", "dense_memory", "memory_fraction",
+    },
     "constrained": set[str](),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {

@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from l0fast import _checks, data, models
+from l0fast.amounts import Asked
 from l0fast.formats import DATA_ROOT_VARIABLE
 from l0fast.settings import TrainerSettings
 
@@ -35,7 +36,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="start from the state dict in a .safetensors file, or in one of torch.save's",
     )
-    add("--density", metavar="D", help="target density of the whole model, in (0, 1]")
+    add(
+        "--density",
+        metavar="D",
+        help="target of the whole model: a density in (0, 1], or an amount, such as '100k params'",
+    )
     add(
         "--layer-density",
         metavar="NAME=D,...",
@@ -45,8 +50,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--measure",
         default=DEFAULTS.measure,
-        help="what densities are shares of: gates (the "
-        "default), or params or macs of the pruned model",
+        help="what targets are shares or amounts of: gates (the default), or params, macs, memory "
+        "(of activations) or latency (on this device) of the pruned model",
     )
     add(
         "--method",
@@ -148,19 +153,26 @@ def default_widths(model: str) -> list[int] | None:
     return list(models.WIDTHS[model]) if model in models.WIDTHS else None
 
 
-def layer_densities(text: str | None, layers: list[str]) -> dict[str, float] | None:
+def target(text: str) -> Asked:
+    """A density, where a word says a number; else the word, which may name an amount."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def layer_densities(text: str | None, layers: list[str]) -> dict[str, Asked] | None:
     """`NAME=D,NAME=D`, or one number for each of `layers`."""
     if text is None:
         return None
     if "=" not in text:
-        density: float = number("layer_density", text)
-        return dict.fromkeys(layers, density)
-    targets: dict[str, float] = {}
+        return dict.fromkeys(layers, target(text))
+    targets: dict[str, Asked] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name or name in targets:
             _checks.refuse("layer_density", text, "NAME=DENSITY,... with each name once")
-        targets[name] = number(f"layer_density[{name}]", value)
+        targets[name] = target(value)
     return targets
 
 
@@ -174,7 +186,7 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         value = number(name, getattr(args, name), kind)
         if value is not None:
             chosen[name] = value
-    density = number("density", args.density)
+    density = None if args.density is None else target(args.density)
     layer_density = layer_densities(args.layer_density, layers)
     penalty = number("penalty", args.penalty)
     if args.dense and (density, layer_density, penalty) != (None, None, None):
