@@ -19,15 +19,19 @@ import l0fast
 ROOT = Path(__file__).resolve().parent.parent
 
 PUBLIC = {
+    "AugmentedLagrangian",
     "Constraints",
     "DensityConstraint",
     "DualAscent",
+    "EqualityAscent",
     "HardConcrete",
     "L0Conv1d",
     "L0Conv2d",
     "L0Conv3d",
     "L0Linear",
     "L0Penalty",
+    "PIControl",
+    "TargetSchedule",
     "Trainer",
     "TrainerSettings",
     "__version__",
