@@ -180,6 +180,11 @@ class DensityConstraint(_DensityTerm):
         self._left_on_model.update(zip(self.groups.values(), targets, strict=True))
 
     @property
+    def targets(self) -> tuple[float, ...]:
+        """The targets as they were named, in `names`' order; `target` holds them rounded."""
+        return tuple(self._exact)
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the constraints, in the order of their multipliers."""
         return tuple(self.groups)

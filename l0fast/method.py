@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 from l0fast.constraint import DensityConstraint, L0Penalty
-from l0fast.dual import DualAscent
-from l0fast.settings import TrainerSettings, default_dual_lr, default_gate_lr
+from l0fast.dual import DUALS, Dual
+from l0fast.schedule import TargetSchedule
+from l0fast.settings import DUAL_DAMPING, TrainerSettings, default_dual_lr, default_gate_lr
 from l0fast.sparsify import param_groups
 
 Term = DensityConstraint | L0Penalty
@@ -34,17 +36,38 @@ def make_term(
     target = settings.density if settings.layer_density is None else settings.layer_density
     if target is None:
         return None
-    lr = settings.dual_lr
-    if lr is None:
-        least = min(target.values()) if isinstance(target, Mapping) else target
-        lr = default_dual_lr(steps, least)
+    least = min(target.values()) if isinstance(target, Mapping) else target
     return DensityConstraint(
         model,
         target,
         measure=settings.measure,
         example_inputs=example_inputs,
-        dual=DualAscent(lr, settings.restarts),
+        dual=_dual(settings, steps, least),
+        schedule=_schedule(settings, steps),
     )
+
+
+def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
+    """How the multipliers move, in a training of that many steps; `least` of its targets."""
+    lr = settings.dual_lr
+    if lr is None:
+        lr = default_dual_lr(steps, least, settings.target_schedule)
+    options: dict[str, Any] = {"dual_first": settings.dual_first}
+    if settings.dual == "ascent":
+        options["restarts"] = settings.restarts
+    elif settings.dual == "pi":
+        options["proportional"] = DUAL_DAMPING / least
+    elif settings.dual == "augmented":
+        options["penalty"] = DUAL_DAMPING / least
+    return DUALS[settings.dual](lr, **options)
+
+
+def _schedule(settings: TrainerSettings, steps: int) -> TargetSchedule | None:
+    """How the targets come down."""
+    if settings.target_schedule == "constant":
+        return None
+    warmup = math.ceil(settings.target_warmup * steps)
+    return TargetSchedule(warmup, settings.target_schedule)
 
 
 def make_optimizer(

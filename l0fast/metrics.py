@@ -65,10 +65,12 @@ def gate_metrics(model: nn.Module) -> Row:
 
 
 def constraint_metrics(term: DensityConstraint) -> Row:
-    """Where each constraint stands: its density, its multiplier, its restarts so far."""
+    """Where each constraint stands: its density, the target in force, its multiplier, its restarts
+    so far."""
     with torch.no_grad():
         by_constraint = {
             "density": term.densities(),
+            "aim": term.aim,
             "lambda": term.multiplier,
             "restarts": term.restarts.long(),
         }

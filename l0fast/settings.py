@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from l0fast import _checks
+from l0fast.dual import DUALS
 from l0fast.measure import MEASURES
+from l0fast.schedule import POWERS
 
 MAX_SEED = 2**32 - 1
 DUAL_GAIN = 33.0
 DUAL_LR_MOST = 0.1
+DUAL_DAMPING = 0.3
 GATE_TRAVEL = 30.0
 GATE_LR_RANGE = (0.03, 0.1)
 
@@ -34,8 +37,14 @@ class TrainerSettings:
         lr: learning rate of Adam for the weights.
         gate_lr: of the gates; None: GATE_TRAVEL / number of steps, within GATE_LR_RANGE.
         dual_lr: dual learning rate; None: DUAL_GAIN / (least target x number of steps), at most
-            DUAL_LR_MOST.
-        restarts: dual restarts.
+            DUAL_LR_MOST; with a schedule of targets 1 / least target.
+        restarts: dual restarts, of dual="ascent".
+        dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
+            "equality" (see `l0fast.dual`).
+        dual_first: whether they move before each step's loss is formed, rather than after it.
+        target_schedule: how targets come down to what is asked: "constant" (in force from the
+            start), "linear" or "cubic".
+        target_warmup: the share of the training that this takes, in (0, 1].
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
         skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
@@ -54,6 +63,10 @@ class TrainerSettings:
     gate_lr: float | None = None
     dual_lr: float | None = None
     restarts: bool = True
+    dual: str = "ascent"
+    dual_first: bool = False
+    target_schedule: str = "constant"
+    target_warmup: float = 0.5
     weight_decay: float = 0.1
     schedule: str = "cosine"
     skip: str | bool = "auto"
@@ -92,6 +105,11 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is not None or name == "weight_decay":
                 checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
+        name, expected = "target_warmup", "a share of the training in (0, 1]"
+        value = getattr(self, name)
+        checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_low=True)
+        _checks.one_of("dual", self.dual, tuple(DUALS))
+        _checks.one_of("target_schedule", self.target_schedule, ("constant", *POWERS))
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
         _checks.skip(self.skip)
         for name, value in checked.items():
@@ -103,15 +121,23 @@ class TrainerSettings:
         return not (self.density is None and self.layer_density is None and self.penalty is None)
 
 
-def default_dual_lr(steps: int, target: float) -> float:
+def default_dual_lr(steps: int, target: float, target_schedule: str = "constant") -> float:
     """The dual learning rate for a training of that many steps to that density.
 
+    With a schedule it is 1 / target, however long the training. The multiplier is then driven by
+    what the density lags behind the target in force, and that is over in the about 1 / gate_lr
+    steps that gates take to follow: a lag of a tenth of the target raises it by some 3 to 10 there.
+    Restarts take away what is too much.
+
+    Without one it is DUAL_GAIN / (target x steps), at most DUAL_LR_MOST.
     The multiplier has to reach the loss's sensitivity to density (it peaked at 1.0 for the MLP and
     2.2 for LeNet on MNIST, at 6 on digits), and the violation that drives it shrinks with the
     target. At 33 % the target was first met after 9 % (MNIST) and 19 % (digits) of the training.
     The upper bound keeps a short training from closing gates before the weights have learned
     anything.
     """
+    if target_schedule != "constant":
+        return 1 / target
     return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
 
 

@@ -39,6 +39,7 @@ LEVELS: dict[str, int] = {
     "checkpoint": 5,
     "dual": 5,
     "schedule": 5,
+    "stall": 5,
     "data": 5,
     "models": 5,
     "plots": 5,

@@ -41,6 +41,14 @@ from l0fast.settings import default_dual_lr, default_gate_lr
         ({"gate_lr": -1}, ValueError, "gate_lr: got -1; expected a number > 0"),
         ({"dual_lr": math.inf}, ValueError, "dual_lr: got inf; expected a number >= 0"),
         ({"weight_decay": None}, TypeError, "weight_decay: got None; expected a number >= 0"),
+        (
+            {"dual": "sgd"},
+            ValueError,
+            "dual: got 'sgd'; expected one of 'ascent', 'pi', 'augmented",
+        ),
+        ({"target_schedule": "step"}, ValueError, "target_schedule: got 'step'; expected one of"),
+        ({"target_warmup": 0.0}, ValueError, "target_warmup: got 0.0; expected a share of the"),
+        ({"target_warmup": 1.1}, ValueError, "target_warmup: got 1.1; expected a share of the"),
         ({"schedule": "step"}, ValueError, "schedule: got 'step'; expected one of 'cosine', 'con"),
     ],
 )
