@@ -33,8 +33,8 @@ class Layers(nn.Module):
         self.b = L0Linear(5, 2, density_init=0.9)
 
 
-# loss(p) = sum_i stiffness_i / 2 * (free - p_i)^2 over the open probabilities p of all gates; free is
-# 1 where not said otherwise.
+# loss(p) = sum_i stiffness_i / 2 * (free - p_i)^2 over the open probabilities p of all gates; free
+# is 1 where not said otherwise.
 STIFFNESS = {
     "a": torch.tensor([2.0, 2.5, 4.0], dtype=torch.float64),
     "b": torch.tensor([1.2, 1.5, 2.0, 3.0, 6.0], dtype=torch.float64),
@@ -253,7 +253,7 @@ def test_a_density_below_its_target(name: str) -> None:
         for layer in gated_layers(model).values():
             layer.log_alpha.fill_(-2.0)  # p = 0.4
     constraint = DensityConstraint(model, 0.5, dual=CONVERGING[name])
-    descend(model, constraint, 500, lr=8.0, free=0.3)
+    descend(model, constraint, 500, lr=4.0, free=0.3)
     p, multipliers = solution([["a", "b"]], [0.5], free=0.3)
     if "equality" in name:
         assert float(multipliers) < 0

@@ -44,7 +44,7 @@ from l0fast.settings import default_dual_lr, default_gate_lr
         (
             {"dual": "sgd"},
             ValueError,
-            "dual: got 'sgd'; expected one of 'ascent', 'pi', 'augmented",
+            "dual: got 'sgd'; expected one of 'ascent', 'pi',",
         ),
         ({"target_schedule": "step"}, ValueError, "target_schedule: got 'step'; expected one of"),
         ({"target_warmup": 0.0}, ValueError, "target_warmup: got 0.0; expected a share of the"),
