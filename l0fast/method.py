@@ -12,7 +12,13 @@ from torch import nn
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.dual import DUALS, Dual
 from l0fast.schedule import TargetSchedule
-from l0fast.settings import DUAL_DAMPING, TrainerSettings, default_dual_lr, default_gate_lr
+from l0fast.settings import (
+    DUAL_DAMPING,
+    TrainerSettings,
+    default_dual_lr,
+    default_gate_lr,
+    default_target_schedule,
+)
 from l0fast.sparsify import param_groups
 
 Term = DensityConstraint | L0Penalty
@@ -36,22 +42,29 @@ def make_term(
     target = settings.density if settings.layer_density is None else settings.layer_density
     if target is None:
         return None
-    least = min(target.values()) if isinstance(target, Mapping) else target
+    # Without any, it is the constraint that says so.
+    least = min(target.values(), default=1.0) if isinstance(target, Mapping) else target
+    shape = settings.target_schedule
+    if shape == "auto":
+        named = settings.dual_lr is not None
+        shape = "constant" if named else default_target_schedule(steps, least)
+    warmup = math.ceil(settings.target_warmup * steps)
     return DensityConstraint(
         model,
         target,
         measure=settings.measure,
         example_inputs=example_inputs,
-        dual=_dual(settings, steps, least),
-        schedule=_schedule(settings, steps),
+        dual=_dual(settings, steps, least, shape),
+        schedule=None if shape == "constant" else TargetSchedule(warmup, shape),
     )
 
 
-def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
-    """How the multipliers move, in a training of that many steps; `least` of its targets."""
+def _dual(settings: TrainerSettings, steps: int, least: float, shape: str) -> Dual:
+    """How the multipliers move, in a training of that many steps; `least` of its targets, which
+    come down in that shape."""
     lr = settings.dual_lr
     if lr is None:
-        lr = default_dual_lr(steps, least, settings.target_schedule)
+        lr = default_dual_lr(steps, least, shape)
     options: dict[str, Any] = {"dual_first": settings.dual_first}
     if settings.dual == "ascent":
         options["restarts"] = settings.restarts
@@ -60,14 +73,6 @@ def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
     elif settings.dual == "augmented":
         options["penalty"] = DUAL_DAMPING / least
     return DUALS[settings.dual](lr, **options)
-
-
-def _schedule(settings: TrainerSettings, steps: int) -> TargetSchedule | None:
-    """How the targets come down."""
-    if settings.target_schedule == "constant":
-        return None
-    warmup = math.ceil(settings.target_warmup * steps)
-    return TargetSchedule(warmup, settings.target_schedule)
 
 
 def make_optimizer(

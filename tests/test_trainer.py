@@ -357,10 +357,28 @@ def test_the_dual_and_the_schedule_are_those_of_the_settings(digits: Data) -> No
     two = trainer(digits, dual="augmented", **options)
     assert isinstance(two.term, DensityConstraint)
     assert two.term.dual == AugmentedLagrangian(lr=4.0, penalty=1.2)
-    three = trainer(digits, density=0.25, restarts=False)
+    three = trainer(digits, density=0.25, dual_lr=0.2, restarts=False)
     assert isinstance(three.term, DensityConstraint)
     assert three.term.schedule is None
-    assert three.term.dual == DualAscent(float(three.term.dual_lr), restarts=False)
+    assert three.term.dual == DualAscent(0.2, restarts=False)
+
+
+def test_a_training_too_short_for_the_multiplier_has_a_schedule(digits: Data) -> None:
+    """The rule's 33 / (target x steps) is over 0.1 at a quarter of the density, not at all of it."""
+    one = trainer(digits, dual_lr=None, epochs=10, density=0.25)
+    assert 33 / 0.9 / 0.1 < one.total_steps < 33 / 0.25 / 0.1
+    assert isinstance(one.term, DensityConstraint)
+    assert one.term.schedule == TargetSchedule(math.ceil(0.5 * one.total_steps), "cubic")
+    assert float(one.term.dual_lr) == 4.0
+    two = trainer(digits, dual_lr=None, epochs=10, density=0.9)
+    assert isinstance(two.term, DensityConstraint)
+    assert two.term.schedule is None
+    rate = 33 / (0.9 * two.total_steps)
+    assert float(two.term.dual_lr) == pytest.approx(rate)
+    three = trainer(digits, dual_lr=None, epochs=10, density=0.25, target_schedule="constant")
+    assert isinstance(three.term, DensityConstraint)
+    assert three.term.schedule is None
+    assert float(three.term.dual_lr) == pytest.approx(0.1)
 
 
 def test_a_stall_is_told(digits: Data) -> None:

@@ -70,8 +70,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--target-schedule",
         default=DEFAULTS.target_schedule,
-        help="how targets come down to what is asked: constant (in force from the start; the "
-        "default), linear or cubic",
+        help="how targets come down to what is asked: constant (in force from the start), linear, "
+        "cubic, or auto (cubic in trainings too short for the multiplier, else constant)",
     )
     add("--target-warmup", metavar="F", help="the share of the training that takes; default: 0.5")
     add("--weight-decay", metavar="W", help="decoupled, of the weights")
