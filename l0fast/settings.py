@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from l0fast import _checks, amounts
+from l0fast.dual import DUALS
 from l0fast.layers import GATES
 from l0fast.measure import MEASURES
+from l0fast.schedule import POWERS
 
 METHODS = ("l0", "magnitude", "magnitude-one-shot")
 MAX_SEED = 2**32 - 1
 DUAL_GAIN = 33.0
 DUAL_LR_MOST = 0.1
+DUAL_DAMPING = 0.3
 GATE_TRAVEL = 30.0
 GATE_LR_RANGE = (0.03, 0.1)
 
@@ -39,8 +42,15 @@ class TrainerSettings:
         lr: learning rate of Adam for the weights.
         gate_lr: of the gates; None: GATE_TRAVEL / number of steps, within GATE_LR_RANGE.
         dual_lr: dual learning rate; None: DUAL_GAIN / (least target x number of steps), at most
-            DUAL_LR_MOST.
-        restarts: dual restarts.
+            DUAL_LR_MOST; with a schedule of targets 1 / least target.
+        restarts: dual restarts, of dual="ascent".
+        dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
+            "equality" (see `l0fast.dual`).
+        dual_first: whether they move before each step's loss is formed, rather than after it.
+        target_schedule: how targets come down to what is asked: "constant" (in force from the
+            start), "linear", "cubic", or "auto": "cubic" where the training is too short for
+            DUAL_LR_MOST, and dual_lr is not named, else "constant".
+        target_warmup: the share of the training that this takes, in (0, 1].
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose
@@ -64,6 +74,10 @@ class TrainerSettings:
     gate_lr: float | None = None
     dual_lr: float | None = None
     restarts: bool = True
+    dual: str = "ascent"
+    dual_first: bool = False
+    target_schedule: str = "auto"
+    target_warmup: float = 0.5
     weight_decay: float = 0.1
     schedule: str = "cosine"
     select: str = "last"
@@ -109,6 +123,11 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is not None or name == "weight_decay":
                 checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
+        name, expected = "target_warmup", "a share of the training in (0, 1]"
+        value = getattr(self, name)
+        checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_low=True)
+        _checks.one_of("dual", self.dual, tuple(DUALS))
+        _checks.one_of("target_schedule", self.target_schedule, ("auto", "constant", *POWERS))
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
         _checks.one_of("select", self.select, ("last", "best"))
         _checks.skip(self.skip)
@@ -121,16 +140,34 @@ class TrainerSettings:
         return not (self.density is None and self.layer_density is None and self.penalty is None)
 
 
-def default_dual_lr(steps: int, target: float) -> float:
+def default_dual_lr(steps: int, target: float, target_schedule: str = "constant") -> float:
     """The dual learning rate for a training of that many steps to that density.
 
+    With a schedule it is 1 / target, however long the training. The multiplier is then driven by
+    what the density lags behind the target in force, and that is over in the about 1 / gate_lr
+    steps that gates take to follow: a lag of a tenth of the target raises it by some 3 to 10 there.
+    Restarts take away what is too much.
+
+    Without one it is DUAL_GAIN / (target x steps), at most DUAL_LR_MOST.
     The multiplier has to reach the loss's sensitivity to density (it peaked at 1.0 for the MLP and
     2.2 for LeNet on MNIST, at 6 on digits), and the violation that drives it shrinks with the
     target. At 33 % the target was first met after 9 % (MNIST) and 19 % (digits) of the training.
     The upper bound keeps a short training from closing gates before the weights have learned
     anything.
     """
+    if target_schedule != "constant":
+        return 1 / target
     return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
+
+
+def default_target_schedule(steps: int, target: float) -> str:
+    """How the target comes down in a training of that many steps to that density.
+
+    Where the rule of `default_dual_lr` meets its upper bound, the multiplier cannot be fast enough
+    and yet wait for the weights: LeNet 8-16-64 at 10 % on digits lost whole layers to it in every
+    run. There the target comes down, and the multiplier follows that.
+    """
+    return "cubic" if DUAL_GAIN / (target * steps) > DUAL_LR_MOST else "constant"
 
 
 def default_gate_lr(steps: int) -> float:

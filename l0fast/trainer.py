@@ -26,8 +26,9 @@ from l0fast.method import make_optimizer, make_term
 from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
-from l0fast.settings import TrainerSettings
+from l0fast.settings import TrainerSettings, default_gate_lr
 from l0fast.sparsify import sparsify_
+from l0fast.stall import find_stalls, told
 from l0fast.summary import asked, of_dense, of_pruned
 from l0fast.tensorboard import scalar_writer
 
@@ -182,6 +183,11 @@ class Trainer:
             row |= gate_metrics(self.model)
         if isinstance(self.term, DensityConstraint):
             row |= constraint_metrics(self.term)
+            targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
+            stalls = find_stalls([*self.history, row], targets, self.settings.epochs)
+            gate_lr = self.settings.gate_lr or default_gate_lr(self.total_steps)
+            rates = float(self.term.dual_lr), gate_lr
+            row["stalls"] = {name: stall.words(*rates) for name, stall in stalls.items()}
         return row
 
     # --- the whole run --------------------------------------------------------------------------
@@ -270,6 +276,7 @@ class Trainer:
             "best_test_error_percent": min(row["test_error_percent"] for row in self.history),
             "selected_epoch": selected["epoch"],
             VALIDATION: selected.get(VALIDATION),
+            "stalls": told(self.history),
             "seconds": round(self.seconds, 3),
             "settings": asdict(self.settings),
             "device": str(self.device),

@@ -41,6 +41,8 @@ LEVELS: dict[str, int] = {
     "compact": 5,
     "checkpoint": 5,
     "dual": 5,
+    "schedule": 5,
+    "stall": 5,
     "data": 5,
     "models": 5,
     "plots": 5,

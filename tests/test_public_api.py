@@ -19,9 +19,11 @@ import l0fast
 ROOT = Path(__file__).resolve().parent.parent
 
 PUBLIC = {
+    "AugmentedLagrangian",
     "Constraints",
     "DensityConstraint",
     "DualAscent",
+    "EqualityAscent",
     "HardConcrete",
     "L0Conv1d",
     "L0Conv2d",
@@ -29,6 +31,8 @@ PUBLIC = {
     "L0Linear",
     "L0Penalty",
     "LatencyTable",
+    "PIControl",
+    "TargetSchedule",
     "Trainer",
     "TrainerSettings",
     "__version__",

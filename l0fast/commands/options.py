@@ -77,6 +77,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--lr", metavar="LR", help="learning rate of the weights")
     add("--gate-lr", metavar="LR", help="learning rate of the gates")
     add("--dual-lr", metavar="LR", help="learning rate of the multipliers; default: by the steps")
+    add(
+        "--dual",
+        default=DEFAULTS.dual,
+        help="how the multipliers move: ascent (the default), pi, augmented or equality",
+    )
+    add("--dual-first", action="store_true", help="move them before the loss, not after the step")
+    add(
+        "--target-schedule",
+        default=DEFAULTS.target_schedule,
+        help="how targets come down to what is asked: constant (in force from the start), linear, "
+        "cubic, or auto (cubic in trainings too short for the multiplier, else constant)",
+    )
+    add("--target-warmup", metavar="F", help="the share of the training that takes; default: 0.5")
     add("--weight-decay", metavar="W", help="decoupled, of the weights")
     add("--no-restarts", action="store_true", help="no dual restarts")
     add(
@@ -181,7 +194,8 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
     chosen: dict[str, Any] = dict(DATASET_SETTINGS[args.dataset])
     if args.recipe == "published":
         chosen.update(models.PUBLISHED_SETTINGS)
-    for name in ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "weight_decay"):
+    numbers = ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "target_warmup", "weight_decay")
+    for name in numbers:
         kind = int if name in ("epochs", "batch_size") else float
         value = number(name, getattr(args, name), kind)
         if value is not None:
@@ -204,6 +218,9 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
         select=args.select,
+        dual=args.dual,
+        dual_first=args.dual_first,
+        target_schedule=args.target_schedule,
         skip=SKIP[args.skip],
         **chosen,
     )
