@@ -202,7 +202,8 @@ class Skipping:
         on_gpu: bool = False,
     ) -> None:
         convolved = any(not isinstance(layer, nn.Linear) for one in links for layer in one.layers())
-        self.on_gpu, self.unread = on_gpu, on_gpu and not convolved
+        self.on_gpu = on_gpu
+        self.unread = on_gpu and not convolved and any(link.linear for link in links)
         self.links, self.mode, self.multiple = links, mode, multiple
         self.form = form_of(args, {})
         self.size = max(next((tensor.numel() for tensor in tensors_of(args)), 1), 1)
