@@ -131,6 +131,10 @@ class Build(NamedTuple):
     types: dict[str, str]
     constexprs: dict[str, object]
     elements: int
+    multiples_of_16: tuple[str, ...] = ()
+    """Numbers that are, beside all pointers."""
+    warps: int = 4
+    stages: int = 3
 
 
 def builds() -> dict[str, Callable[[], Build]]:
@@ -211,7 +215,6 @@ def _naive() -> Build:
     return Build(naive_kernel, {}, {"BLOCK": 1024}, 1024)
 
 
-WARPS = 4
 _INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);"
 )
@@ -219,14 +222,14 @@ _INSTRUCTION = re.compile(
 
 def count(name: str, build: Build, architecture: int) -> Count:
     """Compile for an architecture, disassemble, and count."""
-    lines, usage = _assemble(build, architecture)
+    lines, usage = assemble(build, architecture)
     instructions = [opcode for opcode, _ in lines]
     by_kind = collections.Counter(opcode.split(".")[0] for opcode in instructions)
     loads = [op for op in instructions if op.startswith("LDG")]
     stores = [op for op in instructions if op.startswith("STG")]
     wide_loads = [op for op in loads if ".128" in op]
     wide_stores = [op for op in stores if ".128" in op]
-    per_thread = build.elements / (32 * WARPS)
+    per_thread = build.elements / (32 * build.warps)
     return Count(
         kernel=name,
         architecture=architecture,
@@ -244,7 +247,8 @@ def count(name: str, build: Build, architecture: int) -> Count:
     )
 
 
-def _assemble(build: Build, architecture: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
+def assemble(build: Build, architecture: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """The instructions (opcode, arguments), and the registers and stack that they need."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -253,12 +257,13 @@ def _assemble(build: Build, architecture: int) -> tuple[list[tuple[str, str]], d
     signature = {name: _type(name, build) for name in names}
     # What the launcher would find: tensors from PyTorch's allocator begin at multiples of 16.
     attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n][0] == "*" or (n in build.multiples_of_16 and n not in build.constexprs)
     }
     source = ASTSource(build.kernel, signature, constexprs=build.constexprs, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS}
-    )
+    options = {"num_warps": build.warps, "num_stages": build.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -285,6 +290,8 @@ def _type(name: str, build: Build) -> str:
     if name.endswith("_ptr"):
         default = "i64" if name in ("state_ptr", "offset_ptr") else "fp32"
         return "*" + build.types.get(name, default)
+    if name in build.types:
+        return build.types[name]
     return "i64" if name in ("n", "rows", "columns", "gates", "seed") else "fp32"
 
 

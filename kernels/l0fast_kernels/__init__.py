@@ -5,7 +5,7 @@ The launchers take torch tensors and return new ones; they trust their caller, w
 everything (l0fast.functional does). Nothing here imports l0fast.
 """
 
-from l0fast_kernels.bounded_matmul import bounded_matmul
+from l0fast_kernels.bounded_matmul import bounded_matmul_forward
 from l0fast_kernels.compaction import compaction_forward
 from l0fast_kernels.gated_weight import gated_weight_backward, gated_weight_forward
 from l0fast_kernels.hard_concrete import hard_concrete_backward, hard_concrete_forward
@@ -15,7 +15,7 @@ from l0fast_kernels.scaled_weight import scaled_weight_backward, scaled_weight_f
 
 __all__ = [
     "Constants",
-    "bounded_matmul",
+    "bounded_matmul_forward",
     "compaction_forward",
     "constants",
     "gated_weight_backward",

@@ -35,14 +35,23 @@ LARGE = Tile(128, 256, 64, warps=8, stages=3)
 SMALL = Tile(128, 128, 32, warps=8, stages=4)
 # Exact float32 knows no matrix units.
 FP32 = Tile(64, 64, 16, warps=4, stages=3)
+# Sizes that are no multiples of 16 take their operands through registers.
+ANY_SIZE = Tile(64, 64, 32, warps=4, stages=2)
+ALIGNMENT = 16
 LARGE_ON = (9, 10)
 """Major compute capabilities with 227 KiB of shared memory and asynchronous matrix units."""
 
 
-def tile(dtype: torch.dtype, major: int) -> Tile:
-    """The tile for operands of `dtype` on a GPU of compute capability `major`."""
+def tile(dtype: torch.dtype, major: int, aligned: bool = True) -> Tile:
+    """The tile for operands of `dtype` on a GPU of compute capability `major`.
+
+    Args:
+        aligned: whether the operands' rows begin at multiples of ALIGNMENT elements.
+    """
     if dtype == torch.float32:
         return FP32
+    if not aligned:
+        return ANY_SIZE
     return LARGE if major in LARGE_ON else SMALL
 
 
@@ -134,7 +143,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and allowed else "ieee"
 
 
-def bounded_matmul(
+def bounded_matmul_forward(
     a: Tensor,
     b: Tensor,
     m_count: Tensor | None,
@@ -155,7 +164,8 @@ def bounded_matmul(
     (m, k), n = a.shape, b.shape[1]
     out = launch.empty(a, (m, n))
     major = torch.cuda.get_device_capability(a.device)[0] if a.is_cuda else 0
-    block = tile(a.dtype, major)
+    aligned = all(stride == 1 or stride % ALIGNMENT == 0 for stride in (*a.stride(), *b.stride()))
+    block = tile(a.dtype, major, aligned)
     even = m % block.m == 0 and n % block.n == 0 and k % block.k == 0
     if m and n:
         with launch.on(a):

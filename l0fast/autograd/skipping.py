@@ -71,7 +71,7 @@ def _matmul(
         return products.bounded_matmul(a, b, m=m, n=n, k=k, bias=bias)
     counts = (None if order is None else order.count for order in (m, n, k))
     index = None if n is None else n.index
-    return _kernels(a).bounded_matmul(a, b, *counts, MULTIPLE, bias, index)
+    return _kernels(a).bounded_matmul_forward(a, b, *counts, MULTIPLE, bias, index)
 
 
 class _SkippingLinear(torch.autograd.Function):
