@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from l0fast.draw import gated_layers
 from l0fast.graph import Trace, is_carrier, is_site, layer_size
 
 
@@ -51,11 +52,14 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Module -> what it shares a parameter with."""
+    """Module -> what it shares a parameter with; gates do not count."""
+    gates = {id(layer.log_alpha) for layer in gated_layers(model).values()}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            if parameter is not None and name not in owners.setdefault(id(parameter), []):
+            if parameter is None or id(parameter) in gates:
+                continue
+            if name not in owners.setdefault(id(parameter), []):
                 owners[id(parameter)].append(name)
     tied: dict[str, str] = {}
     for name, module in model.named_modules():

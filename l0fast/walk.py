@@ -247,7 +247,10 @@ class Walk:
 
     def _lost(self, node: Node) -> str:
         """Why an op gives no unit, where none of its inputs has any."""
-        return next((self.lost[s] for s in node.all_input_nodes if s in self.lost), op_name(node))
+        sources = node.all_input_nodes
+        if any(bool((part.labels != STAYS).any()) for s in sources for part in self.units(s)):
+            return op_name(node)
+        return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
 
     def _item(self, node: Node) -> None:
         source: Any = node.args[0]
