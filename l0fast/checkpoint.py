@@ -15,6 +15,8 @@ from l0fast._files import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
+OPTIONAL = {"cuda_rng", "best"}
+"""Entries that not every run has."""
 
 Row = dict[str, Any]
 
@@ -45,6 +47,15 @@ class Checkpoint:
     """Of the constraint or penalty."""
     rng: Tensor
     cuda_rng: Tensor | None = None
+    best: Row | None = None
+    """Of the epoch that `select="best"` would take: its number, and its model's state."""
+
+    @property
+    def selected(self) -> tuple[int, Row]:
+        """Number of the epoch whose model the run would prune, and that model's state."""
+        if self.best is None:
+            return self.epoch, self.model
+        return self.best["epoch"], self.best["model"]
 
     def write(self, path: Path) -> None:
         """Puts the checkpoint into a file, whole or not at all.
@@ -52,9 +63,11 @@ class Checkpoint:
         Raises:
             OSError: the file cannot be written.
         """
-        state = {name: value for name, value in vars(self).items() if name != "cuda_rng"}
-        if self.cuda_rng is not None:
-            state["cuda_rng"] = self.cuda_rng
+        state = {
+            name: value
+            for name, value in vars(self).items()
+            if not (name in OPTIONAL and value is None)
+        }
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:  # given a path, torch.save raises no OSError
@@ -72,7 +85,7 @@ class Checkpoint:
         whole = "a whole checkpoint of this project"
         try:
             state: Row = torch.load(path, map_location=device, weights_only=True)
-            missing = {field.name for field in fields(cls)} - {"cuda_rng"} - state.keys()
+            missing = {field.name for field in fields(cls)} - OPTIONAL - state.keys()
             state["identity"] = dict(state.get("identity", {}))
         except Exception as error:
             _checks.refuse(name, str(path), f"{whole} ({type(error).__name__})")

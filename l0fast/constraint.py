@@ -21,7 +21,7 @@ from l0fast.draw import own_gates
 from l0fast.dual import DualAscent
 from l0fast.footprint import measure_of, trial
 from l0fast.layers import Gated
-from l0fast.measure import SIZES, check_measure, measure_name
+from l0fast.measure import SIZES, Measure, check_measure, measure_name
 from l0fast.sparsify import example_args, unwrapped
 
 TARGETS = "_l0fast_targets"
@@ -156,6 +156,19 @@ class DensityConstraint(_DensityTerm):
     def names(self) -> tuple[str, ...]:
         """The names of the constraints, in the order of their multipliers."""
         return tuple(self.groups)
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """Name of each constraint -> its target, as it was named."""
+        return dict(zip(self.names, self._exact, strict=True))
+
+    @torch.no_grad()
+    def realised(self) -> dict[str, float]:
+        """Name of each constraint -> its density with the gates as they are in evaluation."""
+        measure: Measure = self.__dict__["_measure"]
+        opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
+        spent = zip(self.names, measure.spent(opened), measure.totals, strict=True)
+        return {name: cost / total for name, cost, total in spent}
 
     def forward(self) -> Tensor:
         """0-d: multiplier * (density - target), summed over the constraints."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from l0fast import _checks, formats
 from l0fast.formats import Split
@@ -33,6 +34,31 @@ class Data(NamedTuple):
     validation: Split | None
     test: Split
     num_classes: int
+
+
+def check_data(data: Data) -> None:
+    """Refuses splits that no classifier could be trained or tested on.
+
+    Raises:
+        ValueError, TypeError: the first thing that is wrong, by its name in `data`.
+    """
+    for name in ("train", "validation", "test"):
+        split: Split | None = getattr(data, name)
+        if split is None and name == "validation":
+            continue
+        if not (isinstance(split, tuple) and all(isinstance(part, Tensor) for part in split)):
+            _checks.refuse(f"data.{name}", split, "inputs and targets as tensors", TypeError)
+        inputs, targets = split
+        shape, dtype = tuple(targets.shape), targets.dtype
+        if dtype != torch.int64 or len(shape) != 1 or not 0 < len(targets) == len(inputs):
+            expected = f"int64 and one for each of the {len(inputs)} inputs, at least one"
+            _checks.refuse(f"data.{name}.targets", f"{dtype} of shape {shape}", expected)
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= data.num_classes:
+            expected = f"classes from 0 to {data.num_classes - 1}"
+            _checks.refuse(f"data.{name}.targets", f"{low} to {high}", expected)
+        if not bool(torch.isfinite(inputs).all()):
+            _checks.refuse(f"data.{name}.inputs", "NaN or infinity", "finite numbers")
 
 
 def in_colour(data: Data) -> Data:

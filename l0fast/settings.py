@@ -38,6 +38,9 @@ class TrainerSettings:
         restarts: dual restarts.
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
+        select: the epoch whose model is pruned and reported: "last", or "best": of those whose
+            evaluation gates meet every target, the one of least validation error (the latest of
+            equals); the last where none does.
         skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
             models that the trainer gives their gates.
     """
@@ -56,6 +59,7 @@ class TrainerSettings:
     restarts: bool = True
     weight_decay: float = 0.1
     schedule: str = "cosine"
+    select: str = "last"
     skip: str | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -93,6 +97,7 @@ class TrainerSettings:
             if value is not None or name == "weight_decay":
                 checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
+        _checks.one_of("select", self.select, ("last", "best"))
         _checks.skip(self.skip)
         for name, value in checked.items():
             object.__setattr__(self, name, value)

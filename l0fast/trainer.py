@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -15,48 +16,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast._files import PARTS, write_atomically, write_text
+from l0fast._files import write_atomically
 from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
-from l0fast.constraint import DensityConstraint, L0Penalty
-from l0fast.data import Data, Split
-from l0fast.density import count_macs, count_params, density
+from l0fast.constraint import DensityConstraint
+from l0fast.data import Data, Split, check_data
 from l0fast.draw import gated_layers
-from l0fast.dual import DualAscent
+from l0fast.folder import PLOT, PRUNED, RunFolder
+from l0fast.method import make_optimizer, make_term
+from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
-from l0fast.settings import TrainerSettings, default_dual_lr, default_gate_lr
-from l0fast.sparsify import param_groups, sparsify_
-from l0fast.tensorboard import TENSORBOARD, scalar_writer
+from l0fast.settings import TrainerSettings
+from l0fast.sparsify import sparsify_
+from l0fast.summary import asked, of_dense, of_pruned
+from l0fast.tensorboard import scalar_writer
 
-METRICS = "metrics.jsonl"
-SUMMARY = "summary.json"
-PRUNED = "pruned.safetensors"
-PLOT = "dynamics.png"
-FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
-EVALUATION_BATCH = 1000
+VALIDATION = "validation_error_percent"
 
 Row = dict[str, Any]
-
-
-def _check_data(data: Data) -> None:
-    """Refuses splits that no classifier could be trained or tested on."""
-    for name in ("train", "validation", "test"):
-        split: Split | None = getattr(data, name)
-        if split is None and name == "validation":
-            continue
-        if not (isinstance(split, tuple) and all(isinstance(part, Tensor) for part in split)):
-            _checks.refuse(f"data.{name}", split, "inputs and targets as tensors", TypeError)
-        inputs, targets = split
-        shape, dtype = tuple(targets.shape), targets.dtype
-        if dtype != torch.int64 or len(shape) != 1 or not 0 < len(targets) == len(inputs):
-            expected = f"int64 and one for each of the {len(inputs)} inputs, at least one"
-            _checks.refuse(f"data.{name}.targets", f"{dtype} of shape {shape}", expected)
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= data.num_classes:
-            expected = f"classes from 0 to {data.num_classes - 1}"
-            _checks.refuse(f"data.{name}.targets", f"{low} to {high}", expected)
-        if not bool(torch.isfinite(inputs).all()):
-            _checks.refuse(f"data.{name}.inputs", "NaN or infinity", "finite numbers")
 
 
 class Trainer:
@@ -79,7 +56,8 @@ class Trainer:
         device: where to train; CUDA if there is one, else the CPU.
 
     Attributes:
-        pruned: after `fit`, the smaller plain model (None after dense training).
+        pruned: after `fit`, the smaller plain model (None after dense training), of the epoch that
+            `settings.select` names; `model` is that of the last epoch.
         history: one row of metrics an epoch.
 
     Raises:
@@ -98,7 +76,9 @@ class Trainer:
     ) -> None:
         if not isinstance(model, nn.Module):
             _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
-        _check_data(data)
+        check_data(data)
+        if settings.select == "best" and data.validation is None:
+            _checks.refuse("select", settings.select, "'last' without a validation split")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.zeros((), device=device).device
@@ -110,7 +90,7 @@ class Trainer:
             self.identity: Row = json.loads(json.dumps(dict(identity or {})))
         except TypeError:
             _checks.refuse("identity", identity, "facts that JSON can hold", TypeError)
-        self.out = None if out is None else Path(out)
+        self.folder = None if out is None else RunFolder(out)
         train, validation, test = (self._place(part) for part in data[:3])
         self.data = Data(train, validation, test, data.num_classes)
         model.to(self.device)
@@ -121,9 +101,12 @@ class Trainer:
         self.model = model
         self.steps_per_epoch = math.ceil(len(data.train.targets) / settings.batch_size)
         self.total_steps = self.steps_per_epoch * settings.epochs
-        self.term = self._term()
-        self.optimizer = self._optimizer()
+        self.term = make_term(
+            model, settings, self.total_steps, len(data.train.targets), self.example_inputs
+        )
+        self.optimizer = make_optimizer(model, settings, self.total_steps)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self.best: Row | None = None
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
@@ -144,37 +127,6 @@ class Trainer:
         layout = torch.channels_last if images else torch.contiguous_format
         inputs = split.inputs.to(self.device, memory_format=layout)
         return Split(inputs, split.targets.to(self.device))
-
-    def _term(self) -> DensityConstraint | L0Penalty | None:
-        settings = self.settings
-        if settings.penalty is not None:
-            examples = len(self.data.train.targets) if settings.penalty_per_example else None
-            return L0Penalty(self.model, settings.penalty, examples)
-        target = settings.density if settings.layer_density is None else settings.layer_density
-        if target is None:
-            return None
-        lr = settings.dual_lr
-        if lr is None:
-            least = min(target.values()) if isinstance(target, Mapping) else target
-            lr = default_dual_lr(self.total_steps, least)
-        return DensityConstraint(
-            self.model,
-            target,
-            measure=settings.measure,
-            example_inputs=self.example_inputs,
-            dual=DualAscent(lr, settings.restarts),
-        )
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        settings = self.settings
-        groups: Any = [{"params": list(self.model.parameters())}]
-        if self.term is not None:
-            gate_lr = settings.gate_lr or default_gate_lr(self.total_steps)
-            decay = settings.weight_decay
-            groups = param_groups(self.model, settings.lr, gate_lr, weight_decay=decay)
-        return torch.optim.AdamW(
-            groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True
-        )
 
     # --- one epoch -----------------------------------------------------------------------------
 
@@ -215,47 +167,16 @@ class Trainer:
             "train_error_percent": 100 * int(errors) / count,
         }
 
-    def _error_percent(self, model: nn.Module, split: Split) -> float:
-        model.eval()
-        wrong = 0
-        with torch.no_grad():
-            for x, y in zip(
-                split.inputs.split(EVALUATION_BATCH),
-                split.targets.split(EVALUATION_BATCH),
-                strict=True,
-            ):
-                wrong += int((model(x).argmax(1) != y).sum())
-        return 100 * wrong / len(split.targets)
-
     def _row(self, trained: Row) -> Row:
         """The metrics of the epoch just trained."""
         row: Row = {"epoch": self.epoch, **trained}
         if self.data.validation is not None:
-            row["validation_error_percent"] = self._error_percent(self.model, self.data.validation)
-        row["test_error_percent"] = self._error_percent(self.model, self.data.test)
+            row[VALIDATION] = error_percent(self.model, self.data.validation)
+        row["test_error_percent"] = error_percent(self.model, self.data.test)
         if self.term is not None:
-            table = density(self.model)
-            row["expected_density"] = table.total.expected
-            row["realised_density"] = table.total.realised
-            row["layers"] = {
-                layer.name: {
-                    "kept": layer.open_gates,
-                    "of": layer.num_gates,
-                    "expected_density": layer.expected,
-                }
-                for layer in table.layers
-            }
-            row["collapsed"] = [layer.name for layer in table.layers if not layer.open_gates]
+            row |= gate_metrics(self.model)
         if isinstance(self.term, DensityConstraint):
-            with torch.no_grad():
-                by_constraint = {
-                    "density": self.term.densities(),
-                    "lambda": self.term.multiplier,
-                    "restarts": self.term.restarts.long(),
-                }
-            for key, values in by_constraint.items():
-                row[key] = dict(zip(self.term.names, values.tolist(), strict=True))
-            row["measure"] = self.term.measure
+            row |= constraint_metrics(self.term)
         return row
 
     # --- the whole run --------------------------------------------------------------------------
@@ -274,105 +195,79 @@ class Trainer:
         """
         if not self._opened:
             self.open(resume)
-        with scalar_writer(self.out, self.history) as write_scalars:
+        out = None if self.folder is None else self.folder.path
+        with scalar_writer(out, self.history) as write_scalars:
             for _ in range(self.epoch, self.settings.epochs):
                 started = time.perf_counter()
                 trained = self._train_epoch()
-                self._check_finite(trained["loss"])
+                check_finite(self.model, trained["loss"], self.epoch + 1)
                 self.epoch += 1
                 row = self._row(trained)
                 self.history.append(row)
+                self._keep_best(row)
                 self.seconds += time.perf_counter() - started
                 self._save()
                 write_scalars(row)
                 if on_epoch is not None:
                     on_epoch(row)
         summary = self._summary()
-        if self.out is not None:
-            from l0fast.plots import plot_dynamics
-
-            targets = None
-            if isinstance(self.term, DensityConstraint):
-                targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
-            figure = self.out / PLOT
-            write_atomically(
-                figure, lambda path: plot_dynamics(self.history, targets, summary, path)
-            )
-            self.write_summary(summary)
+        self._plot(summary)
+        self.write_summary(summary)
         return summary
 
-    def _check_finite(self, loss: float) -> None:
-        """Refuses to go on, before anything is written, with what is no number any more."""
-        # The loss does not tell what the last step of the epoch has done.
-        whole = all(bool(tensor.isfinite().all()) for tensor in self.model.parameters())
-        if not (math.isfinite(loss) and whole):
-            name, got = ("weights", "NaN or infinity") if math.isfinite(loss) else ("loss", loss)
-            expected = "finite numbers; try a smaller lr (the epochs before are kept)"
-            _checks.refuse(f"{name} (epoch {self.epoch + 1})", got, expected)
+    def _keep_best(self, row: Row) -> None:
+        """Keeps the model of the epoch just measured, if it is the best so far."""
+        if self.settings.select == "last" or not row.get("feasible", True):
+            return
+        error = row[VALIDATION]
+        if self.best is None or error <= self.history[self.best["epoch"] - 1][VALIDATION]:
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {"epoch": self.epoch, "model": state}
 
     def write_summary(self, summary: Row) -> None:
         """Puts `summary` into summary.json."""
-        if self.out is not None:
-            write_text(self.out / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        if self.folder is not None:
+            self.folder.write_summary(summary)
+
+    def _plot(self, summary: Row) -> None:
+        if self.folder is None:
+            return
+        from l0fast.plots import plot_dynamics
+
+        targets = None
+        if isinstance(self.term, DensityConstraint):
+            targets = self.term.targets
+        write_atomically(
+            self.folder / PLOT, lambda path: plot_dynamics(self.history, targets, summary, path)
+        )
 
     def _summary(self) -> Row:
-        last = self.history[-1]
-        errors = [row["test_error_percent"] for row in self.history]
-        gated = self.term is not None
-        constrained = isinstance(self.term, DensityConstraint)
-        summary: Row = {
-            **self.identity,
-            "seed": self.settings.seed,
-            "epochs": self.settings.epochs,
-            "target_density": self.settings.density,
-            "target_layer_density": self.settings.layer_density,
-            "measure": self.settings.measure,
-            "penalty": self.settings.penalty,
-        }
-        if gated:
-            example = self.example_inputs
-            self.pruned = prune(self.model, example)
-            report: Any = self.pruned.report
-            if self.out is not None:
-                save_pruned(self.pruned, self.out / PRUNED)
-            params, macs = report["params"], report["macs"]
-            groups = report["groups"].values()
-            summary |= {
-                "expected_density": last["expected_density"],
-                "realised_density": report["density"],
-                "forced": report["forced"],
-                "collapsed": report["collapsed"],
-                "architecture": report["architecture"],
-                "test_error_percent": self._error_percent(self.pruned, self.data.test),
-                "feasible": all(group["density"] <= group["target"] for group in groups)
-                if constrained
-                else None,
-            }
+        epoch, state = self.checkpoint().selected
+        selected, model = self.history[epoch - 1], self.model
+        if epoch != self.epoch:
+            model = copy.deepcopy(model)
+            model.load_state_dict(state)
+        if self.term is None:
+            outcome = of_dense(model, self.example_inputs, selected)
         else:
-            total = count_params(self.model)
-            params = [total, total]
-            macs = [count_macs(self.model, self.example_inputs)[""]] * 2
-            summary |= {
-                "expected_density": None,
-                "architecture": None,
-                "test_error_percent": errors[-1],
-                "feasible": None,
-            }
-        summary |= {
-            "best_test_error_percent": min(errors),
-            "validation_error_percent": last.get("validation_error_percent"),
-            "params": params[0],
-            "dense_params": params[1],
-            "params_fraction": params[0] / params[1],
-            "macs": macs[0],
-            "dense_macs": macs[1],
-            "macs_fraction": macs[0] / macs[1],
+            self.pruned = prune(model, self.example_inputs)
+            if self.folder is not None:
+                save_pruned(self.pruned, self.folder / PRUNED)
+            error = error_percent(self.pruned, self.data.test)
+            report: Any = self.pruned.report
+            outcome = of_pruned(report, self.settings, selected, error)
+        return {
+            **self.identity,
+            **asked(self.settings),
+            **outcome,
+            "best_test_error_percent": min(row["test_error_percent"] for row in self.history),
+            "selected_epoch": selected["epoch"],
+            VALIDATION: selected.get(VALIDATION),
             "seconds": round(self.seconds, 3),
             "settings": asdict(self.settings),
             "device": str(self.device),
             "torch": torch.__version__,
         }
-        return summary
 
     # --- checkpoints ------------------------------------------------------------------------------
 
@@ -383,28 +278,19 @@ class Trainer:
     def open(self, resume: bool = False) -> None:
         """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`)."""
         self._opened = True
-        if self.out is None:
+        if self.folder is None:
             return
-        path = self.out / CHECKPOINT
-        if self.out.exists() and not self.out.is_dir():
-            _checks.refuse("out", str(self.out), "a folder")
-        if resume and path.exists():
-            self._load(path)
-            self._save_metrics()  # the checkpoint may be an epoch ahead of them
-        elif self.out.is_dir() and any(
-            (self.out / name).exists() for name in (*FILES, TENSORBOARD)
-        ):
-            _checks.refuse("out", str(self.out), "a folder without a run in it (or resume it)")
-        else:
-            self.out.mkdir(parents=True, exist_ok=True)
+        path = self.folder.open(resume)
+        if path is None:
             self._save()
-        for part in self.out.glob(PARTS):
-            part.unlink()  # of a process that was killed while it wrote
+        else:
+            self._load(path)
+            self.folder.write_metrics(self.history)  # the checkpoint may be an epoch ahead of them
+        self.folder.sweep()
 
-    def _save(self) -> None:
-        if self.out is None:
-            return
-        checkpoint = Checkpoint(
+    def checkpoint(self) -> Checkpoint:
+        """The state of the run as it is; its tensors are the model's own."""
+        return Checkpoint(
             identity=self._identity(),
             epoch=self.epoch,
             step=self.step,
@@ -413,15 +299,14 @@ class Trainer:
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             term=None if self.term is None else self.term.state_dict(),
+            best=self.best,
             **rng_state(self.device),
         )
-        checkpoint.write(self.out / CHECKPOINT)
-        self._save_metrics()
 
-    def _save_metrics(self) -> None:
-        assert self.out is not None
-        lines = [json.dumps(row) for row in self.history]
-        write_text(self.out / METRICS, "".join(line + "\n" for line in lines))
+    def _save(self) -> None:
+        if self.folder is not None:
+            self.checkpoint().write(self.folder / CHECKPOINT)
+            self.folder.write_metrics(self.history)
 
     def _load(self, path: Path) -> None:
         checkpoint = Checkpoint.read(path, self.device)
@@ -432,4 +317,5 @@ class Trainer:
             self.term.load_state_dict(checkpoint.term or {})
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         self.seconds, self.history = checkpoint.seconds, checkpoint.history
+        self.best = checkpoint.best
         checkpoint.restore_rng(self.device)

@@ -19,8 +19,8 @@ from test_formats import tiny_imagefolder
 
 from l0fast import Trainer, TrainerSettings, cli, data, load_pruned, models
 from l0fast.checkpoint import CHECKPOINT
+from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.tensorboard import TENSORBOARD
-from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
@@ -309,6 +309,7 @@ def test_a_density_for_each_layer_leaves_out_what_has_no_gates(tmp_path: Path) -
         ("--layer-density", "fc1=0.4,fc[23]=0.6"),
         ("--penalty", "0.1"),
         ("--density", "0.5", "--recipe", "published"),
+        ("--density", "0.95", "--select", "best", "--epochs", "4"),
     ],
 )
 def test_prune_makes_what_the_run_made(
@@ -364,6 +365,7 @@ def test_report(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tree(finished) == before
     lines = text.splitlines()
     assert lines[0] == "mlp on digits, epoch 2 of 2; gates:"
+    assert "the gates do not meet the target: pruning closes more" in lines
     row = json.loads((finished / METRICS).read_text().splitlines()[-1])
     for name, layer in row["layers"].items():
         table = next(line.split() for line in lines if line.startswith(name))
@@ -405,6 +407,11 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--dense", "--image-size", "8"), "image_size: got 8; expected none: digits has a size"),
         (("--dense", "--dataset", "cifar10"), "data_root: got None; expected a torchvision data f"),
         (("--dense", "--dataset", "imagefolder", "--data-root", "no"), "data_root: got 'no'; expe"),
+        (("--dense", "--select", "x"), "select: got 'x'; expected one of 'last', 'best'"),
+        (
+            ("--dense", "--select", "best", "--validation-fraction", "0"),
+            "select: got 'best'; expected 'last' without a validation split",
+        ),
         (("--skip", "x"), "skip: got 'x'; expected one of 'auto', 'on', 'off'"),
         (("--recipe", "x"), "recipe: got 'x'; expected one of 'default', 'published'"),
         (("--density", "0"), "density: got 0.0; expected a density in (0, 1]"),

@@ -56,13 +56,17 @@ LEVELS: dict[str, int] = {
     "constraint": 6,
     "carry": 7,
     "constraints": 7,
+    "folder": 6,
     "prune": 6,
     "saving": 6,
-    "trainer": 6,
-    "commands": 7,
-    "cli": 7,
-    "__init__": 8,
-    "__main__": 9,
+    "summary": 7,
+    "metrics": 7,
+    "method": 7,
+    "trainer": 8,
+    "commands": 9,
+    "cli": 10,
+    "__init__": 11,
+    "__main__": 12,
 }
 # The only imports within a level: (who, whom). Together they must not form a circle.
 WITHIN_A_LEVEL: set[tuple[str, str]] = {
@@ -95,11 +99,6 @@ WITHIN_A_LEVEL: set[tuple[str, str]] = {
     ("prune", "plan"),
     ("prune", "footprint"),
     ("prune", "constraint"),
-    ("trainer", "constraint"),
-    ("cli", "commands"),
-    ("trainer", "prune"),
-    ("trainer", "settings"),
-    ("trainer", "saving"),
 }
 # The binding alone knows that there are kernels.
 KNOWS_THE_KERNELS = {"autograd"}
@@ -211,7 +210,7 @@ BAD = {
     "upward": ("l0fast/_checks.py", "from l0fast.layers import L0Linear", "_checks (level 0)"),
     "upward, relative": ("l0fast/_checks.py", "from .layers import x", "imports layers (level 3)"),
     "upward, module": ("l0fast/_checks.py", "from l0fast import autograd", "autograd (level 1)"),
-    "upward, plain": ("l0fast/layers.py", "import l0fast.cli", "imports cli (level 7)"),
+    "upward, plain": ("l0fast/layers.py", "import l0fast.cli", "imports cli (level 10)"),
     "upward, in a function": ("l0fast/layers.py", "def f():\n    import l0fast.cli", "layers.py:2"),
     "upward, by string": (
         "l0fast/layers.py",
@@ -224,7 +223,7 @@ BAD = {
         "models/lenet.py:1: models (level 5) imports __init__",
     ),
     "through the front door": ("l0fast/cli.py", "from l0fast import L0Linear", "imports __init__"),
-    "the whole package": ("l0fast/layers.py", "import l0fast", "imports __init__ (level 8)"),
+    "the whole package": ("l0fast/layers.py", "import l0fast", "imports __init__ (level 11)"),
     "sideways": ("l0fast/data.py", "from l0fast.models import x", "data (level 5) imports models"),
     "no level": ("l0fast/utils.py", "", "l0fast/utils: has no level"),
     "no level, a folder": ("l0fast/misc/__init__.py", "", "l0fast/misc: has no level"),

@@ -28,8 +28,8 @@ from torch import nn
 from l0fast import Trainer, TrainerSettings, data, models, plots, prune, sparsify_
 from l0fast._files import PARTS
 from l0fast.checkpoint import CHECKPOINT
+from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.tensorboard import TENSORBOARD
-from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -394,6 +394,8 @@ class Stop(Exception):
         ("own", {"density": 0.6}, 3),
         ("mlp", {"density": 0.4, "skip": True}, 1),
         ("own", {"density": 0.4, "skip": True}, 2),
+        ("own", {"density": 0.9, "select": "best"}, 2),
+        ("mlp", {"select": "best"}, 2),
     ],
 )
 def test_resumed_in_a_new_trainer(

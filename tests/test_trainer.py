@@ -21,8 +21,8 @@ from l0fast.checkpoint import CHECKPOINT
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Data, Split
 from l0fast.draw import gated_layers
+from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.tensorboard import TENSORBOARD
-from l0fast.trainer import FILES, METRICS, PLOT, PRUNED, SUMMARY
 
 QUICK: dict[str, Any] = {
     "epochs": 12,
@@ -39,15 +39,15 @@ METRICS_OF = {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
     "gated": {"expected_density", "realised_density", "layers", "collapsed"},
-    "constrained": {"density", "lambda", "restarts", "measure"},
+    "constrained": {"density", "lambda", "restarts", "measure", "feasible"},
 }  # fmt: skip
 SUMMARY_OF = {
     "always": {
         "dataset", "model", "seed", "epochs", "target_density", "target_layer_density", "penalty",
         "measure",
         "expected_density", "architecture", "test_error_percent", "best_test_error_percent",
-        "validation_error_percent", "feasible", "params", "dense_params", "params_fraction",
-        "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device", "torch",
+        "validation_error_percent", "selected_epoch", "feasible", "params", "dense_params",
+        "params_fraction", "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device", "torch",
     },
     "gated": {"realised_density", "forced", "collapsed"},
     "constrained": set[str](),
@@ -186,7 +186,7 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        others = {"epoch", "layers", "density", "lambda", "restarts", "collapsed", "measure"}
+        others = {"epoch", "layers", "collapsed", *METRICS_OF["constrained"]}
         for name in wanted - others:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
@@ -198,7 +198,7 @@ def test_metrics(finished: Any) -> None:
         if "lambda" in row:
             names = sizes.keys() if kind == "layers" else {"model"}
             assert row["measure"] == ("params" if kind == "params" else "gates")
-            for key in METRICS_OF["constrained"] - {"measure"}:
+            for key in METRICS_OF["constrained"] - {"measure", "feasible"}:
                 assert row[key].keys() == names
             if kind == "density":
                 assert row["density"]["model"] == pytest.approx(row["expected_density"], rel=1e-6)

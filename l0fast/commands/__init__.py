@@ -1,0 +1,1 @@
+"""The commands: from words to what they do, a file for each."""

@@ -1,0 +1,52 @@
+"""How a training shows itself while it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from l0fast.constraint import DensityConstraint
+from l0fast.settings import TrainerSettings
+from l0fast.trainer import Trainer
+
+
+def _progress(settings: TrainerSettings, done: int, quiet: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=settings.epochs, initial=done, disable=quiet, unit="epoch", dynamic_ncols=True
+    )
+
+
+def collapse(layers: list[str], trainer: Trainer) -> str:
+    """That nothing passes through those layers, and what may help."""
+    remedy = "a smaller --penalty"
+    if isinstance(trainer.term, DensityConstraint):
+        rate = f"{float(trainer.term.dual_lr):.3g}"
+        remedy = f"a higher density, a smaller --dual-lr (it is {rate}) or more --epochs"
+    names = ", ".join(layers)
+    return f"collapsed: all gates of {names} are closed, nothing passes through; try {remedy}"
+
+
+def run(trainer: Trainer, resume: bool, quiet: bool) -> dict[str, Any]:
+    """Trains to the end, with a bar on stderr unless `quiet`; returns the summary."""
+    trainer.open(resume)
+    told = False
+    with _progress(trainer.settings, trainer.epoch, quiet) as bar:
+
+        def on_epoch(row: dict[str, Any]) -> None:
+            nonlocal told
+            if row.get("collapsed") and not told:
+                line = f"epoch {row['epoch']}: {collapse(row['collapsed'], trainer)}"
+                bar.write(line, file=sys.stderr)
+                told = True
+            words = [f"loss {row['loss']:.4f}", f"test error {row['test_error_percent']:.2f}%"]
+            if "expected_density" in row:
+                words.append(f"density {row['expected_density']:.4f}")
+            if "lambda" in row:
+                lambdas = " ".join(f"{value:.3g}" for value in row["lambda"].values())
+                words.append(f"lambda {lambdas}")
+            bar.set_postfix_str(", ".join(words), refresh=False)
+            bar.update()
+
+        return trainer.fit(on_epoch=on_epoch)

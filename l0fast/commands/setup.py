@@ -1,0 +1,114 @@
+"""From the words of the command to a model, its data and how to train it."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l0fast import _checks, data, models
+from l0fast.commands import options
+from l0fast.data import Data
+from l0fast.draw import gated_layers
+from l0fast.settings import MAX_SEED, TrainerSettings
+from l0fast.sparsify import sparsify_
+from l0fast.trainer import Trainer
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the command was asked to train."""
+
+    args: argparse.Namespace
+    data: Data
+    widths: list[int] | None
+    seed: int
+    validation_fraction: float
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return tuple(self.data.train.inputs.shape[1:])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Facts about model and data, see `Trainer`."""
+        args = self.args
+        identity: dict[str, Any] = {
+            "dataset": args.dataset,
+            "model": args.model,
+            "widths": self.widths,
+            "recipe": args.recipe,
+            "validation_fraction": self.validation_fraction,
+            "pretrained": args.pretrained,
+        }
+        if args.dataset not in data.FIXED:
+            identity |= {"in_shape": list(self.in_shape), "num_classes": self.data.num_classes}
+        return identity
+
+    def build(self, gated: bool) -> nn.Module:
+        """The model, from the seed anew; only the published recipe puts gates in here."""
+        args = self.args
+        torch.manual_seed(self.seed)
+        model = models.build(args.model, self.in_shape, self.data.num_classes, self.widths)
+        if args.pretrained is not None:
+            models.load_pretrained_(model, Path(args.pretrained))
+        if gated and args.recipe == "published":
+            example = self.data.train.inputs[:1]
+            models.sparsify_published_(model, example, options.SKIP[args.skip])
+        return model
+
+    def settings(self) -> TrainerSettings:
+        """How to train."""
+        layers: list[str] = []
+        if self.args.layer_density is not None:  # a single number stands for each of them
+            example = self.data.train.inputs[:1]
+            layers = list(gated_layers(sparsify_(self.build(False), example_inputs=example)))
+        return options.settings(self.args, layers)
+
+    def trainer(self, settings: TrainerSettings, out: Path) -> Trainer:
+        """A new trainer, which has written nothing yet."""
+        return Trainer(
+            self.build(settings.gated),
+            self.data,
+            settings,
+            out=out,
+            identity=self.identity,
+            device=self.args.device,
+        )
+
+
+def set_up(args: argparse.Namespace) -> Setup:
+    """Checks the words, loads the data, and sets the process up for training.
+
+    Raises:
+        ValueError, TypeError: a word that stands for nothing.
+    """
+    _checks.one_of("recipe", args.recipe, options.RECIPES)
+    _checks.one_of("skip", args.skip, tuple(options.SKIP))
+    _checks.one_of("dataset", args.dataset, data.DATASETS)
+    in_colour = models.from_torchvision(args.model)
+    if args.threads is not None:
+        threads = _checks.whole("threads", options.number("threads", args.threads, int))
+        torch.set_num_threads(threads)
+    # Moments of closed gates' weights decay into denormals, which CPUs add very slowly.
+    torch.set_flush_denormal(True)
+    seed = _checks.whole("seed", options.number("seed", args.seed, int), 0, MAX_SEED)
+    published = args.recipe == "published"
+    fraction = options.number("validation_fraction", args.validation_fraction)
+    if fraction is None:
+        fraction = 0.0 if published else 1 / 12
+    if args.pretrained is not None and published:
+        _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
+    image_size = options.number("image_size", args.image_size, int)
+    dataset = data.load(args.dataset, args.data_root, fraction, seed, image_size)
+    if in_colour:
+        dataset = data.in_colour(dataset)
+    widths = options.widths(args.widths)
+    if args.model in models.WIDTHS:
+        widths = widths or list(models.WIDTHS[args.model])
+    return Setup(args, dataset, widths, seed, fraction)

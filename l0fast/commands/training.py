@@ -1,0 +1,75 @@
+"""`l0fast train`: trains, prunes, and says what it came to."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from l0fast.checkpoint import CHECKPOINT
+from l0fast.commands.progress import collapse, run
+from l0fast.commands.setup import set_up
+from l0fast.folder import METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.settings import TrainerSettings
+from l0fast.trainer import Trainer
+
+
+def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
+    kind = "dense"
+    if settings.penalty is not None:
+        kind = f"penalty-{args.penalty}"
+    elif settings.gated:
+        measure = "density" if settings.measure == "gates" else settings.measure
+        kind = f"{measure}-{args.density or args.layer_density}"
+    model = args.model.replace(":", ".")
+    return Path("runs") / f"{args.dataset}-{model}-{kind}-seed-{settings.seed}"
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains, prunes, writes all into --out, and says what it came to."""
+    setup = set_up(args)
+    settings = setup.settings()
+    out = Path(args.out) if args.out else _default_out(args, settings)
+    trainer = setup.trainer(settings, out)
+    summary = run(trainer, args.resume, args.quiet)
+    if args.compare_dense and settings.gated:
+        baseline = setup.trainer(_dense(settings), out / "dense")
+        dense = run(baseline, (out / "dense" / CHECKPOINT).exists(), args.quiet)
+        summary["dense_test_error_percent"] = dense["test_error_percent"]
+        summary["dense_seconds"] = dense["seconds"]
+        trainer.write_summary(summary)
+    _result(summary, out, trainer)
+    return 0
+
+
+def _dense(settings: TrainerSettings) -> TrainerSettings:
+    """The same training without a target."""
+    measure = TrainerSettings.measure
+    return replace(settings, density=None, layer_density=None, measure=measure, penalty=None)
+
+
+def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
+    """What the run came to, on standard output."""
+    error = f"{summary['test_error_percent']:.2f} %"
+    dense = summary.get("dense_test_error_percent")
+    if trainer.pruned is None:
+        print(f"dense model: test error {error}, {summary['params']:,} parameters")
+    else:
+        if summary["feasible"] is not None:
+            words = "within" if summary["feasible"] else "OVER"
+            target = summary["target_density"] or "the target of each layer"
+            measure = summary["measure"]
+            name, key = "density", "realised_density"
+            if measure != "gates":
+                name, key = measure, f"{measure}_fraction"
+            print(f"{name} {summary[key]:.4f}, {words} {target}")
+        if summary["collapsed"]:
+            print(collapse(summary["collapsed"], trainer))
+        beside = "" if dense is None else f" (dense: {dense:.2f} %)"
+        print(f"pruned model {summary['architecture']}: test error {error}{beside}")
+        for unit in ("params", "macs"):
+            small, full = summary[unit], summary[f"dense_{unit}"]
+            print(f"  {unit:<6} {small:>9,} of {full:>9,} ({100 * small / full:.1f} %)")
+        print(f"  saved  {out / PRUNED}")
+    print(f"  plot   {out / PLOT}\n  all    {out / SUMMARY}, {out / METRICS}")
