@@ -268,7 +268,7 @@ def sparsify_(
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
     _checks.one_of("gates", gates, ("auto", *GATES))
-    _checks.skip(skip)
+    _checks.auto_or_bool("skip", skip)
     if skip is True and example_inputs is None:
         _checks.refuse("skip", skip, "'auto' or False without example_inputs")
     if density_init is not None and droprate_init is not None:

@@ -42,6 +42,7 @@ LEVELS: dict[str, int] = {
     "measure": 5,
     "compact": 5,
     "checkpoint": 5,
+    "cuda_graph": 5,
     "dual": 5,
     "data": 5,
     "models": 5,

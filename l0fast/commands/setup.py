@@ -59,7 +59,7 @@ class Setup:
             models.load_pretrained_(model, Path(args.pretrained))
         if gated and args.recipe == "published":
             example = self.data.train.inputs[:1]
-            models.sparsify_published_(model, example, options.SKIP[args.skip])
+            models.sparsify_published_(model, example, options.SWITCH[args.skip])
         return model
 
     def settings(self) -> TrainerSettings:
@@ -89,7 +89,8 @@ def set_up(args: argparse.Namespace) -> Setup:
         ValueError, TypeError: a word that stands for nothing.
     """
     _checks.one_of("recipe", args.recipe, options.RECIPES)
-    _checks.one_of("skip", args.skip, tuple(options.SKIP))
+    _checks.one_of("skip", args.skip, tuple(options.SWITCH))
+    _checks.one_of("cuda_graph", args.cuda_graph, tuple(options.SWITCH))
     _checks.one_of("dataset", args.dataset, data.DATASETS)
     in_colour = models.from_torchvision(args.model)
     if args.threads is not None:
