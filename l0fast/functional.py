@@ -293,6 +293,9 @@ def skipping_linear(
         if values is not None and tuple(values.shape) != (size,):
             _checks.refuse(name, tuple(values.shape), f"the shape ({size},)")
     device = weight.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     triton = autograd.runs_on_triton(backend, weight, weight)
-    return autograd.skipping_linear(x.to(dtype), weight, bias, z, rows, cols, triton)
+    if not torch.is_autocast_enabled(device):
+        return autograd.skipping_linear(x, weight, bias, z, rows, cols, triton)
+    x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return autograd.skipping_linear(x, weight, bias, z, rows, cols, triton)

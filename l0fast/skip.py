@@ -284,9 +284,7 @@ class Skipping:
         """Whether this step has drawn all the gates of a link's layers."""
         return all(id(layer) in opened for layer in link.layers() if isinstance(layer, Drawn))
 
-    def _compacts(
-        self, opened: dict[int, Tensor], inputs: tuple[Any, ...]
-    ) -> dict[int, Compact]:
+    def _compacts(self, opened: dict[int, Tensor], inputs: tuple[Any, ...]) -> dict[int, Compact]:
         """What each layer leaves out, where the host can see the gates."""
         first = next(iter(tensors_of(inputs)), None)
         examples = 1.0 if first is None else first.numel() / self.size

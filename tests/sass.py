@@ -113,7 +113,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gated_weight_backward fp32, any size": ("gated_weight_backward fp32", {"ALIGNMENT": 1}),
     "gated_weight_backward fp32, no dopen": ("gated_weight_backward fp32", {"dopen_ptr": None}),
     "hard_concrete, one segment": ("hard_concrete", {"offset_ptr": None, "ALIGNMENT": 1}),
-    "hard_concrete, order": ("hard_concrete", {"order_ptr": "i64", "count_ptr": "i64"}),
     "hard_concrete_backward, no dz": ("hard_concrete_backward", {"dz_ptr": None}),
     "hard_concrete_backward, no dopen": ("hard_concrete_backward", {"dopen_ptr": None}),
     "scaled_weight_backward bf16 row, any size": (
@@ -157,12 +156,8 @@ def builds() -> dict[str, Callable[[], Build]]:
 
 
 def _variant(build: Build, changes: dict[str, object]) -> Build:
-    """The build with other constants; a constant that is a type becomes a pointer to it."""
-    pointers = {name: str(kind) for name, kind in changes.items() if kind == "i64"}
-    constexprs = {**build.constexprs, **changes}
-    for name in pointers:
-        del constexprs[name]
-    return Build(build.kernel, {**build.types, **pointers}, constexprs, build.elements)
+    """The build with other constants."""
+    return build._replace(constexprs={**build.constexprs, **changes})
 
 
 def _gated_weight(dtypes: str, *, backward: bool) -> Build:
@@ -193,7 +188,6 @@ def _hard_concrete(*, backward: bool) -> Build:
     }
     if backward:
         return Build(module.hard_concrete_backward_kernel, {}, constexprs, module.BLOCK)
-    constexprs |= {"order_ptr": None, "count_ptr": None}
     return Build(module.hard_concrete_kernel, {}, constexprs, module.BLOCK)
 
 

@@ -1,7 +1,7 @@
 """What the chip will execute for skipping linear layers, compiled ahead of time (see sass.py).
 
-    python tests/sass_skipping.py          a table
-    python tests/sass_skipping.py --json   the same for test_kernel_bounded_matmul.py
+python tests/sass_skipping.py          a table
+python tests/sass_skipping.py --json   the same for test_kernel_bounded_matmul.py
 """
 
 from __future__ import annotations
@@ -142,9 +142,7 @@ def _pack(without: dict[str, None]) -> Build:
     constexprs: dict[str, object] = {"MULTIPLE": 64, "ROWS": module.ROWS, "COLUMNS": module.COLUMNS}
     types = {"out_ptr": "bf16", "rows": "i32", "columns": "i32"} | INTS
     elements = module.ROWS * module.COLUMNS
-    return Build(
-        module.pack_kernel, types, constexprs | without, elements, ("rows", "columns")
-    )
+    return Build(module.pack_kernel, types, constexprs | without, elements, ("rows", "columns"))
 
 
 def _unpack() -> Build:

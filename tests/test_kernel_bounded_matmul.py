@@ -11,7 +11,9 @@ from sass_skipping import GATHERING, UNITS, Work, over
 from test_kernel_sass import counted
 
 PRODUCTS = [(f"{product} bf16", arch) for product in UNITS for arch in ARCHITECTURES]
-VARIANTS = [(f"{product} {kind}", 90) for product in UNITS for kind in ("fp16", "bf16, parts of tiles")]
+VARIANTS = [
+    (f"{product} {kind}", 90) for product in UNITS for kind in ("fp16", "bf16, parts of tiles")
+]
 FP32 = [(f"{product} fp32", arch) for product in UNITS for arch in ARCHITECTURES]
 MOVING = [(name, arch) for name in ("pack", "pack rows", "unpack") for arch in ARCHITECTURES]
 

@@ -10,10 +10,11 @@ import torch
 from interpreter import DEVICE, kernel_test
 from kernel_checks import assert_written, guarded
 from tolerance import assert_no_more_wrong
-from torch import Tensor
+from torch import Tensor, nn
 
-from l0fast import functional
+from l0fast import functional, links, sparsify_
 from l0fast.compaction import Order, bound
+from l0fast.draw import OnDevice, gated_layers
 
 # Tokens, outputs, inputs, and how much of outputs and inputs is open: whole tiles and parts of
 # them, one unit, counts in the middle of a step, nothing and everything open.
@@ -27,9 +28,10 @@ CASES = [
     (5, 3, 7, None, 0.5),
     (5, 200, 7, 0.4, None),
     (130, 20, 30, None, None),
+    (256, 512, 384, 0.5, 0.3),
 ]
 # tl.dot of bfloat16 is wrong in the interpreter: it is compiled ahead of time by the budgets.
-DTYPES = [torch.float32, torch.float16]
+DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 
 
 def order_of(size: int, part: float | None) -> Order | None:
@@ -91,7 +93,7 @@ def test_no_more_wrong_than_the_reference(
     moved = tuple(move(order, lambda part: part.to(DEVICE)) for order in orders)
     with guarded(launch, monkeypatch):
         got = run(on_device, dy.to(DEVICE), moved, "triton")  # type: ignore[arg-type]
-    assert_written(got["y"], got["weight"], got["z"])
+    assert_written(got["y"], got["weight"], got["bias"], got["z"])
     reference = run(tensors, dy, orders, "torch")
     wide = {name: tensor.double() for name, tensor in tensors.items()}
     truth = run(wide, dy.double(), orders, "torch")
@@ -147,3 +149,38 @@ def test_equal_input_gives_equal_bits() -> None:
     runs = [run(tensors, dy, moved, "triton") for _ in range(2)]  # type: ignore[arg-type]
     for one, other in zip(runs[0].values(), runs[1].values(), strict=True):
         assert torch.equal(one, other)
+
+
+@kernel_test
+@pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
+def test_a_training_step_is_the_masked_step(part: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the draw to the gradients, all on kernels."""
+    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(functional.autograd, "runs_on_triton", lambda *of: True)
+    x = torch.randn(9, 12, device=DEVICE)
+    steps: list[dict[str, Tensor]] = []
+    for skip in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(12, 150), nn.GELU(), nn.Linear(150, 70), nn.Tanh(), nn.Linear(70, 3)
+        ).to(DEVICE)
+        sparsify_(model, example_inputs=x, skip=skip)
+        layers = gated_layers(model)
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.log_alpha.copy_(
+                    torch.where(torch.rand(layer.log_alpha.shape) < part, 40.0, -40.0)
+                )
+        torch.manual_seed(1)
+        y = model(x)
+        assert (isinstance(layers["2"]._compact, OnDevice)) == skip
+        y.square().sum().backward()
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        steps.append({"y": y.detach(), **gradients})
+    masked, skipped = steps
+    assert masked.keys() == skipped.keys()
+    for name, expected in masked.items():
+        # Three layers deep, sums of up to 150 terms in another order.
+        size = float(expected.abs().max())
+        tolerance = 150 * torch.finfo(torch.float32).eps * size
+        assert float((skipped[name] - expected).abs().max()) <= tolerance, name

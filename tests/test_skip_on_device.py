@@ -14,7 +14,13 @@ from l0fast import links, skip_on_device, sparsify_
 from l0fast.draw import SKIPPING, Compact, OnDevice, gated_layers
 from l0fast.skip import Following
 
-UNREAD = ("mlp", "no bias, GELU", "tokens", "two readers", "a hidden layer without gates of its own")
+UNREAD = (
+    "mlp",
+    "no bias, GELU",
+    "tokens",
+    "two readers",
+    "a hidden layer without gates of its own",
+)
 """Chains of linear layers with gates on inputs, and no convolution."""
 READ = ("lenet", "batch norms", "mlp, output gates", "conv2d, strides")
 
@@ -57,7 +63,7 @@ def test_nothing_that_is_closed_enters_a_product(monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     monkeypatch.setattr(links, "_on_gpu", lambda model: True)
     x = torch.randn(4, 8).double()
-    model = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 3)).double()
+    model: Any = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 3)).double()
     sparsify_(model, example_inputs=x, skip=True)
     reader: Any = model[2]
     with torch.no_grad():

@@ -102,9 +102,10 @@ def unpack_kernel(
     if column_place_ptr is not None:
         source_column = tl.load(column_place_ptr + column, mask=column_inside, other=0)
         column_open = column_inside & (source_column < tl.load(column_count_ptr))
+    z = 1.0
+    dz = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
     if z_ptr is not None:
-        z = tl.load(z_ptr + column, mask=column_inside, other=0.0)
-        dz = tl.zeros([ROWS, COLUMNS], dtype=tl.float32)
+        z = tl.load(z_ptr + column, mask=column_inside, other=0.0)[None, :]
     for step in range(STEPS):
         row = (tl.program_id(0) * STEPS + step) * ROWS + tl.arange(0, ROWS)
         row_inside = row < rows
@@ -122,7 +123,7 @@ def unpack_kernel(
             # Closed weights are not even read.
             weight = tl.load(weight_ptr + target, mask=is_open, other=0.0).to(tl.float32)
             dz += dmasked * weight
-            dmasked = dmasked * z[None, :]
+            dmasked = dmasked * z
         tl.store(dweight_ptr + target, dmasked, mask=inside)
     if z_ptr is not None:
         part = tl.program_id(0).to(tl.int64) * columns
@@ -145,7 +146,7 @@ def pack(
 
     Args:
         weight: contiguous [N, K].
-        z: float32 [K], or None.
+        z: [K], or None.
         rows, columns: (index, count), or None.
         multiple: what the counts are rounded up to.
         dtype: of the result.
@@ -183,7 +184,7 @@ def unpack(
     dweight = launch.empty(weight, weight.shape)
     n, k = weight.shape
     grid = triton.cdiv(n, ROWS * STEPS), triton.cdiv(k, COLUMNS)
-    partial = None if z is None else launch.empty(z, (grid[0], k))
+    partial = None if z is None else launch.empty(z, (grid[0], k), torch.float32)
     if weight.numel():
         with launch.on(weight):
             unpack_kernel[grid](

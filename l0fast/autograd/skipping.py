@@ -55,7 +55,8 @@ def _unpack(
     if not triton:
         return weights.unpack(dpacked, weight, z, rows, cols)
     placed = (None if order is None else (order.place, order.count) for order in (rows, cols))
-    return _kernels(weight).unpack(dpacked, weight.contiguous(), z, *placed)
+    dweight, dz = _kernels(weight).unpack(dpacked, weight.contiguous(), z, *placed)
+    return dweight, None if z is None else dz.to(z.dtype)
 
 
 def _matmul(
@@ -120,7 +121,7 @@ class _SkippingLinear(torch.autograd.Function):
             dbias = dy.sum(0, dtype=ctx.bias_dtype)
             if rows is not None:
                 # Selected, not multiplied: beyond the count lies what nobody computed.
-                dbias = torch.where(rows.place < rows.count, dbias[rows.place], 0.0)
+                dbias = torch.where(rows.place < rows.count, dbias.index_select(0, rows.place), 0.0)
         return dx, dweight, dbias, dz, None, None, None
 
 
