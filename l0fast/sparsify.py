@@ -254,8 +254,10 @@ def sparsify_(
             given, layers that never run on it are left out, and closed units can be skipped.
         skip: whether a training step leaves out of its computation the units whose gates are drawn
             closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
-            units can be followed from the layers that make them to those that read them (on a GPU
-            the host then waits for the gates); False: nowhere. Needs `example_inputs`.
+            units can be followed from the layers that make them to those that read them; False:
+            nowhere. Needs `example_inputs`. On a GPU chains of linear layers alone are skipped by
+            kernels that ask nobody; in a model with convolutions the host waits for the gates once
+            a step.
         dry_run: change nothing, and return a table of what would have gates and why the others
             would not; it prints as a table.
 
