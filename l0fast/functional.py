@@ -259,11 +259,10 @@ def skipping_linear(
         W = (weight * z)[rows.index][:, cols.index]
         y = torch.zeros(*x.shape[:-1], len(weight))
         y[..., :M] = F.linear(x[..., :N], W[:M, :N], bias[rows.index[:M]])
-    The host never learns a count: the shapes are those with every unit open, what lies beyond the
-    counts is not computed, and a captured CUDA graph goes on with other gates. So a layer with
-    `rows`, anything elementwise, and a layer with these orders as `cols` are together what they
-    are masked, provided that the latter's z is 0 for what is closed. Closed rows and columns of
-    the weight get exactly zero gradient.
+    The host never learns a count: shapes are those with every unit open, and a captured CUDA graph
+    goes on with other gates. A layer with `rows`, anything elementwise, and a layer with these
+    orders as `cols` are what they are masked, provided that the latter's z is 0 for what is closed.
+    What is closed of the weight gets exactly zero gradient.
 
     Args:
         x: [..., K]; with `cols`, its open units come first.

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from l0fast import _checks, graph
 from l0fast.attention import Unfused, attention_calls, unfuse_
 from l0fast.draw import attach_draw, gated_layers, own_gates
+from l0fast.following import stop_following
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES
 from l0fast.links import attach_skipping
 from l0fast.recipes import Choice, GateRow, GateTable, by_structure, without_structure
 from l0fast.sites import light_copy, replace
-from l0fast.skip import stop_following
 
 FUSED = "a fused op reads its weights"
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l0fast import links, skip_on_device, sparsify_
 from l0fast.draw import SKIPPING, Compact, OnDevice, gated_layers
-from l0fast.skip import Following
+from l0fast.following import Following
 
 UNREAD = (
     "mlp",
