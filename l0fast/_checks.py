@@ -61,7 +61,7 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         refuse(name, value, f"one of {words}")
 
 
-def skip(value: object) -> None:
-    """Refuses what says neither whether to skip closed units nor leaves it to the library."""
+def auto_or_bool(name: str, value: object) -> None:
+    """Refuses what neither says whether nor leaves it to the library."""
     if not isinstance(value, bool) and value != "auto":
-        refuse("skip", value, "'auto', True or False")
+        refuse(name, value, "'auto', True or False")

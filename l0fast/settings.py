@@ -58,6 +58,8 @@ class TrainerSettings:
             equals); the last where none does.
         skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
             models that the trainer gives their gates.
+        cuda_graph: whether a step is captured as one CUDA graph and replayed: "auto" where that can
+            be (the summary says why not), True, or False.
     """
 
     density: amounts.Asked | None = None
@@ -82,6 +84,7 @@ class TrainerSettings:
     schedule: str = "cosine"
     select: str = "last"
     skip: str | bool = "auto"
+    cuda_graph: str | bool = "auto"
 
     def __post_init__(self) -> None:
         named = [
@@ -130,7 +133,8 @@ class TrainerSettings:
         _checks.one_of("target_schedule", self.target_schedule, ("auto", "constant", *POWERS))
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
         _checks.one_of("select", self.select, ("last", "best"))
-        _checks.skip(self.skip)
+        _checks.auto_or_bool("skip", self.skip)
+        _checks.auto_or_bool("cuda_graph", self.cuda_graph)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 

@@ -12,7 +12,7 @@ from l0fast.settings import TrainerSettings
 
 DEFAULTS = TrainerSettings()
 RECIPES = ("default", "published")
-SKIP: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
+SWITCH: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in data.DATASETS},
     "digits": {"epochs": 100, "batch_size": 64, "lr": 3e-3},
@@ -124,6 +124,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="leave closed units out of a training step: auto (where it pays), on or off",
     )
+    add(
+        "--cuda-graph",
+        default="auto",
+        help="take a step as one CUDA graph: auto (where it can be), on or off",
+    )
     add("--threads", metavar="N", help="CPU threads")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--quiet", action="store_true", help="no progress bar")
@@ -132,7 +137,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuses words that are none of their choices."""
     _checks.one_of("recipe", args.recipe, RECIPES)
-    _checks.one_of("skip", args.skip, tuple(SKIP))
+    _checks.one_of("skip", args.skip, tuple(SWITCH))
+    _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
     _checks.one_of("dataset", args.dataset, data.DATASETS)
 
 
@@ -221,6 +227,7 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         dual=args.dual,
         dual_first=args.dual_first,
         target_schedule=args.target_schedule,
-        skip=SKIP[args.skip],
+        skip=SWITCH[args.skip],
+        cuda_graph=SWITCH[args.cuda_graph],
         **chosen,
     )
