@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     out = arguments.out
     out.mkdir(parents=True, exist_ok=True)
-    rows = _measured(out / "zoo.json", about["commit"], arguments.seed)
+    rows = _measured(out / "zoo.json", str(about["commit"]), arguments.seed)
     for name in names:
         if name not in rows:
             rows[name] = _one(name, arguments)

@@ -2,7 +2,7 @@
 
 A parameter is *dead* if the gradient of the model's output with respect to it is exactly zero with
 the gates as they are, and not with all of them open. This is asked of autograd, not of the analysis
-that prunes, on several inputs and redrawn weights, so that no unit counts as dead for being
+that prunes, on several inputs and with other weights, so that no unit counts as dead for being
 negative in front of a ReLU by chance. It is *gone* if the pruned model does not have it and no
 gather or scatter stands in for it.
 """
@@ -30,7 +30,7 @@ from l0fast.draw import gated_layers
 from l0fast.graph import is_carrier
 from l0fast.proof import in_float64, relative_error, tensors_of
 
-PROBES = 6
+PROBES = 8
 """How many inputs and weights tell which parameters are dead."""
 FRESH = 3
 """How many fresh inputs compare the models."""
@@ -116,8 +116,8 @@ def influential(model: nn.Module, entry: Entry) -> dict[str, Tensor]:
     for _ in range(PROBES):
         with torch.no_grad():
             for parameter in parameters.values():
-                spread = parameter.std() if parameter.numel() > 1 else parameter.abs()
-                parameter.add_(spread * torch.randn_like(parameter)).div_(math.sqrt(2))
+                size = parameter.square().mean().sqrt()
+                parameter.copy_(size * torch.randn_like(parameter))
         outputs = tensors_of(model(*in_float64(entry.example())))
         score = torch.stack(
             [(t * torch.randn_like(t)).sum() for t in outputs if t.is_floating_point()]
