@@ -37,14 +37,14 @@ gates that were pulled hard once would hardly move for the rest of it."""
 
 
 def net(channels: int, width: int, classes: int) -> nn.Sequential:
-    """Four convolutions with batch norm, two of them with stride 2, and a Linear."""
+    """Four convolutions with batch norm, two of them with stride 2, and a Linear on 2x2 pixels."""
     layers: list[nn.Module] = []
     for outputs, stride in ((width, 1), (width, 2), (2 * width, 1), (2 * width, 2)):
         convolution = nn.Conv2d(channels, outputs, 3, stride, padding=1, bias=False)
         layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
         channels = outputs
     return nn.Sequential(
-        *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, classes)
+        *layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * channels, classes)
     )
 
 
@@ -53,7 +53,7 @@ class Epochs:
     """How long each part takes."""
 
     dense: int = 2
-    constrained: int = 6
+    constrained: int = 4
     pruned: int = 1
 
 
@@ -125,7 +125,7 @@ def _error(model: nn.Module, data: Split) -> float:
 def finetune(
     data: Data,
     target: float,
-    width: int = 32,
+    width: int = 16,
     epochs: Epochs | None = None,
     say: Callable[[str], None] = print,
 ) -> tuple[Outcome, nn.Module]:
@@ -190,7 +190,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", default="mnist", help="digits or mnist (the default)")
     parser.add_argument("--data-root", help="torchvision's folder; L0FAST_DATA_ROOT by default")
     parser.add_argument("--target", type=float, default=0.1, help="share of the MACs")
-    parser.add_argument("--width", type=int, default=32)
+    parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "finetune")
