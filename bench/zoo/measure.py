@@ -30,8 +30,10 @@ from l0fast.draw import gated_layers
 from l0fast.graph import is_carrier
 from l0fast.proof import in_float64, relative_error, tensors_of
 
-PROBES = 8
-"""How many inputs and weights tell which parameters are dead."""
+PROBES = 16
+"""How many inputs and weights tell which parameters are dead with the gates as they are."""
+PROBES_OPEN = 4
+"""And which are not, with all gates open."""
 FRESH = 3
 """How many fresh inputs compare the models."""
 CLOSED, OPEN = -3.0, 3.0
@@ -104,7 +106,7 @@ def set_gates(model: nn.Module) -> None:
             layer.log_alpha.view(-1)[torch.randperm(number)[: number // 2]] = CLOSED
 
 
-def influential(model: nn.Module, entry: Entry) -> dict[str, Tensor]:
+def influential(model: nn.Module, entry: Entry, probes: int) -> dict[str, Tensor]:
     """Parameter -> bool of its shape: whether the output's gradient is anywhere not zero."""
     model = copy.deepcopy(model)
     parameters = {
@@ -113,7 +115,7 @@ def influential(model: nn.Module, entry: Entry) -> dict[str, Tensor]:
         if not name.endswith("log_alpha")
     }
     found = {name: torch.zeros(p.shape, dtype=torch.bool) for name, p in parameters.items()}
-    for _ in range(PROBES):
+    for _ in range(probes):
         with torch.no_grad():
             for parameter in parameters.values():
                 size = parameter.square().mean().sqrt()
@@ -154,7 +156,7 @@ def _count_dead(result: Result, model: nn.Module, small: Any, entry: Entry) -> N
     with torch.no_grad():
         for layer in gated_layers(opened).values():
             layer.log_alpha.fill_(OPEN)
-    before, alive = influential(opened, entry), influential(model, entry)
+    before, alive = influential(opened, entry, PROBES_OPEN), influential(model, entry, PROBES)
     for name, of in before.items():
         dead = of & ~alive[name]
         gone, gathered = _left_out(small.report, model, name, dead.shape)
