@@ -108,7 +108,7 @@ def set_gates(model: nn.Module) -> None:
 
 def influential(model: nn.Module, entry: Entry, probes: int) -> dict[str, Tensor]:
     """Parameter -> bool of its shape: whether the output's gradient is anywhere not zero."""
-    model = copy.deepcopy(model)
+    model = copy.deepcopy(model).requires_grad_()
     parameters = {
         name: parameter
         for name, parameter in model.named_parameters()

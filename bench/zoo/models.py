@@ -233,7 +233,8 @@ _HUGGING_FACE: dict[str, tuple[Callable[[], nn.Module], Example]] = {
         lambda: _hugging_face(
             "WhisperModel", "WhisperConfig",
             vocab_size=VOCABULARY, num_mel_bins=16, d_model=128, encoder_layers=2,
-            decoder_layers=1, encoder_attention_heads=8, decoder_attention_heads=8, encoder_ffn_dim=256,
+            decoder_layers=1, encoder_attention_heads=8, encoder_ffn_dim=256,
+            decoder_attention_heads=8,
             max_source_positions=32, bos_token_id=0, eos_token_id=1, pad_token_id=1,
             decoder_start_token_id=1,
         )().get_submodule("encoder"),
