@@ -25,12 +25,14 @@ import l0fast
 from bench import ROOT, report
 from l0fast.data import Data, load
 from l0fast.formats import Split
-from l0fast.settings import default_dual_lr
 
 BATCH = 128
 LR = 1e-3
 GATE_LR = 0.1
 """A gate that starts all but certainly open has a long way to go."""
+DUAL_LR = 0.3
+"""So large that the target is met in the first third of the training, and the weights have the rest
+of it to make up for what is gone."""
 BETAS = (0.9, 0.99)
 """Of Adam, whose usual memory for squared gradients, 1,000 steps, is a third of such a training:
 gates that were pulled hard once would hardly move for the rest of it."""
@@ -53,7 +55,7 @@ class Epochs:
     """How long each part takes."""
 
     dense: int = 2
-    constrained: int = 4
+    constrained: int = 6
     pruned: int = 1
 
 
@@ -151,10 +153,8 @@ def finetune(
     l0fast.sparsify_(model, example_inputs=example, density_init=1.0)
     outcome.change_by_gates = float((_logits(model, data.test.inputs) - before).abs().max())
     say(f"with gates, all open: outputs changed by {outcome.change_by_gates:g}")
-    steps = epochs.constrained * math.ceil(len(data.train.targets) / BATCH)
-    dual = l0fast.DualAscent(lr=default_dual_lr(steps, target))
     constraint = l0fast.DensityConstraint(
-        model, target, measure="macs", dual=dual, example_inputs=example
+        model, target, measure="macs", dual=l0fast.DualAscent(lr=DUAL_LR), example_inputs=example
     )
     groups = l0fast.param_groups(model, lr=LR, gate_lr=GATE_LR)
     optimizer = torch.optim.Adam(groups, betas=BETAS)
