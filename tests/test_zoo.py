@@ -146,7 +146,7 @@ def test_it_is_an_ordinary_model(name: str) -> None:
     """It copies, pickles, compiles without a break and exports, norms and heads included."""
     _, small, args = pruned(name, "random")
     torch._dynamo.reset()
-    ways = {
+    ways: dict[str, Any] = {
         "deepcopy": copy.deepcopy(small),
         "pickle": pickle.loads(pickle.dumps(small)),
         "export": torch.export.export(small, args, strict=True).module(),

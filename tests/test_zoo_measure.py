@@ -11,6 +11,7 @@ import pytest
 import torch
 import torchvision.models as tv
 from torch import Tensor, nn
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
 from zoo import ZOO, image
 
 from bench import environment
@@ -42,7 +43,7 @@ def mobilenet_v3() -> nn.Module:
         (8, 3, 24, 12, True, "HS", 2, 1),
         (12, 3, 24, 12, False, "HS", 1, 1),
     ]
-    setting = [tv.mobilenetv3.InvertedResidualConfig(*row, 1.0) for row in rows]
+    setting = [InvertedResidualConfig(*row, 1.0) for row in rows]
     return tv.MobileNetV3(setting, last_channel=20, num_classes=5)
 
 

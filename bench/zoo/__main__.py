@@ -13,13 +13,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from bench import ROOT, environment, report
 from bench.zoo.measure import Result
 from bench.zoo.models import ZOO
-from bench.zoo.table import as_csv, markdown
+from bench.zoo.table import as_csv, as_json, markdown
 
 EQUAL = {"error_float64": 1e-10, "error_float32": 1e-5}
 """The largest relative errors of a model that counts as the same function."""
@@ -113,8 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             rows[name] = _one(name, arguments)
         print(f"{name}: {_says(rows[name])}", flush=True)
         done = [rows[known] for known in ZOO if known in rows]
-        plain = {"about": about, "rows": [asdict(row) for row in done]}
-        (out / "zoo.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
+        (out / "zoo.json").write_text(as_json(done, about), encoding="utf-8")
         (out / "zoo.csv").write_text(as_csv(done), encoding="utf-8")
         (out / "zoo.md").write_text(markdown(done, about), encoding="utf-8")
     print(f"zoo.md, zoo.csv, zoo.json in {out}")

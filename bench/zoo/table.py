@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 
 from bench.report import Facts, significant
 from bench.zoo.measure import Result
@@ -80,12 +83,20 @@ def markdown(rows: Sequence[Result], about: Facts) -> str:
         lines.append(f"- {row.name}: {row.dead - row.gone:,} of {row.dead:,}")
         lines += [f"  - {', '.join(names)}: {why}" for why, names in reasons]
         lines += [f"  - {note}" for note in row.notes]
-    lines += ["", "## Layers without gates", ""]
-    for row in rows:
-        if row.without_gates:
-            lines.append(f"- {row.name}")
-            lines += [f"  - {why}: {', '.join(names)}" for why, names in row.without_gates.items()]
+    lines += ["", "## Layers without gates", "", "How many, and why; which is in zoo.json.", ""]
+    for row in (row for row in rows if row.without_gates):
+        counts = Counter[str]()
+        for why, names in row.without_gates.items():
+            others = "what it reads is also read by "
+            counts[f"{others}other layers" if why.startswith(others) else why] += len(names)
+        lines += [f"- {row.name}", *(f"  - {n}: {why}" for why, n in counts.most_common(6))]
     return "\n".join(lines) + "\n"
+
+
+def as_json(rows: Sequence[Result], about: Facts) -> str:
+    """{"about": the facts, "rows": [...]}, one line a model."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    return f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n'
 
 
 def as_csv(rows: Sequence[Result]) -> str:
