@@ -6,6 +6,7 @@ from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.constraints import Constraints
 from l0fast.density import density
 from l0fast.dual import DualAscent
+from l0fast.frontier import frontier
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
 from l0fast.prune import prune
@@ -30,6 +31,7 @@ __all__ = [
     "TrainerSettings",
     "__version__",
     "density",
+    "frontier",
     "functional",
     "load_pruned",
     "param_groups",

@@ -32,6 +32,7 @@ PUBLIC = {
     "TrainerSettings",
     "__version__",
     "density",
+    "frontier",
     "functional",
     "load_pruned",
     "param_groups",

@@ -35,7 +35,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="start from the state dict in a .safetensors file, or in one of torch.save's",
     )
-    add("--density", metavar="D", help="target density of the whole model, in (0, 1]")
+    add(
+        "--density",
+        metavar="D",
+        help="target density of the whole model, in (0, 1]; D,D,... one after the other, falling",
+    )
     add(
         "--layer-density",
         metavar="NAME=D,...",
