@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.compact import apply
 from l0fast.density import Group, count_macs, count_params
-from l0fast.draw import gated_layers
+from l0fast.draw import gate_owners, gated_layers, own_gates
 from l0fast.graph import layer_size
 from l0fast.hinges import Hinges
 from l0fast.layers import Gated
@@ -70,6 +70,8 @@ def trial(model: nn.Module, args: tuple[Any, ...]) -> Trial:
             if layer.gates != "weight":
                 closed = torch.randperm(layer.num_gates, generator=chance)[layer.num_gates // 2 :]
                 kept[name][closed[: layer.num_gates - 1]] = False
+    owners = gate_owners(gated_layers(twin))
+    kept = {name: kept[owner] for name, owner in owners.items()}
     twin, wide, proof = reference(twin, args, kept)
     plan = make_plan(twin, gated_layers(twin), kept, wide, proof)
     folded = fold(twin, plan.raw)
@@ -116,8 +118,9 @@ class Footprint(Measure):
 
     def __init__(self, layers: Mapping[str, Gated], tried: Trial, groups: list[Group]) -> None:
         super().__init__(layers)
-        self.gated = [name for name, layer in layers.items() if layer.gates != "weight"]
-        hinges = Hinges({name: layers[name] for name in self.gated}, tried.plan)
+        on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
+        self.gated = own_gates(on_units)
+        hinges = Hinges(on_units, tried.plan)
         # A layer that cannot get smaller is part of the rest, which is added as it is.
         names = [
             name
