@@ -62,6 +62,13 @@ def _whole(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
+def _dense_counts(model: nn.Module, folded: nn.Module, args: tuple[Any, ...]) -> list[int]:
+    """Parameters and MACs of the dense model, before any gate was removed during training."""
+    report = getattr(model, "report", None)
+    before = report.get("dense") if isinstance(report, dict) else None
+    return before or [count_params(model), count_macs(folded, args)[""]]
+
+
 def _site(
     name: str,
     plan: Plan,
@@ -220,7 +227,7 @@ def prune(
             module.__dict__.pop(TARGETS, None)
         for parameter in result.model.parameters():
             parameter.grad = None
-        params, macs = count_params(model), count_macs(result.model, args)[""]
+        params, macs = _dense_counts(model, result.model, args)
         small = apply(result.model, plan.edits, result.factors, plan.mends, plan.constants)
         left = Counts.of(small, args)
         spent: dict[str, float] = {}

@@ -46,6 +46,9 @@ class TrainerSettings:
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose
             evaluation gates meet every target, the one of least validation error (the latest of
             equals); the last where none does.
+        shrink: gates that have seldom been open (less than 1 %) at the end of so many epochs on end
+            are removed for good, with their units: the model that is trained gets smaller. None
+            removes nothing. See `shrink`.
         skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
             models that the trainer gives their gates.
     """
@@ -67,6 +70,7 @@ class TrainerSettings:
     weight_decay: float = 0.1
     schedule: str = "cosine"
     select: str = "last"
+    shrink: int | None = None
     skip: str | bool = "auto"
 
     def __post_init__(self) -> None:
@@ -107,6 +111,14 @@ class TrainerSettings:
             value = getattr(self, name)
             if value is not None or name == "weight_decay":
                 checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
+        if self.shrink is not None:
+            checked["shrink"] = _checks.whole("shrink", self.shrink)
+            if not self.gated:
+                _checks.refuse("shrink", self.shrink, "a target or penalty beside it")
+            if self.measure != "gates":
+                _checks.refuse("shrink", self.shrink, "measure='gates' beside it")
+            if self.select == "best":
+                _checks.refuse("shrink", self.shrink, "select='last': earlier models are larger")
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
         _checks.one_of("select", self.select, ("last", "best"))
         _checks.skip(self.skip)

@@ -90,6 +90,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="the epoch whose model is pruned: last, or best (the least validation error where the "
         "evaluation gates meet the target)",
     )
+    add(
+        "--shrink",
+        metavar="N",
+        help="remove for good, during training, gates that have seldom been open for N epochs",
+    )
     add("--validation-fraction", metavar="F", help="held out from the training examples")
     add(
         "--data-root",
@@ -196,6 +201,7 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
         select=args.select,
+        shrink=number("shrink", args.shrink, int),
         skip=SKIP[args.skip],
         **chosen,
     )
