@@ -12,6 +12,7 @@ from l0fast import _checks
 from l0fast.budget import Budget, choose
 from l0fast.constraint import DensityConstraint
 from l0fast.density import Cost
+from l0fast.draw import gate_owners
 from l0fast.footprint import measure_of, trial
 from l0fast.layers import Gated
 from l0fast.measure import SIZES
@@ -56,6 +57,8 @@ class MagnitudePruning(DensityConstraint):
         target + (1 - target) * (1 - t)^3
     where t goes from 0 to 1 between a tenth and six tenths of the training; or at once, in its
     middle. What is left trains on; a closed gate's weights get no gradient.
+
+    Layers that share their gates are ranked by the mean of their squares.
 
     Args:
         model, target, measure, example_inputs: as of `DensityConstraint`; with one target, units
@@ -118,14 +121,18 @@ class MagnitudePruning(DensityConstraint):
             )
         ]
         # `choose` goes by log_alpha: the ranks, over all layers, of what is still open.
-        still = {name: layer.log_alpha > 0 for name, layer in self.layers.items()}
-        flat = torch.cat([magnitudes(layer).flatten() for layer in self.layers.values()])
+        owners = gate_owners(self.layers)
+        sharers: dict[str, list[Tensor]] = {}
+        for name, layer in self.layers.items():
+            sharers.setdefault(owners[name], []).append(magnitudes(layer).square())
+        shares = {name: torch.stack(parts).mean(0) for name, parts in sharers.items()}
+        flat = torch.cat([squares.flatten() for squares in shares.values()])
         ranks = torch.empty_like(flat)
         ranks[flat.argsort()] = torch.linspace(1.0, OPEN, len(flat)).to(flat)
-        parts = ranks.split([layer.num_gates for layer in self.layers.values()])
-        for (name, layer), part in zip(self.layers.items(), parts, strict=True):
-            gates = part.view(layer.log_alpha.shape).to(layer.log_alpha.dtype)
-            layer.log_alpha.copy_(gates.where(still[name], CLOSED))
+        sizes = [squares.numel() for squares in shares.values()]
+        for name, part in zip(shares, ranks.split(sizes), strict=True):
+            gates = self.layers[name].log_alpha
+            gates.copy_(part.view(gates.shape).to(gates.dtype).where(gates > 0, CLOSED))
         kept = choose(self.layers, budgets)
         for name, layer in self.layers.items():
             opened = kept[name].to(layer.log_alpha.device)

@@ -190,3 +190,22 @@ def _data() -> Data:
     from l0fast import data
 
     return data.load("digits")
+
+
+def test_layers_that_share_gates_are_ranked_together() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+            with torch.no_grad():
+                self.a.weight.copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]).expand(3, 4))
+                self.b.weight.copy_(torch.tensor([0.0, 1.0, 9.0, 2.0]).expand(3, 4))
+
+    model = Pair()
+    model.a = L0Linear.from_dense(model.a)
+    model.b = L0Linear.from_dense(model.b, shared=model.a)
+    term = MagnitudePruning(model, 0.5, steps=10)
+    term.prune_to_(0.0)
+    assert model.a.log_alpha is model.b.log_alpha
+    # Sums of squares: 16, 10, 85, 5.
+    assert model.a.log_alpha.tolist() == [OPEN, CLOSED, OPEN, CLOSED]

@@ -141,9 +141,12 @@ def test_only_what_has_seldom_been_open_for_long_goes() -> None:
     assert (~kept["fc2"]).nonzero().flatten().tolist() == [0, 2, 3, 4]
     assert kept["fc3"].nonzero().flatten().tolist() == [2]  # the likeliest stays
     assert bool(kept["fc1"].all())
+    with torch.no_grad():
+        layers["fc2"].log_alpha[1] = -7.0
+    assert idle.count(model)["fc2"][1]
 
 
-class Tanh(nn.Module):
+class Cosine(nn.Module):
     """Closed units of the convolution leave a constant that is not zero."""
 
     def __init__(self) -> None:
@@ -158,7 +161,7 @@ class Tanh(nn.Module):
 def test_what_would_need_more_than_leaving_out_stays() -> None:
     torch.manual_seed(1)
     args = (torch.randn(5, 1, 8, 8),)
-    model = sparsify_(Tanh(), gates="output", include="conv", example_inputs=args)
+    model = sparsify_(Cosine(), gates="output", include="conv", example_inputs=args)
     kept = {"conv": torch.tensor([True, False, True, False, True, True])}
     assert plan_removal(model, args, kept) is None
     mlp, args, kept = prepared("mlp")
