@@ -6,6 +6,7 @@ from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.constraints import Constraints
 from l0fast.density import density
 from l0fast.dual import AugmentedLagrangian, DualAscent, EqualityAscent, PIControl
+from l0fast.frontier import frontier
 from l0fast.hard_concrete import HardConcrete
 from l0fast.latency import LatencyTable
 from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
@@ -38,6 +39,7 @@ __all__ = [
     "TrainerSettings",
     "__version__",
     "density",
+    "frontier",
     "functional",
     "load_pruned",
     "measure_latency",

@@ -60,6 +60,10 @@ class Counts:
             widths=widths,
         )
 
+    def whole(self) -> dict[str, int]:
+        """Measure -> what the model as a whole has."""
+        return {"params": self.params[""], "macs": self.macs[""], "memory": self.memory[""]}
+
     def group(self, group: Group) -> int:
         """What a group has, by its measure: "params", "macs" or "memory"."""
         counts: dict[str, int] = getattr(self, str(group.measure))

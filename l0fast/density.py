@@ -94,7 +94,7 @@ def target_groups(
 
 def gated_parameters(layers: list[Gated]) -> int:
     """How many parameters the gates of `layers` control."""
-    return sum(layer.num_gates * layer.group_size for layer in layers)
+    return sum(layer.all_gates * layer.group_size for layer in layers)
 
 
 def count_params(model: nn.Module) -> int:
@@ -210,10 +210,10 @@ def density(model: nn.Module, example_inputs: Any = None) -> DensityTable:
                     name=name,
                     gates=layer.gates,
                     open_gates=open_gates,
-                    num_gates=layer.num_gates,
-                    expected=float(layer.open_probability().double().mean()),
-                    realised=open_gates / layer.num_gates,
-                    params=layer.num_gates * layer.group_size,
+                    num_gates=layer.all_gates,
+                    expected=float(layer.open_probability().double().sum()) / layer.all_gates,
+                    realised=open_gates / layer.all_gates,
+                    params=layer.all_gates * layer.group_size,
                     macs=None if macs is None else macs[name],
                 )
             )

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def frontier(
 
     Args:
         model, data, out, identity, device: as of `Trainer`; the model is trained in place.
-        settings: without a density of its own.
+        settings: for each target; it takes the place of their density.
         targets: densities of the whole model by `settings.measure`, falling.
         resume: goes on from the checkpoints in `out`.
         train: trains a trainer that is open to its end and returns its summary, for those who want
@@ -61,21 +62,25 @@ def frontier(
         LATENCY_BATCH test examples, medians, side by side on this machine.
 
     Raises:
-        ValueError, TypeError: targets that do not fall, or a density in `settings`; and as
-            `Trainer` does.
+        ValueError, TypeError: targets that do not fall, or settings that name others; `out` holds
+            a run and is not resumed; and as `Trainer` does.
     """
     wanted = _falling(targets)
-    if settings.gated:
-        _checks.refuse("settings", "a target or penalty", "none: targets names them")
+    if settings.penalty is not None or settings.layer_density is not None:
+        _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
     options: dict[str, Any] = {"identity": identity, "device": device}
     dense = copy.deepcopy(model)
     folder = None if out is None else Path(out)
+    places = {t: None if folder is None else folder / f"density-{t:g}" for t in wanted}
+    if not resume:  # before the first is trained, for all of them
+        for place in filter(None, places.values()):
+            if place.exists():
+                _checks.refuse("out", str(place), "no such folder yet (or resume it)")
     before: Checkpoint | None = None
     rows: list[Row] = []
     small: dict[str, nn.Module] = {}
     examples = data.test.inputs[:LATENCY_BATCH]
-    for target in wanted:
-        place = None if folder is None else folder / f"density-{target:g}"
+    for target, place in places.items():
         trainer = Trainer(model, data, replace(settings, density=target), out=place, **options)
         trainer.open(resume, before)
         rows.append(trainer.fit() if train is None else train(trainer))
@@ -103,7 +108,7 @@ def _falling(targets: Sequence[float]) -> list[float]:
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         _checks.refuse("targets", targets, expected, TypeError)
     wanted = [_checks.density(f"targets[{i}]", target) for i, target in enumerate(targets)]
-    if not wanted or any(a <= b for a, b in zip(wanted, wanted[1:], strict=False)):
+    if not wanted or any(a <= b for a, b in pairwise(wanted)):
         _checks.refuse("targets", list(targets), expected)
     return wanted
 

@@ -71,6 +71,8 @@ class MagnitudePruning(DensityConstraint):
     where t goes from 0 to 1 between a tenth and six tenths of the training; or at once, in its
     middle. What is left trains on; a closed gate's weights get no gradient.
 
+    Layers that share their gates are ranked by the mean of their squares.
+
     Args:
         model, target, measure, example_inputs: as of `DensityConstraint`; with one target, units
             (or single weights) are ranked over all layers, with one for each layer within it.

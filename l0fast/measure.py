@@ -97,7 +97,7 @@ class GateMeasure(Measure):
     def __init__(self, layers: Mapping[str, Gated], groups: list[Group]) -> None:
         super().__init__(layers)
         of = [layer.group_size for layer in layers.values()]
-        gates = torch.tensor([layer.num_gates for layer in layers.values()], dtype=torch.float64)
+        gates = torch.tensor([layer.all_gates for layer in layers.values()], dtype=torch.float64)
         member = torch.tensor([[name in group.layers for name in layers] for group in groups])
         sizes = member * torch.tensor(of, dtype=torch.float64)
         totals = (sizes * gates).sum(1, keepdim=True)

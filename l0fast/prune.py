@@ -70,6 +70,13 @@ def _whole(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
+def _at_first(model: nn.Module, dense: Counts) -> dict[str, int]:
+    """What the dense model has, before any gate was removed during training."""
+    report = getattr(model, "report", None)
+    before = report.get("dense") if isinstance(report, dict) else None
+    return before or dense.whole()
+
+
 def _site(
     name: str,
     plan: Plan,
@@ -246,6 +253,7 @@ def prune(
         budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
         if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
             break
+    before = _at_first(model, dense)
     owning = own_gates(layers)
     forced, filled = dict[str, int](), dict[str, int]()
     collapsed: list[str] = []
@@ -288,9 +296,7 @@ def prune(
             }
             for one in budgets
         },
-        "params": [left.params[""], dense.params[""]],
-        "macs": [left.macs[""], dense.macs[""]],
-        "memory": [left.memory[""], dense.memory[""]],
+        **{key: [after, before[key]] for key, after in left.whole().items()},
         "latency": whole_seconds([small, fold(all_open(model), plan.raw).model], args)
         if any(isinstance(group.measure, LatencyTable) for group in groups.values())
         else None,

@@ -56,6 +56,9 @@ class TrainerSettings:
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose
             evaluation gates meet every target, the one of least validation error (the latest of
             equals); the last where none does.
+        shrink: gates that have seldom been open (less than 1 %) at the end of so many epochs on end
+            are removed for good, with their units: the model that is trained gets smaller. None
+            removes nothing. See `shrink`.
         skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
             models that the trainer gives their gates.
         cuda_graph: whether a step is captured as one CUDA graph and replayed: "auto" where that can
@@ -83,6 +86,7 @@ class TrainerSettings:
     weight_decay: float = 0.1
     schedule: str = "cosine"
     select: str = "last"
+    shrink: int | None = None
     skip: str | bool = "auto"
     cuda_graph: str | bool = "auto"
 
@@ -131,6 +135,14 @@ class TrainerSettings:
         checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_low=True)
         _checks.one_of("dual", self.dual, tuple(DUALS))
         _checks.one_of("target_schedule", self.target_schedule, ("auto", "constant", *POWERS))
+        if self.shrink is not None:
+            checked["shrink"] = _checks.whole("shrink", self.shrink)
+            if not self.gated:
+                _checks.refuse("shrink", self.shrink, "a target or penalty beside it")
+            if self.measure != "gates":
+                _checks.refuse("shrink", self.shrink, "measure='gates' beside it")
+            if self.select == "best":
+                _checks.refuse("shrink", self.shrink, "select='last': earlier models are larger")
         _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
         _checks.one_of("select", self.select, ("last", "best"))
         _checks.auto_or_bool("skip", self.skip)

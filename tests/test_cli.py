@@ -212,6 +212,21 @@ def test_a_collapse_is_told_once_and_at_the_end(
     assert line(collapsed) in said.out.splitlines()
 
 
+def test_several_targets_from_one_run(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*FAST, "--quiet", "--density", ".8,.5", "--out", "f"]
+    assert run(*arguments) == 0
+    said = capsys.readouterr().out
+    rows = json.loads(Path("f/frontier.json").read_text())
+    for row, target in zip(rows, (0.8, 0.5), strict=True):
+        summary = json.loads(Path(f"f/density-{target:g}", SUMMARY).read_text())
+        assert row.items() >= summary.items()
+        assert f"{summary['params']:,}" in said
+    before = tree(Path("f/density-0.5"))
+    assert run(*arguments, "--resume") == 0
+    after = tree(Path("f/density-0.5"))
+    assert all(after[name] == before[name] for name in (METRICS, SUMMARY, PRUNED, CHECKPOINT))
+
+
 def test_resume_of_a_finished_run_changes_nothing(finished: Path) -> None:
     shutil.copytree(finished, "run")
     before = tree(Path("run"))
@@ -412,6 +427,9 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
             ("--dense", "--select", "best", "--validation-fraction", "0"),
             "select: got 'best'; expected 'last' without a validation split",
         ),
+        (("--density", "0.5,0.6"), "targets: got [0.5, 0.6]; expected densities that fall"),
+        (("--density", "0.5,x"), "density: got 'x'; expected a number"),
+        (("--density", "0.5,0.3", "--compare-dense"), "compare_dense: got True; expected one"),
         (("--skip", "x"), "skip: got 'x'; expected one of 'auto', 'on', 'off'"),
         (("--recipe", "x"), "recipe: got 'x'; expected one of 'default', 'published'"),
         (("--density", "0"), "density: got 0.0; expected a density in (0, 1]"),

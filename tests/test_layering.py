@@ -76,6 +76,7 @@ LEVELS: dict[str, int] = {
     "saving": 6,
     "summary": 7,
     "magnitude": 7,
+    "shrink": 7,
     "metrics": 8,
     "method": 8,
     "trainer": 9,

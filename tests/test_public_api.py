@@ -37,6 +37,7 @@ PUBLIC = {
     "TrainerSettings",
     "__version__",
     "density",
+    "frontier",
     "functional",
     "load_pruned",
     "measure_latency",

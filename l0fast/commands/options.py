@@ -39,7 +39,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--density",
         metavar="D",
-        help="target of the whole model: a density in (0, 1], or an amount, such as '100k params'",
+        help="target of the whole model: a density in (0, 1], or an amount, such as '100k params'; "
+        "D,D,... one after the other, falling",
     )
     add(
         "--layer-density",
@@ -103,6 +104,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default=DEFAULTS.select,
         help="the epoch whose model is pruned: last, or best (the least validation error where the "
         "evaluation gates meet the target)",
+    )
+    add(
+        "--shrink",
+        metavar="N",
+        help="remove for good, during training, gates that have seldom been open for N epochs",
     )
     add("--validation-fraction", metavar="F", help="held out from the training examples")
     add(
@@ -229,5 +235,6 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         target_schedule=args.target_schedule,
         skip=SWITCH[args.skip],
         cuda_graph=SWITCH[args.cuda_graph],
+        shrink=number("shrink", args.shrink, int),
         **chosen,
     )

@@ -31,9 +31,8 @@ def collapse(layers: list[str], trainer: Trainer) -> str:
     return f"collapsed: all gates of {names} are closed, nothing passes through; try {remedy}"
 
 
-def run(trainer: Trainer, resume: bool, quiet: bool) -> dict[str, Any]:
-    """Trains to the end, with a bar on stderr unless `quiet`; returns the summary."""
-    trainer.open(resume)
+def run(trainer: Trainer, quiet: bool) -> dict[str, Any]:
+    """Trains an open trainer to the end, with a bar on stderr unless `quiet`; its summary."""
     told: set[str] = set()  # each thing once
     with _progress(trainer.settings, trainer.epoch, quiet) as bar:
 

@@ -21,6 +21,7 @@ from l0fast.latency import LatencyTable
 from l0fast.prune import format_report
 from l0fast.prune import prune as prune_model
 from l0fast.saving import save_pruned
+from l0fast.shrink import Removal, remove_
 from l0fast.sparsify import sparsify_
 
 
@@ -49,6 +50,8 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     else:
         gates = identity.get("gates", "auto")
         sparsify_(model, gates=gates, example_inputs=example, skip=False)
+    for entry in checkpoint.removals or []:
+        remove_(model, Removal.from_json(entry), (example,), False)
     checkpoint.refuse_other(path, identity, model)
     model.load_state_dict(checkpoint.selected[1])
     return checkpoint, model, example

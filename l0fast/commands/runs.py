@@ -157,5 +157,6 @@ def train_all(
         print(f"{index} of {len(runs)}: {run.name}", flush=True)
         setup = set_up(run.args)
         trainer = setup.trainer(setup.settings(), run.folder(out))
-        done[run.name] = run_trainer(trainer, True, quiet)
+        trainer.open(resume=True)
+        done[run.name] = run_trainer(trainer, quiet)
         on_done()
