@@ -11,6 +11,7 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.amounts import Asked
+from l0fast.draw import gate_owners
 from l0fast.layers import Gated
 from l0fast.measure import Measure
 
@@ -57,7 +58,10 @@ def choose(
     first: list[Tensor] = []
     waits: list[Tensor] = []
     place = 0
-    for name, layer in layers.items():
+    owners = gate_owners(layers)  # shared gates stay and go together
+    owning = list(dict.fromkeys(owners.values()))
+    for name in owning:
+        layer = layers[name]
         log_alpha = layer.log_alpha.detach().double().cpu().flatten()
         if bool(log_alpha.isnan().any()):
             _checks.refuse("log_alpha", math.nan, f"numbers in every gate of {name!r}")
@@ -80,14 +84,13 @@ def choose(
         scores.append(log_alpha + layer.distribution.shift)
         place += len(order)
     sizes = [len(score) for score in scores]
-    shapes = [layer.log_alpha.shape for layer in layers.values()]
     owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     leader = torch.cat(leaders)
     kept = torch.cat(first)  # of each block, by the gate that it begins with
 
     def by_layer(blocks: Tensor) -> dict[str, Tensor]:
-        parts = zip(layers, blocks[leader].split(sizes), shapes, strict=True)
-        return {name: part.view(shape) for name, part, shape in parts}
+        parts = dict(zip(owning, blocks[leader].split(sizes), strict=True))
+        return {name: parts[of].view(layers[name].log_alpha.shape) for name, of in owners.items()}
 
     def fits(more: Tensor) -> bool:
         opened = by_layer(kept.index_fill(0, more, True))

@@ -19,6 +19,7 @@ from l0fast.density import (
     require_gated,
     target_groups,
 )
+from l0fast.draw import own_gates
 from l0fast.dual import DualAscent
 from l0fast.footprint import Latency, measure_of
 from l0fast.latency import LatencyTable
@@ -48,7 +49,8 @@ class _DensityTerm(nn.Module):
         self._device = anchor.device
         self._lowest = measure.lowest()
         measure.to(self._device, self._dtype)
-        self._bounds = [layer.distribution.bound for layer in layers.values()]
+        self._owning = own_gates(layers)
+        self._bounds = [layers[name].distribution.bound for name in self._owning]
         self._lower = [-bound for bound in self._bounds]
 
     @property
@@ -69,7 +71,7 @@ class _DensityTerm(nn.Module):
     @torch.no_grad()
     def project_(self) -> None:
         """Puts every log_alpha back into its bounds."""
-        gates: list[Tensor] = [layer.log_alpha for layer in self.layers.values()]
+        gates: list[Tensor] = [self.layers[name].log_alpha for name in self._owning]
         torch._foreach_clamp_min_(gates, self._lower)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
 

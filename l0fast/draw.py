@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,11 +46,13 @@ class Draw:
         self.node: Any = None  # weak reference to this draw's node of autograd
         self.earlier: list[Any] = []  # the same of draws that still waited for their backward
 
-    def count(self, totals: Tensor, layers: list[Any]) -> None:
-        """Keeps the counts for `expected_open`."""
+    def count(self, totals: Tensor, layers: Sequence[list[Any]]) -> None:
+        """Keeps the counts for `expected_open`; layers that share their gates have one place."""
         self.totals = totals
         self.places = {
-            id(layer): (place, layer.log_alpha._version) for place, layer in enumerate(layers)
+            id(layer): (place, layer.log_alpha._version)
+            for place, sharing in enumerate(layers)
+            for layer in sharing
         }
 
     def take(self) -> Tensor | None:
@@ -138,7 +142,7 @@ class Drawn:
 
     def _count_alone(self, total: Tensor) -> None:
         self._counted = Draw(owner=0, live=False)
-        self._counted.count(total, [self])
+        self._counted.count(total, [[self]])
 
     def _drawn_here(self) -> bool:
         """Whether the model's draw is this call's: in its forward, or replayed in a backward."""
@@ -158,6 +162,17 @@ def gated_layers(model: nn.Module) -> dict[str, Any]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, Drawn)}
 
 
+def gate_owners(layers: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each gated layer -> the first of those that share its gates, perhaps itself."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(layer.log_alpha), name) for name, layer in layers.items()}
+
+
+def own_gates(layers: Mapping[str, Any]) -> list[str]:
+    """The names of the gated layers whose gates are not those of an earlier one."""
+    return list(dict.fromkeys(gate_owners(layers).values()))
+
+
 def _members(model: nn.Module) -> list[Drawn]:
     """The layers that the model draws for; one put into it since then draws its own gates."""
     return model.__dict__.get(_MEMBERS, [])
@@ -165,7 +180,8 @@ def _members(model: nn.Module) -> list[Drawn]:
 
 def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
     """Forward pre-hook: samples the gates of all the model's layers in one op."""
-    groups: dict[Any, list[tuple[Drawn, Tensor]]] = {}
+    # By distribution, device and dtype: each log_alpha, and the layers that share it.
+    groups: dict[Any, dict[int, tuple[Tensor, list[Drawn]]]] = {}
     for layer in _members(model):
         if not layer.training or layer.noise == "example" or layer.gates == "weight":
             continue
@@ -174,7 +190,8 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
             continue  # an outer model of this one has drawn already
         log_alpha = layer.log_alpha
         key = layer.distribution, log_alpha.device, log_alpha.dtype
-        groups.setdefault(key, []).append((layer, log_alpha))
+        members = groups.setdefault(key, {})
+        members.setdefault(id(log_alpha), (log_alpha, []))[1].append(layer)
     opened: dict[int, Tensor] = {}
     skip = None if torch.compiler.is_compiling() else model.__dict__.get(SKIPPING)
     draw = NOT_DRAWN[1]
@@ -182,25 +199,28 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
         skip.clear()  # a forward that was interrupted leaves its own behind
     for (distribution, _, dtype), members in groups.items():
         draw = Draw(id(model))
-        layers, log_alphas = [layer for layer, _ in members], [gate for _, gate in members]
+        log_alphas, layers = zip(*members.values(), strict=True)
         sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
         flat = torch.cat(log_alphas)
         work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
         z, totals = functional.draw(work, sizes, distribution)
         if not torch.compiler.is_compiling() and totals.grad_fn is not None:
-            for earlier in {layer._drawn[1] for layer in layers}:
+            for earlier in {layer._drawn[1] for sharing in layers for layer in sharing}:
                 draw.earlier += earlier.waiting()
             draw.node = weakref.ref(totals.grad_fn)
         draw.count(totals, layers)
-        for layer, part in zip(layers, z.split(sizes), strict=True):
-            # Past nn.Module's own setattr, which looks for parameters: this is each step's cost.
-            layer.__dict__["_drawn"] = part, draw
-            layer.__dict__["_counted"] = draw
-            layer.__dict__["_compact"] = None
+        for sharing, part in zip(layers, z.split(sizes), strict=True):
+            for layer in sharing:
+                # Past nn.Module's own setattr, which looks for parameters: this is each step's
+                # cost.
+                layer.__dict__["_drawn"] = part, draw
+                layer.__dict__["_counted"] = draw
+                layer.__dict__["_compact"] = None
         if skip is not None:
             parts = (z > 0).split(sizes)
-            for layer, part in zip(layers, parts, strict=True):
-                opened[id(layer)] = layer.spread(part)
+            for sharing, part in zip(layers, parts, strict=True):
+                for layer in sharing:
+                    opened[id(layer)] = layer.spread(part)
     if skip is not None and opened:
         skip.assign(model, opened, inputs, options or {}, draw)
 
@@ -234,6 +254,11 @@ def detach_draw(model: nn.Module) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+@functools.lru_cache(maxsize=64)
+def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(places, device=device)
+
+
 def expected_open(layers: list[Any]) -> Tensor:
     """[L] expected number of open gates of each layer, differentiable.
 
@@ -246,10 +271,12 @@ def expected_open(layers: list[Any]) -> Tensor:
         None if taken[draw] is None else draw.place(layer)
         for layer, draw in zip(layers, draws, strict=True)
     ]
-    if len(taken) == 1 and places == list(range(len(draws[0].places))):
+    if len(taken) == 1 and None not in places:
         (totals,) = taken.values()
         assert totals is not None
-        return totals.view(-1)
+        if places == list(range(totals.numel())):
+            return totals.view(-1)
+        return totals.view(-1).index_select(0, _index(tuple(places), totals.device))
     parts: list[Tensor] = []
     for layer, draw, place in zip(layers, draws, places, strict=True):
         totals = taken[draw]

@@ -13,6 +13,7 @@ from l0fast import _checks
 from l0fast.amounts import words
 from l0fast.counts import Counts
 from l0fast.density import Group, measure_name
+from l0fast.draw import own_gates
 from l0fast.graph import layer_size
 from l0fast.hinges import Hinges, smallest
 from l0fast.latency import Grids, LatencyTable
@@ -65,8 +66,9 @@ class Footprint(Measure):
 
     def __init__(self, layers: Mapping[str, Gated], tried: Trial, groups: list[Group]) -> None:
         super().__init__(layers)
-        self.gated = [name for name, layer in layers.items() if layer.gates != "weight"]
-        hinges = Hinges({name: layers[name] for name in self.gated}, tried.plan)
+        on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
+        self.gated = own_gates(on_units)
+        hinges = Hinges(on_units, tried.plan)
         self.groups, self.measure = groups, measure_name(groups[0].measure)
         # A layer that cannot get smaller is part of the rest, which is added as it is.
         self.names = tried.shrinking

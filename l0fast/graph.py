@@ -90,6 +90,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
     """
     with _quietly(), torch.no_grad():
         program = torch.export.export(model, args, strict=False)
+    program.graph.eliminate_dead_code()  # what nobody reads ties no units
     signature = program.graph_signature
     held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     modules = dict(model.named_modules(remove_duplicate=False))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.channels import STAYS
+from l0fast.draw import gate_owners
 from l0fast.graph import is_carrier, layer_size
 from l0fast.layers import Gated
 from l0fast.plan import Plan
@@ -56,7 +57,8 @@ class Hinges:
     """
 
     def __init__(self, layers: Mapping[str, Gated], plan: Plan) -> None:
-        self.always = sum(layer.num_gates for layer in layers.values())
+        owners = gate_owners(layers)
+        self.always = sum(layers[name].num_gates for name in dict.fromkeys(owners.values()))
         """Number of a gate that is always open, and"""
         self.never = self.always + 1
         """of one that never is."""
@@ -72,9 +74,12 @@ class Hinges:
                 torch.full((units,), self.always) for units in layer_size(site.layer)
             )
         start = 0
+        gates: dict[str, Tensor] = {}
         for name, layer in layers.items():
-            own = torch.arange(start, start + layer.num_gates)
-            start += layer.num_gates
+            if owners[name] == name:
+                gates[name] = torch.arange(start, start + layer.num_gates)
+                start += layer.num_gates
+            own = gates[owners[name]]
             if name in plan.sites and name not in plan.scaled:
                 sides = self.reads if layer.gates == "input" else self.writes
                 sides[name] = layer.spread(own)
@@ -181,20 +186,29 @@ class Hinges:
     def _zeros(self, walk: Walk, shut: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Layer -> bool [in]: inputs that are zero when some outputs (bool, by layer) are closed,
         and all others open."""
-        sites = [
-            replace(
-                site,
-                layer=self.carriers.get(name, site.layer),
-                writes=~shut.get(name, torch.zeros_like(site.writes)),
-            )
-            for name, site in walk.sites.items()
-        ]
-        closed = Walk(walk.trace, sites)
+
+        def walked(carriers: Mapping[str, nn.Module]) -> Walk:
+            sites = [
+                replace(
+                    site,
+                    layer=carriers.get(name, site.layer),
+                    writes=~shut.get(name, torch.zeros_like(site.writes)),
+                )
+                for name, site in walk.sites.items()
+            ]
+            return Walk(walk.trace, sites)
+
+        closed = walked(self.carriers)
+        # What a carrier makes of closed channels is constant, whatever the constant is.
+        told = walked({}) if any(site.folds for site in walk.sites.values()) else closed
         zeros: dict[str, Tensor] = {}
         for name in self._read(closed):
-            units = closed.inputs[name]
+            units, known = closed.inputs[name], told.inputs[name]
             assert units is not None
+            assert known is not None
             zeros[name] = (units.constant == 0) & ~closed.tainted[units.labels]
+            if walk.sites[name].folds:
+                zeros[name] |= ~known.constant.isnan() & ~told.restless[known.labels]
         return zeros
 
     def _narrow(self) -> None:

@@ -62,10 +62,14 @@ class Gated(Drawn):
         distribution: HardConcrete | None,
         noise: str,
         units: int = 1,
+        shared: Gated | None = None,
     ) -> None:
         self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
         self._forget_draws()
+        if shared is not None:
+            self.distribution, self.log_alpha = shared.distribution, shared.log_alpha
+            return
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         shape = self._gate_shape()
         log_alpha = torch.full(shape, 0.0, dtype=dtype, device=self.weight.device)
@@ -87,6 +91,7 @@ class Gated(Drawn):
         distribution: HardConcrete | None = None,
         noise: str = "batch",
         units: int = 1,
+        shared: Gated | None = None,
     ) -> Self:
         """A gated layer that shares the very parameters (and hooks) of a dense one.
 
@@ -95,6 +100,7 @@ class Gated(Drawn):
             gates, density_init, droprate_init, distribution, noise: as in `Gated`.
             units: with gates on inputs, how many consecutive ones each gate serves: those of an
                 attention head, say.
+            shared: another gated layer, which reads the same units: its gates are this one's too.
 
         Raises:
             TypeError: `layer` is not exactly of the dense class.
@@ -113,7 +119,12 @@ class Gated(Drawn):
             _checks.refuse("units", units, f"1 where gates={gates!r}")
         if self._num_inputs() % units:
             _checks.refuse("units", units, f"a divisor of its {self._num_inputs()} inputs")
-        self._init_gates(gates, density_init, droprate_init, distribution, noise, units)
+        if shared is not None:
+            mine, theirs = (gates, self._num_inputs() // units), (shared.gates, shared.num_gates)
+            if mine != theirs or gates != "input":
+                got = f"{theirs[1]} gates on its {theirs[0]}s"
+                _checks.refuse("shared", got, f"a layer with {mine[1]} gates on its inputs")
+        self._init_gates(gates, density_init, droprate_init, distribution, noise, units, shared)
         return self
 
     default_gates: ClassVar[str]

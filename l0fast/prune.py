@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._tables import aligned
 from l0fast.amounts import Asked, share, words
+from l0fast.attention import unfused_in
 from l0fast.budget import Budget, choose
 from l0fast.compact import apply
 from l0fast.constraint import TARGETS, DensityConstraint, L0Penalty
@@ -23,6 +24,7 @@ from l0fast.density import (
     require_gated,
     target_groups,
 )
+from l0fast.draw import own_gates
 from l0fast.footprint import Footprint, measure_of
 from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
@@ -93,6 +95,9 @@ def _site(
         status = "compacted"
         readers = ", ".join(extent.stops) or "an op that makes no zeros of zeros"
         reasons.append(f"puts zeros back for {readers}" if not site.fixed else "puts zeros back")
+    if name in plan.constants:
+        folded = int((plan.constants[name] != 0).sum())
+        reasons.append(f"its bias holds what {folded} constant inputs gave")
     reasons.append(site.fixed)
     groups = getattr(site.layer, "groups", 1)
     if groups > 1:
@@ -178,8 +183,11 @@ def prune(
                 "compacted": left out, with a gather or scatter; "kept": full size), reason.
             tier: how far layers could be merged; notes: what was undone, and why.
             max_error, tolerance: largest relative error found, and allowed.
+            attention: the nn.MultiheadAttention modules that `sparsify_` made ordinary ones of two
+                Linears, and how they are called, a list of dicts.
             attributes: attributes of modules that followed a size, such as num_heads, a list of
                 dicts: name, kind (of the module), attribute, value ([after, before]).
+            folded: names of the layers whose biases hold what constant inputs gave.
             layers: the recipe, a list of dicts in the order to apply: name, kind, in, out,
                 inputs and outputs (the indices that stay, None for all), gather and scatter
                 ([positions, of], None for none), scale ("input", "output" or None).
@@ -228,7 +236,7 @@ def prune(
             parameter.grad = None
         size = element_size(model)
         dense = Counts.of(result.model, args, size, {})
-        small = apply(result.model, plan.edits, result.factors, plan.mends)
+        small = apply(result.model, plan.edits, result.factors, plan.mends, plan.constants)
         left = Counts.of(small, args, size, widths_left(plan))
         spent: dict[str, float] = {}
         for one in budgets:
@@ -238,6 +246,7 @@ def prune(
         budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
         if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
             break
+    owning = own_gates(layers)
     forced, filled = dict[str, int](), dict[str, int]()
     collapsed: list[str] = []
     with torch.no_grad():
@@ -261,10 +270,10 @@ def prune(
         "format": REPORT_FORMAT,
         "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
         "density": gated.spent(kept)[0] / gated.totals[0],
-        "forced": sum(forced.values()),
+        "forced": sum(forced[name] for name in owning),
         "collapsed": collapsed,
         "round_to": round_to,
-        "filled": sum(filled.values()),
+        "filled": sum(filled[name] for name in owning),
         "groups": {
             one.name: {
                 "layers": list(one.layers),
@@ -273,7 +282,9 @@ def prune(
                 "density": spent[one.name] / one.measure.totals[0],
                 "kept": _whole(spent[one.name]),
                 "total": _whole(one.measure.totals[0]),
-                "forced": sum(forced[name] for name in one.layers),
+                "forced": sum(
+                    forced[name] for name in own_gates({name: layers[name] for name in one.layers})
+                ),
             }
             for one in budgets
         },
@@ -288,7 +299,9 @@ def prune(
         "notes": plan.notes,
         "max_error": plan.error,
         "tolerance": proof.tolerance,
+        "attention": [call.as_json() for call in unfused_in(model)],
         "attributes": [*earlier.get("attributes", []), *(mend.as_json() for mend in plan.mends)],
+        "folded": sorted({*earlier.get("folded", []), *plan.constants}),
         "layers": [*earlier.get("layers", []), *(edit.as_json() for edit in plan.edits)],
     }
     return small

@@ -7,6 +7,7 @@ together: an attention head, a group of a convolution, a channel that was flatte
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from l0fast._tables import aligned
 from l0fast.channels import STAYS
 from l0fast.graph import Trace, is_carrier
+from l0fast.liveness import Liveness
 from l0fast.sites import Site, find_sites, tied_modules
 from l0fast.walk import Walk
 
@@ -60,6 +62,8 @@ class Choice:
     gates: str
     reason: str = ""
     units: int = 1
+    shared: str = ""
+    """The layer before, which reads the same units, whose gates it shares."""
 
 
 def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
@@ -70,14 +74,22 @@ def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
     }
 
 
-def by_structure(model: nn.Module, trace: Trace) -> dict[str, Choice]:
+def by_structure(
+    model: nn.Module, trace: Trace, layers: Mapping[str, nn.Module]
+) -> dict[str, Choice]:
     """Layer -> where its gates go, for every Linear and convolution that is not a gated one.
+
+    Args:
+        model: without gates on the layers in question.
+        trace: its export.
+        layers: those that may have gates.
 
     - A convolution whose closed channels reach their readers as zeros has gates on its outputs;
       a Linear that reads them has a gate on each of its inputs.
-    - Any other layer has gates on its inputs, if nothing but layers needs the units there, and, a
-      convolution, if it alone reads them; one gate for each block of inputs that can only vanish
-      together.
+    - Any other layer has gates on its inputs, if nothing but layers needs the units there; one gate
+      for each block of inputs that can only vanish together. Where several layers read the same
+      units (a residual stream, a squeeze-and-excite branch) they share the gates. A convolution
+      has none where other layers read some of its units and not all in the same order.
     - A Linear that reads the model's own inputs has a gate on each.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
@@ -85,7 +97,7 @@ def by_structure(model: nn.Module, trace: Trace) -> dict[str, Choice]:
         name: f"it shares its weight with {other}" for name, other in tied_modules(model).items()
     }
     sites = find_sites(model, trace, tied, {})
-    recipe = _Recipe(trace, sites)
+    recipe = _Recipe(trace, sites, layers)
     return {name: recipe.choose(site) for name, site in sites.items() if _makes(site.layer)} | {
         name: Choice("", "it passes its channels on: they go with the gates of its neighbours")
         for name, site in sites.items()
@@ -100,7 +112,9 @@ def _makes(layer: nn.Module) -> bool:
 class _Recipe:
     """What is known of a model's units when the layers choose their gates, in the graph's order."""
 
-    def __init__(self, trace: Trace, sites: dict[str, Site]) -> None:
+    def __init__(
+        self, trace: Trace, sites: dict[str, Site], layers: Mapping[str, nn.Module]
+    ) -> None:
         self.walk = walk = Walk(trace, sites.values())
         self.readers: dict[int, set[str]] = {}
         """Class of units -> the layers that read it."""
@@ -108,6 +122,8 @@ class _Recipe:
         """Class of units -> the layers that make it."""
         self.carried: set[int] = set()
         """Classes of units that a norm or a convolution in groups passes on."""
+        self.vectors: dict[str, Tensor] = {}
+        """Layer that may have gates -> the class of each block of inputs, if they lie in blocks."""
         for name, units in walk.inputs.items():
             found = [] if units is None else self._classes(units.labels)
             if is_carrier(sites[name].layer):
@@ -115,12 +131,19 @@ class _Recipe:
                 continue
             for one in found:
                 self.readers.setdefault(one, set()).add(name)
+            if units is not None and name in layers and not sites[name].fixed:
+                classes, block = walk.classes[units.labels], len(units.labels) // len(found)
+                vector = classes[::block]
+                if torch.equal(classes, vector.repeat_interleave(block)):
+                    self.vectors[name] = vector
         for name, labels in walk.made.items():
             for one in self._classes(labels):
                 self.makers.setdefault(one, set()).add(name)
         self.stays = int(walk.classes[STAYS])
         self.nonzero = self._nonzero(trace, sites)
         """Classes of units that do not reach every reader as zeros when their maker gives zeros."""
+        self.vanishing: dict[str, bool] = {}
+        """First of the layers that read the same -> see `_vanish`."""
         self.closed_by_maker: set[int] = set()
         """Classes of units that have gates where they are made."""
 
@@ -168,14 +191,45 @@ class _Recipe:
             return Choice("", f"what it reads must stay: {self.walk.reasons(units.labels)}")
         if found <= self.closed_by_maker:
             return Choice("input") if linear else Choice("", "what it reads has gates")
-        others = {name for one in found for name in self.readers[one]} - {site.name}
-        if others and not linear:  # where they disagree it would gather whole images
-            return Choice("", "what it reads is also read by " + ", ".join(sorted(others)))
-        block = len(classes) // len(found)
-        if len(classes) % len(found) or not torch.equal(
-            classes, classes[::block].repeat_interleave(block)
-        ):
+        vector = self.vectors.get(site.name)
+        if vector is None or len(vector) != len(found):
             return Choice("", "the units that it reads do not lie in blocks of one size")
         if len(found) == 1:
             return Choice("", "what it reads can only vanish as a whole")
-        return Choice("input", units=block)
+        sharing = [name for name in self.walk.sites if any(name in self.readers[o] for o in found)]
+        alike = all(self._alike(site, name) for name in sharing)
+        if not alike and not linear:  # where they disagree it would gather whole images
+            others = ", ".join(name for name in sharing if name != site.name)
+            return Choice("", f"what it reads is also read by {others}")
+        if not linear and not self._vanish(sharing, vector):
+            return Choice("", "no unit that it reads can vanish alone: they are split or shuffled")
+        shared = sharing[0] if alike and sharing[0] != site.name else ""
+        reason = f"the gates of {shared!r}, which reads the same" if shared else ""
+        return Choice("input", reason, len(classes) // len(vector), shared)
+
+    def _alike(self, site: Site, name: str) -> bool:
+        """Whether another layer reads just what this one does, and can share its gates."""
+        mine, other = self.vectors[site.name], self.vectors.get(name)
+        weight, theirs = (self._weight(one) for one in (site, self.walk.sites[name]))
+        return (
+            other is not None
+            and torch.equal(mine, other)
+            and (weight.dtype, weight.device) == (theirs.dtype, theirs.device)
+        )
+
+    def _vanish(self, names: list[str], vector: Tensor) -> bool:
+        """Whether a unit exists no more when the gates that some layers have on it are closed."""
+        if names[0] not in self.vanishing:
+            walk = copy.copy(self.walk)
+            walk.sites = dict(walk.sites)
+            for name in names:
+                reads = walk.classes[self.walk.inputs[name].labels] != vector[0]  # type: ignore[union-attr]
+                walk.sites[name] = dataclasses.replace(walk.sites[name], reads=reads)
+            self.vanishing[names[0]] = not bool(Liveness(walk).present()[vector[0]])
+        return self.vanishing[names[0]]
+
+    @staticmethod
+    def _weight(site: Site) -> Tensor:
+        weight = site.layer._parameters["weight"]
+        assert weight is not None
+        return weight

@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically
+from l0fast.attention import Unfused, refuse_other, unfuse_
 from l0fast.compact import Edit, Mend, apply
 from l0fast.graph import is_site, layer_size
 
 KEY = "l0fast"
 """The metadata's entry."""
 FORMAT = 1
-KEYS = ("attributes", "layers")
+KEYS = ("attention", "attributes", "layers")
 """Parts of a report that are the recipe."""
 
 
 def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model that `prune` made to one .safetensors file, whole or not at all.
 
-    The metadata's entry "l0fast" is JSON: format, layers and attributes (the recipe, see
-    `prune`), aliases (name -> name of the same tensor: tied weights are stored once), frozen
+    The metadata's entry "l0fast" is JSON: format, layers, attributes and attention (the recipe,
+    see `prune`), aliases (name -> name of the same tensor: tied weights are stored once), frozen
     (parameters without gradient) and report (all else that `prune` reported).
 
     Args:
@@ -62,8 +63,7 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
     recipe = {
         "format": FORMAT,
-        "attributes": report["attributes"],
-        "layers": report["layers"],
+        **{key: report[key] for key in KEYS},
         "aliases": aliases,
         "frozen": [name for name, p in small.named_parameters() if not p.requires_grad],
         "report": {key: value for key, value in report.items() if key not in KEYS},
@@ -107,6 +107,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         recipe = json.loads(metadata[KEY])
         version = recipe["format"]
         if version == FORMAT:
+            recipe.setdefault("attention", [])
+            recipe["calls"] = [Unfused.from_json(entry) for entry in recipe["attention"]]
             recipe["edits"] = [Edit.from_json(entry) for entry in recipe["layers"]]
             recipe["mends"] = [Mend.from_json(entry) for entry in recipe["attributes"]]
             recipe["aliases"] = {str(a): str(b) for a, b in recipe["aliases"].items()}
@@ -147,6 +149,11 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
     def differs(what: str) -> NoReturn:
         _checks.refuse("build_fn", type(model).__name__, f"the model of {str(path)!r}: {what}")
 
+    for call in recipe["calls"]:
+        other = refuse_other(model, call)
+        if other:
+            differs(other)
+        model = unfuse_(model, {call.name: call})
     for edit in recipe["edits"]:
         # One by one: the recipe of a model pruned twice names layers that the first edits made.
         try:

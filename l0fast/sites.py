@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from l0fast.draw import gated_layers
 from l0fast.graph import Trace, is_carrier, is_site, layer_size
 
 
@@ -26,6 +28,8 @@ class Site:
     """Why its full inputs and outputs must stay where they are, if they must."""
     local: bool = True
     """Whether it may nevertheless compute less inside, with a gather and a scatter around."""
+    folds: bool = False
+    """Whether an input that is constant can be made part of its bias."""
 
 
 _HOOKS = (
@@ -51,11 +55,14 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:
-    """Module -> what it shares a parameter with."""
+    """Module -> what it shares a parameter with; gates do not count."""
+    gates = {id(layer.log_alpha) for layer in gated_layers(model).values()}
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module._parameters.values():
-            if parameter is not None and name not in owners.setdefault(id(parameter), []):
+            if parameter is None or id(parameter) in gates:
+                continue
+            if name not in owners.setdefault(id(parameter), []):
                 owners[id(parameter)].append(name)
     tied: dict[str, str] = {}
     for name, module in model.named_modules():
@@ -64,6 +71,13 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
             if others:
                 tied[name] = " and ".join(repr(other) for other in others)
     return tied
+
+
+def _has_bias_for_all(layer: nn.Module) -> bool:
+    """Whether a constant input adds the same everywhere, to a bias: it is not padded with zeros."""
+    padding: Any = getattr(layer, "padding", "valid")
+    same = not any(padding) if isinstance(padding, tuple) else padding == "valid"
+    return same and layer._parameters.get("bias") is not None
 
 
 def find_sites(
@@ -96,5 +110,6 @@ def find_sites(
             calls = 1 if trace is None else trace.counts[name]
             fixed = "" if calls == 1 else f"it is called {calls} times"
         reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
-        sites[name] = Site(name, layer, reads, writes, fixed, local)
+        folds = not fixed and not is_carrier(layer) and _has_bias_for_all(layer)
+        sites[name] = Site(name, layer, reads, writes, fixed, local, folds)
     return sites

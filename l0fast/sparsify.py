@@ -11,19 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, graph
-from l0fast.draw import attach_draw, gated_layers
+from l0fast.attention import Unfused, attention_calls, unfuse_
+from l0fast.draw import attach_draw, gated_layers, own_gates
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES
 from l0fast.links import attach_skipping
 from l0fast.recipes import Choice, GateRow, GateTable, by_structure, without_structure
-from l0fast.sites import replace
+from l0fast.sites import light_copy, replace
 from l0fast.skip import stop_following
+
+FUSED = "a fused op reads its weights"
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
 
-_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-"""Modules that hand their layers' weights to a fused op, past the layers' own forward."""
+
+def _fused(module: nn.Module) -> bool:
+    """Whether a module hands its layers' weights to a fused op, past the layers' own forward."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return _fused(module.self_attn)
+    return isinstance(module, nn.MultiheadAttention)
 
 
 def example_args(example_inputs: Any) -> tuple[Any, ...]:
@@ -78,10 +85,7 @@ def _matcher(option: str, selection: Selection, names: list[str]) -> Callable[..
 def _eligible(model: nn.Module) -> dict[str, nn.Module]:
     """Name -> Linear or conv whose own forward runs, each once, in the model's order."""
     inside_fused = {
-        id(layer)
-        for module in model.modules()
-        if isinstance(module, _FUSED)
-        for layer in module.modules()
+        id(layer) for module in model.modules() if _fused(module) for layer in module.modules()
     }
     return {
         name: layer
@@ -98,13 +102,30 @@ def _row(name: str, layer: Any, choice: Choice) -> GateRow:
     return GateRow(name, kind, choice.gates, choice.units, gates, choice.reason)
 
 
-def _fused_rows(model: nn.Module) -> list[GateRow]:
-    reason = "a fused op reads its weights"
+def _fused_rows(model: nn.Module, reasons: Mapping[str, str]) -> list[GateRow]:
+    fused = ((name, module) for name, module in model.named_modules() if _fused(module))
     return [
-        GateRow(name, type(module).__name__, "", 1, 0, reason)
-        for name, module in model.named_modules()
-        if isinstance(module, _FUSED)
+        GateRow(name, type(module).__name__, "", 1, 0, reasons.get(name) or FUSED)
+        for name, module in fused
     ]
+
+
+def _with_ordinary_attention(
+    model: ModelT, example_inputs: Any
+) -> tuple[ModelT, dict[str, Unfused], dict[str, str]]:
+    """A copy, with the same parameters, whose fused attentions are ordinary where they can be:
+    these, and why the others cannot."""
+    with evaluating(model):
+        found = attention_calls(model, example_args(example_inputs))
+    calls = {name: call for name, call in found.items() if isinstance(call, Unfused)}
+    reasons = {name: call for name, call in found.items() if isinstance(call, str)}
+    return (unfuse_(light_copy(model), calls) if calls else model), calls, reasons  # type: ignore[return-value]
+
+
+def _gated_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether some of `layers` are in what makes an attention fused: itself, or all around it."""
+    fused = name.removesuffix(".self_attn")
+    return any(layer.startswith(f"{fused}.") for layer in layers)
 
 
 def _reached(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) -> set[int]:
@@ -150,7 +171,7 @@ def _choices(
         reason = (str(failure).strip().splitlines() or [""])[0][:200]
         note = f"each layer by itself: torch.export refuses the model, {reason}"
         return without_structure(layers), note
-    return by_structure(model, trace), ""
+    return by_structure(model, trace, layers), ""
 
 
 @overload
@@ -252,7 +273,11 @@ def sparsify_(
         _checks.refuse("skip", skip, "'auto' or False without example_inputs")
     if density_init is not None and droprate_init is not None:
         _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
-    layers = _eligible(model)
+    calls: dict[str, Unfused] = {}
+    twin, fused = model, dict[str, str]()
+    if gates == "auto" and example_inputs is not None:
+        twin, calls, fused = _with_ordinary_attention(model, example_inputs)
+    layers = _eligible(twin)
     names = list(layers)
     if "" in layers:
         wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
@@ -264,13 +289,13 @@ def sparsify_(
         drop = _matcher("exclude", exclude, names)
         layers = {name: layer for name, layer in layers.items() if not drop(name, layer)}
     if example_inputs is not None:
-        reached = _reached(model, layers, example_inputs)
+        reached = _reached(twin, layers, example_inputs)
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
-    choices, note = _choices(model, gates, layers, example_inputs)
+    choices, note = _choices(twin, gates, layers, example_inputs)
     considered, layers = layers, {n: layer for n, layer in layers.items() if choices[n].gates}
     if dry_run:
         rows = [_row(name, layer, choices[name]) for name, layer in considered.items()]
-        return GateTable(tuple(rows + _fused_rows(model)), note)
+        return GateTable(tuple(rows + _fused_rows(twin, fused)), note)
     if not layers and not gated_layers(model):
         if considered:
             why = next(f"{name!r}: {choices[name].reason}" for name in considered)
@@ -285,19 +310,29 @@ def sparsify_(
             name: DENSITY_INIT if value is None else value for name, value in densities.items()
         }
 
+    for name in layers:
+        owner = choices[name].shared
+        for option, of in (("density_init", densities), ("droprate_init", droprates)):
+            if owner and of[name] != of[owner]:
+                expected = f"one number for {owner!r} and {name!r}, which share their gates"
+                _checks.refuse(option, [of[owner], of[name]], expected)
+
     stop_following(model)
-    replacements: dict[int, nn.Module] = {}
+    unfuse_(model, {name: call for name, call in calls.items() if _gated_inside(name, layers)})
+    layers = {name: model.get_submodule(name) for name in layers}
+    gated: dict[str, Any] = {}
     for name, layer in layers.items():
-        replacements[id(layer)] = GATED_TYPES[type(layer)].from_dense(
+        gated[name] = GATED_TYPES[type(layer)].from_dense(
             layer,
             gates=choices[name].gates,
             units=choices[name].units,
+            shared=gated.get(choices[name].shared),
             density_init=densities[name],
             droprate_init=droprates[name],
             distribution=distribution,
             noise=noise,
         )
-    replace(model, replacements)
+    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
     attach_draw(model)
     if example_inputs is not None:
         attach_skipping(model, example_args(example_inputs), skip)
@@ -332,7 +367,7 @@ def param_groups(
     layers = gated_layers(model)
     if not layers:
         _checks.refuse("model", type(model).__name__, "a model with gates (see sparsify_)")
-    gates: list[Tensor] = [layer.log_alpha for layer in layers.values()]
+    gates: list[Tensor] = [layers[name].log_alpha for name in own_gates(layers)]
     ids = {id(gate) for gate in gates}
     weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
     return [

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l0fast.compact import apply
 from l0fast.counts import Counts, element_size, widths_left
-from l0fast.draw import gated_layers
+from l0fast.draw import gate_owners, gated_layers
 from l0fast.graph import layer_size
 from l0fast.plan import Plan, fold, make_plan, reference
 
@@ -60,6 +60,8 @@ def trial(model: nn.Module, args: tuple[Any, ...]) -> Trial:
             if layer.gates != "weight":
                 closed = torch.randperm(layer.num_gates, generator=chance)[layer.num_gates // 2 :]
                 kept[name][closed[: layer.num_gates - 1]] = False
+    owners = gate_owners(gated_layers(twin))
+    kept = {name: kept[owner] for name, owner in owners.items()}
     twin, wide, proof = reference(twin, args, kept)
     plan = make_plan(twin, gated_layers(twin), kept, wide, proof)
     folded = fold(twin, plan.raw)

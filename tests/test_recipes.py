@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from l0fast import prune, sparsify_
-from l0fast.draw import gated_layers
+from l0fast.draw import gate_owners, gated_layers
 from l0fast.recipes import GateTable
 
 
@@ -32,7 +32,8 @@ def placed(model: nn.Module, x: Any, **options: Any) -> dict[str, tuple[str, int
 
 def reasons(model: nn.Module, x: Any) -> dict[str, str]:
     table = sparsify_(model, example_inputs=x, dry_run=True)
-    assert all(bool(row.reason) != bool(row.gates) for row in table.layers)
+    for row in table.layers:
+        assert bool(row.reason) != bool(row.gates) or row.reason.startswith("the gates of ")
     return {row.name: row.reason for row in table.layers if not row.gates}
 
 
@@ -71,10 +72,16 @@ PLACES: dict[str, dict[str, tuple[str, int]]] = {
     "llama": {"o_proj": ("input", 8), "down_proj": ("input", 1)},
     "unet": dict.fromkeys(("down.3", "bottom.3", "up.3", "head"), ("input", 1)),
     "resnext": {
-        **{f"layer{stage}.0.conv3": ("input", 4 * 2**stage) for stage in (1, 2, 3, 4)},
-        "fc": ("input", 1),  # it alone reads the last sum: both that are added lose channels
+        f"layer{stage}.0.{name}": ("input", units)
+        for stage in (1, 2, 3, 4)
+        for name, units in (("conv1", 1), ("conv3", 4 * 2**stage), ("downsample.0", 1))
+    }
+    | {"fc": ("input", 1)},
+    "vit": {
+        f"encoder.layers.encoder_layer_{block}.{name}": ("input", units)
+        for block in (0, 1)
+        for name, units in (("self_attention.out_proj", 8), ("mlp.3", 1))
     },
-    "vit": {f"encoder.layers.encoder_layer_{block}.mlp.3": ("input", 1) for block in (0, 1)},
     "convnext": {"features.1.0.block.5": ("input", 1), "features.3.0.block.5": ("input", 1)},
 }
 
@@ -88,15 +95,19 @@ def test_what_has_no_gates_says_why() -> None:
     found = reasons(*zoo("resnext"))
     assert found["conv1"] == "it reads the model's input 'x'"
     assert "passes its channels on" in found["layer1.0.conv2"]
-    assert "also read by layer1.0.downsample.0" in found["layer1.0.conv1"]
+    found = reasons(*zoo("densenet"))
+    assert (
+        "also read by features.transition1.conv" in found["features.denseblock1.denselayer1.conv1"]
+    )
+    found = reasons(*zoo("shufflenet"))
+    assert "no unit that it reads can vanish alone" in found["stage2.1.branch2.0"]
     found = reasons(*zoo("gpt2"))
     assert found["lm_head"] == "it shares its weight with 'wte'"
     assert found["h.0.attn.c_attn"] == "it reads aten::embedding"
     found = reasons(*zoo("convnext"))
     assert "aten::layer_norm" in found["features.1.0.block.3"]
     found = reasons(*zoo("vit"))
-    fused = "encoder.layers.encoder_layer_1.self_attention"
-    assert found[fused] == "a fused op reads its weights"
+    assert "aten::add" in found["encoder.layers.encoder_layer_1.self_attention.in_proj"]
 
 
 class Convs(nn.Module):
@@ -136,10 +147,23 @@ class Skip(nn.Module):
         return self.head(h + torch.tanh(self.second(h)))
 
 
-def test_several_readers_each_have_gates_and_both_must_close() -> None:
+def test_readers_of_the_same_units_share_their_gates() -> None:
     model: Any = Skip().double().eval()
     x = torch.randn(3, 4, dtype=torch.float64)
     assert placed(model, x) == dict.fromkeys(("first", "second", "head"), ("input", 1))
+    assert model.head.log_alpha is model.second.log_alpha
+    assert model.first.log_alpha is not model.second.log_alpha
+    with torch.no_grad():
+        model.head.log_alpha[[1, 2, 3]] = -9.0
+    small: Any = prune(model, x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-10, atol=1e-12)
+    assert small.first.out_features == small.second.in_features == 5
+    assert small.second.out_features == small.head.in_features == 5
+
+
+def test_linears_with_gates_of_their_own_on_the_same_units_gather() -> None:
+    model: Any = sparsify_(Skip().double().eval(), gates="input")
+    x = torch.randn(3, 4, dtype=torch.float64)
     with torch.no_grad():
         for layer, shut in ((model.first, []), (model.second, [1, 2, 3]), (model.head, [2, 3, 4])):
             layer.log_alpha.fill_(9.0)
@@ -150,6 +174,40 @@ def test_several_readers_each_have_gates_and_both_must_close() -> None:
     assert small.second.layer.out_features == 6
     assert small.second.gather.index.tolist() == [0, 2, 3, 4, 5]
     assert small.head.gather.index.tolist() == [0, 1, 3, 4, 5]
+
+
+def shared(name: str) -> dict[str, set[str]]:
+    """First layer -> all that share its gates, where there are several."""
+    layers = gated_layers(sparsify_(zoo(name)[0], example_inputs=zoo(name)[1]))
+    found: dict[str, set[str]] = {}
+    for layer, owner in gate_owners(layers).items():
+        found.setdefault(owner, set()).add(layer)
+    return {owner: names for owner, names in found.items() if len(names) > 1}
+
+
+def test_residual_streams_have_one_set_of_gates() -> None:
+    assert shared("resnet18") == {
+        "layer1.0.conv1": {"layer1.0.conv1", "layer2.0.conv1", "layer2.0.downsample.0"},
+        "layer3.0.conv1": {"layer3.0.conv1", "layer3.0.downsample.0"},
+        "layer4.0.conv1": {"layer4.0.conv1", "layer4.0.downsample.0"},
+    }
+
+
+def test_a_squeeze_and_excite_branch_shares_the_gates_of_what_it_scales() -> None:
+    block = "features.2.0.block"
+    found = shared("efficientnet")
+    assert found[f"{block}.2.fc1"] == {f"{block}.2.fc1", f"{block}.3.0"}
+
+
+def test_gates_are_not_shared_with_a_layer_that_has_none() -> None:
+    model, x = zoo("resnet18")
+    table = sparsify_(model, example_inputs=x, exclude="layer2.0.downsample.0", dry_run=True)
+    rows = {row.name: row for row in table.layers}
+    assert "also read by" in rows["layer2.0.conv1"].reason
+    assert not rows["layer1.0.conv1"].gates
+    with pytest.raises(ValueError, match="which share their gates"):
+        sparsify_(model, example_inputs=x, density_init={"layer1.0.conv1": 0.5})
+    assert not gated_layers(model)
 
 
 def test_without_structure_each_layer_is_by_itself() -> None:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import torchvision.models as tv
 from plain_models import LeNet
 from torch import Tensor, nn
+from torchvision.models.googlenet import BasicConv2d, Inception
 
 
 def mlp(activation: type[nn.Module]) -> nn.Module:
@@ -233,6 +234,27 @@ def mobilenet() -> nn.Module:
     return tv.MobileNetV2(5, width_mult=0.5, inverted_residual_setting=setting, round_nearest=4)
 
 
+def efficientnet() -> nn.Module:
+    """With squeeze-and-excite branches."""
+    block = tv.efficientnet.MBConvConfig
+    setting = [block(1, 3, 1, 8, 8, 1), block(3, 3, 2, 8, 12, 2), block(3, 5, 1, 12, 16, 2)]
+    return tv.EfficientNet(setting, dropout=0.1, num_classes=5, last_channel=24)
+
+
+class Inceptions(nn.Module):
+    """Modules whose branches are put side by side, each read by all branches of the next."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = BasicConv2d(3, 8, kernel_size=3)
+        self.first = Inception(8, 4, 4, 6, 4, 6, 4)
+        self.second = Inception(20, 4, 4, 6, 4, 6, 4)
+        self.fc = nn.Linear(20, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.second(self.first(self.stem(x))).mean((2, 3)))
+
+
 def resnext() -> nn.Module:
     return tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, groups=4, width_per_group=8)
 
@@ -271,6 +293,16 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
         lambda: tv.ResNet(tv.resnet.Bottleneck, [1, 1, 1, 1], num_classes=5, width_per_group=32),
         lambda: image(32),
     ),
+    "residual": (
+        lambda: tv.ResNet(tv.resnet.BasicBlock, [2, 2, 1, 1], num_classes=5),
+        lambda: image(32),
+    ),
+    "efficientnet": (efficientnet, lambda: image(32)),
+    "shufflenet": (
+        lambda: tv.ShuffleNetV2([2, 2, 2], [8, 8, 12, 16, 20], num_classes=5),
+        lambda: image(32),
+    ),
+    "inception": (Inceptions, lambda: image(16)),
     "mobilenet": (mobilenet, lambda: image(32)),
     "resnext": (resnext, lambda: image(32)),
     "densenet": (
