@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import bench_gated_weight, bench_hard_concrete, bench_prune, bench_skip, bench_step
+from bench import (
+    bench_gated_weight,
+    bench_hard_concrete,
+    bench_latency,
+    bench_prune,
+    bench_skip,
+    bench_step,
+)
 from bench.case import Case
 
 MODULES = {
@@ -13,6 +20,7 @@ MODULES = {
     "step": bench_step,
     "skip": bench_skip,
     "prune": bench_prune,
+    "latency": bench_latency,
 }
 
 

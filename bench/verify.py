@@ -25,6 +25,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "step": ("test_layers.py", "test_layers_in_a_model.py", "test_constraint.py", *_BINDING),
     "skip": ("test_skip.py",),
     "prune": ("test_prune.py",),
+    "latency": ("test_latency.py", "test_timing.py"),
 }
 """What is timed -> the files in tests/ that say it is right."""
 ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")
