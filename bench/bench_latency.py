@@ -98,7 +98,7 @@ def _run(name: str, model: str, effort: Effort) -> list[Row]:
         dataclasses.replace(
             row,
             note=f"the table says {foretold[row.variant]:.4g} ms, "
-            f"{foretold[row.variant] / (row.p50_ms or 1):.2f} of that" + notes.get(row.variant, ""),
+            f"{foretold[row.variant] / foretold[DENSE]:.3f} of dense" + notes.get(row.variant, ""),
         )
         for row in rows
     ]
