@@ -98,18 +98,27 @@ class DensityConstraint(_DensityTerm):
     Args:
         model: a model with gates.
         target: the density asked for, in (0, 1]: a number for the whole model, or layer name or
-            glob pattern -> number, each key its own constraint.
-        measure: what the target is a share of:
+            glob pattern -> number, each key its own constraint. In place of any number an amount,
+            as text with the unit of the measure: "100k gates", "100k params", "5M MACs", "1 MB"
+            (10^6 bytes), "2 ms", "3.5 cost" (of your own).
+        measure: what the target is a share or an amount of:
             "gates": the gated parameters, as expected L0 counts them (the paper's density).
             "params", "macs": what the pruned model will have, over what the dense one has: the
             whole model's, or of the layers that a key names. A unit goes with its gate, its
-            maker's or its readers', and takes their weights with it.
+            maker's or its readers', and takes their weights with it. MACs are those of one forward
+            of the example; the model's have its products of matrices, such as attention's, too.
+            "memory": activations, in bytes: what Linears, convolutions, batch norms and products
+            of matrices give in one forward of the example.
+            "latency": seconds for one forward of the example, by a table of each layer at several
+            widths, which is measured now, on the model's device (see `measure_latency`). Or a
+            `LatencyTable`, measured before or elsewhere.
+            What `prune` holds is the table's prediction. The state has the table.
             A callable: a cost of your own, over the cost with every gate open. It is given
             layer name -> open probabilities (of log_alpha's shape) and returns a 0-d tensor,
             differentiable, which must not fall when a probability rises; only with one number
             as target.
-        example_inputs: what the model's forward takes (a tuple for several arguments); "params"
-            and "macs" need it, to see which layer feeds which.
+        example_inputs: what the model's forward takes (a tuple for several arguments); needed by
+            all measures of the pruned model, to see which layer feeds which.
         dual: how the multipliers move: `DualAscent` (the default), `PIControl`,
             `AugmentedLagrangian` or `EqualityAscent`.
         schedule: how the targets come down to what is asked; None: they are in force from the

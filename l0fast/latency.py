@@ -135,11 +135,13 @@ class Grids(NamedTuple):
         row, down = _place(self.inputs, inputs)
         column, right = _place(self.outputs, outputs)
         layer = torch.arange(len(row), device=row.device)
-        upper, lower = (
-            torch.lerp(self.seconds[layer, r, column], self.seconds[layer, r, column + 1], right)
+        corners = [
+            (self.seconds[layer, r, column], self.seconds[layer, r, column + 1])
             for r in (row, row + 1)
-        )
-        return torch.lerp(upper, lower, down)
+        ]
+        # Not lerp, which takes one dtype alone.
+        upper, lower = (left * (1 - right) + other * right for left, other in corners)
+        return upper * (1 - down) + lower * down
 
 
 def _place(grid: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:

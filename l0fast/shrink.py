@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from l0fast.compact import Edit, Mend, shrink_, sliced
 from l0fast.counts import Counts, element_size
 from l0fast.draw import SKIPPING, gated_layers
+from l0fast.following import stop_following
 from l0fast.graph import is_carrier
 from l0fast.links import attach_skipping
 from l0fast.plan import fold, make_plan, reference
-from l0fast.following import stop_following
 
 SELDOM = 0.01
 """A gate that is open more seldom than this may go for good."""

@@ -128,7 +128,7 @@ def _table(tried: Trial, models: list[nn.Module], args: tuple[Any, ...]) -> Late
         "threads": torch.get_num_threads(),
         "dtypes": [str(part.dtype) for part in args if isinstance(part, Tensor)],
         "shapes": [list(part.shape) for part in args if isinstance(part, Tensor)],
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a checkpoint loads plain text alone
     }
     return LatencyTable(*_completed(layers, positions, tried, seconds), about)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from typing import Any
 
@@ -108,6 +109,13 @@ def test_half_the_model_takes_less() -> None:
     after, before = small.report["latency"]
     assert after < 0.8 * before
     assert constraint.table is not None
+    assert constraint.realised()["model"] == pytest.approx(1.0)  # float32 gates, a float64 table
+    file = io.BytesIO()
+    torch.save(constraint.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)  # as a checkpoint is
+    constraint.load_state_dict(state)
+    assert constraint.table.as_json() == state["_extra_state"]["latency"]
 
 
 @pytest.mark.parametrize("name", ["lenet", "mobilenet", "resnext", "gpt2", "llama", "bert"])
