@@ -21,12 +21,13 @@ class Dual:
 
     Args:
         lr: dual learning rate, >= 0.
-        limit: the highest multiplier, > 0. A multiplier that has grown while the gates could not
-            follow would go on closing them long after the target is met. All rules here move the
-            multiplier itself, with no integral behind it, so that a bound on it is all the
-            anti-windup there is to do. Above (loss of a model that knows nothing) / target even a
-            perfect model within its target has a higher Lagrangian than one with all gates
-            closed; `Trainer` sets that bound.
+        limit: the highest multiplier, > 0; none by default. A multiplier that has grown while the
+            gates could not follow goes on closing them after the target is met, unless a restart
+            takes it away. All rules here move the multiplier itself, with no integral behind it,
+            so that a bound on it is all the anti-windup there is to do. A place to start: above
+            (loss of a model that knows nothing) / target even a perfect model within its target
+            has a higher Lagrangian than one with all gates closed. (Gates that are far open feel
+            little of it, and have taken more than ten times that on their way.)
         dual_first: alternating updates: the multipliers move by the violation of the current step
             as its term is formed, and not by `step()` after it. No further forward is needed: the
             expected densities hang on the gates' parameters alone.
