@@ -413,6 +413,11 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
             "select: got 'best'; expected 'last' without a validation split",
         ),
         (("--skip", "x"), "skip: got 'x'; expected one of 'auto', 'on', 'off'"),
+        (("--cuda-graph", "x"), "cuda_graph: got 'x'; expected one of 'auto', 'on', 'off'"),
+        (
+            ("--dense", "--cuda-graph", "on", "--device", "cpu"),
+            "cuda_graph: got True; expected 'auto' or False on the device 'cpu'",
+        ),
         (("--recipe", "x"), "recipe: got 'x'; expected one of 'default', 'published'"),
         (("--density", "0"), "density: got 0.0; expected a density in (0, 1]"),
         (("--density", "1.5"), "density: got 1.5; expected a density in (0, 1]"),
