@@ -149,9 +149,14 @@ def prune_state_dict(
         small: what `prune` made of it.
 
     Raises:
-        ValueError: `small` was not pruned from `model`, or the state does not fit the model.
+        ValueError: `small` was not pruned from `model`, the state does not fit the model, or biases
+            hold what constant inputs gave: of another state these would be others.
     """
     model = unwrapped(model)
+    folded = (getattr(small, "report", None) or {}).get("folded")
+    if folded:
+        expected = "one whose biases hold no constants: load the state into a copy, and prune that"
+        _checks.refuse("small", f"a model with constants in the bias of {folded[0]!r}", expected)
     origins = _origins(model, small)
     twin = copy.deepcopy(model)
     try:

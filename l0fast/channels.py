@@ -159,15 +159,22 @@ def view(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | list[Un
     return None if isinstance(node.args[1], torch.dtype) else move(node, units, ties)
 
 
-def spatial(dims: int) -> Rule:
-    """Pools, pads or scales the last `dims` dimensions: 0 stays 0 (padding adds zeros)."""
+def spatial(dims: int, means: bool = False) -> Rule:
+    """Pools, pads or scales the last `dims` dimensions: 0 stays 0 (padding adds zeros).
+
+    Args:
+        dims: how many.
+        means: nothing is added, so that every constant stays.
+    """
 
     def rule(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | list[Units] | None:
         (source,) = units.values()
         shape, rank = shape_of(node), source.labels.dim()
         if shape is None or any(dim >= rank - dims for dim in varying(source.labels)):
             return None
-        labels, constant = narrowed(source.labels), _zeros_only(source.constant)
+        labels, constant = narrowed(source.labels), narrowed(source.constant)
+        if not means:
+            constant = _zeros_only(constant)
         if any(dim >= rank - dims for dim in varying(constant)):
             constant = unknown(()).constant
         result = Units(labels.expand(shape), constant.expand(shape))
@@ -352,12 +359,12 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(_aten("view _unsafe_view"), view),
     **{
-        f"aten::{kind}{dims}d": spatial(dims)
+        f"aten::{kind}{dims}d": spatial(dims, means=kind != "avg_pool")
         for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
         for dims in (1, 2, 3)
     },
-    "aten::upsample_nearest2d": spatial(2),
-    "aten::upsample_bilinear2d": spatial(2),
+    "aten::upsample_nearest2d": spatial(2, means=True),
+    "aten::upsample_bilinear2d": spatial(2, means=True),
     "aten::pad": pad,
     **dict.fromkeys(_aten("mean sum"), reduction),
     "aten::softmax": along(1),

@@ -216,13 +216,24 @@ def _shrink(small: Any, edit: Edit) -> None:
             setattr(small, f"{side}_{unit}", len(part))
 
 
-def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Module:
+def _fold(layer: Any, constants: Tensor) -> None:
+    """Adds what constant inputs give to a copy's bias, which becomes a new parameter."""
+    weight, bias = layer.weight.detach().double(), layer.bias.detach()
+    given = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    folded = (bias.double() + given @ constants.to(weight.device)).to(bias.dtype)
+    layer._parameters["bias"] = nn.Parameter(folded, layer.bias.requires_grad)
+
+
+def edited(
+    layer: nn.Module, edit: Edit, factor: Tensor | None = None, constants: Tensor | None = None
+) -> nn.Module:
     """The ordinary module that an edit makes of a layer; the layer stays as it is.
 
     Args:
         layer: a Linear, a convolution or a batch norm.
         edit: made for it; a convolution in groups keeps or loses whole groups.
         factor: what `edit.scale` multiplies its units with, [units]; ones by default.
+        constants: [in], of inputs that the edit leaves out: the bias takes what they give.
     """
     small: nn.Module = object.__new__(type(layer))
     for key, value in vars(layer).items():
@@ -230,6 +241,8 @@ def edited(layer: nn.Module, edit: Edit, factor: Tensor | None = None) -> nn.Mod
     weight = layer._parameters.get("weight")
     device = None if weight is None else weight.device
 
+    if constants is not None and bool(constants.any()):
+        _fold(small, constants)
     if edit.inputs is not None or edit.outputs is not None:
         _shrink(small, edit)
     parts: OrderedDict[str, nn.Module] = OrderedDict(layer=small)
@@ -252,15 +265,25 @@ def apply(
     edits: list[Edit],
     factors: Mapping[str, Tensor],
     mends: Iterable[Mend] = (),
+    constants: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """Makes layers smaller and mends attributes, in place; returns the root."""
+    """Makes layers smaller and mends attributes, in place; returns the root.
+
+    Args:
+        model: of full size.
+        edits, mends: to carry out.
+        factors, constants: by layer, see `edited`.
+    """
     for mend in mends:
         setattr(model.get_submodule(mend.name), mend.attribute, mend.value[0])
     return replace(
         model,
         {
             id(model.get_submodule(edit.name)): edited(
-                model.get_submodule(edit.name), edit, factors.get(edit.name)
+                model.get_submodule(edit.name),
+                edit,
+                factors.get(edit.name),
+                (constants or {}).get(edit.name),
             )
             for edit in edits
         },

@@ -181,20 +181,29 @@ class Hinges:
     def _zeros(self, walk: Walk, shut: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Layer -> bool [in]: inputs that are zero when some outputs (bool, by layer) are closed,
         and all others open."""
-        sites = [
-            replace(
-                site,
-                layer=self.carriers.get(name, site.layer),
-                writes=~shut.get(name, torch.zeros_like(site.writes)),
-            )
-            for name, site in walk.sites.items()
-        ]
-        closed = Walk(walk.trace, sites)
+
+        def walked(carriers: Mapping[str, nn.Module]) -> Walk:
+            sites = [
+                replace(
+                    site,
+                    layer=carriers.get(name, site.layer),
+                    writes=~shut.get(name, torch.zeros_like(site.writes)),
+                )
+                for name, site in walk.sites.items()
+            ]
+            return Walk(walk.trace, sites)
+
+        closed = walked(self.carriers)
+        # What a carrier makes of closed channels is constant, whatever the constant is.
+        told = walked({}) if any(site.folds for site in walk.sites.values()) else closed
         zeros: dict[str, Tensor] = {}
         for name in self._read(closed):
-            units = closed.inputs[name]
+            units, known = closed.inputs[name], told.inputs[name]
             assert units is not None
+            assert known is not None
             zeros[name] = (units.constant == 0) & ~closed.tainted[units.labels]
+            if walk.sites[name].folds:
+                zeros[name] |= ~known.constant.isnan() & ~told.restless[known.labels]
         return zeros
 
     def _narrow(self) -> None:

@@ -35,6 +35,8 @@ class Extent:
     """Where the inputs come from, if they could not be followed."""
     stops: list[str] = field(default_factory=list)
     """What reads the outputs and cannot be followed, or needs them to be there."""
+    constants: Tensor | None = None
+    """float64 [in]: the constant of each input that goes into the bias in its stead, or 0."""
 
 
 def local_extents(sites: Iterable[Site]) -> dict[str, Extent]:
@@ -58,7 +60,9 @@ class Liveness:
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
         self.columns: dict[str, Tensor] = {}
-        """Layer -> bool [in]: inputs that it reads and that are not constantly zero."""
+        """Layer -> bool [in]: inputs that it reads and that are not constants which can go."""
+        self.constants: dict[str, Tensor] = {}
+        """Layer -> float64 [in]: the constants that can go into its bias, else 0."""
         live = torch.zeros(len(walk.classes), dtype=torch.bool)
         live[walk.classes[STAYS]] = True
         for name, units in walk.inputs.items():
@@ -66,6 +70,11 @@ class Liveness:
             if units is None or is_carrier(site.layer) or site.fixed:
                 continue
             zero = (units.constant == 0) & ~walk.tainted[units.labels]
+            self.constants[name] = torch.zeros_like(units.constant)
+            if site.folds:
+                known = ~units.constant.isnan() & ~walk.restless[units.labels] & ~zero
+                self.constants[name][known] = units.constant[known]
+                zero |= known
             self.columns[name] = site.reads & ~zero
             live[walk.classes[units.labels[self.columns[name]]]] = True
         # A layer keeps a unit even if its readers and its own gates have none in common.
@@ -199,3 +208,5 @@ class Liveness:
             extent.arrives, extent.columns = arrives, self.columns[site.name].clone()
             if not bool(extent.columns.any()):
                 extent.columns[extent.arrives.nonzero()[0]] = True
+            gone = site.reads & ~extent.columns
+            extent.constants = self.constants[site.name].masked_fill(~gone, 0.0)

@@ -54,6 +54,8 @@ class Plan:
     """Layers whose weights stay without their gates, see `fold`."""
     scaled: set[str]
     """Layers whose gates are a factor on their units: they do not get smaller by them."""
+    constants: dict[str, Tensor]
+    """Layer -> what goes into its bias, see `compact.edited`; where anything does."""
     live: Liveness | None
     """What the extents come from; None if each layer is planned by itself."""
     rigid: list[str]
@@ -125,7 +127,10 @@ def gated_sites(
     }
     sites = find_sites(folded.model, trace, tied, full)
     for name, layer in layers.items():
-        if name in folded.factors or name not in sites:
+        if name not in sites:
+            continue
+        if name in folded.factors:
+            sites[name] = dataclasses.replace(sites[name], folds=False)
             continue
         if layer.gates == "input":
             sites[name] = dataclasses.replace(sites[name], reads=layer.spread(kept[name]))
@@ -156,6 +161,12 @@ def edit_of(site: Site, extent: Extent, scale: str | None = None) -> Edit | None
     )
     plain = (edit.inputs, edit.outputs, edit.gather, edit.scatter, edit.scale)
     return None if all(value is None for value in plain) else edit
+
+
+def constants_of(extents: Mapping[str, Extent]) -> dict[str, Tensor]:
+    """What goes into the biases of layers, where anything does."""
+    found = {name: extent.constants for name, extent in extents.items()}
+    return {name: c for name, c in found.items() if c is not None and bool(c.any())}
 
 
 def _raises(failure: Exception) -> str:
@@ -199,10 +210,15 @@ def make_plan(
             folded.factors.pop(name, None)  # nothing was ever multiplied by its gates
     scales = {name: layers[name].gates for name in folded.factors}
 
-    def attempt(edits: list[Edit], mends: Collection[Mend] = ()) -> tuple[float, str]:
+    def attempt(
+        edits: list[Edit],
+        mends: Collection[Mend] = (),
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> tuple[float, str]:
         """The error of a plan, and "" if it holds or what is wrong with it."""
         try:
-            candidate = apply(light_copy(folded.model), edits, folded.factors, mends)
+            candidate = light_copy(folded.model)
+            candidate = apply(candidate, edits, folded.factors, mends, constants)
             error = proof.error(candidate)
         except Exception as failure:
             return torch.inf, _raises(failure)
@@ -225,7 +241,9 @@ def make_plan(
         if trace is not None:
             live = Liveness(Walk(trace, sites.values()))
             tiers = merged_tiers(
-                folded.model, live, lambda extents, mends: attempt(edits_of(extents), mends)[1]
+                folded.model,
+                live,
+                lambda extents, mends: attempt(edits_of(extents), mends, constants_of(extents))[1],
             )
         tried: list[tuple[list[Edit], list[Mend]]] = []
         undone: dict[str, str] = {}
@@ -237,7 +255,7 @@ def make_plan(
             if (edits, mends) in tried:
                 continue
             tried.append((edits, mends))
-            error, failure = attempt(edits, mends)
+            error, failure = attempt(edits, mends, constants_of(extents))
             if not failure:
                 undone.pop(tier, None)
                 notes += [f"{other}: undone, {failure}" for other, failure in undone.items()]
@@ -251,6 +269,7 @@ def make_plan(
                     notes=notes,
                     raw=raw,
                     scaled=set(scales),
+                    constants=constants_of(extents),
                     live=live,
                     rigid=rigid,
                 )

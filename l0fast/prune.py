@@ -87,6 +87,9 @@ def _site(
         status = "compacted"
         readers = ", ".join(extent.stops) or "an op that makes no zeros of zeros"
         reasons.append(f"puts zeros back for {readers}" if not site.fixed else "puts zeros back")
+    if name in plan.constants:
+        folded = int((plan.constants[name] != 0).sum())
+        reasons.append(f"its bias holds what {folded} constant inputs gave")
     reasons.append(site.fixed)
     groups = getattr(site.layer, "groups", 1)
     if groups > 1:
@@ -174,6 +177,7 @@ def prune(
                 Linears, and how they are called, a list of dicts.
             attributes: attributes of modules that followed a size, such as num_heads, a list of
                 dicts: name, kind (of the module), attribute, value ([after, before]).
+            folded: names of the layers whose biases hold what constant inputs gave.
             layers: the recipe, a list of dicts in the order to apply: name, kind, in, out,
                 inputs and outputs (the indices that stay, None for all), gather and scatter
                 ([positions, of], None for none), scale ("input", "output" or None).
@@ -217,7 +221,7 @@ def prune(
         for parameter in result.model.parameters():
             parameter.grad = None
         params, macs = count_params(model), count_macs(result.model, args)[""]
-        small = apply(result.model, plan.edits, result.factors, plan.mends)
+        small = apply(result.model, plan.edits, result.factors, plan.mends, plan.constants)
         left = Counts.of(small, args)
         spent: dict[str, float] = {}
         for one in budgets:
@@ -278,6 +282,7 @@ def prune(
         "tolerance": proof.tolerance,
         "attention": [call.as_json() for call in unfused_in(model)],
         "attributes": [*earlier.get("attributes", []), *(mend.as_json() for mend in plan.mends)],
+        "folded": sorted({*earlier.get("folded", []), *plan.constants}),
         "layers": [*earlier.get("layers", []), *(edit.as_json() for edit in plan.edits)],
     }
     return small

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ class Site:
     """Why its full inputs and outputs must stay where they are, if they must."""
     local: bool = True
     """Whether it may nevertheless compute less inside, with a gather and a scatter around."""
+    folds: bool = False
+    """Whether an input that is constant can be made part of its bias."""
 
 
 _HOOKS = (
@@ -70,6 +73,13 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
     return tied
 
 
+def _has_bias_for_all(layer: nn.Module) -> bool:
+    """Whether a constant input adds the same everywhere, to a bias: it is not padded with zeros."""
+    padding: Any = getattr(layer, "padding", "valid")
+    same = not any(padding) if isinstance(padding, tuple) else padding == "valid"
+    return same and layer._parameters.get("bias") is not None
+
+
 def find_sites(
     model: nn.Module, trace: Trace | None, tied: Mapping[str, str], full: Mapping[str, str]
 ) -> dict[str, Site]:
@@ -100,5 +110,6 @@ def find_sites(
             calls = 1 if trace is None else trace.counts[name]
             fixed = "" if calls == 1 else f"it is called {calls} times"
         reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
-        sites[name] = Site(name, layer, reads, writes, fixed, local)
+        folds = not fixed and not is_carrier(layer) and _has_bias_for_all(layer)
+        sites[name] = Site(name, layer, reads, writes, fixed, local, folds)
     return sites

@@ -66,6 +66,8 @@ class Walk:
         self._names = list(self.sites)
         self.tainted = torch.zeros(total, dtype=torch.bool)
         """Units that are no longer sure to be zero where they were."""
+        self.restless = torch.zeros(total, dtype=torch.bool)
+        """Units that are no longer sure to be the constants that they were."""
         self.stops: dict[str, list[str]] = {name: [] for name in self.sites}
         self.values: dict[Node, Any] = {}
         """Node -> the units of its tensor, or of several."""
@@ -238,12 +240,21 @@ class Walk:
             self.lost[node] = self._lost(node)
         if writes_in_place(node):  # other views of the same memory no longer hold what they did
             before = units[sources[0]]
-            changed = (narrowed(before.constant) == 0) & (narrowed(after.constant) != 0)
-            self.tainted[before.labels[changed.expand(before.labels.shape)].unique()] = True
+            was, now = narrowed(before.constant), narrowed(after.constant)
+            for marks, changed in (
+                (self.tainted, (was == 0) & (now != 0)),
+                (self.restless, (was == was) & (now != was) & self._seen_elsewhere(sources[0])),
+            ):
+                marks[before.labels[changed.expand(before.labels.shape)].unique()] = True
             if bool((before.labels == STAYS).any()):  # perhaps a view of what was followed
                 zeros = Units(before.labels, torch.zeros_like(before.constant))
                 zero: Any = rule and rule(node, {**units, sources[0]: zeros}, self)
                 self.tainted |= bool((zero.constant != 0).any())
+
+    def _seen_elsewhere(self, node: Node) -> bool:
+        """Whether what is written into a node may be read by another way than from the writer."""
+        fresh = node in self.trace.calls or op_name(node) == "aten::cat"
+        return len(node.users) > 1 or not fresh
 
     def _lost(self, node: Node) -> str:
         """Why an op gives no unit, where none of its inputs has any."""

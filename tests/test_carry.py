@@ -147,3 +147,14 @@ def test_refusals() -> None:
     state: dict[str, Tensor] = {"conv1.weight": torch.zeros(1)}
     with pytest.raises(ValueError, match=r"^state_dict: got '1 tensors'; expected a state of the"):
         prune_state_dict(state, model, small)
+
+
+def test_a_state_is_refused_where_biases_hold_constants() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 3)).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    sparsify_(model, gates="output", include="0", example_inputs=x)
+    with torch.no_grad():
+        model[0].log_alpha[:4] = -9.0  # type: ignore[index]
+    small = prune(model.eval(), x)
+    with pytest.raises(ValueError, match=r"small: got .a model with constants in the bias of '2'"):
+        prune_state_dict(model.state_dict(), model, small)

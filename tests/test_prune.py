@@ -536,12 +536,11 @@ def test_activations(activation: nn.Module, gates: str) -> None:
     opened = int((gates_of(model)["2" if gates == "input" else "0"] > 0).sum())
     assert opened < 16
     assert sizes(small[0])[0] == opened
-    if gates == "output" and float(activation(torch.zeros(()))):
-        # A closed unit is f(0) where it is read: it comes back as a zero before f.
-        assert sizes(small[2])[1] == 16
-        assert "puts zeros back" in site(small, "0")["reason"]
-    else:
-        assert sizes(small[2])[1] == opened
+    assert sizes(small[2])[1] == opened
+    # A closed unit is f(0) where it is read.
+    constant = gates == "output" and bool(float(activation(torch.zeros(()))))
+    assert small.report["folded"] == (["2"] if constant else [])
+    assert ("its bias holds what" in site(small, "2")["reason"]) == constant
 
 
 def conv_case(dims: int, **options: Any) -> nn.Sequential:
@@ -670,8 +669,22 @@ def test_a_norm_shrinks_with_its_channels() -> None:
     assert (row["kind"], row["gates"], row["status"]) == ("BatchNorm2d", None, "removed")
 
 
-def test_what_a_norm_makes_of_zeros_is_not_removed() -> None:
-    layers = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 3)
+@pytest.mark.parametrize(
+    ("last", "folds"),
+    [
+        ({}, True),
+        ({"padding": 1}, False),  # a constant is none at the borders
+        ({"padding": "same"}, False),
+        ({"padding": 1, "padding_mode": "reflect"}, False),
+        ({"padding": "valid"}, True),
+        ({"bias": False}, False),
+    ],
+)
+@pytest.mark.parametrize("inplace", [True, False])
+def test_what_a_norm_makes_of_zeros_goes_into_the_next_bias(
+    last: Any, folds: bool, inplace: bool
+) -> None:
+    layers = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace), nn.Conv2d(8, 3, 3, **last)
     model: Any = with_gates(nn.Sequential(*layers), include="0", gates="output")
     model[1].running_mean[:4] = -1.0  # closed channels: 1 / sqrt(1 + eps) here, 0 there
     x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
@@ -679,7 +692,70 @@ def test_what_a_norm_makes_of_zeros_is_not_removed() -> None:
     assert_same(small, model, x)
     assert small.report["notes"] == []
     z = gates_of(model)["0"] > 0
-    assert small[1].num_features == 4 + int(z[4:].sum())
+    assert 0 < z[:4].sum() < 4
+    if folds:
+        assert small[1].num_features == small[0].out_channels == int(z.sum())
+        assert small.report["folded"] == ["3"]
+        assert small[3].bias is not model[3].bias
+    else:
+        assert small[1].num_features == 4 + int(z[4:].sum())
+        assert small.report["folded"] == []
+
+
+def test_what_folds_is_reckoned_as_gone() -> None:
+    layers = nn.Conv2d(2, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 6, 1), nn.Sigmoid()
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(6, 3))
+    nn.init.normal_(model[1].bias)
+    model = with_gates(model, include=["0", "3"], gates="output")
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    constraint = DensityConstraint(model, target=0.9, measure="params", example_inputs=x)
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.copy_(torch.where(layer.log_alpha > 0, 60.0, -60.0))
+    small: Any = prune(model, x)
+    assert small.report["folded"] == ["3", "7"]
+    after, before = small.report["params"]
+    assert float(constraint.densities().detach()) == pytest.approx(after / before, rel=1e-12)
+
+
+class Stale(nn.Module):
+    """A constant that is overwritten in place while another view of it is still read."""
+
+    def __init__(self, view: bool) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 8), nn.BatchNorm1d(8)
+        self.one, self.two = nn.Linear(8, 3), nn.Linear(8, 3)
+        self.view = view
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(self.first(x))
+        other = h.view(-1, 8) if self.view else h
+        return self.one(torch.sigmoid_(h)) + self.two(other)
+
+
+@pytest.mark.parametrize("view", [True, False])
+def test_a_constant_that_is_overwritten_is_not_what_it_was(view: bool) -> None:
+    model: Any = with_gates(Stale(view), include="first", gates="output")
+    x = torch.randn(6, 4, dtype=torch.float64)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.report["notes"] == []  # nothing had to be undone
+
+
+def test_pooled_constants_reach_the_last_bias() -> None:
+    layers = nn.Conv2d(2, 8, 3), nn.Sigmoid(), nn.MaxPool2d(2, padding=1), nn.AdaptiveAvgPool2d(1)
+    model: Any = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3))
+    model = with_gates(model, include="0", gates="output")
+    x = torch.randn(2, 2, 8, 8, dtype=torch.float64)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.report["folded"] == ["5"]
+    assert small[5].in_features == small[0].out_channels < 8
+    # With zeros around it, an average is no constant.
+    layers = nn.Conv2d(2, 8, 3), nn.Sigmoid(), nn.AvgPool2d(2, padding=1), nn.AdaptiveAvgPool2d(1)
+    model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(8, 3))
+    small = prune(with_gates(model, include="0", gates="output"), x)
+    assert small.report["folded"] == []
 
 
 def test_nested_modules() -> None:
