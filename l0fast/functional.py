@@ -40,14 +40,6 @@ def checked_distribution(value: HardConcrete | None) -> HardConcrete:
     return value
 
 
-def _floating(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        _checks.refuse(name, type(value).__name__, "a tensor", TypeError)
-    if not value.is_floating_point():
-        _checks.refuse(name, str(value.dtype), "a floating dtype", TypeError)
-    return value
-
-
 Word = int | Tensor
 
 
@@ -70,15 +62,6 @@ def _state(device: torch.device, seed: Word | None, step: Word, tensor: Word) ->
     if seed is None:
         return torch.randint(2**63 - 1, (3,), device=device)
     return philox.state(seed, step, tensor, device)
-
-
-def _sizes(sizes: tuple[int, ...], log_alpha: Tensor) -> None:
-    wanted = f"one or more lengths >= 0 with the sum of {tuple(log_alpha.shape)}"
-    if not isinstance(sizes, (tuple, list)) or not all(type(size) is int for size in sizes):
-        _checks.refuse("sizes", sizes, wanted, TypeError)
-    total = log_alpha.numel() if log_alpha.dim() == 1 else -1
-    if not sizes or min(sizes) < 0 or sum(sizes) != total:
-        _checks.refuse("sizes", sizes, wanted)
 
 
 def _noise(
@@ -152,13 +135,13 @@ def hard_concrete(
 
     Source: Louizos et al., 2018, eqs. 10-12 and 24.
     """
-    log_alpha = _floating("log_alpha", log_alpha)
+    log_alpha = _checks.floating("log_alpha", log_alpha)
     _checks.one_of("backend", backend, BACKENDS)
     _named(seed, step, tensor)
     if sizes is None:
         sizes = (log_alpha.numel(),)
     else:
-        _sizes(sizes, log_alpha)
+        _checks.segments(log_alpha, sizes)
     distribution = checked_distribution(distribution)
     flat = log_alpha.reshape(-1)
     work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
@@ -198,8 +181,8 @@ def gated_weight(
 
     Source: Louizos et al., 2018, eqs. 10-12 and 24.
     """
-    weight = _floating("weight", weight)
-    log_alpha = _floating("log_alpha", log_alpha)
+    weight = _checks.floating("weight", weight)
+    log_alpha = _checks.floating("log_alpha", log_alpha)
     _checks.one_of("backend", backend, BACKENDS)
     _named(seed, step, tensor)
     if dim is None:
@@ -238,7 +221,14 @@ def compaction(alive: Tensor, sizes: tuple[int, ...], backend: str = "auto") -> 
         alive: bool [N], the segments end to end.
         sizes: the segments' lengths, with sum N.
         backend: as in `hard_concrete`.
+
+    Raises:
+        ValueError, TypeError: not bool [N], sizes of another sum, or a backend that cannot run.
     """
+    if not isinstance(alive, Tensor) or alive.dtype != torch.bool:
+        _checks.refuse("alive", getattr(alive, "dtype", alive), "a bool tensor", TypeError)
+    _checks.segments(alive, sizes)
+    _checks.one_of("backend", backend, BACKENDS)
     triton = autograd.runs_on_triton(backend, alive)
     return autograd.compaction(alive.contiguous(), sizes, triton)
 
@@ -277,9 +267,10 @@ def skipping_linear(
         y [..., N], in the dtype of `x`, or autocast's.
 
     Raises:
-        ValueError: shapes that do not fit, or a backend that cannot run.
+        ValueError, TypeError: shapes or dtypes that do not fit, or a backend that cannot run.
     """
     _checks.one_of("backend", backend, BACKENDS)
+    x, weight = _checks.floating("x", x), _checks.floating("weight", weight)
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         _checks.refuse("x", tuple(x.shape), f"[..., K] for a weight [N, K] {tuple(weight.shape)}")
     sizes: dict[str, tuple[Tensor | None, int]] = {

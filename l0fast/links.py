@@ -171,7 +171,8 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
     twin, own = copy.deepcopy((model, links))
     twin.eval()
     worst = 0.0
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         for layer in gated_layers(twin).values():
             layer.training = True
         for draw in range(DRAWS):

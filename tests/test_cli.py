@@ -431,6 +431,11 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--density", "0.5,x"), "density: got 'x'; expected a number"),
         (("--density", "0.5,0.3", "--compare-dense"), "compare_dense: got True; expected one"),
         (("--skip", "x"), "skip: got 'x'; expected one of 'auto', 'on', 'off'"),
+        (("--cuda-graph", "x"), "cuda_graph: got 'x'; expected one of 'auto', 'on', 'off'"),
+        (
+            ("--dense", "--cuda-graph", "on", "--device", "cpu"),
+            "cuda_graph: got True; expected 'auto' or False on the device 'cpu'",
+        ),
         (("--recipe", "x"), "recipe: got 'x'; expected one of 'default', 'published'"),
         (("--density", "0"), "density: got 0.0; expected a density in (0, 1]"),
         (("--density", "1.5"), "density: got 1.5; expected a density in (0, 1]"),

@@ -132,6 +132,16 @@ def test_what_is_sent_is_what_was_made() -> None:
     assert got[1].rows is got[2].gather
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_layer_between_two_links_leaves_out_on_both_sides(reverse: bool) -> None:
+    ends = [(1, [2], torch.rand(5) < 0.5), (2, [3, 4], torch.rand(7) < 0.5)]
+    found = skip_on_device.orders(ends[::-1] if reverse else ends)
+    assert found[1].rows is found[2].cols
+    assert found[2].rows is found[3].cols is found[4].cols
+    assert [order and len(order.index) for order in found[2]] == [7, 5]
+    assert found[1].cols is found[3].rows is None
+
+
 def test_auto_masks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = prepared("mlp", monkeypatch, "auto")  # type: ignore[arg-type]
     step(model, x)
