@@ -200,9 +200,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(arguments.seed)
-    data = load(arguments.dataset, arguments.data_root)
-    lengths = (arguments.dense_epochs, arguments.constrained_epochs, arguments.pruned_epochs)
-    outcome, small = finetune(data, arguments.target, arguments.width, Epochs(*lengths))
     words = ["python", "-m", "bench.finetune", "--dataset", arguments.dataset]
     words += ["--data-root", "DIR"] if arguments.dataset != "digits" else []
     for name in ("target", "width", "seed", *(f"{name}_epochs" for name in asdict(Epochs()))):
@@ -210,6 +207,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if value != parser.get_default(name):
             words += [f"--{name.replace('_', '-')}", str(value)]
     about = report.facts(shlex.join(words), arguments.threads, tested=False)
+    data = load(arguments.dataset, arguments.data_root)
+    lengths = (arguments.dense_epochs, arguments.constrained_epochs, arguments.pruned_epochs)
+    outcome, small = finetune(data, arguments.target, arguments.width, Epochs(*lengths))
     arguments.out.mkdir(parents=True, exist_ok=True)
     l0fast.save_pruned(small, arguments.out / "small.safetensors")
     text = json.dumps({"about": about, **asdict(outcome)}, indent=1)
