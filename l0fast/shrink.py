@@ -20,6 +20,8 @@ from l0fast.plan import fold, make_plan, reference
 
 SELDOM = 0.01
 """A gate that is open more seldom than this may go for good."""
+WORTH = 0.05
+"""A removal waits until it can take so much of the gates that are left: it costs an export."""
 
 Slice = Callable[[Tensor], Tensor]
 
@@ -56,6 +58,8 @@ class Idle:
     patience: int
     epochs: dict[str, Tensor] = field(default_factory=dict)
     """Gated layer -> [num_gates] epochs."""
+    stuck: set[str] = field(default_factory=set)
+    """Gated layers found to be ones whose gates cannot go."""
 
     @torch.no_grad()
     def count(self, model: nn.Module) -> dict[str, Tensor]:
@@ -69,11 +73,20 @@ class Idle:
             before = self.epochs.get(name, torch.zeros(seldom.shape, dtype=torch.int64))
             self.epochs[name] = (before + 1) * seldom
             kept[name] = self.epochs[name] < self.patience
-            if layer.gates == "weight":
+            if layer.gates == "weight" or name in self.stuck:
                 kept[name].fill_(True)
             else:
                 kept[name][layer.log_alpha.argmax().cpu()] = True
         return kept
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"epochs": dict(self.epochs), "stuck": sorted(self.stuck)}
+
+    def set(self, state: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint holds."""
+        self.epochs = {name: epochs.cpu() for name, epochs in state["epochs"].items()}
+        self.stuck = set(state["stuck"])
 
     def follow(self, removal: Removal) -> None:
         """Forgets the gates that are gone."""
@@ -84,25 +97,35 @@ class Idle:
 
 def plan_removal(
     model: nn.Module, args: tuple[Any, ...], kept: dict[str, Tensor]
-) -> Removal | None:
-    """What can go, with neither gather nor scatter, if only the gates of `kept` can open.
+) -> tuple[Removal | None, set[str]]:
+    """What can go, with neither gather nor scatter, if only the gates of `kept` can open; and the
+    layers that stand in the way.
 
     A layer that would need one keeps all its gates; so do all layers, where something else stands
     in the way (a constant that a closed unit leaves, a weight that another layer reads too).
     """
     layers = gated_layers(model)
     kept = {name: mask.clone() for name, mask in kept.items()}
+    found: set[str] = set()
     while not all(bool(mask.all()) for mask in kept.values()):
         twin, wide, proof = reference(model, args, kept)
         plan = make_plan(twin, layers, kept, wide, proof)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
         stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}
         if not stuck:
-            return _removal(model, plan.edits, plan.mends)
+            removal = _removal(model, plan.edits, plan.mends)
+            return removal, found if removal is not None else set(kept)
         whole = stuck & {name for name, mask in kept.items() if not bool(mask.all())}
         for name in whole or kept:
             kept[name].fill_(True)
-    return None
+            found.add(name)
+    return None, found
+
+
+def worthwhile(kept: Mapping[str, Tensor]) -> bool:
+    """Whether enough gates would go."""
+    gone = sum(int((~mask).sum()) for mask in kept.values())
+    return gone >= WORTH * sum(mask.numel() for mask in kept.values())
 
 
 def _removal(model: nn.Module, edits: list[Edit], mends: list[Mend]) -> Removal | None:

@@ -29,7 +29,7 @@ from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
 from l0fast.settings import TrainerSettings, default_gate_lr
-from l0fast.shrink import Idle, Removal, plan_removal, remove_
+from l0fast.shrink import Idle, Removal, plan_removal, remove_, worthwhile
 from l0fast.sparsify import example_args, sparsify_
 from l0fast.stall import find_stalls, told
 from l0fast.summary import asked, of_dense, of_pruned
@@ -245,10 +245,13 @@ class Trainer:
         """Removes the gates that have seldom been open for long enough; says what is left."""
         if self.idle is None:
             return
-        args = example_args(self.example_inputs)
-        removal = plan_removal(self.model, args, self.idle.count(self.model))
-        if removal is not None:
-            self._remove(removal)
+        kept = self.idle.count(self.model)
+        if worthwhile(kept):
+            args = example_args(self.example_inputs)
+            removal, stuck = plan_removal(self.model, args, kept)
+            self.idle.stuck |= stuck
+            if removal is not None:
+                self._remove(removal)
         row["params"] = count_params(self.model)
 
     def _remove(self, removal: Removal) -> None:
@@ -357,7 +360,7 @@ class Trainer:
             term=None if self.term is None else self.term.state_dict(),
             best=self.best,
             removals=[one.as_json() for one in self.removals] or None,
-            idle=None if self.idle is None else dict(self.idle.epochs),
+            idle=None if self.idle is None else self.idle.as_json(),
             **rng_state(self.device),
         )
 
@@ -379,6 +382,6 @@ class Trainer:
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         self.seconds, self.history = checkpoint.seconds, checkpoint.history
         self.best = checkpoint.best
-        if self.idle is not None:
-            self.idle.epochs = {k: v.cpu() for k, v in (checkpoint.idle or {}).items()}
+        if self.idle is not None and checkpoint.idle is not None:
+            self.idle.set(checkpoint.idle)
         checkpoint.restore_rng(self.device)

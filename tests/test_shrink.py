@@ -59,7 +59,7 @@ def test_the_model_gets_smaller_and_computes_the_same(kind: str) -> None:
     wanted = model(*args)
     before = sum(p.numel() for p in model.parameters())
     layers = gated_layers(model)
-    removal = plan_removal(model, args, kept)
+    removal, _ = plan_removal(model, args, kept)
     assert removal is not None
     assert Removal.from_json(json.loads(json.dumps(removal.as_json()))) == removal
     remove_(model, removal, args, False)
@@ -79,7 +79,7 @@ def test_targets_count_against_the_first_size(kind: str) -> None:
     term = DensityConstraint(model, 0.6)
     before, table = term.densities().item(), density(model)
     small: Any = prune(model, args)
-    removal = plan_removal(model, args, kept)
+    removal, _ = plan_removal(model, args, kept)
     assert removal is not None
     remove_(model, removal, args, False)
     again: Any = prune(model, args)
@@ -107,7 +107,7 @@ def test_the_optimizer_goes_on() -> None:
     old: Any = layer.weight
     moments = optimizer.state[old]["exp_avg"].clone()
     weight = old.detach().clone()
-    removal = plan_removal(model, args, kept)
+    removal, _ = plan_removal(model, args, kept)
     assert removal is not None
     remove_(model, removal, args, False, optimizer)
     new: Any = layer.weight
@@ -163,12 +163,14 @@ def test_what_would_need_more_than_leaving_out_stays() -> None:
     args = (torch.randn(5, 1, 8, 8),)
     model = sparsify_(Cosine(), gates="output", include="conv", example_inputs=args)
     kept = {"conv": torch.tensor([True, False, True, False, True, True])}
-    assert plan_removal(model, args, kept) is None
+    assert plan_removal(model, args, kept) == (None, {"conv"})
     mlp, args, kept = prepared("mlp")
     for name in ("fc2", "fc3"):
         kept[name].fill_(True)
     # The inputs of the first layer arrive in full: it would have to gather.
-    assert plan_removal(mlp, args, kept) is None
+    assert plan_removal(mlp, args, kept) == (None, {"fc1"})
+    idle = Idle(1, stuck={"fc1"})
+    assert bool(idle.count(mlp)["fc1"].all())  # it is not tried again
 
 
 @pytest.mark.parametrize("model", ["mlp", "lenet", "own"])
