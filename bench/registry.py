@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from bench import (
     bench_gated_weight,
     bench_hard_concrete,
+    bench_latency,
     bench_prune,
     bench_skip,
     bench_skipping_linear,
@@ -21,6 +22,7 @@ MODULES = {
     "skip": bench_skip,
     "skipping_linear": bench_skipping_linear,
     "prune": bench_prune,
+    "latency": bench_latency,
 }
 
 

@@ -33,6 +33,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "test_cuda_graph.py",
     ),
     "prune": ("test_prune.py",),
+    "latency": ("test_latency.py", "test_timing.py"),
 }
 """What is timed -> the files in tests/ that say it is right."""
 ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")

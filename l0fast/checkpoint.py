@@ -15,7 +15,7 @@ from l0fast._files import write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
-OPTIONAL = {"cuda_rng", "best"}
+OPTIONAL = {"cuda_rng", "best", "removals", "idle"}
 """Entries that not every run has."""
 
 Row = dict[str, Any]
@@ -47,6 +47,10 @@ class Checkpoint:
     """Of the constraint or penalty."""
     rng: Tensor
     cuda_rng: Tensor | None = None
+    removals: list[Row] | None = None
+    """What `shrink` has removed so far, in order; and"""
+    idle: Row | None = None
+    """for how many epochs each gate that is left has seldom been open."""
     best: Row | None = None
     """Of the epoch that `select="best"` would take: its number, and its model's state."""
 
@@ -101,10 +105,18 @@ class Checkpoint:
         Raises:
             ValueError: with the first fact that differs; `path` is named in it.
         """
+        self.refuse_other_run(path, identity)
+        self.refuse_other_model(path, model)
+
+    def refuse_other_run(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """The first half of `refuse_other`."""
         for key in sorted({*identity, *self.identity}):
             ours, theirs = identity.get(key), self.identity.get(key)
             if ours != theirs:
                 _checks.refuse(key, ours, f"{theirs!r}, as in the checkpoint {path}")
+
+    def refuse_other_model(self, path: Path, model: nn.Module) -> None:
+        """The second half of `refuse_other`: for a model made as small as the checkpoint's."""
         shapes = [
             {name: getattr(value, "shape", None) for name, value in state.items()}
             for state in (model.state_dict(), self.model)

@@ -7,7 +7,7 @@ import sys
 from typing import NoReturn
 
 from l0fast.checkpoint import CHECKPOINT
-from l0fast.commands import pruning, training
+from l0fast.commands import compare, pruning, reproduce, training
 from l0fast.commands.options import add_training
 from l0fast.folder import PRUNED
 
@@ -52,6 +52,26 @@ def _parser() -> argparse.ArgumentParser:
             metavar="D",
             help="the most that may stay: a density, or NAME=D,...; default: what the run asked",
         )
+    comparison = subcommands.add_parser(
+        "compare",
+        help="train by several methods, and show one table",
+        description="Trains by each of --methods on the same data, epochs and seeds; each run has "
+        "a folder of its own in --out, done ones are skipped and interrupted ones go on. Writes "
+        "compare.md and compare.json.",
+    )
+    comparison.set_defaults(run=compare.compare)
+    compare.add_options(comparison)
+    reproduction = subcommands.add_parser(
+        "reproduce",
+        help="train what a published table reports, and write it beside this project's",
+        description="Trains the MLP and LeNet of the 2021 paper, penalised and constrained, with "
+        "the published settings and this project's, and again at equal sizes; each run has a "
+        "folder of its own in --out, done ones are skipped and interrupted ones go on. Writes "
+        "poster.md, poster.json and poster.png. Several processes may share --out, each with its "
+        "own --only.",
+    )
+    reproduction.set_defaults(run=reproduce.reproduce)
+    reproduce.add_options(reproduction)
     return parser
 
 

@@ -193,8 +193,8 @@ def sliced(value: Tensor, edit: Edit, whole_groups: bool) -> Tensor:
     return value.clone(memory_format=layout)
 
 
-def _shrink(small: Any, edit: Edit) -> None:
-    """Slices a copy of a layer, in place, and sets the attributes that say its size."""
+def shrink_(small: Any, edit: Edit) -> None:
+    """Slices a layer, in place, and sets the attributes that say its size."""
     carrier = is_carrier(small)
     for owned in (small._parameters, small._buffers):
         for name, value in owned.items():
@@ -244,7 +244,7 @@ def edited(
     if constants is not None and bool(constants.any()):
         _fold(small, constants)
     if edit.inputs is not None or edit.outputs is not None:
-        _shrink(small, edit)
+        shrink_(small, edit)
     parts: OrderedDict[str, nn.Module] = OrderedDict(layer=small)
     if edit.gather is not None:
         parts["gather"] = gather(torch.tensor(edit.gather[0], device=device), channel_dim(layer))

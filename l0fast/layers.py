@@ -53,6 +53,8 @@ class Gated(Drawn):
     dense_type: ClassVar[type[nn.Module]]
     weight: nn.Parameter
     bias: nn.Parameter | None
+    _full: tuple[int, int] | None = None
+    """Number of gates and group size before any gate was removed for good."""
 
     def _init_gates(
         self,
@@ -142,9 +144,22 @@ class Gated(Drawn):
         """How many gates the layer has."""
         return self.log_alpha.numel()
 
+    def remember_size(self) -> None:
+        """Keeps counting against the size of now when gates are removed for good."""
+        if self._full is None:
+            self._full = self.num_gates, self.group_size
+
+    @property
+    def all_gates(self) -> int:
+        """How many gates the layer had at first, before any was removed for good."""
+        return self.num_gates if self._full is None else self._full[0]
+
     @property
     def group_size(self) -> int:
-        """How many parameters one gate controls; a bias counts where it is gated."""
+        """How many parameters one gate controls (or did, before units were removed for good); a
+        bias counts where it is gated."""
+        if self._full is not None:
+            return self._full[1]
         biases = 1 if self.gates == "output" and self.bias is not None else 0
         return self.weight.numel() // max(self.num_gates, 1) + biases
 
@@ -218,7 +233,7 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "units", "distribution", *DRAWN)
+        own = ("gates", "noise", "units", "distribution", "_full", *DRAWN)
         dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
         return dense

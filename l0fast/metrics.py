@@ -12,6 +12,7 @@ from l0fast import _checks
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Split
 from l0fast.density import density
+from l0fast.magnitude import MagnitudePruning
 
 EVALUATION_BATCH = 1000
 
@@ -65,14 +66,17 @@ def gate_metrics(model: nn.Module) -> Row:
 
 
 def constraint_metrics(term: DensityConstraint) -> Row:
-    """Where each constraint stands: its density, its multiplier, its restarts so far; and whether
-    all hold for the gates as they are in evaluation, so that pruning would close none of them."""
+    """Where each constraint stands: its density, the target in force, its multiplier, its restarts
+    so far; and whether all hold for the gates as they are in evaluation, so that pruning would
+    close none of them."""
     with torch.no_grad():
-        by_constraint = {
-            "density": term.densities(),
-            "lambda": term.multiplier,
-            "restarts": term.restarts.long(),
-        }
+        by_constraint = {"density": term.densities()}
+        if not isinstance(term, MagnitudePruning):
+            by_constraint |= {
+                "aim": term.aim,
+                "lambda": term.multiplier,
+                "restarts": term.restarts.long(),
+            }
     row: Row = {
         key: dict(zip(term.names, values.tolist(), strict=True))
         for key, values in by_constraint.items()

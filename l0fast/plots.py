@@ -17,6 +17,16 @@ NAME_LENGTH = 28
 Rows = list[dict[str, Any]]
 
 
+def canvas(width: float, height: float) -> Any:
+    """An empty figure that needs no display; in inches."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def plot_dynamics(
     history: Rows,
     targets: Mapping[str, float] | None,
@@ -31,11 +41,7 @@ def plot_dynamics(
         summary: as in summary.json.
         path: of the PNG file.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(14, 7.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = canvas(14, 7.2)
     axes = figure.subplots(2, 2)
     gated = "expected_density" in history[0]
     _density(axes[0][0], history, targets or {}, summary)
@@ -87,8 +93,19 @@ def _short(name: str) -> str:
     return name if len(name) <= NAME_LENGTH else "…" + name[1 - NAME_LENGTH :]
 
 
-def _absent(axis: Any, words: str) -> None:
+def absent(axis: Any, words: str) -> None:
+    """Says why a panel is empty."""
     axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center")
+
+
+def logarithmic(axis: Any) -> None:
+    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter("{x:g}")
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -118,7 +135,7 @@ def _density(
     axis.set_title("density" if measure == "gates" else f"density ({measure})")
     axis.set_ylim(0, 1.03)
     if "expected_density" not in history[0]:
-        _absent(axis, "dense: no gates")
+        absent(axis, "dense: no gates")
         return
     expected = [row["expected_density"] for row in history]
     value = summary["realised_density"]
@@ -154,7 +171,7 @@ def _density(
 def _multipliers(axis: Any, history: Rows) -> None:
     axis.set_title("multiplier $\\lambda$")
     if "lambda" not in history[0]:
-        _absent(axis, "no constraint")
+        absent(axis, "no constraint")
         return
     restarted = False
     for index, name in enumerate(history[0]["lambda"]):
@@ -199,12 +216,7 @@ def _errors(axis: Any, history: Rows, summary: Mapping[str, Any], gated: bool) -
         _result(axis, history, error, f"test, pruned:\n{error:.2f} %")
         values.append(error)
     if min(values) > 0 and max(values) > 8 * min(values):
-        from matplotlib.ticker import LogLocator, NullLocator
-
-        axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_minor_locator(NullLocator())
-        axis.yaxis.set_major_formatter("{x:g}")
+        logarithmic(axis)
     else:
         axis.set_ylim(bottom=0)
 
@@ -212,7 +224,7 @@ def _errors(axis: Any, history: Rows, summary: Mapping[str, Any], gated: bool) -
 def _kept(axis: Any, history: Rows) -> None:
     axis.set_title("kept gates by layer")
     if "layers" not in history[0]:
-        _absent(axis, "dense: no gates")
+        absent(axis, "dense: no gates")
         return
     for index, (name, layer) in enumerate(history[0]["layers"].items()):
         kept = [row["layers"][name]["kept"] / layer["of"] for row in history]

@@ -21,14 +21,17 @@ from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
 from l0fast.constraint import DensityConstraint
 from l0fast.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.data import Data, Split, check_data
+from l0fast.density import count_params
 from l0fast.draw import gated_layers
-from l0fast.folder import PLOT, PRUNED, RunFolder
+from l0fast.folder import LATENCY, PLOT, PRUNED, RunFolder
 from l0fast.method import make_optimizer, make_term
 from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
-from l0fast.settings import TrainerSettings
-from l0fast.sparsify import sparsify_
+from l0fast.settings import TrainerSettings, default_gate_lr
+from l0fast.shrink import Idle, Removal, plan_removal, remove_
+from l0fast.sparsify import example_args, sparsify_
+from l0fast.stall import find_stalls, told
 from l0fast.summary import asked, of_dense, of_pruned
 from l0fast.tensorboard import scalar_writer
 
@@ -99,7 +102,12 @@ class Trainer:
         if data.train.inputs.dim() == 4:
             model.to(memory_format=torch.channels_last)
         if settings.gated and not gated_layers(model):
-            sparsify_(model, example_inputs=self.example_inputs, skip=settings.skip)
+            sparsify_(
+                model,
+                gates=settings.gates,
+                example_inputs=self.example_inputs,
+                skip=settings.skip,
+            )
         self.model = model
         self.steps_per_epoch = math.ceil(len(data.train.targets) / settings.batch_size)
         self.total_steps = self.steps_per_epoch * settings.epochs
@@ -114,6 +122,8 @@ class Trainer:
             self._take_step, model, self.optimizer, settings.batch_size, settings.cuda_graph
         )
         self.best: Row | None = None
+        self.idle = None if settings.shrink is None else Idle(settings.shrink)
+        self.removals: list[Removal] = []
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
@@ -187,6 +197,11 @@ class Trainer:
             row |= gate_metrics(self.model)
         if isinstance(self.term, DensityConstraint):
             row |= constraint_metrics(self.term)
+            targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
+            stalls = find_stalls([*self.history, row], targets, self.settings.epochs)
+            gate_lr = self.settings.gate_lr or default_gate_lr(self.total_steps)
+            rates = float(self.term.dual_lr), gate_lr
+            row["stalls"] = {name: stall.words(*rates) for name, stall in stalls.items()}
         return row
 
     # --- the whole run --------------------------------------------------------------------------
@@ -215,6 +230,7 @@ class Trainer:
                 row = self._row(trained)
                 self.history.append(row)
                 self._keep_best(row)
+                self._shrink(row)
                 self.seconds += time.perf_counter() - started
                 self._save()
                 write_scalars(row)
@@ -224,6 +240,23 @@ class Trainer:
         self._plot(summary)
         self.write_summary(summary)
         return summary
+
+    def _shrink(self, row: Row) -> None:
+        """Removes the gates that have seldom been open for long enough; says what is left."""
+        if self.idle is None:
+            return
+        args = example_args(self.example_inputs)
+        removal = plan_removal(self.model, args, self.idle.count(self.model))
+        if removal is not None:
+            self._remove(removal)
+        row["params"] = count_params(self.model)
+
+    def _remove(self, removal: Removal) -> None:
+        args = example_args(self.example_inputs)
+        remove_(self.model, removal, args, self.settings.skip, self.optimizer)
+        self.removals.append(removal)
+        if self.idle is not None:
+            self.idle.follow(removal)
 
     def _keep_best(self, row: Row) -> None:
         """Keeps the model of the epoch just measured, if it is the best so far."""
@@ -263,6 +296,8 @@ class Trainer:
             self.pruned = prune(model, self.example_inputs)
             if self.folder is not None:
                 save_pruned(self.pruned, self.folder / PRUNED)
+                if isinstance(self.term, DensityConstraint) and self.term.table is not None:
+                    self.term.table.save(self.folder / LATENCY)
             error = error_percent(self.pruned, self.data.test)
             report: Any = self.pruned.report
             outcome = of_pruned(report, self.settings, selected, error)
@@ -273,6 +308,7 @@ class Trainer:
             "best_test_error_percent": min(row["test_error_percent"] for row in self.history),
             "selected_epoch": selected["epoch"],
             VALIDATION: selected.get(VALIDATION),
+            "stalls": told(self.history),
             "seconds": round(self.seconds, 3),
             "settings": asdict(self.settings),
             "device": str(self.device),
@@ -286,12 +322,21 @@ class Trainer:
         """What a checkpoint must share with this run to be resumed."""
         return {**self.identity, **asdict(self.settings)}
 
-    def open(self, resume: bool = False) -> None:
-        """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`)."""
+    def open(self, resume: bool = False, after: Checkpoint | None = None) -> None:
+        """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`).
+
+        Args:
+            resume: as in `fit`.
+            after: a new run starts with the weights, gates, moments and noise of this one.
+        """
         self._opened = True
+        path = None if self.folder is None else self.folder.open(resume)
+        if path is None and after is not None:
+            self.model.load_state_dict(after.model)
+            self.optimizer.load_state_dict(after.optimizer)
+            after.restore_rng(self.device)
         if self.folder is None:
             return
-        path = self.folder.open(resume)
         if path is None:
             self._save()
         else:
@@ -311,6 +356,8 @@ class Trainer:
             optimizer=self.optimizer.state_dict(),
             term=None if self.term is None else self.term.state_dict(),
             best=self.best,
+            removals=[one.as_json() for one in self.removals] or None,
+            idle=None if self.idle is None else dict(self.idle.epochs),
             **rng_state(self.device),
         )
 
@@ -321,7 +368,10 @@ class Trainer:
 
     def _load(self, path: Path) -> None:
         checkpoint = Checkpoint.read(path, self.device)
-        checkpoint.refuse_other(path, self._identity(), self.model)
+        checkpoint.refuse_other_run(path, self._identity())
+        for entry in checkpoint.removals or []:
+            self._remove(Removal.from_json(entry))
+        checkpoint.refuse_other_model(path, self.model)
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.term is not None:
@@ -329,4 +379,6 @@ class Trainer:
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         self.seconds, self.history = checkpoint.seconds, checkpoint.history
         self.best = checkpoint.best
+        if self.idle is not None:
+            self.idle.epochs = {k: v.cpu() for k, v in (checkpoint.idle or {}).items()}
         checkpoint.restore_rng(self.device)

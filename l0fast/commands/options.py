@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from l0fast import _checks, data, models
+from l0fast.amounts import Asked
 from l0fast.formats import DATA_ROOT_VARIABLE
 from l0fast.settings import TrainerSettings
 
@@ -35,7 +36,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="start from the state dict in a .safetensors file, or in one of torch.save's",
     )
-    add("--density", metavar="D", help="target density of the whole model, in (0, 1]")
+    add(
+        "--density",
+        metavar="D",
+        help="target of the whole model: a density in (0, 1], or an amount, such as '100k params'; "
+        "D,D,... one after the other, falling",
+    )
     add(
         "--layer-density",
         metavar="NAME=D,...",
@@ -45,8 +51,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--measure",
         default=DEFAULTS.measure,
-        help="what densities are shares of: gates (the "
-        "default), or params or macs of the pruned model",
+        help="what targets are shares or amounts of: gates (the default), or params, macs, memory "
+        "(of activations) or latency (on this device) of the pruned model",
+    )
+    add(
+        "--method",
+        default=DEFAULTS.method,
+        help="how the density is met: l0 (the default), or by the baselines magnitude, which is "
+        "gradual, and magnitude-one-shot",
+    )
+    add(
+        "--gates",
+        default=DEFAULTS.gates,
+        help="where gates sit: auto (the default), input, output, or weight for single weights",
     )
     add("--penalty", metavar="C", help="coefficient of the penalised method instead of a target")
     add(
@@ -61,6 +78,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--lr", metavar="LR", help="learning rate of the weights")
     add("--gate-lr", metavar="LR", help="learning rate of the gates")
     add("--dual-lr", metavar="LR", help="learning rate of the multipliers; default: by the steps")
+    add(
+        "--dual",
+        default=DEFAULTS.dual,
+        help="how the multipliers move: ascent (the default), pi, augmented or equality",
+    )
+    add("--dual-first", action="store_true", help="move them before the loss, not after the step")
+    add(
+        "--target-schedule",
+        default=DEFAULTS.target_schedule,
+        help="how targets come down to what is asked: constant (in force from the start), linear, "
+        "cubic, or auto (cubic in trainings too short for the multiplier, else constant)",
+    )
+    add("--target-warmup", metavar="F", help="the share of the training that takes; default: 0.5")
     add("--weight-decay", metavar="W", help="decoupled, of the weights")
     add("--no-restarts", action="store_true", help="no dual restarts")
     add(
@@ -74,6 +104,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default=DEFAULTS.select,
         help="the epoch whose model is pruned: last, or best (the least validation error where the "
         "evaluation gates meet the target)",
+    )
+    add(
+        "--shrink",
+        metavar="N",
+        help="remove for good, during training, gates that have seldom been open for N epochs",
     )
     add("--validation-fraction", metavar="F", help="held out from the training examples")
     add(
@@ -105,6 +140,14 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--quiet", action="store_true", help="no progress bar")
 
 
+def check(args: argparse.Namespace) -> None:
+    """Refuses words that are none of their choices."""
+    _checks.one_of("recipe", args.recipe, RECIPES)
+    _checks.one_of("skip", args.skip, tuple(SWITCH))
+    _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
+    _checks.one_of("dataset", args.dataset, data.DATASETS)
+
+
 def number(name: str, text: Any, kind: type = float) -> Any:
     """What a word says as a number; None and numbers stay as they are."""
     if text is None or isinstance(text, (int, float)):
@@ -122,19 +165,39 @@ def widths(text: str | None) -> list[int] | None:
     return [number("widths", part, int) for part in text.split("-")]
 
 
-def layer_densities(text: str | None, layers: list[str]) -> dict[str, float] | None:
+def validation_fraction(args: argparse.Namespace) -> float:
+    """What is held out: as named; else a twelfth, and nothing in the published recipe."""
+    fraction: float | None = number("validation_fraction", args.validation_fraction)
+    if fraction is None:
+        fraction = 0.0 if args.recipe == "published" else 1 / 12
+    return fraction
+
+
+def default_widths(model: str) -> list[int] | None:
+    """Those of the hidden layers of a model that has widths."""
+    return list(models.WIDTHS[model]) if model in models.WIDTHS else None
+
+
+def target(text: str) -> Asked:
+    """A density, where a word says a number; else the word, which may name an amount."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def layer_densities(text: str | None, layers: list[str]) -> dict[str, Asked] | None:
     """`NAME=D,NAME=D`, or one number for each of `layers`."""
     if text is None:
         return None
     if "=" not in text:
-        density: float = number("layer_density", text)
-        return dict.fromkeys(layers, density)
-    targets: dict[str, float] = {}
+        return dict.fromkeys(layers, target(text))
+    targets: dict[str, Asked] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name or name in targets:
             _checks.refuse("layer_density", text, "NAME=DENSITY,... with each name once")
-        targets[name] = number(f"layer_density[{name}]", value)
+        targets[name] = target(value)
     return targets
 
 
@@ -143,12 +206,13 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
     chosen: dict[str, Any] = dict(DATASET_SETTINGS[args.dataset])
     if args.recipe == "published":
         chosen.update(models.PUBLISHED_SETTINGS)
-    for name in ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "weight_decay"):
+    numbers = ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "target_warmup", "weight_decay")
+    for name in numbers:
         kind = int if name in ("epochs", "batch_size") else float
         value = number(name, getattr(args, name), kind)
         if value is not None:
             chosen[name] = value
-    density = number("density", args.density)
+    density = None if args.density is None else target(args.density)
     layer_density = layer_densities(args.layer_density, layers)
     penalty = number("penalty", args.penalty)
     if args.dense and (density, layer_density, penalty) != (None, None, None):
@@ -159,12 +223,18 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         density=density,
         layer_density=layer_density,
         measure=args.measure,
+        method=args.method,
+        gates=args.gates,
         penalty=penalty,
         penalty_per_example=args.penalty_per_example,
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
         select=args.select,
+        dual=args.dual,
+        dual_first=args.dual_first,
+        target_schedule=args.target_schedule,
         skip=SWITCH[args.skip],
         cuda_graph=SWITCH[args.cuda_graph],
+        shrink=number("shrink", args.shrink, int),
         **chosen,
     )

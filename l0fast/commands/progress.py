@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from l0fast.constraint import DensityConstraint
+from l0fast.magnitude import MagnitudePruning
 from l0fast.settings import TrainerSettings
 from l0fast.trainer import Trainer
 
@@ -21,25 +22,30 @@ def _progress(settings: TrainerSettings, done: int, quiet: bool) -> Any:
 def collapse(layers: list[str], trainer: Trainer) -> str:
     """That nothing passes through those layers, and what may help."""
     remedy = "a smaller --penalty"
-    if isinstance(trainer.term, DensityConstraint):
+    if isinstance(trainer.term, MagnitudePruning):
+        remedy = "a higher density"
+    elif isinstance(trainer.term, DensityConstraint):
         rate = f"{float(trainer.term.dual_lr):.3g}"
         remedy = f"a higher density, a smaller --dual-lr (it is {rate}) or more --epochs"
     names = ", ".join(layers)
     return f"collapsed: all gates of {names} are closed, nothing passes through; try {remedy}"
 
 
-def run(trainer: Trainer, resume: bool, quiet: bool) -> dict[str, Any]:
-    """Trains to the end, with a bar on stderr unless `quiet`; returns the summary."""
-    trainer.open(resume)
-    told = False
+def run(trainer: Trainer, quiet: bool) -> dict[str, Any]:
+    """Trains an open trainer to the end, with a bar on stderr unless `quiet`; its summary."""
+    told: set[str] = set()  # each thing once
     with _progress(trainer.settings, trainer.epoch, quiet) as bar:
 
+        def tell(row: dict[str, Any], what: str, words: str) -> None:
+            if what not in told:
+                bar.write(f"epoch {row['epoch']}: {words}", file=sys.stderr)
+                told.add(what)
+
         def on_epoch(row: dict[str, Any]) -> None:
-            nonlocal told
-            if row.get("collapsed") and not told:
-                line = f"epoch {row['epoch']}: {collapse(row['collapsed'], trainer)}"
-                bar.write(line, file=sys.stderr)
-                told = True
+            if row.get("collapsed"):
+                tell(row, "a collapse", collapse(row["collapsed"], trainer))
+            for name, words in row.get("stalls", {}).items():
+                tell(row, f"a stall of {name}", words)
             words = [f"loss {row['loss']:.4f}", f"test error {row['test_error_percent']:.2f}%"]
             if "expected_density" in row:
                 words.append(f"density {row['expected_density']:.4f}")

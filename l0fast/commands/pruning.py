@@ -10,14 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, data, models
+from l0fast.amounts import Asked
 from l0fast.checkpoint import Checkpoint
-from l0fast.commands.options import layer_densities, number
+from l0fast.commands.options import layer_densities
+from l0fast.commands.options import target as one_target
 from l0fast.constraint import DensityConstraint
 from l0fast.density import density
 from l0fast.folder import PRUNED
+from l0fast.latency import LatencyTable
 from l0fast.prune import format_report
 from l0fast.prune import prune as prune_model
 from l0fast.saving import save_pruned
+from l0fast.shrink import Removal, remove_
 from l0fast.sparsify import sparsify_
 
 
@@ -44,7 +48,10 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     if identity["recipe"] == "published":
         models.sparsify_published_(model, example, False)
     else:
-        sparsify_(model, example_inputs=example, skip=False)
+        gates = identity.get("gates", "auto")
+        sparsify_(model, gates=gates, example_inputs=example, skip=False)
+    for entry in checkpoint.removals or []:
+        remove_(model, Removal.from_json(entry), (example,), False)
     checkpoint.refuse_other(path, identity, model)
     model.load_state_dict(checkpoint.selected[1])
     return checkpoint, model, example
@@ -55,10 +62,12 @@ def _pruned(
 ) -> nn.Module:
     """The smaller model, within `target` (by the run's measure) or else what the run asked for."""
     measure = checkpoint.identity.get("measure", "gates")
+    if measure == "latency":  # as the run has measured it
+        measure = LatencyTable.from_json((checkpoint.term or {})["_extra_state"]["latency"])
     if target is not None:
-        wanted = layer_densities(target, []) if "=" in target else number("target", target)
+        wanted = layer_densities(target, []) if "=" in target else one_target(target)
         return prune_model(model, example, wanted, measure=measure)
-    asked: float | Mapping[str, float] | None = (
+    asked: Asked | Mapping[str, Asked] | None = (
         checkpoint.identity["density"] or checkpoint.identity["layer_density"]
     )
     if asked is not None:

@@ -67,7 +67,11 @@ class Setup:
         layers: list[str] = []
         if self.args.layer_density is not None:  # a single number stands for each of them
             example = self.data.train.inputs[:1]
-            layers = list(gated_layers(sparsify_(self.build(False), example_inputs=example)))
+            layers = list(
+                gated_layers(
+                    sparsify_(self.build(False), gates=self.args.gates, example_inputs=example)
+                )
+            )
         return options.settings(self.args, layers)
 
     def trainer(self, settings: TrainerSettings, out: Path) -> Trainer:
@@ -88,10 +92,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     Raises:
         ValueError, TypeError: a word that stands for nothing.
     """
-    _checks.one_of("recipe", args.recipe, options.RECIPES)
-    _checks.one_of("skip", args.skip, tuple(options.SWITCH))
-    _checks.one_of("cuda_graph", args.cuda_graph, tuple(options.SWITCH))
-    _checks.one_of("dataset", args.dataset, data.DATASETS)
+    options.check(args)
     in_colour = models.from_torchvision(args.model)
     if args.threads is not None:
         threads = _checks.whole("threads", options.number("threads", args.threads, int))
@@ -99,17 +100,12 @@ def set_up(args: argparse.Namespace) -> Setup:
     # Moments of closed gates' weights decay into denormals, which CPUs add very slowly.
     torch.set_flush_denormal(True)
     seed = _checks.whole("seed", options.number("seed", args.seed, int), 0, MAX_SEED)
-    published = args.recipe == "published"
-    fraction = options.number("validation_fraction", args.validation_fraction)
-    if fraction is None:
-        fraction = 0.0 if published else 1 / 12
-    if args.pretrained is not None and published:
+    fraction = options.validation_fraction(args)
+    if args.pretrained is not None and args.recipe == "published":
         _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
     image_size = options.number("image_size", args.image_size, int)
     dataset = data.load(args.dataset, args.data_root, fraction, seed, image_size)
     if in_colour:
         dataset = data.in_colour(dataset)
-    widths = options.widths(args.widths)
-    if args.model in models.WIDTHS:
-        widths = widths or list(models.WIDTHS[args.model])
+    widths = options.widths(args.widths) or options.default_widths(args.model)
     return Setup(args, dataset, widths, seed, fraction)

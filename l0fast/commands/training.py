@@ -7,35 +7,44 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from l0fast import _checks
 from l0fast.checkpoint import CHECKPOINT
+from l0fast.commands.options import number
 from l0fast.commands.progress import collapse, run
 from l0fast.commands.setup import set_up
 from l0fast.folder import METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.frontier import FRONTIER, format_frontier, frontier
+from l0fast.frontier import PLOT as FRONTIER_PLOT
 from l0fast.settings import TrainerSettings
 from l0fast.trainer import Trainer
 
 
 def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
     kind = "dense"
+    method = "" if settings.method == "l0" else f"{settings.method}-"
     if settings.penalty is not None:
         kind = f"penalty-{args.penalty}"
     elif settings.gated:
         measure = "density" if settings.measure == "gates" else settings.measure
-        kind = f"{measure}-{args.density or args.layer_density}"
+        kind = f"{method}{measure}-{args.density or args.layer_density}".replace(" ", "")
     model = args.model.replace(":", ".")
     return Path("runs") / f"{args.dataset}-{model}-{kind}-seed-{settings.seed}"
 
 
 def train(args: argparse.Namespace) -> int:
     """Trains, prunes, writes all into --out, and says what it came to."""
+    if args.density is not None and "," in args.density:
+        return _frontier(args)
     setup = set_up(args)
     settings = setup.settings()
     out = Path(args.out) if args.out else _default_out(args, settings)
     trainer = setup.trainer(settings, out)
-    summary = run(trainer, args.resume, args.quiet)
+    trainer.open(args.resume)
+    summary = run(trainer, args.quiet)
     if args.compare_dense and settings.gated:
         baseline = setup.trainer(_dense(settings), out / "dense")
-        dense = run(baseline, (out / "dense" / CHECKPOINT).exists(), args.quiet)
+        baseline.open((out / "dense" / CHECKPOINT).exists())
+        dense = run(baseline, args.quiet)
         summary["dense_test_error_percent"] = dense["test_error_percent"]
         summary["dense_seconds"] = dense["seconds"]
         trainer.write_summary(summary)
@@ -43,10 +52,34 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def _frontier(args: argparse.Namespace) -> int:
+    """Trains to several targets, one after the other."""
+    if args.compare_dense:
+        _checks.refuse("compare_dense", True, "one --density beside it")
+    targets = [number("density", part) for part in args.density.split(",")]
+    setup = set_up(argparse.Namespace(**vars(args) | {"density": targets[0]}))
+    settings = setup.settings()
+    out = Path(args.out) if args.out else _default_out(args, settings)
+    rows = frontier(
+        setup.build(True),
+        setup.data,
+        settings,
+        targets,
+        out=out,
+        identity=setup.identity,
+        device=args.device,
+        resume=args.resume,
+        train=lambda trainer: run(trainer, args.quiet),
+    )
+    print(format_frontier(rows))
+    print(f"  plot   {out / FRONTIER_PLOT}\n  all    {out / FRONTIER}, {out}/density-*")
+    return 0
+
+
 def _dense(settings: TrainerSettings) -> TrainerSettings:
     """The same training without a target."""
-    measure = TrainerSettings.measure
-    return replace(settings, density=None, layer_density=None, measure=measure, penalty=None)
+    given = {name: getattr(TrainerSettings, name) for name in ("measure", "method", "gates")}
+    return replace(settings, density=None, layer_density=None, penalty=None, **given)
 
 
 def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:

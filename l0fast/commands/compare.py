@@ -1,0 +1,98 @@
+"""`l0fast compare`: several methods on the same data, epochs and seeds, as one table."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from l0fast import _checks
+from l0fast._files import write_text
+from l0fast.commands import options, runs
+from l0fast.commands.runs import Run
+from l0fast.results import aggregate, markdown_table, text_table
+
+Row = dict[str, Any]
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dense": {"dense": True, "density": None, "layer_density": None, "measure": "gates"},
+    "penalised": {"density": None, "layer_density": None, "measure": "gates"},
+    "magnitude": {"method": "magnitude"},
+    "magnitude-one-shot": {"method": "magnitude-one-shot"},
+    "constrained": {"method": "l0"},
+}
+"""What each changes in the words of `l0fast train`."""
+DEFAULT = ("dense", "magnitude", "magnitude-one-shot", "constrained")
+TABLE = "compare.md"
+NUMBERS = "compare.json"
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `l0fast compare`, beside those of a training."""
+    options.add_training(parser)
+    add = parser.add_argument
+    names = ", ".join(METHODS)
+    add(
+        "--methods",
+        metavar="A,B",
+        help=f"of {names}; default: all, penalised where a --penalty is named",
+    )
+    add("--seeds", default="0-2", metavar="A-B", help="default: 0-2; in place of --seed")
+    add("--only", metavar="A,B", help="patterns of runs to train, such as 'magnitude-*'")
+    parser.set_defaults(out="runs/compare")
+
+
+def compare(args: argparse.Namespace) -> int:
+    """Trains what is not done yet, and writes the table."""
+    options.check(args)
+    every = plan(args)
+    chosen = runs.select(every, args.only)
+    out = Path(args.out)
+    done = runs.finished(every, out)
+
+    def rows() -> list[Row]:
+        return [aggregate(name, some) for name, some in runs.by_row(every, done).items()]
+
+    def write() -> None:
+        title = f"# {args.model} on {args.dataset}\n"
+        write_text(out / TABLE, f"{title}\n{markdown_table(rows())}")
+        numbers = {"rows": rows(), "runs": done}
+        write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
+
+    runs.train_all(chosen, out, done, args.quiet, write)
+    write()
+    print(text_table(rows()))
+    print(f"\n{len(done)} of {len(every)} runs are done; {out / TABLE}, {out / NUMBERS}")
+    return 0
+
+
+def plan(args: argparse.Namespace) -> list[Run]:
+    """Every training of the table.
+
+    Raises:
+        ValueError: an unknown method, or a target or penalty that its methods need and do not
+            have, or have and do not need.
+    """
+    names = list(DEFAULT) + (["penalised"] if args.penalty is not None else [])
+    if args.methods is not None:
+        names = args.methods.split(",")
+    for name in names:
+        _checks.one_of("methods", name, tuple(METHODS))
+    if len(set(names)) < len(names):
+        _checks.refuse("methods", args.methods, "each method once")
+    if args.layer_density is not None and "=" not in args.layer_density:
+        _checks.refuse("layer_density", args.layer_density, "NAME=DENSITY,...")
+    if args.dense or args.compare_dense:
+        _checks.refuse("dense", True, "--methods dense,...: it is one of the methods")
+    if (args.penalty is not None) != ("penalised" in names):
+        _checks.refuse("penalty", args.penalty, "a --penalty if penalised is among the methods")
+    shared = {name: value for name, value in vars(args).items() if name in vars(runs.words())}
+    every: list[Run] = []
+    for name in names:
+        given = {"penalty": args.penalty if name == "penalised" else None} | METHODS[name]
+        for seed in runs.seeds(args.seeds):
+            every.append(Run(name, runs.words(**shared | given | {"seed": seed, "resume": True})))
+    for run in every:
+        options.settings(run.args, [])
+    return every

@@ -1,0 +1,143 @@
+"""The published table: what was reported, and the trainings that stand beside it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from l0fast.commands.runs import Run, words
+
+Row = dict[str, Any]
+
+POSTER = "poster (2021)"
+LATER = "authors' later runs (2022), 5 seeds"
+
+
+class Case(NamedTuple):
+    """A row of the published table, and how it is trained."""
+
+    name: str
+    model: str
+    what: str
+    """The method, or what is equal."""
+    words: dict[str, str | bool]
+    published: tuple[Row, ...]
+    recipes: tuple[str, ...] = ("published", "default")
+
+    @property
+    def title(self) -> str:
+        """Model and method."""
+        return f"{self.model}, {self.what}"
+
+
+def _published(source: str, best: float, **values: Any) -> Row:
+    """What a publication reports; "best" is the best test error of all seeds and epochs."""
+    return {"name": source, "best_test_error_percent": best, **values}
+
+
+PENALTY: dict[str, str | bool] = {"penalty": "0.1", "penalty_per_example": True}
+CASES = (
+    Case(
+        "mlp-penalised",
+        "MLP 784-300-100",
+        "penalised",
+        {"model": "mlp", **PENALTY},
+        (_published(POSTER, 1.4, asked="lambda 0.1 / N", architecture="219-214-100"),),
+    ),
+    Case(
+        "mlp-constrained",
+        "MLP 784-300-100",
+        "constrained",
+        {"model": "mlp", "density": "0.33"},
+        (
+            _published(POSTER, 1.4, asked="33 %", architecture="198-233-100"),
+            _published(
+                LATER,
+                1.36,
+                asked="33 %",
+                test_error_percent=1.77,
+                density=0.3417,
+                params=0.266,
+                macs=0.267,
+            ),
+        ),
+    ),
+    Case(
+        "lenet5-penalised",
+        "LeNet 20-50-800-500",
+        "penalised",
+        {"model": "lenet5", **PENALTY},
+        (_published(POSTER, 0.9, asked="lambda 0.1 / N", architecture="20-25-45-462"),),
+    ),
+    Case(
+        "lenet5-constrained",
+        "LeNet 20-50-800-500",
+        "constrained",
+        {"model": "lenet5", "density": "0.1"},
+        (
+            _published(POSTER, 0.53, asked="10 %", architecture="20-21-34-407"),
+            _published(
+                LATER,
+                0.56,
+                asked="10 %",
+                test_error_percent=1.01,
+                density=0.1224,
+                params=0.0775,
+                macs=0.465,
+            ),
+        ),
+    ),
+)
+"""Errors of the later runs are the last epoch's mean."""
+
+
+def _later(case: int) -> tuple[Row, ...]:
+    return CASES[case].published[1:]
+
+
+SIZES = (
+    Case(
+        "mlp-params",
+        "MLP 784-300-100",
+        "as many parameters",
+        {"model": "mlp", "density": "0.266", "measure": "params"},
+        _later(1),
+        ("default",),
+    ),
+    Case(
+        "lenet5-params",
+        "LeNet 20-50-800-500",
+        "as many parameters",
+        {"model": "lenet5", "density": "0.0775", "measure": "params"},
+        _later(3),
+        ("default",),
+    ),
+    Case(
+        "lenet5-macs",
+        "LeNet 20-50-800-500",
+        "as many MACs",
+        {"model": "lenet5", "density": "0.465", "measure": "macs"},
+        _later(3),
+        ("default",),
+    ),
+)
+"""The published density counts what gates control, not what a pruned model has: the same at equal
+sizes."""
+RECIPES = {"published": "published settings", "default": "this project's recipe"}
+
+
+def row_name(case: Case, recipe: str) -> str:
+    """Of a row of runs, and the beginning of their folders'."""
+    return f"{case.name}-{recipe}"
+
+
+def plan(seeds: Sequence[int], shared: Mapping[str, Any]) -> list[Run]:
+    """Every training of both tables; `shared` are words for all of them."""
+    runs: list[Run] = []
+    for case in (*CASES, *SIZES):
+        for recipe in case.recipes:
+            for seed in seeds:
+                args: argparse.Namespace = words(**shared, **case.words, recipe=recipe, seed=seed)
+                runs.append(Run(row_name(case, recipe), args))
+    return runs

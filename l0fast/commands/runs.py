@@ -1,0 +1,162 @@
+"""Many trainings of one comparison: each in a folder of its own, done ones skipped."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from l0fast import _checks
+from l0fast.commands import options
+from l0fast.commands.options import DEFAULTS
+from l0fast.commands.progress import run as run_trainer
+from l0fast.commands.setup import set_up
+from l0fast.folder import SUMMARY
+from l0fast.settings import MAX_SEED
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: of which row of the table, and with which words of `l0fast train`."""
+
+    row: str
+    args: argparse.Namespace
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"{self.row}-seed-{self.args.seed}"
+
+    def folder(self, out: Path) -> Path:
+        """Where it lies."""
+        return out / self.name
+
+    def is_of(self, summary: Mapping[str, Any]) -> bool:
+        """Whether a summary is of this very training.
+
+        Where closed units are skipped the steps are the same, so that does not count; nor does
+        what a summary of an earlier version does not know of.
+        """
+        args = self.args
+        facts = {name: getattr(args, name) for name in ("dataset", "model", "recipe", "pretrained")}
+        facts["widths"] = options.widths(args.widths) or options.default_widths(args.model)
+        facts["validation_fraction"] = options.validation_fraction(args)
+        settings = asdict(options.settings(args, []))
+        saved = {"measure": DEFAULTS.measure, **summary.get("settings", {})}
+        return "settings" in summary and all(
+            theirs.get(name) == value
+            for ours, theirs in ((facts, summary), (saved, settings))
+            for name, value in ours.items()
+            if name != "skip"
+        )
+
+
+def words(**changed: Any) -> argparse.Namespace:
+    """The words of `l0fast train`, all at their defaults but for some."""
+    parser = argparse.ArgumentParser()
+    options.add_training(parser)
+    return argparse.Namespace(**vars(parser.parse_args([])) | changed)
+
+
+def seeds(text: str) -> list[int]:
+    """`0-4` or `0,1,2`."""
+    expected = "seeds such as 0-4 or 0,1,2"
+    found: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            _checks.refuse("seeds", text, expected)
+        found += range(int(first), int(last if dash else first) + 1)
+    if not found or len(set(found)) < len(found) or max(found) > MAX_SEED:
+        _checks.refuse("seeds", text, expected)
+    return found
+
+
+def select(runs: Sequence[Run], only: str | None) -> list[Run]:
+    """The runs whose names one of the patterns `A,B` matches.
+
+    Raises:
+        ValueError: a pattern matches none.
+    """
+    if only is None:
+        return list(runs)
+    patterns = only.split(",")
+    for pattern in patterns:
+        if not any(fnmatchcase(run.name, pattern) for run in runs):
+            names = sorted({run.row for run in runs})
+            _checks.refuse("only", pattern, f"a pattern of names ROW-seed-N with a row of {names}")
+    return [run for run in runs if any(fnmatchcase(run.name, one) for one in patterns)]
+
+
+def _read(path: Path) -> Row:
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def found_in(folders: Iterable[str]) -> list[Row]:
+    """The summaries that lie in folders, as NAME.json or NAME/summary.json.
+
+    Raises:
+        ValueError: there is no such folder.
+    """
+    summaries: list[Row] = []
+    for name in folders:
+        if not Path(name).is_dir():
+            _checks.refuse("have", name, "a folder with summaries of runs")
+        for path in sorted([*Path(name).glob("*.json"), *Path(name).glob(f"*/{SUMMARY}")]):
+            summaries.append(_read(path))
+    return summaries
+
+
+def finished(runs: Iterable[Run], out: Path, elsewhere: Sequence[Row] = ()) -> dict[str, Row]:
+    """Name -> summary of the runs that are done, in `out` or `elsewhere`."""
+    done: dict[str, Row] = {}
+    for run in runs:
+        own = _read(run.folder(out) / SUMMARY)
+        for summary in (own, *elsewhere):
+            if run.is_of(summary):
+                done[run.name] = summary
+                break
+    return done
+
+
+def by_row(runs: Iterable[Run], done: Mapping[str, Row]) -> dict[str, list[Row]]:
+    """Row -> summaries of its runs that are done, for rows that have one."""
+    rows: dict[str, list[Row]] = {}
+    for run in runs:
+        if run.name in done:
+            rows.setdefault(run.row, []).append(done[run.name])
+    return rows
+
+
+def train_all(
+    runs: Sequence[Run],
+    out: Path,
+    done: dict[str, Row],
+    quiet: bool,
+    on_done: Callable[[], None],
+) -> None:
+    """Trains what is not done yet, one after the other, each from its last checkpoint.
+
+    Args:
+        done: name -> summary; a run that ends adds its own.
+        on_done: called after each.
+    """
+    for index, run in enumerate(runs, 1):
+        if run.name in done:
+            continue
+        print(f"{index} of {len(runs)}: {run.name}", flush=True)
+        setup = set_up(run.args)
+        trainer = setup.trainer(setup.settings(), run.folder(out))
+        trainer.open(resume=True)
+        done[run.name] = run_trainer(trainer, quiet)
+        on_done()

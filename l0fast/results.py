@@ -1,0 +1,126 @@
+"""Several runs as one row of a table: means over seeds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from l0fast._tables import aligned
+
+Row = dict[str, Any]
+
+HEAD = (
+    "run",
+    "asked",
+    "seeds",
+    "test error %",
+    "best %",
+    "density",
+    "params",
+    "MACs",
+    "pruned to",
+    "within",
+    "seconds",
+)
+
+
+def mean(values: Sequence[float]) -> float:
+    """The mean of one value or more."""
+    return math.fsum(values) / len(values)
+
+
+def deviation(values: Sequence[float]) -> float | None:
+    """The standard deviation (of the sample: over N - 1); None of a single value."""
+    if len(values) < 2:
+        return None
+    middle = mean(values)
+    return math.sqrt(math.fsum((value - middle) ** 2 for value in values) / (len(values) - 1))
+
+
+def aggregate(name: str, summaries: Sequence[Mapping[str, Any]]) -> Row:
+    """One row of several seeds of one training.
+
+    Args:
+        name: what the row is called.
+        summaries: of the finished runs, at least one, as summary.json has them.
+
+    Returns:
+        name, asked, seeds; test_error_percent and deviation (of the pruned models at the end of
+        training), best_test_error_percent (the least of all seeds and epochs); density, params,
+        macs (mean fractions of what the pruned models have), architecture (mean widths), within
+        (how many meet their target; None without one), seconds (mean).
+    """
+    errors = [summary["test_error_percent"] for summary in summaries]
+    feasible = [s["feasible"] for s in summaries if s["feasible"] is not None]
+    widths = [s["architecture"].split("-") for s in summaries if s["architecture"]]
+    densities = [s["realised_density"] for s in summaries if s.get("realised_density") is not None]
+    return {
+        "name": name,
+        "asked": _asked(summaries[0]),
+        "seeds": len(summaries),
+        "test_error_percent": mean(errors),
+        "deviation": deviation(errors),
+        "best_test_error_percent": min(s["best_test_error_percent"] for s in summaries),
+        "density": mean(densities) if densities else None,
+        "params": mean([s["params_fraction"] for s in summaries]),
+        "macs": mean([s["macs_fraction"] for s in summaries]),
+        "architecture": "-".join(
+            str(round(mean([int(w) for w in column]))) for column in zip(*widths, strict=True)
+        ),
+        "within": sum(feasible) if feasible else None,
+        "seconds": mean([s["seconds"] for s in summaries]),
+    }
+
+
+def _asked(summary: Mapping[str, Any]) -> str:
+    """What a run was asked for, in words."""
+    if summary["penalty"] is not None:
+        unit = " / N" if summary["settings"]["penalty_per_example"] else ""
+        return f"lambda {summary['penalty']:g}{unit}"
+    if summary["target_layer_density"] is not None:
+        return " ".join(f"{k}={v:g}" for k, v in summary["target_layer_density"].items())
+    if summary["target_density"] is None:
+        return ""
+    measure = summary.get("measure", "gates")
+    of = "" if measure == "gates" else f" of {measure}"
+    return f"{100 * summary['target_density']:.4g} %{of}"
+
+
+def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row's words, in the order of HEAD; what it does not have is left empty."""
+
+    def share(name: str) -> str:
+        return "" if row.get(name) is None else f"{100 * row[name]:.1f} %"
+
+    def number(name: str, digits: int) -> str:
+        return "" if row.get(name) is None else f"{row[name]:.{digits}f}"
+
+    error = number("test_error_percent", 2)
+    if row.get("deviation") is not None:
+        error += f" ± {row['deviation']:.2f}"
+    within = "" if row.get("within") is None else f"{row['within']} of {row['seeds']}"
+    return (
+        str(row["name"]),
+        row.get("asked", ""),
+        str(row.get("seeds", "")),
+        error,
+        number("best_test_error_percent", 2),
+        share("density"),
+        share("params"),
+        share("macs"),
+        row.get("architecture", ""),
+        within,
+        number("seconds", 0),
+    )
+
+
+def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows, aligned."""
+    return "\n".join(aligned([HEAD, *map(cells, rows)], left=2))
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [HEAD, tuple("---" for _ in HEAD), *map(cells, rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
