@@ -50,9 +50,9 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float])
             group["lr"] = rate
 
 
-def _stream() -> Any:
+def _stream(device: torch.device) -> Any:
     """A stream of its own: a graph is captured on no other than that of the steps before."""
-    return torch.cuda.Stream()
+    return torch.cuda.Stream(device)
 
 
 def _capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
@@ -99,13 +99,13 @@ class Steps:
         self._stream: Any = None
         self._index: Tensor | None = None
         self._forget()
-        device = optimizer.param_groups[0]["params"][0].device
-        self._fail("cuda_graph=False" if asked is False else why_not(model, device) or "")
+        self._device: torch.device = optimizer.param_groups[0]["params"][0].device
+        self._fail("cuda_graph=False" if asked is False else why_not(model, self._device) or "")
 
     @property
     def status(self) -> str:
         """Whether steps are captured, in words."""
-        return self.failure or "captured"
+        return self.failure or ("captured" if self.captures else "too few whole batches")
 
     def _fail(self, reason: str) -> None:
         self.failure = reason
@@ -114,25 +114,23 @@ class Steps:
 
     def _forget(self) -> None:
         self._replay: Callable[[], None] | None = None
-        self._seen: list[int] = []
+        self._seen: list[tuple[int, torch.Size]] = []
         self._ordinary = 0
 
-    def _addresses(self) -> list[int]:
-        """Where the tensors lie that a graph holds."""
-        found: list[int] = []
+    def _held(self) -> list[tuple[int, torch.Size]]:
+        """Where the tensors lie that a graph holds, and their shapes."""
+        held: list[Any] = []
         for group in self._optimizer.param_groups:
-            found += [parameter.data_ptr() for parameter in group["params"]]
-            found.append(group["lr"].data_ptr() if isinstance(group["lr"], Tensor) else 0)
+            held += [*group["params"], group["lr"]]
         for state in self._optimizer.state.values():
-            found += [value.data_ptr() for value in state.values() if isinstance(value, Tensor)]
-        return found
+            held += state.values()
+        return [(one.data_ptr(), one.shape) for one in held if isinstance(one, Tensor)]
 
     def _make_capturable(self) -> None:
         for group in self._optimizer.param_groups:
             group["capturable"] = True
             if not isinstance(group["lr"], Tensor):
-                device = group["params"][0].device
-                group["lr"] = torch.tensor(float(group["lr"]), device=device)
+                group["lr"] = torch.tensor(float(group["lr"]), device=self._device)
 
     @contextmanager
     def running(self) -> Generator[None]:
@@ -140,17 +138,17 @@ class Steps:
         if self.failure:
             yield
             return
-        if self._replay is not None and self._addresses() != self._seen:
+        if self._replay is not None and self._held() != self._seen:
             self._forget()  # the model has shrunk, or another state was loaded
         self._make_capturable()
         if self._stream is None:
-            self._stream = _stream()
+            self._stream = _stream(self._device)
         if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _on(self._stream):
             yield
         if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
     def __call__(self, index: Tensor) -> None:
         if len(index) != self._size or self.failure:
@@ -182,4 +180,4 @@ class Steps:
             self._fail((str(error).strip().splitlines() or ["it could not be captured"])[0])
             return
         self.captures += 1
-        self._seen = self._addresses()
+        self._seen = self._held()

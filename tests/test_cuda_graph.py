@@ -42,7 +42,7 @@ class Stand:
     def __init__(self, patch: pytest.MonkeyPatch, fail: bool = False) -> None:
         self.captured, self.replayed, self.fail = 0, 0, fail
         patch.setattr(cuda_graph, "why_not", lambda model, device: None)
-        patch.setattr(cuda_graph, "_stream", lambda: None)
+        patch.setattr(cuda_graph, "_stream", lambda device: None)
         patch.setattr(cuda_graph, "_capture", self.capture)
 
     def capture(self, step: Callable[[], None], stream: Any) -> Callable[[], None]:
@@ -246,6 +246,9 @@ def test_where_there_is_no_graph(data: Data, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_trainer_says_why_and_refuses_what_cannot_be(data: Data) -> None:
     assert trainer(data)._steps.status == "the model is on the device 'cpu'"
     assert trainer(data, cuda_graph=False)._steps.status == "cuda_graph=False"
+    with pytest.MonkeyPatch.context() as patch:
+        Stand(patch)
+        assert trainer(data)._steps.status == "too few whole batches"
     model = build("mlp", (1, 8, 8), 10, (12,))
     settings = dataclasses.replace(SETTINGS, cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: got True; expected 'auto' or False on the"):
