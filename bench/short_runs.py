@@ -126,7 +126,7 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
     rows = trainer.history
     multipliers = [row["lambda"]["model"] for row in rows]
     densities = [row["density"]["model"] for row in rows]
-    late = len(rows) - len(rows) // LATE
+    late = len(rows) - max(1, len(rows) // LATE)
     met = [row["epoch"] for row in rows if row["density"]["model"] <= run.target]
     found: dict[str, Any] = {
         "feasible": summary["feasible"],
