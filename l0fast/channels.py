@@ -139,6 +139,12 @@ def same(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
     return replace(source, constant=_zeros_only(source.constant).expand(source.labels.shape))
 
 
+def like(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """y has x's values, in the dtype of another tensor, whose values nobody reads."""
+    source: Any = node.args[0]
+    return same(node, {source: units[source]}, ties)
+
+
 def dropout(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
     """Nothing in evaluation; a functional dropout left in training mode cannot be followed."""
     (source,) = units.values()
@@ -349,11 +355,13 @@ ELEMENTWISE = _aten(
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
     **dict.fromkeys(_aten("alias clone contiguous detach to"), same),
+    "aten::type_as": like,
     **dict.fromkeys(_aten("dropout feature_dropout", in_place=True), dropout),
     **dict.fromkeys(
         _aten(
             "cat chunk expand flatten movedim narrow permute repeat repeat_interleave reshape "
-            "select slice split split_with_sizes squeeze stack transpose unbind unflatten unsqueeze"
+            "select slice split split_with_sizes squeeze stack swapaxes swapdims transpose unbind "
+            "unflatten unsqueeze mT"
         ),
         move,
     ),
@@ -377,7 +385,7 @@ RULES: dict[str, Rule] = {
 JOINS = _aten("add div masked_fill maximum minimum mul sub where", in_place=True)
 """Ops on each element of several tensors."""
 
-_SEVERAL = _aten("bmm cat layer_norm matmul rms_norm scaled_dot_product_attention stack")
+_SEVERAL = _aten("bmm cat layer_norm matmul rms_norm scaled_dot_product_attention stack type_as")
 """Ops with a rule that may have several tensors."""
 
 RIGID = set(

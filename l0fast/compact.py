@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph import LAYERS, NORMS, is_carrier
+from l0fast.graph import LAYERS, is_carrier, is_norm
 from l0fast.sites import replace
 
 _SIDES = ("input", "output")
@@ -204,7 +204,7 @@ def shrink_(small: Any, edit: Edit) -> None:
             if isinstance(value, nn.Parameter):
                 part = nn.Parameter(part, value.requires_grad)
             owned[name] = part
-    if type(small) in NORMS:
+    if is_norm(small):
         small.num_features = small.num_features if edit.outputs is None else len(edit.outputs)
         return
     groups = getattr(small, "groups", 1)

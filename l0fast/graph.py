@@ -25,21 +25,26 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CALLS = {"aten::linear", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::batch_norm"}
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm; classes that add an activation to it count, too."""
+    return isinstance(module, NORMS)
+
+
 def is_site(module: nn.Module) -> bool:
     """Whether a module is one that can be made smaller."""
-    if type(module) in NORMS:
+    if is_norm(module):
         return module._buffers.get("running_mean") is not None
     return type(module) in LAYERS and module._parameters.get("weight") is not None
 
 
 def is_carrier(layer: nn.Module) -> bool:
     """Whether a layer passes its channels on (a norm, or a convolution in groups of them)."""
-    return type(layer) in NORMS or getattr(layer, "groups", 1) > 1
+    return is_norm(layer) or getattr(layer, "groups", 1) > 1
 
 
 def layer_size(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a Linear, a convolution or a batch norm."""
-    if isinstance(layer, NORMS):
+    if is_norm(layer):
         return layer.num_features, layer.num_features
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
@@ -113,7 +118,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
         callers[node] = names[id(caller)]
         if op_name(node) not in _CALLS or not is_site(caller):
             continue
-        held = (3, "running_mean") if type(caller) in NORMS else (1, "weight")
+        held = (3, "running_mean") if is_norm(caller) else (1, "weight")
         if holder(node.args[held[0]]) == (caller, held[1]):
             calls[node] = names[id(caller)]
     read_outside: set[str] = set()

@@ -24,7 +24,7 @@ from l0fast.channels import (
     varying,
     writes_in_place,
 )
-from l0fast.graph import LAYERS, NORMS, Trace, is_carrier
+from l0fast.graph import LAYERS, Trace, is_carrier, is_norm
 from l0fast.sites import Site
 
 
@@ -164,7 +164,7 @@ class Walk:
         units, lost = None, self.lost.get(source, "")
         calls = self.trace.counts[site.name]
         if shape is not None and source in self.values:
-            dim = 1 if type(site.layer) in NORMS else len(shape) - 1 - inner
+            dim = 1 if is_norm(site.layer) else len(shape) - 1 - inner
             units = _along(self.values[source], dim)
             if units is None:
                 lost = f"{site.name!r}, along another dimension"
@@ -178,7 +178,7 @@ class Walk:
             return
         labels, constant = self._output(site, units)
         self.outputs[site.name] = labels
-        dim = 1 if type(site.layer) in NORMS else len(made) - 1 - inner
+        dim = 1 if is_norm(site.layer) else len(made) - 1 - inner
         place = [1] * dim + [-1] + [1] * (len(made) - 1 - dim)
         self.values[node] = Units(
             labels.view(place).expand(made), constant.view(place).expand(made)
@@ -193,7 +193,7 @@ class Walk:
         layer: Any = site.layer
         size = len(site.writes)
         nothing = unknown((size,)).constant
-        if type(layer) in NORMS:
+        if is_norm(layer):
             if units is None:
                 return unknown((size,)).labels, nothing
             weight = 1.0 if layer.weight is None else layer.weight.detach().cpu().double()

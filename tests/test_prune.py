@@ -16,6 +16,7 @@ from typing import Any
 import plain_models as plain
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -716,6 +717,42 @@ def test_what_folds_is_reckoned_as_gone() -> None:
     assert small.report["folded"] == ["3", "7"]
     after, before = small.report["params"]
     assert float(constraint.densities().detach()) == pytest.approx(after / before, rel=1e-12)
+
+
+class NormAct(nn.BatchNorm2d):
+    """A batch norm that brings its activation along (as in timm)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        x = F.batch_norm(x, mean, variance, self.weight, self.bias, False, 0.1, self.eps)
+        return F.silu(x)
+
+
+class Unusual(nn.Module):
+    """Transpositions and casts by their other names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 8, 3), NormAct(8)
+        self.one, self.two = nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.conv(x)).mean((2, 3)).type_as(x)
+        return self.two(torch.sigmoid(self.one(y)).unsqueeze(-1).mT.swapaxes(1, 2).squeeze(-1))
+
+
+def test_norms_with_activations_and_ops_by_other_names() -> None:
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    model: Any = Unusual()
+    model.norm.running_mean.normal_()
+    nn.init.normal_(model.norm.bias)
+    model = with_gates(model, example_inputs=x)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.report["notes"] == []
+    assert small.one.in_features == small.norm.num_features == small.conv.out_channels < 8
+    assert small.two.in_features == small.one.out_features < 6
+    assert type(small.norm) is NormAct
 
 
 class Stale(nn.Module):
