@@ -44,7 +44,7 @@ def is_carrier(layer: nn.Module) -> bool:
 
 def layer_size(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a Linear, a convolution or a batch norm."""
-    if is_norm(layer):
+    if isinstance(layer, NORMS):
         return layer.num_features, layer.num_features
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
