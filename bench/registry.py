@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench import bench_gated_weight, bench_hard_concrete, bench_prune, bench_skip, bench_step
+from bench import (
+    bench_gated_weight,
+    bench_hard_concrete,
+    bench_latency,
+    bench_prune,
+    bench_skip,
+    bench_skipping_linear,
+    bench_step,
+)
 from bench.case import Case
 
 MODULES = {
@@ -12,7 +20,9 @@ MODULES = {
     "gated_weight": bench_gated_weight,
     "step": bench_step,
     "skip": bench_skip,
+    "skipping_linear": bench_skipping_linear,
     "prune": bench_prune,
+    "latency": bench_latency,
 }
 
 

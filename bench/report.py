@@ -54,7 +54,7 @@ class Row:
 Facts = dict[str, Any]
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -108,7 +108,7 @@ def facts(command: str, threads: int, tested: bool) -> Facts:
         "cuda": torch.version.cuda if on_gpu else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton"),
         "l0fast": _own_version(),
     }
 

@@ -24,7 +24,16 @@ TESTS: dict[str, tuple[str, ...]] = {
     "hard_concrete": ("test_hard_concrete.py", "test_kernel_hard_concrete.py", *_BINDING),
     "step": ("test_layers.py", "test_layers_in_a_model.py", "test_constraint.py", *_BINDING),
     "skip": ("test_skip.py",),
+    "skipping_linear": (
+        "test_skipping_linear.py",
+        "test_kernel_skipping_linear.py",
+        "test_compaction.py",
+        "test_kernel_compaction.py",
+        "test_skip_on_device.py",
+        "test_cuda_graph.py",
+    ),
     "prune": ("test_prune.py",),
+    "latency": ("test_latency.py", "test_timing.py"),
 }
 """What is timed -> the files in tests/ that say it is right."""
 ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import NoReturn
 
+from torch import Tensor
+
 
 def refuse(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raises `error` with the one form every message of the library has."""
@@ -61,7 +63,26 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
         refuse(name, value, f"one of {words}")
 
 
-def skip(value: object) -> None:
-    """Refuses what says neither whether to skip closed units nor leaves it to the library."""
+def auto_or_bool(name: str, value: object) -> None:
+    """Refuses what neither says whether nor leaves it to the library."""
     if not isinstance(value, bool) and value != "auto":
-        refuse("skip", value, "'auto', True or False")
+        refuse(name, value, "'auto', True or False")
+
+
+def floating(name: str, value: object) -> Tensor:
+    """`value` as a tensor of a floating dtype."""
+    if not isinstance(value, Tensor):
+        refuse(name, type(value).__name__, "a tensor", TypeError)
+    if not value.is_floating_point():
+        refuse(name, str(value.dtype), "a floating dtype", TypeError)
+    return value
+
+
+def segments(tensor: Tensor, sizes: object) -> None:
+    """Refuses `sizes` that do not cut `tensor` [N] into segments."""
+    wanted = f"one or more lengths >= 0 with the sum of {tuple(tensor.shape)}"
+    if not isinstance(sizes, (tuple, list)) or not all(type(size) is int for size in sizes):
+        refuse("sizes", sizes, wanted, TypeError)
+    total = tensor.numel() if tensor.dim() == 1 else -1
+    if not sizes or min(sizes) < 0 or sum(sizes) != total:
+        refuse("sizes", sizes, wanted)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast.amounts import Asked
 from l0fast.draw import gate_owners
 from l0fast.layers import Gated
 from l0fast.measure import Measure
@@ -25,6 +26,8 @@ class Budget(NamedTuple):
     """Of one group."""
     factor: float = 1.0
     """What was found to be spent, over what the measure says."""
+    asked: Asked | None = None
+    """The target in the caller's words, where it was an amount."""
 
     def share(self, kept: Mapping[str, Tensor]) -> float:
         """What the kept gates cost, over what all cost."""
@@ -99,7 +102,7 @@ def choose(
             name = "target" if len(one.layers) == len(layers) else f"target[{one.name!r}]"
             units = "one unit" if round_to == 1 else f"{round_to} units"
             expected = f"a density of at least {least:.6g}, for {units} in each of {one.layers}"
-            _checks.refuse(name, one.target, expected)
+            _checks.refuse(name, one.target if one.asked is None else one.asked, expected)
     waiting = torch.cat(waits).nonzero().flatten()
     waiting = waiting[torch.cat(scores)[waiting].argsort(descending=True, stable=True)]
     while len(waiting):

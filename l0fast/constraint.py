@@ -9,20 +9,26 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.amounts import Asked, share
 from l0fast.density import (
     WHOLE_MODEL,
-    Cost,
+    AnyMeasure,
     Group,
     gated_parameters,
+    measure_name,
     require_gated,
     target_groups,
 )
 from l0fast.draw import own_gates
-from l0fast.dual import DualAscent
-from l0fast.footprint import measure_of, trial
+from l0fast.dual import Dual, DualAscent
+from l0fast.footprint import Latency, measure_of
+from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
-from l0fast.measure import SIZES, Measure, check_measure, measure_name
+from l0fast.measure import Measure, of_pruned
+from l0fast.schedule import TargetSchedule
 from l0fast.sparsify import example_args, unwrapped
+from l0fast.timing import settled
+from l0fast.trial import trial
 
 TARGETS = "_l0fast_targets"
 """Attribute of a constrained model: `Group` -> target, so that `prune` holds them."""
@@ -34,7 +40,7 @@ class _DensityTerm(nn.Module):
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()
         layers = require_gated(model)
-        sized = groups[0].measure in SIZES
+        sized = of_pruned(groups[0].measure)
         tried = trial(model, example_args(example_inputs)) if sized else None
         measure = measure_of(layers, groups, tried)
         # The layers belong to the model: kept out of this module's children and state.
@@ -71,10 +77,19 @@ class _DensityTerm(nn.Module):
         torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def _in_words(state: Mapping[str, Any]) -> str:
+    """What the extra state of a constraint says it is of."""
+    groups = ", ".join(f"{name} ({' '.join(layers)})" for name, layers in state["groups"])
+    # States of before there was another dual do not name theirs.
+    dual = state.get("dual", DualAscent.__name__)
+    scheduled = " with a schedule" if state.get("scheduled") else ""
+    return f"constraints on {groups} by {state['measure']}, moved by {dual}{scheduled}"
+
+
 class DensityConstraint(_DensityTerm):
     """The Lagrangian term of "density at most `target`": add its call to the loss.
 
-    Equals:
+    Equals, by default (see `dual`):
         (multiplier * (densities - target)).sum()
     and `step()`, called after the optimizer's, moves the multipliers (see `DualAscent`) by the
     violation seen in the last call, with no autograd and no host sync. `prune` holds the pruned
@@ -83,19 +98,31 @@ class DensityConstraint(_DensityTerm):
     Args:
         model: a model with gates.
         target: the density asked for, in (0, 1]: a number for the whole model, or layer name or
-            glob pattern -> number, each key its own constraint.
-        measure: what the target is a share of:
+            glob pattern -> number, each key its own constraint. In place of any number an amount,
+            as text with the unit of the measure: "100k gates", "100k params", "5M MACs", "1 MB"
+            (10^6 bytes), "2 ms", "3.5 cost" (of your own).
+        measure: what the target is a share or an amount of:
             "gates": the gated parameters, as expected L0 counts them (the paper's density).
             "params", "macs": what the pruned model will have, over what the dense one has: the
             whole model's, or of the layers that a key names. A unit goes with its gate, its
-            maker's or its readers', and takes their weights with it.
+            maker's or its readers', and takes their weights with it. MACs are those of one forward
+            of the example; the model's have its products of matrices, such as attention's, too.
+            "memory": activations, in bytes: what Linears, convolutions, batch norms and products
+            of matrices give in one forward of the example.
+            "latency": seconds for one forward of the example, by a table of each layer at several
+            widths, which is measured now, on the model's device (see `measure_latency`). Or a
+            `LatencyTable`, measured before or elsewhere.
+            What `prune` holds is the table's prediction. The state has the table.
             A callable: a cost of your own, over the cost with every gate open. It is given
             layer name -> open probabilities (of log_alpha's shape) and returns a 0-d tensor,
             differentiable, which must not fall when a probability rises; only with one number
             as target.
-        example_inputs: what the model's forward takes (a tuple for several arguments); "params"
-            and "macs" need it, to see which layer feeds which.
-        dual: how the multipliers move; DualAscent() by default.
+        example_inputs: what the model's forward takes (a tuple for several arguments); needed by
+            all measures of the pruned model, to see which layer feeds which.
+        dual: how the multipliers move: `DualAscent` (the default), `PIControl`,
+            `AugmentedLagrangian` or `EqualityAscent`.
+        schedule: how the targets come down to what is asked; None: they are in force from the
+            start.
 
     Attributes:
         multiplier, target, violation: [C] tensors, one entry a constraint, in `names`' order.
@@ -104,7 +131,8 @@ class DensityConstraint(_DensityTerm):
 
     Raises:
         ValueError, TypeError: an unknown layer, or a target that cannot be met (the message has
-            the range that can).
+            the range that can). Costs do not fall when a gate opens, so one set of gates, the
+            fewest, has the least of every cost: targets that can each be met can all be met.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021.
     """
@@ -115,33 +143,51 @@ class DensityConstraint(_DensityTerm):
     violation: Tensor
     restarts: Tensor
     dual_lr: Tensor
+    start: Tensor
+    taken: Tensor
 
     def __init__(
         self,
         model: nn.Module,
-        target: float | Mapping[str, float],
+        target: Asked | Mapping[str, Asked],
         *,
-        measure: str | Cost = "gates",
+        measure: AnyMeasure = "gates",
         example_inputs: Any = None,
-        dual: DualAscent | None = None,
+        dual: Dual | None = None,
+        schedule: TargetSchedule | None = None,
     ) -> None:
-        check_measure(measure, example_inputs)
+        for name, value, kind in (("dual", dual, Dual), ("schedule", schedule, TargetSchedule)):
+            if not (value is None or isinstance(value, kind)):
+                _checks.refuse(name, value, f"a {kind.__name__} or None", TypeError)
         model = unwrapped(model)
+        measure = settled(measure, model, example_inputs)
         named = target_groups(model, target, measure)
         super().__init__(model, [group for group, _ in named.values()], example_inputs)
-        self.dual = dual or DualAscent()
+        self.dual: Dual = dual or DualAscent()
+        self.schedule = schedule
         self.measure = measure_name(measure)
         self.groups = {name: group for name, (group, _) in named.items()}
-        targets = [value for _, value in named.values()]
-        for name, value, lowest in zip(named, targets, self._lowest, strict=True):
+        totals: list[float] = self.__dict__["_measure"].totals
+        targets: list[float] = []
+        for name, (_, asked), total, lowest in zip(
+            named, named.values(), totals, self._lowest, strict=True
+        ):
             title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
-            _checks.density(title, value, low=lowest)
+            targets.append(share(title, asked, self.measure, total, lowest))
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("multiplier", torch.zeros(len(targets), **place))
         self.register_buffer("target", torch.tensor(targets, **place))
         self.register_buffer("violation", torch.zeros(len(targets), **place))
-        self.register_buffer("restarts", torch.zeros(len(targets), **place))
+        for name in dict.fromkeys(("restarts", *self.dual.memory)):
+            self.register_buffer(name, torch.zeros(len(targets), **place))
         self.register_buffer("dual_lr", torch.tensor(self.dual.lr, **place))
+        if schedule is not None:
+            with torch.no_grad():
+                now = self.densities().to(**place)
+            start = now if schedule.start is None else torch.full_like(now, schedule.start)
+            self.register_buffer("start", start)
+            self.register_buffer("taken", torch.zeros((), **place))
+        self._moved = False
         # The dict itself, for targets that a loaded state brings.
         self.__dict__["_left_on_model"] = model.__dict__.setdefault(TARGETS, {})
         self._exact: list[float] = []
@@ -170,15 +216,38 @@ class DensityConstraint(_DensityTerm):
         spent = zip(self.names, measure.spent(opened), measure.totals, strict=True)
         return {name: cost / total for name, cost, total in spent}
 
+    @property
+    def aim(self) -> Tensor:
+        """[C] the targets in force: the schedule's, or `target`."""
+        if self.schedule is None:
+            return self.target
+        return self.schedule.at(self.taken, self.start, self.target)
+
+    @property
+    def _memory(self) -> list[Tensor]:
+        return [self.get_buffer(name) for name in self.dual.memory]
+
+    @torch.no_grad()
+    def _move(self) -> None:
+        self.dual.step_(self.multiplier, self.violation, self.dual_lr, *self._memory)
+
     def forward(self) -> Tensor:
-        """0-d: multiplier * (density - target), summed over the constraints."""
-        violation = self.densities() - self.target
+        """0-d: the dual's term of (density - target), summed over the constraints."""
+        violation = self.densities() - self.aim
         self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
-        return torch.dot(self.multiplier, violation)
+        # Once a step, however many calls accumulate their gradients in it.
+        if self.dual.dual_first and not self._moved and torch.is_grad_enabled():
+            self._move()
+            self._moved = True
+        return self.dual.term(self.multiplier, violation, *self._memory)
 
     def ascend_(self) -> None:
-        """Moves the multipliers."""
-        self.dual.step_(self.multiplier, self.violation, self.dual_lr, self.restarts)
+        """Ends a step of the multipliers: moves them, unless they have moved before the loss."""
+        if not self.dual.dual_first:
+            self._move()
+        self._moved = False
+        if self.schedule is not None:
+            self.taken += 1
 
     def step(self) -> None:
         """Moves the multipliers and puts every log_alpha back into its bounds."""
@@ -188,13 +257,7 @@ class DensityConstraint(_DensityTerm):
     def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
         """Refuses the state of constraints on something else."""
         saved = state_dict.get(prefix + "_extra_state", {})
-        both = [
-            "constraints on "
-            + ", ".join(f"{name} ({' '.join(of)})" for name, of in state["groups"])
-            + f" by {state['measure']}"
-            for state in (saved, self.get_extra_state())
-            if state
-        ]
+        both = [_in_words(state) for state in (saved, self.get_extra_state()) if state]
         if len(set(both)) > 1:
             _checks.refuse("state_dict", both[0], both[1])
 
@@ -205,11 +268,32 @@ class DensityConstraint(_DensityTerm):
     def get_extra_state(self) -> dict[str, Any]:
         """What the state holds beside tensors: the layers of each constraint, and the targets."""
         groups = [[name, list(group.layers)] for name, group in self.groups.items()]
-        return {"measure": self.measure, "groups": groups, "targets": list(self._exact)}
+        state = {
+            "measure": self.measure,
+            "groups": groups,
+            "targets": list(self._exact),
+            "dual": type(self.dual).__name__,
+            "scheduled": self.schedule is not None,
+        }
+        table = self.table
+        return state if table is None else {**state, "latency": table.as_json()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes the targets over, for `prune` too."""
+        """Takes the targets over, for `prune` too, and the table they are shares of."""
+        if "latency" in state:
+            table = LatencyTable.from_json(state["latency"])
+            for group in self.groups.values():
+                self._left_on_model.pop(group, None)
+            self.groups = {n: g._replace(measure=table) for n, g in self.groups.items()}
+            measure: Latency = self.__dict__["_measure"]
+            measure.take(list(self.groups.values()))
         self._set_targets(list(state["targets"]))
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """What latencies are read off, if the measure is one."""
+        measure = next(iter(self.groups.values())).measure
+        return measure if isinstance(measure, LatencyTable) else None
 
     def extra_repr(self) -> str:
         pairs = zip(self.names, self._exact, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,7 +11,34 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.constraint import DensityConstraint
+from l0fast.dual import EqualityAscent
+from l0fast.layers import Gated
 from l0fast.measure import measure_name
+
+
+def _least(layer: Gated) -> float:
+    """The parameters that a layer is expected to have with all its gates at their lower bound."""
+    of = layer.distribution
+    return layer.num_gates * layer.group_size / (1 + math.exp(of.bound - of.shift))
+
+
+def _check_reachable(equal: DensityConstraint, other: DensityConstraint) -> None:
+    """Refuses densities to be reached that the targets of another constraint forbid."""
+    if equal.measure != "gates" or other.measure != "gates":
+        return
+    size = {name: layer.num_gates * layer.group_size for name, layer in equal.layers.items()}
+    for name, wanted in equal.targets.items():
+        inside = set(equal.groups[name].layers)
+        most = free = sum(size[layer] for layer in inside)
+        for group, target in zip(other.groups.values(), other.targets.values(), strict=True):
+            shared = sum(size[layer] for layer in group.layers if layer in inside)
+            outside = [equal.layers[layer] for layer in group.layers if layer not in inside]
+            least = sum(_least(layer) for layer in outside)
+            most -= shared
+            most += min(shared, target * sum(size[layer] for layer in group.layers) - least)
+        if wanted > most / free:
+            expected = f"at most {most / free:.6g}, as {other} leaves no more"
+            _checks.refuse(f"constraints: density of {name!r}", wanted, expected)
 
 
 class Constraints(nn.Module):
@@ -27,8 +55,12 @@ class Constraints(nn.Module):
         constraints: the same, in order; each with its multipliers.
 
     Raises:
-        ValueError, TypeError: no constraint, one on another model, or two on the same layers by
-            the same measure.
+        ValueError, TypeError: no constraint, one on another model, two on the same layers by the
+            same measure, or two that cannot both hold. Targets that are the most there may be
+            hold together wherever each can hold alone (see `DensityConstraint`). A density that
+            shall be *equal* to its target may be out of reach under another constraint's targets:
+            by gates that is decided here, exactly, for each pair of constraints; between other
+            measures, and of three or more, it is not.
     """
 
     def __init__(self, constraints: Iterable[DensityConstraint]) -> None:
@@ -48,6 +80,10 @@ class Constraints(nn.Module):
             if groups.count(group) > 1:
                 words = f"two on {group.layers} by {measure_name(group.measure)}"
                 _checks.refuse("constraints", words, "one target for each")
+        for term in terms:
+            for other in terms:
+                if isinstance(term.dual, EqualityAscent) and other is not term:
+                    _check_reachable(term, other)
         self.constraints = nn.ModuleList(terms)
 
     @property

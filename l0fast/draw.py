@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import functional
+from l0fast.compaction import Order
 from l0fast.hard_concrete import HardConcrete
 
 _MEMBERS = "_l0fast_gated"
@@ -85,6 +86,13 @@ class Compact(NamedTuple):
     """Where those lie in what arrives, if more arrives."""
 
 
+class OnDevice(NamedTuple):
+    """The same where the host does not know what is open, in the shapes of all units."""
+
+    rows: Order | None
+    cols: Order | None
+
+
 # Not None: torch.compile would compile the first step's forward, and then all others'.
 NOT_DRAWN: tuple[Tensor | None, Draw] = (None, Draw(owner=0, live=False))
 
@@ -126,7 +134,7 @@ class Drawn:
     """The model's draw: this layer's gates [num_gates], and what they are part of."""
     _counted: Draw
     """The draw whose counts are the latest."""
-    _compact: Compact | None
+    _compact: Compact | OnDevice | None
     """What the model's draw leaves to compute with, if it leaves something out."""
 
     def _forget_draws(self) -> None:

@@ -16,6 +16,8 @@ SUMMARY = "summary.json"
 PRUNED = "pruned.safetensors"
 PLOT = "dynamics.png"
 FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
+LATENCY = "latency.json"
+"""Only where latency was measured."""
 
 Row = dict[str, Any]
 

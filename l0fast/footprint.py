@@ -1,87 +1,30 @@
-"""What the pruned model will have: parameters or MACs, as a function of the open probabilities."""
+"""What the pruned model will have, as a function of the open probabilities: parameters, MACs,
+memory of its activations, latency."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l0fast import _checks
-from l0fast.compact import apply
-from l0fast.density import Group, count_macs, count_params
-from l0fast.draw import gate_owners, gated_layers, own_gates
+from l0fast.amounts import words
+from l0fast.counts import Counts
+from l0fast.density import Group, measure_name
+from l0fast.draw import own_gates
 from l0fast.graph import layer_size
-from l0fast.hinges import Hinges
+from l0fast.hinges import Hinges, smallest
+from l0fast.latency import Grids, LatencyTable
 from l0fast.layers import Gated
 from l0fast.measure import GateMeasure, Measure, OwnMeasure
-from l0fast.plan import Plan, fold, make_plan, reference
-
-
-@dataclass(frozen=True)
-class Counts:
-    """A plain model, counted."""
-
-    params: dict[str, int]
-    """By module name ("" is all): each tensor once in a module."""
-    macs: dict[str, int]
-
-    @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...]) -> Counts:
-        params = {name: count_params(module) for name, module in model.named_modules()}
-        return cls(params, count_macs(model, args))
-
-    def by(self, measure: str) -> dict[str, int]:
-        """Those of one measure, "params" or "macs"."""
-        return self.params if measure == "params" else self.macs
-
-    def group(self, group: Group) -> int:
-        """What a group has, by its measure."""
-        counts = self.by(str(group.measure))
-        if group.whole is not None:
-            return counts[group.whole]
-        return sum(counts[name] for name in group.layers)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """How `prune` carried out some closed gates, and what was left."""
-
-    plan: Plan
-    kept: dict[str, Tensor]
-    """Layer -> bool, of log_alpha's shape: the gates that were open."""
-    dense: Counts
-    """With every gate open."""
-    left: Counts
-
-
-def trial(model: nn.Module, args: tuple[Any, ...]) -> Trial:
-    """Prunes with about half of the units closed."""
-    twin = copy.deepcopy(model)
-    kept: dict[str, Tensor] = {}
-    chance = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, layer in gated_layers(twin).items():
-            layer.log_alpha.fill_(layer.distribution.bound)
-            kept[name] = torch.ones(layer.log_alpha.shape, dtype=torch.bool)
-            if layer.gates != "weight":
-                closed = torch.randperm(layer.num_gates, generator=chance)[layer.num_gates // 2 :]
-                kept[name][closed[: layer.num_gates - 1]] = False
-    owners = gate_owners(gated_layers(twin))
-    kept = {name: kept[owner] for name, owner in owners.items()}
-    twin, wide, proof = reference(twin, args, kept)
-    plan = make_plan(twin, gated_layers(twin), kept, wide, proof)
-    folded = fold(twin, plan.raw)
-    dense = Counts.of(folded.model, wide)
-    small = apply(folded.model, plan.edits, folded.factors, plan.mends)
-    return Trial(plan, kept, dense, Counts.of(small, wide))
+from l0fast.products import products, unreckoned
+from l0fast.trial import Trial
 
 
 class Footprint(Measure):
-    """Parameters or MACs of the pruned model, and of groups of its layers.
+    """Parameters, MACs, memory or latency of the pruned model, and of groups of its layers.
 
     Equals, summed over the layers:
         weight = prod(kernel sizes) for parameters, times the positions computed for MACs
@@ -90,18 +33,22 @@ class Footprint(Measure):
         outputs = max(1, sum(p(own gate) * (1 - prod(1 - p(way to each reader)))))
     with p = 1 where there is no gate, and the rest of the model added as it is. A batch norm, and
     a convolution in groups, have as many outputs as are read behind them. Ways to several readers
-    count as independent. With gates that are all open or closed these are the pruned model's own
-    counts.
+    count as independent. Products of matrices, such as attention's, cost in proportion to the
+    units of their result, counted like outputs. Memory is outputs * positions of each layer;
+    latency is read off a table, at (inputs, outputs). With gates that are all open or closed these
+    are the pruned model's own counts.
 
     Args:
         layers: the model's gated layers.
         tried: how closed gates are carried out; which unit has which gates.
-        groups: of one measure, "params" or "macs".
+        groups: of one measure: "params", "macs", "memory" or a latency table.
 
     Raises:
         ValueError: what the trial left is not what this reckons.
     """
 
+    slack = 0.5
+    """How far what is reckoned may be from what a trial left."""
     shift: Tensor
     inputs_all: Tensor
     inputs_any: Tensor
@@ -112,6 +59,7 @@ class Footprint(Measure):
     least: Tensor
     weight: Tensor
     bias: Tensor
+    product: Tensor
     member: Tensor
     rest: Tensor
     total: Tensor
@@ -121,36 +69,39 @@ class Footprint(Measure):
         on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
         self.gated = own_gates(on_units)
         hinges = Hinges(on_units, tried.plan)
+        self.groups, self.measure = groups, measure_name(groups[0].measure)
         # A layer that cannot get smaller is part of the rest, which is added as it is.
-        names = [
-            name
-            for name, site in tried.plan.sites.items()
-            if site.local or (tried.plan.live is not None and not site.fixed)
-        ]
-        tensors = self._units(hinges, names) | self._sizes(names, tried, groups)
-        self.totals = tensors["total"].tolist()
-        for name, tensor in tensors.items():
+        self.names = tried.shrinking
+        live = tried.plan.live
+        counted = self.measure in ("macs", "memory")
+        self.products = products(live.walk) if counted and live is not None else []
+        for name, tensor in (self._units(hinges) | self._sizes(tried)).items():
             self.register_buffer(name, tensor, persistent=False)
-        for group, reckoned in zip(groups, self.spent(tried.kept), strict=True):
-            left = tried.left.group(group)
-            if abs(reckoned - left) > 0.5:
+        self.totals = self.left(tried.dense)
+        sums = zip(self.spent(tried.kept), self.left(tried.left), self.totals, strict=True)
+        for reckoned, real, total in sums:
+            if abs(reckoned - real) > self.slack:
+                ops = [] if live is None else unreckoned(live.walk.trace)
+                why = f"; {', '.join(ops)} is not reckoned" if ops else ""
+                left, of, told = (words(value, self.measure) for value in (real, total, reckoned))
                 expected = (
                     "another: what closed gates leave of this model cannot be told from its "
-                    f"structure (a trial left {left:,} of {tried.dense.group(group):,}, "
-                    f"not {reckoned:,.0f})"
+                    f"structure (a trial left {left} of {of}, not {told}{why})"
                 )
-                _checks.refuse("measure", group.measure, expected)
+                _checks.refuse("measure", self.measure, expected)
 
-    def _units(self, hinges: Hinges, names: list[str]) -> dict[str, Tensor]:
-        """Which gates the units of some layers hang on."""
-        inputs = hinges.inputs(names)
-        first, outputs = hinges.outputs(names)
+    def _units(self, hinges: Hinges) -> dict[str, Tensor]:
+        """Which gates the units of the layers, and of the products, hang on."""
+        inputs = hinges.inputs(self.names)
+        others = [product.units for product in self.products]
+        first, outputs = hinges.outputs(self.names, others)
         shifts = [torch.full((0,), 0.0, dtype=torch.float64)]
         for name in self.gated:
             layer = self.layers[name]
             shifts.append(shifts[0].new_full((layer.num_gates,), layer.distribution.shift))
         certain = shifts[0].new_tensor([torch.inf, -torch.inf])  # always open, and never
-        sides = [[len(side[name]) for name in names] for side in (hinges.reads, hinges.writes)]
+        sides = [len(side[name]) for side in (hinges.reads, hinges.writes) for name in self.names]
+        least = [1] * len(self.names) + [hinges.least(name) for name in self.names]
         return {
             "shift": torch.cat([*shifts, certain]),
             "inputs_all": inputs.all_of,
@@ -158,37 +109,59 @@ class Footprint(Measure):
             "first": first,
             "outputs_all": outputs.all_of,
             "outputs_any": outputs.any_of,
-            "lengths": torch.tensor(sides).flatten(),
-            "least": torch.tensor([1.0] * len(names) + [float(hinges.least(n)) for n in names]),
+            "lengths": torch.tensor([*sides, *(len(units) for units in others)]),
+            "least": torch.tensor([*least, *map(smallest, others)], dtype=torch.float64),
         }
 
-    @staticmethod
-    def _sizes(names: list[str], tried: Trial, groups: list[Group]) -> dict[str, Tensor]:
-        """What a pair of units, and a bias, of each layer costs; what each group has besides."""
-        measure = str(groups[0].measure)
-        cost = tried.dense.by(measure)
+    def _inside(self, names: list[str]) -> Tensor:
+        """[C, L] bool: whether each group counts each of some modules."""
+        inside: list[list[bool]] = []
+        for group in self.groups:
+            prefix = f"{group.whole}." if group.whole else ""
+            of = names if group.whole is not None else group.layers
+            inside.append([name in of and f"{name}.".startswith(prefix) for name in names])
+        return torch.tensor(inside, dtype=torch.bool).view(len(inside), -1)
+
+    def _sizes(self, tried: Trial) -> dict[str, Tensor]:
+        """What a pair of units, and one more output, of each layer costs; what a unit of each
+        product does; what each group has besides."""
+        cost: dict[str, int] = getattr(tried.dense, self.measure)
         weight: list[float] = []
         bias: list[float] = []
-        for name in names:
+        for name in self.names:
             layer = tried.plan.sites[name].layer
             inputs, outputs = layer_size(layer)
-            has_bias = layer._parameters.get("bias") is not None
-            bias.append(float(measure == "params" and has_bias))
-            weight.append((cost[name] - bias[-1] * outputs) / (inputs * outputs))
-        member: list[list[bool]] = []
-        rest: list[int] = []
-        for group in groups:
-            if group.whole is None:
-                inside = [name in group.layers for name in names]
-            else:
-                prefix = f"{group.whole}." if group.whole else ""
-                inside = [name.startswith(prefix) for name in names]
-            member.append(inside)
-            shrinking = (cost[name] for name, of in zip(names, inside, strict=True) if of)
-            rest.append(tried.dense.group(group) - sum(shrinking))
-        total = [tried.dense.group(group) for group in groups]
-        tensors = {"weight": weight, "bias": bias, "member": member, "rest": rest, "total": total}
-        return {name: torch.tensor(v, dtype=torch.float64) for name, v in tensors.items()}
+            alone = 0.0
+            if self.measure == "memory":
+                alone = cost[name] / outputs
+            elif self.measure == "params":
+                alone = float(layer._parameters.get("bias") is not None)
+            bias.append(alone)
+            weight.append((cost[name] - alone * outputs) / (inputs * outputs))
+        each = [one.macs if self.measure == "macs" else one.elements for one in self.products]
+        scale = tried.element_size if self.measure == "memory" else 1
+        product = torch.tensor(each, dtype=torch.float64) * scale
+        units = torch.tensor([float(len(one.units)) for one in self.products], dtype=torch.float64)
+        member = self._inside(self.names).double()
+        among = self._inside([one.caller for one in self.products]).double()
+        total = torch.tensor([tried.dense.group(group) for group in self.groups]).double()
+        dense = torch.tensor([cost[name] for name in self.names]).double()
+        return {
+            "weight": torch.tensor(weight, dtype=torch.float64),
+            "bias": torch.tensor(bias, dtype=torch.float64),
+            "member": member,
+            "product": among * product,
+            "rest": total - (member * dense).sum(1) - (among * product * units).sum(1),
+            "total": total,
+        }
+
+    def left(self, counts: Counts) -> list[float]:
+        """[C] what the groups of a plain model have."""
+        return [float(counts.group(group)) for group in self.groups]
+
+    def _layer_costs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """[L] what each layer costs with so many inputs and outputs."""
+        return outputs * (inputs * self.weight + self.bias)
 
     def _costs(self, logits: Tensor) -> Tensor:
         opened = torch.sigmoid(logits)
@@ -200,9 +173,14 @@ class Footprint(Measure):
         unread = _product(1 - way(self.outputs_all, self.outputs_any))
         units = torch.cat([inputs, opened[self.first] * (1 - unread)])
         sums = torch.segment_reduce(units, "sum", lengths=self.lengths, unsafe=True)
-        counts_in, counts_out = torch.maximum(sums, self.least).view(2, -1)
-        costs = counts_out * (counts_in * self.weight + self.bias)
-        return (self.member * costs).sum(1) + self.rest
+        counts = torch.maximum(sums, self.least)
+        layers = len(self.names)
+        costs = (self.member * self._layer_costs(counts[:layers], counts[layers : 2 * layers])).sum(
+            1
+        )
+        if self.products:
+            costs = costs + (self.product * counts[2 * layers :]).sum(1)
+        return costs + self.rest
 
     def costs(self, logits: Mapping[str, Tensor]) -> Tensor:
         certain = self.shift[-2:]
@@ -212,6 +190,59 @@ class Footprint(Measure):
         gates = [self.layers[name].log_alpha for name in self.gated]
         logits = torch.cat([*gates, self.shift.new_zeros(2)]).to(self.shift.dtype) + self.shift
         return self._costs(logits) / self.total
+
+
+class Latency(Footprint):
+    """Seconds that a table gives for the widths; the whole model's with the table's rest."""
+
+    slack = 1e-9
+    in_grid: Tensor
+    out_grid: Tensor
+    seconds: Tensor
+
+    def _sizes(self, tried: Trial) -> dict[str, Tensor]:
+        self.dense = tried.dense
+        return self._tabled()
+
+    def _tabled(self) -> dict[str, Tensor]:
+        """What the groups' table says."""
+        table: Any = self.groups[0].measure
+        for name in self.names:
+            size, known = self.dense.widths[name], table.layers.get(name)
+            if known is None or size != (known.inputs[-1], known.outputs[-1]):
+                expected = f"one of this model, with {name!r} of size {size} (see measure_latency)"
+                got = f"a latency table of {len(table.layers)} layers"
+                _checks.refuse("measure", got, expected)
+        # As they are in the table, whatever the dtype that a constraint computes in.
+        self.exact = grids = Grids.of([table.layers[name] for name in self.names])
+        return {
+            "in_grid": grids.inputs,
+            "out_grid": grids.outputs,
+            "seconds": grids.seconds,
+            "member": self._inside(self.names).double(),
+            "rest": torch.tensor(self._rest(), dtype=torch.float64),
+            "total": torch.tensor(self.left(self.dense), dtype=torch.float64),
+        }
+
+    def take(self, groups: list[Group]) -> None:
+        """Goes on with the same groups by another table."""
+        self.groups = groups
+        for name, tensor in self._tabled().items():
+            self._buffers[name] = tensor.to(self.total)
+        self.totals = self.left(self.dense)
+
+    def _rest(self) -> list[float]:
+        """[C] what each group has besides its layers."""
+        rest: float = self.groups[0].measure.rest  # type: ignore[union-attr]
+        return [0.0 if group.whole is None else rest for group in self.groups]
+
+    def left(self, counts: Counts) -> list[float]:
+        widths = torch.tensor([counts.widths[name] for name in self.names], dtype=torch.float64)
+        seconds = (self._inside(self.names) * self.exact.at(*widths.unbind(1))).sum(1).tolist()
+        return [layers + rest for layers, rest in zip(seconds, self._rest(), strict=True)]
+
+    def _layer_costs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return Grids(self.in_grid, self.out_grid, self.seconds).at(inputs, outputs)
 
 
 def _product(values: Tensor) -> Tensor:
@@ -224,11 +255,12 @@ def _product(values: Tensor) -> Tensor:
 
 
 def measure_of(layers: Mapping[str, Gated], groups: list[Group], tried: Trial | None) -> Measure:
-    """The measure that all of `groups` name; `tried` for "params" and "macs"."""
+    """The measure that all of `groups` name; `tried` for those of the pruned model."""
     measure = groups[0].measure
     if callable(measure):
         return OwnMeasure(layers, groups[0])
     if measure == "gates":
         return GateMeasure(layers, groups)
     assert tried is not None
-    return Footprint(layers, tried, groups)
+    kind = Latency if isinstance(measure, LatencyTable) else Footprint
+    return kind(layers, tried, groups)

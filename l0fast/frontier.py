@@ -19,7 +19,7 @@ from l0fast._tables import aligned
 from l0fast.checkpoint import Checkpoint
 from l0fast.data import Data
 from l0fast.settings import TrainerSettings
-from l0fast.stopwatch import forward_seconds
+from l0fast.stopwatch import whole_seconds
 from l0fast.trainer import Trainer
 
 FRONTIER = "frontier.json"
@@ -90,10 +90,10 @@ def frontier(
             small[f"{target:g}"] = trainer.pruned
         examples = trainer.data.test.inputs[:LATENCY_BATCH]
     dense.to(examples.device)
-    seconds = forward_seconds({"dense": dense, **small}, examples)
-    for row, target in zip(rows, wanted, strict=True):
-        row["milliseconds"] = 1000 * seconds[f"{target:g}"]
-        row["dense_milliseconds"] = 1000 * seconds["dense"]
+    models = [dense, *(small[f"{target:g}"] for target in wanted)]
+    whole, *seconds = whole_seconds(models, (examples,))
+    for row, each in zip(rows, seconds, strict=True):
+        row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * whole
     if folder is not None:
         from l0fast.plots_frontier import plot_frontier
 

@@ -1,4 +1,4 @@
-"""The stateless door: the two fused ops, checked and with defaults."""
+"""The stateless door: the fused ops, checked and with defaults."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks, autograd, philox
+from l0fast.compaction import Order
 from l0fast.hard_concrete import HardConcrete
 
 BACKENDS = ("auto", "triton", "torch")
@@ -39,14 +40,6 @@ def checked_distribution(value: HardConcrete | None) -> HardConcrete:
     return value
 
 
-def _floating(name: str, value: object) -> Tensor:
-    if not isinstance(value, Tensor):
-        _checks.refuse(name, type(value).__name__, "a tensor", TypeError)
-    if not value.is_floating_point():
-        _checks.refuse(name, str(value.dtype), "a floating dtype", TypeError)
-    return value
-
-
 Word = int | Tensor
 
 
@@ -69,15 +62,6 @@ def _state(device: torch.device, seed: Word | None, step: Word, tensor: Word) ->
     if seed is None:
         return torch.randint(2**63 - 1, (3,), device=device)
     return philox.state(seed, step, tensor, device)
-
-
-def _sizes(sizes: tuple[int, ...], log_alpha: Tensor) -> None:
-    wanted = f"one or more lengths >= 0 with the sum of {tuple(log_alpha.shape)}"
-    if not isinstance(sizes, (tuple, list)) or not all(type(size) is int for size in sizes):
-        _checks.refuse("sizes", sizes, wanted, TypeError)
-    total = log_alpha.numel() if log_alpha.dim() == 1 else -1
-    if not sizes or min(sizes) < 0 or sum(sizes) != total:
-        _checks.refuse("sizes", sizes, wanted)
 
 
 def _noise(
@@ -151,13 +135,13 @@ def hard_concrete(
 
     Source: Louizos et al., 2018, eqs. 10-12 and 24.
     """
-    log_alpha = _floating("log_alpha", log_alpha)
+    log_alpha = _checks.floating("log_alpha", log_alpha)
     _checks.one_of("backend", backend, BACKENDS)
     _named(seed, step, tensor)
     if sizes is None:
         sizes = (log_alpha.numel(),)
     else:
-        _sizes(sizes, log_alpha)
+        _checks.segments(log_alpha, sizes)
     distribution = checked_distribution(distribution)
     flat = log_alpha.reshape(-1)
     work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
@@ -197,8 +181,8 @@ def gated_weight(
 
     Source: Louizos et al., 2018, eqs. 10-12 and 24.
     """
-    weight = _floating("weight", weight)
-    log_alpha = _floating("log_alpha", log_alpha)
+    weight = _checks.floating("weight", weight)
+    log_alpha = _checks.floating("log_alpha", log_alpha)
     _checks.one_of("backend", backend, BACKENDS)
     _named(seed, step, tensor)
     if dim is None:
@@ -222,3 +206,86 @@ def gated_weight(
         return GatedWeight(*autograd.triton_gated_weight(weight, work, state, dim, distribution))
     noise = _noise(work, distribution, seed, step, tensor)
     return GatedWeight(*autograd.gated_weight(weight, work, noise, dim, distribution))
+
+
+def compaction(alive: Tensor, sizes: tuple[int, ...], backend: str = "auto") -> list[Order]:
+    """Which units of each segment are alive, as lists that stay on the device.
+
+    Equals:
+        open, closed = alive.nonzero().flatten(), (~alive).nonzero().flatten()
+        index = torch.cat([open, closed.flip(0)])      # and place, its inverse
+        count = len(open)
+    for each segment, but with no wait for the device.
+
+    Args:
+        alive: bool [N], the segments end to end.
+        sizes: the segments' lengths, with sum N.
+        backend: as in `hard_concrete`.
+
+    Raises:
+        ValueError, TypeError: not bool [N], sizes of another sum, or a backend that cannot run.
+    """
+    if not isinstance(alive, Tensor) or alive.dtype != torch.bool:
+        _checks.refuse("alive", getattr(alive, "dtype", alive), "a bool tensor", TypeError)
+    _checks.segments(alive, sizes)
+    _checks.one_of("backend", backend, BACKENDS)
+    triton = autograd.runs_on_triton(backend, alive)
+    return autograd.compaction(alive.contiguous(), sizes, triton)
+
+
+def skipping_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    z: Tensor | None = None,
+    *,
+    rows: Order | None = None,
+    cols: Order | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A linear layer that computes the units which are open, where only the device knows which.
+
+    Equals, with M and N the counts of `rows` and `cols` rounded up:
+        W = (weight * z)[rows.index][:, cols.index]
+        y = torch.zeros(*x.shape[:-1], len(weight))
+        y[..., :M] = F.linear(x[..., :N], W[:M, :N], bias[rows.index[:M]])
+    The host never learns a count: shapes are those with every unit open, and a captured CUDA graph
+    goes on with other gates. A layer with `rows`, anything elementwise, and a layer with these
+    orders as `cols` are what they are masked, provided that the latter's z is 0 for what is closed.
+    What is closed of the weight gets exactly zero gradient.
+
+    Args:
+        x: [..., K]; with `cols`, its open units come first.
+        weight: [N, K].
+        bias: [N], or None.
+        z: [K], gates of the columns, or None.
+        rows: which of its outputs are wanted (see `compaction`); None for all.
+        cols: which of its inputs are there; None for all.
+        backend: as in `hard_concrete`.
+
+    Returns:
+        y [..., N], in the dtype of `x`, or autocast's.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit, or a backend that cannot run.
+    """
+    _checks.one_of("backend", backend, BACKENDS)
+    x, weight = _checks.floating("x", x), _checks.floating("weight", weight)
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        _checks.refuse("x", tuple(x.shape), f"[..., K] for a weight [N, K] {tuple(weight.shape)}")
+    sizes: dict[str, tuple[Tensor | None, int]] = {
+        "bias": (bias, len(weight)),
+        "z": (z, weight.shape[1]),
+        "rows": (None if rows is None else rows.index, len(weight)),
+        "cols": (None if cols is None else cols.index, weight.shape[1]),
+    }
+    for name, (values, size) in sizes.items():
+        if values is not None and tuple(values.shape) != (size,):
+            _checks.refuse(name, tuple(values.shape), f"the shape ({size},)")
+    device = weight.device.type
+    triton = autograd.runs_on_triton(backend, weight, weight)
+    if not torch.is_autocast_enabled(device):
+        return autograd.skipping_linear(x, weight, bias, z, rows, cols, triton)
+    x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        return autograd.skipping_linear(x, weight, bias, z, rows, cols, triton)

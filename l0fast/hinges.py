@@ -34,6 +34,11 @@ class Ways(NamedTuple):
         return Ways(*(part.masked_fill(part == gate, always) for part in self))
 
 
+def smallest(classes: Tensor) -> int:
+    """How many units the smallest of some classes has."""
+    return int(classes.unique(return_counts=True)[1].min())
+
+
 def _untold(layer: nn.Module) -> nn.Module:
     """A carrier of whose constants nothing is known: what they are now is no fact of structure."""
     twin = copy.deepcopy(layer)
@@ -232,9 +237,10 @@ class Hinges:
         columns = [self.columns[name] for name in names]
         return Ways(*(torch.cat(parts) for parts in zip(*columns, strict=True)))
 
-    def outputs(self, names: list[str]) -> tuple[Tensor, Ways]:
-        """Of the outputs of some layers: [outputs] their own gates, and [outputs, K, ...] the ways
-        to the inputs that read each once its own gate is open. It is there while one way is open.
+    def outputs(self, names: list[str], others: list[Tensor]) -> tuple[Tensor, Ways]:
+        """Of the outputs of some layers, and behind them of `others`, units by class: [outputs]
+        their own gates, and [outputs, K, ...] the ways to the inputs that read each once its own
+        gate is open. It is there while one way is open.
         """
         own: list[Tensor] = []
         stays: list[Tensor] = []
@@ -245,8 +251,11 @@ class Hinges:
             if name in self.carriers:  # they pass on what is there
                 stays[-1] = stays[-1] | self.viewed[classes]
                 own[-1] = torch.full_like(classes, self.always)
+        for classes in others:
+            stays.append((classes == STAYS) | self.viewed[classes])
+            own.append(torch.full_like(classes, self.always))
         gate, stay = torch.cat(own), torch.cat(stays)
-        asked = torch.cat([self.classes[name] for name in names])
+        asked = torch.cat([*(self.classes[name] for name in names), *others])
         # Behind all ways that lead to readers: one that is always open, and one that never is.
         width = self._readers.shape[1] - 1
         ends = (torch.full((1, width), number) for number in (self.always, self.never))
@@ -265,4 +274,4 @@ class Hinges:
         """How many outputs a layer keeps in any case: one, with those that only go with it."""
         if bool((self.writes[name] < self.always).any()):
             return 1
-        return int(self.classes[name].unique(return_counts=True)[1].min())
+        return smallest(self.classes[name])

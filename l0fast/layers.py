@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
-from l0fast.draw import DRAWN, Drawn
+from l0fast.draw import DRAWN, Drawn, OnDevice
 from l0fast.gated_weight import mask
 from l0fast.hard_concrete import HardConcrete
 
@@ -220,6 +220,7 @@ class Gated(Drawn):
         compact = self._compact if self.training and self._drawn_here() else None
         if compact is None:
             return (x, *self._masked())
+        assert not isinstance(compact, OnDevice)  # for layers that only compute in parts
         rows, cols, gather = compact
         if gather is not None:
             x = autograd.gather(x, gather, dim)
@@ -364,6 +365,11 @@ class L0Linear(Gated, nn.Linear):
             return F.linear(input * self._z(), self.weight, self.bias)
         if self.gates == "input" and self._compact is None:
             return autograd.gated_linear(input, self.weight, self.bias, self._z())
+        if isinstance(self._compact, OnDevice) and self.training and self._drawn_here():
+            rows, cols = self._compact
+            return functional.skipping_linear(
+                input, self.weight, self.bias, self._z(), rows=rows, cols=cols
+            )
         return F.linear(*self._parts(input, -1))
 
 

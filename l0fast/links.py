@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks, graph
+from l0fast import _checks, graph, skip_on_device
 from l0fast.channels import RIGID, STAYS, op_name, shape_of
 from l0fast.draw import SKIPPING, Drawn, detach_draw, gated_layers
+from l0fast.following import can_follow, stop_following
 from l0fast.proof import TOLERANCE, relative_error, tensors_of
 from l0fast.sites import find_sites, light_copy, replace
-from l0fast.skip import Link, Reader, Skipping, can_follow, stop_following
+from l0fast.skip import MULTIPLE, Link, Reader, Skipping
 from l0fast.walk import Walk
 
 SLACK = 100.0
@@ -161,12 +162,17 @@ def _outputs(model: nn.Module, args: tuple[Any, ...], seed: int) -> list[Tensor]
     return [tensor.detach().clone() for tensor in tensors_of(model(*copy.deepcopy(args)))]
 
 
+def _on_gpu(model: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in model.parameters())
+
+
 def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
     """The largest relative difference between masked and skipped forwards of the example."""
     twin, own = copy.deepcopy((model, links))
     twin.eval()
     worst = 0.0
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
         for layer in gated_layers(twin).values():
             layer.training = True
         for draw in range(DRAWS):
@@ -175,7 +181,7 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
                 layer.log_alpha.normal_(0.0, 2.0)
             stop_following(twin)
             expected = _outputs(twin, args, draw)
-            twin.__dict__[SKIPPING] = Skipping(twin, own, True, args, multiple=1)
+            twin.__dict__[SKIPPING] = Skipping(twin, own, True, args, 1, _on_gpu(model))
             worst = max(worst, relative_error(_outputs(twin, args, draw), expected))
     return worst
 
@@ -188,8 +194,9 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
     Raises:
         ValueError: `skip` is True, and the model cannot skip.
     """
-    if skip is False or (skip == "auto" and any(p.is_cuda for p in model.parameters())):
-        return  # on a GPU, the host would have to wait for the gates
+    on_gpu = _on_gpu(model)
+    if skip is False or (skip == "auto" and on_gpu):
+        return  # what it saves there has not been measured
     dtypes = {parameter.dtype for parameter in model.parameters()}
     allowed = SLACK * max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
     failure = ""
@@ -202,7 +209,8 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
             failure = f"{type(problem).__name__}: {reason[0][:200]}"
             continue
         if links and error <= allowed:
-            model.__dict__[SKIPPING] = Skipping(model, links, skip, args)
+            multiple = skip_on_device.MULTIPLE if on_gpu else MULTIPLE
+            model.__dict__[SKIPPING] = Skipping(model, links, skip, args, multiple, on_gpu)
             return
         failure = f"it differs by {error:.3g}" if links else "no units can be followed"
     if skip is True:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.budget import Budget, choose
 from l0fast.constraint import DensityConstraint
-from l0fast.density import Cost
+from l0fast.density import AnyMeasure
 from l0fast.draw import gate_owners
-from l0fast.footprint import measure_of, trial
+from l0fast.footprint import measure_of
 from l0fast.layers import Gated
-from l0fast.measure import SIZES
+from l0fast.measure import of_pruned
 from l0fast.sparsify import example_args, unwrapped
+from l0fast.trial import trial
 
 RAMP = (0.1, 0.6)
 """The gradual schedule prunes between these shares of the training."""
@@ -49,6 +50,18 @@ def magnitudes(layer: Gated) -> Tensor:
     return (units.view(-1, layer.units).sum(1) / layer.group_size).sqrt()
 
 
+def shared_magnitudes(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
+    """Name of each layer with gates of its own -> their magnitudes, over all that share them."""
+    squares: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    for name, owner in gate_owners(layers).items():
+        layer = layers[name]
+        total = magnitudes(layer).square() * layer.group_size
+        squares[owner] = squares[owner] + total if owner in squares else total
+        sizes[owner] = sizes.get(owner, 0) + layer.group_size
+    return {owner: (total / sizes[owner]).sqrt() for owner, total in squares.items()}
+
+
 class MagnitudePruning(DensityConstraint):
     """A constraint that is met by closing the gates of the smallest weights, for good.
 
@@ -79,13 +92,13 @@ class MagnitudePruning(DensityConstraint):
         *,
         steps: int,
         gradual: bool = True,
-        measure: str | Cost = "gates",
+        measure: AnyMeasure = "gates",
         example_inputs: Any = None,
     ) -> None:
         _checks.whole("steps", steps)
         super().__init__(model, target, measure=measure, example_inputs=example_inputs)
         groups = list(self.groups.values())
-        sized = groups[0].measure in SIZES
+        sized = of_pruned(groups[0].measure)
         tried = trial(unwrapped(model), example_args(example_inputs)) if sized else None
         measures = [measure_of(self.layers, [group], tried) for group in groups]
         self.__dict__["_measures"] = measures
@@ -121,18 +134,15 @@ class MagnitudePruning(DensityConstraint):
             )
         ]
         # `choose` goes by log_alpha: the ranks, over all layers, of what is still open.
-        owners = gate_owners(self.layers)
-        sharers: dict[str, list[Tensor]] = {}
-        for name, layer in self.layers.items():
-            sharers.setdefault(owners[name], []).append(magnitudes(layer).square())
-        shares = {name: torch.stack(parts).mean(0) for name, parts in sharers.items()}
-        flat = torch.cat([squares.flatten() for squares in shares.values()])
+        sizes = shared_magnitudes(self.layers)
+        flat = torch.cat([size.flatten() for size in sizes.values()])
         ranks = torch.empty_like(flat)
         ranks[flat.argsort()] = torch.linspace(1.0, OPEN, len(flat)).to(flat)
-        sizes = [squares.numel() for squares in shares.values()]
-        for name, part in zip(shares, ranks.split(sizes), strict=True):
-            gates = self.layers[name].log_alpha
-            gates.copy_(part.view(gates.shape).to(gates.dtype).where(gates > 0, CLOSED))
+        parts = ranks.split([size.numel() for size in sizes.values()])
+        for name, part in zip(sizes, parts, strict=True):
+            log_alpha = self.layers[name].log_alpha
+            gates = part.view(log_alpha.shape).to(log_alpha.dtype)
+            log_alpha.copy_(gates.where(log_alpha > 0, CLOSED))
         kept = choose(self.layers, budgets)
         for name, layer in self.layers.items():
             opened = kept[name].to(layer.log_alpha.device)

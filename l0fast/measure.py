@@ -9,27 +9,29 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.density import Cost, Group
+from l0fast.density import AnyMeasure, Group, measure_name
 from l0fast.draw import expected_open
+from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
 
-SIZES = ("params", "macs")
-"""Measures of the pruned model."""
-MEASURES = ("gates", *SIZES)
+SIZES = ("params", "macs", "memory")
+"""Measures of the pruned model that are counted."""
+MEASURES = ("gates", *SIZES, "latency")
 
 
-def measure_name(measure: str | Cost) -> str:
-    """What reports and messages call a measure."""
-    return measure if isinstance(measure, str) else getattr(measure, "__name__", "cost")
+def of_pruned(measure: AnyMeasure) -> bool:
+    """Whether a measure is one of the pruned model."""
+    return measure in SIZES or isinstance(measure, LatencyTable)
 
 
-def check_measure(measure: str | Cost, example_inputs: Any) -> None:
-    """Refuses what is no measure, and the pruned model's size without an example to export with."""
+def check_measure(measure: AnyMeasure, example_inputs: Any) -> None:
+    """Refuses what is no measure, and one of the pruned model without an example to export with."""
     if callable(measure):
         return
-    _checks.one_of("measure", measure, MEASURES)
+    if not isinstance(measure, LatencyTable):
+        _checks.one_of("measure", measure, MEASURES)
     if measure != "gates" and example_inputs is None:
-        expected = f"what the model's forward takes, for measure={measure!r}"
+        expected = f"what the model's forward takes, for measure={measure_name(measure)!r}"
         _checks.refuse("example_inputs", None, expected)
 
 

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
+from l0fast.amounts import Asked
 from l0fast.constraint import DensityConstraint, L0Penalty
-from l0fast.dual import DualAscent
+from l0fast.density import WHOLE_MODEL, AnyMeasure
+from l0fast.dual import DUALS, Dual
 from l0fast.magnitude import MagnitudePruning
-from l0fast.settings import TrainerSettings, default_dual_lr, default_gate_lr
+from l0fast.schedule import TargetSchedule
+from l0fast.settings import (
+    DUAL_DAMPING,
+    TrainerSettings,
+    default_dual_lr,
+    default_gate_lr,
+    default_target_schedule,
+)
 from l0fast.sparsify import param_groups
+from l0fast.timing import settled
 
 Term = DensityConstraint | L0Penalty
 
@@ -32,29 +43,66 @@ def make_term(
     if settings.penalty is not None:
         per_example = examples if settings.penalty_per_example else None
         return L0Penalty(model, settings.penalty, per_example)
-    target = settings.density if settings.layer_density is None else settings.layer_density
-    if target is None:
+    asked = settings.density if settings.layer_density is None else settings.layer_density
+    if asked is None:
         return None
+    measure = settled(settings.measure, model, example_inputs)
+    target = _in_shares(model, asked, measure, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(
             model,
             target,
             steps=steps,
             gradual=settings.method == "magnitude",
-            measure=settings.measure,
+            measure=measure,
             example_inputs=example_inputs,
         )
-    lr = settings.dual_lr
-    if lr is None:
-        least = min(target.values()) if isinstance(target, Mapping) else target
-        lr = default_dual_lr(steps, least)
+    # Without any, it is the constraint that says so.
+    least = min(target.values(), default=1.0) if isinstance(target, Mapping) else target
+    shape = settings.target_schedule
+    if shape == "auto":
+        named = settings.dual_lr is not None
+        shape = "constant" if named else default_target_schedule(steps, least)
+    warmup = math.ceil(settings.target_warmup * steps)
     return DensityConstraint(
         model,
         target,
-        measure=settings.measure,
+        measure=measure,
         example_inputs=example_inputs,
-        dual=DualAscent(lr, settings.restarts),
+        dual=_dual(settings, steps, least, shape),
+        schedule=None if shape == "constant" else TargetSchedule(warmup, shape),
     )
+
+
+def _in_shares(
+    model: nn.Module,
+    asked: Asked | Mapping[str, Asked],
+    measure: AnyMeasure,
+    example_inputs: Any,
+) -> float | Mapping[str, float]:
+    """Targets as densities, by which the duals' learning rate goes; a constraint tells amounts."""
+    values = asked.values() if isinstance(asked, Mapping) else [asked]
+    if not any(isinstance(value, str) for value in values):
+        return asked  # type: ignore[return-value]
+    constraint = DensityConstraint(model, asked, measure=measure, example_inputs=example_inputs)
+    shares = constraint.targets
+    return shares if isinstance(asked, Mapping) else shares[WHOLE_MODEL]
+
+
+def _dual(settings: TrainerSettings, steps: int, least: float, shape: str) -> Dual:
+    """How the multipliers move, in a training of that many steps; `least` of its targets, which
+    come down in that shape."""
+    lr = settings.dual_lr
+    if lr is None:
+        lr = default_dual_lr(steps, least, shape)
+    options: dict[str, Any] = {"dual_first": settings.dual_first}
+    if settings.dual == "ascent":
+        options["restarts"] = settings.restarts
+    elif settings.dual == "pi":
+        options["proportional"] = DUAL_DAMPING / least
+    elif settings.dual == "augmented":
+        options["penalty"] = DUAL_DAMPING / least
+    return DUALS[settings.dual](lr, **options)
 
 
 def make_optimizer(

@@ -66,12 +66,17 @@ def gate_metrics(model: nn.Module) -> Row:
 
 
 def constraint_metrics(term: DensityConstraint) -> Row:
-    """Where each constraint stands: its density, its multiplier, its restarts so far; and whether
-    all hold for the gates as they are in evaluation, so that pruning would close none of them."""
+    """Where each constraint stands: its density, the target in force, its multiplier, its restarts
+    so far; and whether all hold for the gates as they are in evaluation, so that pruning would
+    close none of them."""
     with torch.no_grad():
         by_constraint = {"density": term.densities()}
-    if not isinstance(term, MagnitudePruning):
-        by_constraint |= {"lambda": term.multiplier, "restarts": term.restarts.long()}
+        if not isinstance(term, MagnitudePruning):
+            by_constraint |= {
+                "aim": term.aim,
+                "lambda": term.multiplier,
+                "restarts": term.restarts.long(),
+            }
     row: Row = {
         key: dict(zip(term.names, values.tolist(), strict=True))
         for key, values in by_constraint.items()

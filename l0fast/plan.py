@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from l0fast import _checks, graph
 from l0fast.compact import Edit, Mend, apply
 from l0fast.draw import detach_draw, gated_layers
+from l0fast.following import stop_following
 from l0fast.graph import Trace, layer_size
 from l0fast.layers import Gated
 from l0fast.liveness import Extent, Liveness, local_extents
 from l0fast.mend import merged_tiers
 from l0fast.proof import Proof, in_float64
 from l0fast.sites import Site, find_sites, light_copy, replace, tied_modules
-from l0fast.skip import stop_following
 from l0fast.walk import Walk
 
 ALONE = "each layer by itself"

@@ -10,32 +10,37 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._tables import aligned
+from l0fast.amounts import Asked, share, words
 from l0fast.attention import unfused_in
 from l0fast.budget import Budget, choose
 from l0fast.compact import apply
 from l0fast.constraint import TARGETS, DensityConstraint, L0Penalty
+from l0fast.counts import Counts, element_size, widths_left
 from l0fast.density import (
     WHOLE_MODEL,
-    Cost,
+    AnyMeasure,
     Group,
-    count_macs,
-    count_params,
+    measure_name,
     require_gated,
     target_groups,
 )
 from l0fast.draw import own_gates
-from l0fast.footprint import Counts, measure_of, trial
+from l0fast.footprint import Footprint, measure_of
+from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
-from l0fast.measure import SIZES, GateMeasure, check_measure, measure_name
+from l0fast.measure import GateMeasure, of_pruned
 from l0fast.plan import Plan, closed, fold, make_plan, reference
 from l0fast.sparsify import example_args, unwrapped
+from l0fast.stopwatch import whole_seconds
+from l0fast.timing import settled
+from l0fast.trial import all_open, trial
 
 REPORT_FORMAT = 1
 
 
-def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> dict[str, tuple[Group, float]]:
+def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> dict[str, tuple[Group, Asked]]:
     """The targets that constraints left on the model and its parts."""
-    found: dict[str, tuple[Group, float]] = {}
+    found: dict[str, tuple[Group, Asked]] = {}
     for outer, module in model.named_modules():
         prefix = f"{outer}." if outer else ""
         for group, target in module.__dict__.get(TARGETS, {}).items():
@@ -53,7 +58,10 @@ def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> dict[str, tu
                 title += f" ({measure_name(group.measure)})"
             while title in found:
                 title += "'"
-            found[title] = Group(names, group.measure, whole), target
+            measure = group.measure
+            if isinstance(measure, LatencyTable):
+                measure = measure.under(prefix)
+            found[title] = Group(names, measure, whole), target
     return found
 
 
@@ -62,11 +70,11 @@ def _whole(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def _dense_counts(model: nn.Module, folded: nn.Module, args: tuple[Any, ...]) -> list[int]:
-    """Parameters and MACs of the dense model, before any gate was removed during training."""
+def _at_first(model: nn.Module, dense: Counts) -> dict[str, int]:
+    """What the dense model has, before any gate was removed during training."""
     report = getattr(model, "report", None)
     before = report.get("dense") if isinstance(report, dict) else None
-    return before or [count_params(model), count_macs(folded, args)[""]]
+    return before or dense.whole()
 
 
 def _site(
@@ -128,9 +136,9 @@ def _site(
 def prune(
     model: nn.Module,
     example_inputs: Any,
-    target: float | Mapping[str, float] | None = None,
+    target: Asked | Mapping[str, Asked] | None = None,
     *,
-    measure: str | Cost = "gates",
+    measure: AnyMeasure = "gates",
     round_to: int = 1,
 ) -> nn.Module:
     """A smaller ordinary model that computes what the gated one does in evaluation.
@@ -172,8 +180,10 @@ def prune(
             round_to: as asked; filled: how many gates stay that are closed in evaluation.
             groups: name -> {layers, measure, target, density, kept, total, forced}: each target,
                 with what is kept of its measure, and of how much (empty without targets).
-            params, macs: [after, before]; before is the dense model without gates, and the MACs
-                are those of one forward of the example.
+            params, macs, memory: [after, before]; before is the dense model without gates; MACs,
+                and the memory of activations in bytes, are those of one forward of the example.
+            latency: [after, before], measured now, in seconds for one forward of the example, if
+                a target is one of latency (what that holds is the table's prediction), or None.
             sites: a dict for each gated layer, and for each other that changed: name, kind,
                 gates ("input", "output", "weight" or None), gates_open, gates_total, forced,
                 in and out ([kept, of]), status ("removed": closed units do not exist any more,
@@ -204,19 +214,23 @@ def prune(
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
     if target is not None:
-        check_measure(measure, example_inputs)
-        targets = target_groups(model, target, measure)
+        measure = settled(measure, model, example_inputs)
+        asked = target_groups(model, target, measure)
     else:
         if measure != "gates":
             _checks.refuse("measure", measure_name(measure), "a target beside it")
-        targets = _left_targets(model, layers)
+        asked = _left_targets(model, layers)
     args = example_args(example_inputs)
-    sized = any(group.measure in SIZES for group, _ in targets.values())
+    sized = any(of_pruned(group.measure) for group, _ in asked.values())
     tried = trial(model, args) if sized else None
-    budgets = [
-        Budget(name, group.layers, value, measure_of(layers, [group], tried))
-        for name, (group, value) in targets.items()
-    ]
+    budgets: list[Budget] = []
+    groups = {name: group for name, (group, _) in asked.items()}
+    for name, (group, value) in asked.items():
+        by = measure_of(layers, [group], tried)
+        title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
+        limit = share(title, value, measure_name(group.measure), by.totals[0])
+        words_of = value if isinstance(value, str) else None
+        budgets.append(Budget(name, group.layers, limit, by, asked=words_of))
     while True:
         kept = choose(layers, budgets, round_to)
         twin, wide, proof = reference(model, args, kept)
@@ -227,17 +241,19 @@ def prune(
             module.__dict__.pop(TARGETS, None)
         for parameter in result.model.parameters():
             parameter.grad = None
-        params, macs = _dense_counts(model, result.model, args)
+        size = element_size(model)
+        dense = Counts.of(result.model, args, size, {})
         small = apply(result.model, plan.edits, result.factors, plan.mends, plan.constants)
-        left = Counts.of(small, args)
+        left = Counts.of(small, args, size, widths_left(plan))
         spent: dict[str, float] = {}
         for one in budgets:
-            group, _ = targets[one.name]
-            real = group.measure in SIZES
-            spent[one.name] = left.group(group) if real else one.measure.spent(kept)[0]
+            by = one.measure
+            costs = by.left(left) if isinstance(by, Footprint) else by.spent(kept)
+            spent[one.name] = costs[0]
         budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
         if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
             break
+    before = _at_first(model, dense)
     owning = own_gates(layers)
     forced, filled = dict[str, int](), dict[str, int]()
     collapsed: list[str] = []
@@ -269,7 +285,7 @@ def prune(
         "groups": {
             one.name: {
                 "layers": list(one.layers),
-                "measure": measure_name(targets[one.name][0].measure),
+                "measure": measure_name(groups[one.name].measure),
                 "target": one.target,
                 "density": spent[one.name] / one.measure.totals[0],
                 "kept": _whole(spent[one.name]),
@@ -280,8 +296,10 @@ def prune(
             }
             for one in budgets
         },
-        "params": [left.params[""], params],
-        "macs": [left.macs[""], macs],
+        **{key: [after, before[key]] for key, after in left.whole().items()},
+        "latency": whole_seconds([small, fold(all_open(model), plan.raw).model], args)
+        if any(isinstance(group.measure, LatencyTable) for group in groups.values())
+        else None,
         "sites": sites,
         "tier": plan.tier,
         "notes": plan.notes,
@@ -310,17 +328,22 @@ def format_report(report: Mapping[str, Any]) -> str:
         )
     lines = aligned(rows, left=len(head))
     for name, group in report["groups"].items():
+        by = group["measure"]
+        kept, total = (words(group[key], by) for key in ("kept", "total"))
         lines.append(
-            f"{name}: {group['measure']} {group['density']:.4f} of at most {group['target']:g}, "
-            f"{group['forced']} gates forced closed"
+            f"{name}: {by} {group['density']:.4f} of at most {group['target']:g} ({kept} of "
+            f"{total}), {group['forced']} gates forced closed"
         )
     if report["collapsed"]:
         names = ", ".join(report["collapsed"])
         lines.append(f"collapsed: all gates of {names} are closed, nothing passes through")
-    for what, key in (("parameters", "params"), ("MACs", "macs")):
+    for what, key in (("parameters", "params"), ("MACs", "macs"), ("activation bytes", "memory")):
         after, before = report[key]
         share = f" ({after / before:.2%})" if before else ""
         lines.append(f"{what}: {after:,} of {before:,}{share}")
+    if report["latency"]:
+        after, before = (words(seconds, "latency") for seconds in report["latency"])
+        lines.append(f"measured latency: {after}, dense {before}")
     size = report["round_to"]
     if size > 1:
         odd = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.compact import Edit, Mend, shrink_, sliced
-from l0fast.density import count_macs, count_params
+from l0fast.counts import Counts, element_size
 from l0fast.draw import SKIPPING, gated_layers
+from l0fast.following import stop_following
 from l0fast.graph import is_carrier
 from l0fast.links import attach_skipping
-from l0fast.plan import make_plan, reference
-from l0fast.skip import stop_following
+from l0fast.plan import fold, make_plan, reference
 
 SELDOM = 0.01
 """A gate that is open more seldom than this may go for good."""
@@ -163,7 +164,8 @@ def remove_(
     """
     earlier: Any = getattr(model, "report", None)
     if earlier is None:
-        dense = [count_params(model), count_macs(model, args)[""]]
+        plain = fold(copy.deepcopy(model)).model
+        dense = Counts.of(plain, args, element_size(model), {}).whole()
         earlier = {"dense": dense, "layers": [], "attributes": []}
     layers = gated_layers(model)
     for layer in layers.values():

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from l0fast.draw import SKIPPING, Compact, Draw, Drawn, in_force
-from l0fast.graph import LAYERS, NORMS
+from l0fast import skip_on_device
+from l0fast.draw import Compact, Draw, Drawn, OnDevice
+from l0fast.following import Following, can_follow
+from l0fast.graph import NORMS
 from l0fast.proof import tensors_of
 
 OVERHEAD = 5_000_000
@@ -30,76 +31,6 @@ picking weights, putting gradients back)."""
 MULTIPLE = 4
 """How many units are computed is rounded up to it: convolutions of few different, even widths run
 faster. The units added are closed, and so masked."""
-
-
-class Following:
-    """The forward of a layer without gates, between or beside some with: it leaves out the same.
-
-    A batch norm then computes with the channels that arrive, and the running statistics of the
-    others stay as they are.
-
-    Args:
-        layer: a Linear, a convolution or a batch norm; this stands in for its forward.
-    """
-
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer: Any = layer
-        self.compact: Compact | None = None
-        self.draw: Draw | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layer": self.layer, "compact": None, "draw": None}
-
-    def __call__(self, x: Tensor) -> Tensor:
-        layer, compact = self.layer, self.compact
-        if compact is None or self.draw is None or not in_force(self.draw):
-            return type(layer).forward(layer, x)
-        if isinstance(layer, NORMS):
-            assert compact.cols is not None
-            return self._norm(x, compact.cols)
-        rows, cols, gather = compact
-        weight, bias = layer.weight, layer.bias
-        if rows is not None:
-            weight = weight.index_select(0, rows)
-            bias = None if bias is None else bias.index_select(0, rows)
-        if cols is not None:
-            weight = weight.index_select(1, cols)
-        if gather is not None:
-            x = x.index_select(1 - weight.dim(), gather)
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, weight, bias)
-        return layer._conv_forward(x, weight, bias)
-
-    def _norm(self, x: Tensor, channels: Tensor) -> Tensor:
-        norm = self.layer
-        mean = norm.running_mean.index_select(0, channels)
-        variance = norm.running_var.index_select(0, channels)
-        weight, bias = (
-            None if parameter is None else parameter.index_select(0, channels)
-            for parameter in (norm.weight, norm.bias)
-        )
-        y = F.batch_norm(x, mean, variance, weight, bias, norm.training, norm.momentum, norm.eps)
-        if norm.training:
-            norm.num_batches_tracked.add_(1)
-            norm.running_mean.index_copy_(0, channels, mean)
-            norm.running_var.index_copy_(0, channels, variance)
-        return y
-
-
-def can_follow(layer: nn.Module) -> bool:
-    """Whether a layer without gates can leave out channels."""
-    if type(layer) in NORMS:
-        norm: Any = layer
-        return norm.running_mean is not None and norm.momentum is not None
-    return type(layer) in LAYERS and getattr(layer, "groups", 1) == 1
-
-
-def stop_following(model: nn.Module) -> None:
-    """Makes a model, and each part of it, compute with all units; layers get their own forward."""
-    for module in model.modules():
-        module.__dict__.pop(SKIPPING, None)
-        if isinstance(module.__dict__.get("forward"), Following):
-            del module.__dict__["forward"]
 
 
 @dataclass
@@ -131,6 +62,18 @@ class Link:
     def layers(self) -> list[Any]:
         """The maker and the readers."""
         return [*(reader.layer for reader in self.readers), *([self.maker] if self.maker else [])]
+
+    @property
+    def linear(self) -> bool:
+        """Whether kernels can follow it: from a linear layer to others that have gates for it."""
+        return (
+            isinstance(self.maker, nn.Linear)
+            and not (isinstance(self.maker, Drawn) and self.maker.gates == "output")
+            and all(
+                isinstance(reader.layer, nn.Linear) and reader.by_gates and reader.labels is None
+                for reader in self.readers
+            )
+        )
 
     @property
     def own(self) -> bool:
@@ -171,6 +114,8 @@ class Skipping:
         model: the model that draws.
         links: of its layers; each layer makes, and reads, at most one.
         mode: "auto": a link where it pays, on a CPU; True: every link.
+        on_gpu: with gates drawn on a GPU; then chains of linear layers are computed with no read by
+            the host, if no convolution needs one.
         args: the example.
         multiple: of how many units are computed.
     """
@@ -182,7 +127,11 @@ class Skipping:
         mode: str | bool,
         args: tuple[Any, ...],
         multiple: int = MULTIPLE,
+        on_gpu: bool = False,
     ) -> None:
+        convolved = any(not isinstance(layer, nn.Linear) for one in links for layer in one.layers())
+        self.on_gpu = on_gpu
+        self.unread = on_gpu and not convolved and any(link.linear for link in links)
         self.links, self.mode, self.multiple = links, mode, multiple
         self.form = form_of(args, {})
         self.size = max(next((tensor.numel() for tensor in tensors_of(args)), 1), 1)
@@ -231,17 +180,46 @@ class Skipping:
             inputs, options: of the model's forward.
             draw: the model's, in force as long as this forward is.
         """
-        if self.mode == "auto" and any(mask.is_cuda for mask in opened.values()):
+        if self.mode == "auto" and skip_on_device.on_gpu(opened):
             return  # the host would have to wait for the gates
         if not self.holds(model, inputs, options):
             return
+        if self.unread:
+            compacts = self._unread(opened)
+        elif self.on_gpu:
+            device = next(iter(opened.values())).device
+            seen = skip_on_device.read_back(opened)
+            compacts = skip_on_device.send(self._compacts(seen, inputs), device)
+        else:
+            compacts = self._compacts(opened, inputs)
+        for layer in self._layers:
+            if isinstance(layer, Drawn):
+                layer.__dict__["_compact"] = compacts.get(id(layer))
+        for following in self._following:
+            following.compact, following.draw = compacts.get(id(following.layer)), draw
+
+    def _unread(self, opened: dict[int, Tensor]) -> dict[int, OnDevice]:
+        """What each layer leaves out, as lists that stay on the device."""
+        ends = [
+            (id(link.maker), [id(one.layer) for one in link.readers], self._alive(link, opened))
+            for link in self.links
+            if link.linear and self._drawn(link, opened)
+        ]
+        return skip_on_device.orders(ends)
+
+    @staticmethod
+    def _drawn(link: Link, opened: dict[int, Tensor]) -> bool:
+        """Whether this step has drawn all the gates of a link's layers."""
+        return all(id(layer) in opened for layer in link.layers() if isinstance(layer, Drawn))
+
+    def _compacts(self, opened: dict[int, Tensor], inputs: tuple[Any, ...]) -> dict[int, Compact]:
+        """What each layer leaves out, where the host can see the gates."""
         first = next(iter(tensors_of(inputs)), None)
         examples = 1.0 if first is None else first.numel() / self.size
         rows: dict[int, Tensor] = {}
         cols: dict[int, tuple[Tensor, Tensor | None]] = {}
         for link in self.links:
-            gated = [layer for layer in link.layers() if isinstance(layer, Drawn)]
-            if any(id(layer) not in opened for layer in gated):
+            if not self._drawn(link, opened):
                 continue
             if link.maker is None:
                 (reader,) = link.readers
@@ -257,16 +235,11 @@ class Skipping:
             alone = sum(not isinstance(reader.layer, NORMS) for reader in link.readers) == 1
             for reader in link.readers:
                 cols[id(reader.layer)] = self._columns(reader, alive, found, opened, alone)
-        compacts = {
+        return {
             id(layer): Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
             for layer in self._layers
             if id(layer) in rows or id(layer) in cols
         }
-        for layer in self._layers:
-            if isinstance(layer, Drawn):
-                layer.__dict__["_compact"] = compacts.get(id(layer))
-        for following in self._following:
-            following.compact, following.draw = compacts.get(id(following.layer)), draw
 
     def pays(self, link: Link, kept: int, of: int, examples: float) -> bool:
         """Whether leaving out the other channels saves more time than it costs."""
@@ -288,7 +261,8 @@ class Skipping:
                     need = counts.index_add_(0, reader.labels.to(need.device), need.float()) > 0
                 needed.append(need)
             elif not isinstance(reader.layer, NORMS):
-                needed = [torch.ones(size, dtype=torch.bool, device=link.maker.weight.device)]
+                device = next(iter(opened.values())).device
+                needed = [torch.ones(size, dtype=torch.bool, device=device)]
                 break
         alive = functools.reduce(torch.logical_or, needed)
         if link.own:

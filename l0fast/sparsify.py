@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from l0fast import _checks, graph
 from l0fast.attention import Unfused, attention_calls, unfuse_
 from l0fast.draw import attach_draw, gated_layers, own_gates
+from l0fast.following import stop_following
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import DENSITY_INIT, GATED_TYPES, GATES
 from l0fast.links import attach_skipping
 from l0fast.recipes import Choice, GateRow, GateTable, by_structure, without_structure
 from l0fast.sites import light_copy, replace
-from l0fast.skip import stop_following
 
 FUSED = "a fused op reads its weights"
 
@@ -254,8 +254,10 @@ def sparsify_(
             given, layers that never run on it are left out, and closed units can be skipped.
         skip: whether a training step leaves out of its computation the units whose gates are drawn
             closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
-            units can be followed from the layers that make them to those that read them (on a GPU
-            the host then waits for the gates); False: nowhere. Needs `example_inputs`.
+            units can be followed from the layers that make them to those that read them; False:
+            nowhere. Needs `example_inputs`. On a GPU chains of linear layers alone are skipped by
+            kernels that ask nobody; in a model with convolutions the host waits for the gates once
+            a step.
         dry_run: change nothing, and return a table of what would have gates and why the others
             would not; it prints as a table.
 
@@ -268,7 +270,7 @@ def sparsify_(
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
     _checks.one_of("gates", gates, ("auto", *GATES))
-    _checks.skip(skip)
+    _checks.auto_or_bool("skip", skip)
     if skip is True and example_inputs is None:
         _checks.refuse("skip", skip, "'auto' or False without example_inputs")
     if density_init is not None and droprate_init is not None:

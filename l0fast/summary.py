@@ -41,7 +41,20 @@ def of_pruned(
         "test_error_percent": test_error,
         "feasible": feasible if settings.penalty is None else None,
         **_sizes(report["params"], report["macs"]),
+        **_of_measure(report),
     }
+
+
+def _of_measure(report: Mapping[str, Any]) -> Row:
+    """Memory; and latency, if it was measured: by the table for one target, else as measured."""
+    after, before = report["memory"]
+    row: Row = {"memory": after, "dense_memory": before, "memory_fraction": after / before}
+    if report["latency"]:
+        after, before = report["latency"]
+        shares = [group["density"] for group in report["groups"].values()]
+        row |= {"latency": after, "dense_latency": before}
+        row["latency_fraction"] = shares[0] if len(shares) == 1 else after / before
+    return row
 
 
 def of_dense(model: nn.Module, example_inputs: Any, last: Row) -> Row:

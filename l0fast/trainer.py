@@ -19,17 +19,19 @@ from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
 from l0fast.constraint import DensityConstraint
+from l0fast.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.data import Data, Split, check_data
 from l0fast.density import count_params
 from l0fast.draw import gated_layers
-from l0fast.folder import PLOT, PRUNED, RunFolder
+from l0fast.folder import LATENCY, PLOT, PRUNED, RunFolder
 from l0fast.method import make_optimizer, make_term
 from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
-from l0fast.settings import TrainerSettings
+from l0fast.settings import TrainerSettings, default_gate_lr
 from l0fast.shrink import Idle, Removal, plan_removal, remove_, worthwhile
 from l0fast.sparsify import example_args, sparsify_
+from l0fast.stall import find_stalls, told
 from l0fast.summary import asked, of_dense, of_pruned
 from l0fast.tensorboard import scalar_writer
 
@@ -87,6 +89,7 @@ class Trainer:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).strip().splitlines()[0]
             _checks.refuse("device", str(device), f"a device of this machine ({reason})")
+        check_asked(settings.cuda_graph, self.device)
         self.settings = settings
         try:
             self.identity: Row = json.loads(json.dumps(dict(identity or {})))
@@ -113,6 +116,11 @@ class Trainer:
         )
         self.optimizer = make_optimizer(model, settings, self.total_steps)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
+        self._loss_sum = torch.zeros((), device=self.device)
+        self._errors = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._steps = Steps(
+            self._take_step, model, self.optimizer, settings.batch_size, settings.cuda_graph
+        )
         self.best: Row | None = None
         self.idle = None if settings.shrink is None else Idle(settings.shrink)
         self.removals: list[Removal] = []
@@ -144,36 +152,39 @@ class Trainer:
             return 1.0
         return 0.5 * (1 + math.cos(math.pi * self.step / self.total_steps))
 
+    def _take_step(self, index: Tensor) -> None:
+        """One step on the training examples at `index`; nothing is read back."""
+        train = self.data.train
+        x, y = train.inputs.index_select(0, index), train.targets.index_select(0, index)
+        logits = self.model(x)
+        loss = F.cross_entropy(logits, y)
+        total = loss if self.term is None else loss + self.term()
+        total.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.term is not None:
+            self.term.step()
+        self._loss_sum += loss.detach() * len(index)
+        self._errors += (logits.detach().argmax(1) != y).sum()
+
     def _train_epoch(self) -> Row:
         """One pass over the training examples; the sums stay on the device until its end."""
-        train, size = self.data.train, self.settings.batch_size
-        count = len(train.targets)
+        size, count = self.settings.batch_size, len(self.data.train.targets)
         # The order depends on (seed, epoch) alone, so a resumed run sees the same.
         generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.epoch)
         order = torch.randperm(count, generator=generator).to(self.device)
-        loss_sum = torch.zeros((), device=self.device)
-        errors = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._loss_sum.zero_()
+        self._errors.zero_()
         self.model.train()
-        for start in range(0, count, size):
-            factor = self._lr_factor()
-            for group, lr in zip(self.optimizer.param_groups, self.base_lrs, strict=True):
-                group["lr"] = lr * factor
-            index = order[start : start + size]
-            x, y = train.inputs.index_select(0, index), train.targets.index_select(0, index)
-            logits = self.model(x)
-            loss = F.cross_entropy(logits, y)
-            total = loss if self.term is None else loss + self.term()
-            total.backward()
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            if self.term is not None:
-                self.term.step()
-            loss_sum += loss.detach() * len(index)
-            errors += (logits.detach().argmax(1) != y).sum()
-            self.step += 1
+        with self._steps.running():
+            for start in range(0, count, size):
+                factor = self._lr_factor()
+                set_learning_rates(self.optimizer, [lr * factor for lr in self.base_lrs])
+                self._steps(order[start : start + size])
+                self.step += 1
         return {
-            "loss": float(loss_sum) / count,
-            "train_error_percent": 100 * int(errors) / count,
+            "loss": float(self._loss_sum) / count,
+            "train_error_percent": 100 * int(self._errors) / count,
         }
 
     def _row(self, trained: Row) -> Row:
@@ -186,6 +197,11 @@ class Trainer:
             row |= gate_metrics(self.model)
         if isinstance(self.term, DensityConstraint):
             row |= constraint_metrics(self.term)
+            targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
+            stalls = find_stalls([*self.history, row], targets, self.settings.epochs)
+            gate_lr = self.settings.gate_lr or default_gate_lr(self.total_steps)
+            rates = float(self.term.dual_lr), gate_lr
+            row["stalls"] = {name: stall.words(*rates) for name, stall in stalls.items()}
         return row
 
     # --- the whole run --------------------------------------------------------------------------
@@ -283,6 +299,8 @@ class Trainer:
             self.pruned = prune(model, self.example_inputs)
             if self.folder is not None:
                 save_pruned(self.pruned, self.folder / PRUNED)
+                if isinstance(self.term, DensityConstraint) and self.term.table is not None:
+                    self.term.table.save(self.folder / LATENCY)
             error = error_percent(self.pruned, self.data.test)
             report: Any = self.pruned.report
             outcome = of_pruned(report, self.settings, selected, error)
@@ -293,9 +311,11 @@ class Trainer:
             "best_test_error_percent": min(row["test_error_percent"] for row in self.history),
             "selected_epoch": selected["epoch"],
             VALIDATION: selected.get(VALIDATION),
+            "stalls": told(self.history),
             "seconds": round(self.seconds, 3),
             "settings": asdict(self.settings),
             "device": str(self.device),
+            "cuda_graph": self._steps.status,
             "torch": torch.__version__,
         }
 

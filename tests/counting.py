@@ -18,3 +18,17 @@ class Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls[func.overloadpacket.__name__] += 1
         return func(*args, **(kwargs or {}))
+
+
+class CaptureSafe(TorchDispatchMode):
+    """Refuses what a CUDA graph cannot hold: the host reading a number, or sizes that depend on
+    one, and tensors made from the host's data."""
+
+    READS = frozenset({"_local_scalar_dense", "nonzero", "masked_select", "unique", "_unique2"})
+    WRITES = frozenset({"lift_fresh", "lift"})  # what torch.tensor dispatches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.READS | self.WRITES:
+            raise AssertionError(f"{name}: a captured graph could not hold it")
+        return func(*args, **(kwargs or {}))

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -24,6 +25,19 @@ import torch
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 RUNS_HERE = INTERPRETED or DEVICE == "cuda"
+
+if INTERPRETED:
+    # Triton 3.6's interpreter takes a bound that a kernel has loaded for a number by a conversion
+    # that numpy has since given up; later ones do as here.
+    from triton.runtime import interpreter as _triton
+
+    _patch_tensor = _triton._patch_lang_tensor
+
+    def _patched(tensor: Any, scope: Any) -> None:
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    _triton._patch_lang_tensor = _patched
 
 TestFunction = Callable[..., None]
 

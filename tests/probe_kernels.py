@@ -52,3 +52,34 @@ def naive_kernel(
     s = tl.sigmoid((tl.log(u) - tl.log(1 - u) + log_alpha) / temperature)
     z = tl.minimum(tl.maximum(s * (zeta - gamma) + gamma, 0.0), 1.0)
     tl.store(out_ptr + index, weight * z, mask=index < n)
+
+
+@triton.jit
+def gathering_matmul_kernel(
+    a_ptr,
+    b_ptr,
+    out_ptr,
+    index_ptr,
+    k_count_ptr,
+    n,
+    stride_am,
+    stride_bk,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A product that picks its open columns itself, and masks the count's tail: another canary."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    k_stop = tl.load(k_count_ptr)
+    for k_0 in range(0, k_stop, BLOCK_K):
+        inner = k_0 + tl.arange(0, BLOCK_K)
+        here = inner < k_stop
+        unit = tl.load(index_ptr + inner, mask=here, other=0)
+        a = tl.load(a_ptr + row[:, None] * stride_am + unit[None, :], mask=here[None, :], other=0.0)
+        b = tl.load(
+            b_ptr + unit[:, None] + column[None, :] * stride_bk, mask=here[:, None], other=0.0
+        )
+        total = tl.dot(a, b, total)
+    tl.store(out_ptr + row[:, None] * n + column[None, :], total.to(out_ptr.dtype.element_ty))

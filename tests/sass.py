@@ -113,7 +113,6 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gated_weight_backward fp32, any size": ("gated_weight_backward fp32", {"ALIGNMENT": 1}),
     "gated_weight_backward fp32, no dopen": ("gated_weight_backward fp32", {"dopen_ptr": None}),
     "hard_concrete, one segment": ("hard_concrete", {"offset_ptr": None, "ALIGNMENT": 1}),
-    "hard_concrete, order": ("hard_concrete", {"order_ptr": "i64", "count_ptr": "i64"}),
     "hard_concrete_backward, no dz": ("hard_concrete_backward", {"dz_ptr": None}),
     "hard_concrete_backward, no dopen": ("hard_concrete_backward", {"dopen_ptr": None}),
     "scaled_weight_backward bf16 row, any size": (
@@ -131,6 +130,10 @@ class Build(NamedTuple):
     types: dict[str, str]
     constexprs: dict[str, object]
     elements: int
+    multiples_of_16: tuple[str, ...] = ()
+    """Numbers that are, beside all pointers."""
+    warps: int = 4
+    stages: int = 3
 
 
 def builds() -> dict[str, Callable[[], Build]]:
@@ -153,12 +156,8 @@ def builds() -> dict[str, Callable[[], Build]]:
 
 
 def _variant(build: Build, changes: dict[str, object]) -> Build:
-    """The build with other constants; a constant that is a type becomes a pointer to it."""
-    pointers = {name: str(kind) for name, kind in changes.items() if kind == "i64"}
-    constexprs = {**build.constexprs, **changes}
-    for name in pointers:
-        del constexprs[name]
-    return Build(build.kernel, {**build.types, **pointers}, constexprs, build.elements)
+    """The build with other constants."""
+    return build._replace(constexprs={**build.constexprs, **changes})
 
 
 def _gated_weight(dtypes: str, *, backward: bool) -> Build:
@@ -189,7 +188,6 @@ def _hard_concrete(*, backward: bool) -> Build:
     }
     if backward:
         return Build(module.hard_concrete_backward_kernel, {}, constexprs, module.BLOCK)
-    constexprs |= {"order_ptr": None, "count_ptr": None}
     return Build(module.hard_concrete_kernel, {}, constexprs, module.BLOCK)
 
 
@@ -211,7 +209,6 @@ def _naive() -> Build:
     return Build(naive_kernel, {}, {"BLOCK": 1024}, 1024)
 
 
-WARPS = 4
 _INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*);"
 )
@@ -219,14 +216,14 @@ _INSTRUCTION = re.compile(
 
 def count(name: str, build: Build, architecture: int) -> Count:
     """Compile for an architecture, disassemble, and count."""
-    lines, usage = _assemble(build, architecture)
+    lines, usage = assemble(build, architecture)
     instructions = [opcode for opcode, _ in lines]
     by_kind = collections.Counter(opcode.split(".")[0] for opcode in instructions)
     loads = [op for op in instructions if op.startswith("LDG")]
     stores = [op for op in instructions if op.startswith("STG")]
     wide_loads = [op for op in loads if ".128" in op]
     wide_stores = [op for op in stores if ".128" in op]
-    per_thread = build.elements / (32 * WARPS)
+    per_thread = build.elements / (32 * build.warps)
     return Count(
         kernel=name,
         architecture=architecture,
@@ -244,7 +241,8 @@ def count(name: str, build: Build, architecture: int) -> Count:
     )
 
 
-def _assemble(build: Build, architecture: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
+def assemble(build: Build, architecture: int) -> tuple[list[tuple[str, str]], dict[str, int]]:
+    """The instructions (opcode, arguments), and the registers and stack that they need."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -253,12 +251,13 @@ def _assemble(build: Build, architecture: int) -> tuple[list[tuple[str, str]], d
     signature = {name: _type(name, build) for name in names}
     # What the launcher would find: tensors from PyTorch's allocator begin at multiples of 16.
     attributes = {
-        (i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n][0] == "*"
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if signature[n][0] == "*" or (n in build.multiples_of_16 and n not in build.constexprs)
     }
     source = ASTSource(build.kernel, signature, constexprs=build.constexprs, attrs=attributes)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": WARPS}
-    )
+    options = {"num_warps": build.warps, "num_stages": build.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
@@ -285,6 +284,8 @@ def _type(name: str, build: Build) -> str:
     if name.endswith("_ptr"):
         default = "i64" if name in ("state_ptr", "offset_ptr") else "fp32"
         return "*" + build.types.get(name, default)
+    if name in build.types:
+        return build.types[name]
     return "i64" if name in ("n", "rows", "columns", "gates", "seed") else "fp32"
 
 

@@ -21,6 +21,7 @@ from bench import (
     __main__,
     bench_gated_weight,
     bench_prune,
+    bench_skipping_linear,
     bench_step,
     case,
     counting,
@@ -35,7 +36,8 @@ from bench import (
 )
 from bench.case import Goal, Variant
 from bench.report import Row
-from l0fast import functional
+from l0fast import functional, links
+from l0fast.draw import OnDevice
 from l0fast.hard_concrete import HardConcrete
 from l0fast.models import build
 
@@ -623,3 +625,19 @@ def test_gated_weight_on_the_cpu(op: Callable[[Tensor, Tensor], Any], benchmark:
     dweight, dlog_alpha = benchmark.pedantic(both, rounds=5, warmup_rounds=1)
     assert dweight.shape == dlog_alpha.shape == weight.shape
     assert bool((dlog_alpha != 0).all())
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_the_skipping_block_is_rehearsed_small(
+    density: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU, by the reference: what it times computes, and skips."""
+    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    rows = bench_skipping_linear.ffn("x", (16, 96, 8), density, LITTLE, "cpu")
+    assert [row.variant for row in rows] == ["dense", "masked", "skipped"]
+    assert {row.status for row in rows} == {report.MEASURED}, rows
+    block = bench_skipping_linear._block((16, 96, 8), density, True, "cpu")
+    block(torch.randn(8, 16, dtype=torch.bfloat16))
+    reader: Any = block.get_submodule("2")
+    assert isinstance(reader._compact, OnDevice)
+    assert block.get_submodule("0").__dict__["forward"].compact.rows is reader._compact.cols

@@ -364,7 +364,7 @@ def test_prune_to_another_target(finished: Path, capsys: pytest.CaptureFixture[s
     Path("b.safetensors").write_text("precious")
     for target, words in (
         ("0", "target: got 0.0; expected a density in"),
-        ("abc", "target: got 'abc'; expected a number"),
+        ("abc", "target: got 'abc'; expected a density in (0, 1], or an amount such as"),
         ("fc9=0.1", "target: got 'fc9'; expected a pattern that matches one of"),
     ):
         arguments = ("prune", checkpoint, "--target", target, "--out", "b.safetensors", "--force")
@@ -431,13 +431,18 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--density", "0.5,x"), "density: got 'x'; expected a number"),
         (("--density", "0.5,0.3", "--compare-dense"), "compare_dense: got True; expected one"),
         (("--skip", "x"), "skip: got 'x'; expected one of 'auto', 'on', 'off'"),
+        (("--cuda-graph", "x"), "cuda_graph: got 'x'; expected one of 'auto', 'on', 'off'"),
+        (
+            ("--dense", "--cuda-graph", "on", "--device", "cpu"),
+            "cuda_graph: got True; expected 'auto' or False on the device 'cpu'",
+        ),
         (("--recipe", "x"), "recipe: got 'x'; expected one of 'default', 'published'"),
         (("--density", "0"), "density: got 0.0; expected a density in (0, 1]"),
         (("--density", "1.5"), "density: got 1.5; expected a density in (0, 1]"),
         (("--density", "-0.5"), "density: got -0.5; expected a density in (0, 1]"),
         (("--density", "nan"), "density: got nan; expected a density in (0, 1]"),
-        (("--density", "abc"), "density: got 'abc'; expected a number"),
-        (("--density", ""), "density: got ''; expected a number"),
+        (("--density", "abc"), "density: got 'abc'; expected a density in (0, 1], or an amount"),
+        (("--density", ""), "density: got ''; expected a density in (0, 1], or an amount"),
         (("--density", "1e-9"), "got 1e-09; expected a density in [0.0"),
         (("--density",), "argument --density: expected one argument"),
         ((), "density: got None; expected --density, --layer-density, --penalty or --dense"),
@@ -446,10 +451,10 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--layer-density", "fc1=0.5,f*=0.4"), "got 'fc1'; expected layers of one group only"),
         (("--layer-density", "fc1=0.5,"), "layer_density: got 'fc1=0.5,'; expected NAME=DENSITY"),
         (("--layer-density", "=0.5"), "layer_density: got '=0.5'; expected NAME=DENSITY,..."),
-        (("--layer-density", "fc1=abc"), "layer_density[fc1]: got 'abc'; expected a number"),
+        (("--layer-density", "fc1=abc"), "layer_density['fc1']: got 'abc'; expected a density"),
         (("--layer-density", "fc1=1.5"), "layer_density['fc1']: got 1.5; expected a density in (0"),
         (("--layer-density", "fc1=1e-9"), "target['fc1']: got 1e-09; expected a density in [0.0"),
-        (("--layer-density", "abc"), "layer_density: got 'abc'; expected a number"),
+        (("--layer-density", "abc"), "layer_density['fc1']: got 'abc'; expected a density"),
         (("--density", "0.5", "--penalty", "1"), "penalty: got 1.0; expected only one of"),
         (("--density", "0.5", "--layer-density", "0.5"), "expected only one of density and layer"),
         (("--density", "0.5", "--measure", "x"), "measure: got 'x'; expected one of 'gates', 'par"),

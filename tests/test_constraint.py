@@ -419,7 +419,7 @@ LOWEST = (6 + 4) / (48 + 24)
 @pytest.mark.parametrize(
     ("target", "error", "message"),
     [
-        ("abc", TypeError, "target: got 'abc'; expected a density in (0, 1]"),
+        ("abc", ValueError, "target: got 'abc'; expected a density in (0, 1]"),
         (None, TypeError, "target: got None; expected a density in (0, 1]"),
         (True, TypeError, "target: got True; expected a density in (0, 1]"),
         (0, ValueError, "target: got 0; expected a density in (0, 1]"),
@@ -434,7 +434,7 @@ LOWEST = (6 + 4) / (48 + 24)
         ({"0": 0.5, "x*": 0.5}, ValueError, "target: got 'x*'; expected a pattern that matches"),
         ({1: 0.5}, TypeError, "target: got 1; expected layer names or patterns as keys"),
         ({"0": 0.5, "*": 0.5}, ValueError, "got '*'; expected layers of one group only ('0' is in"),
-        ({"0": "abc"}, TypeError, "target['0']: got 'abc'; expected a density in (0, 1]"),
+        ({"0": "abc"}, ValueError, "target['0']: got 'abc'; expected a density in (0, 1]"),
         ({"0": 0.5, "2": 1.5}, ValueError, "target['2']: got 1.5; expected a density in (0, 1]"),
         ({"0": 0.5, "2": 0.1}, ValueError, "target['2']: got 0.1; expected a density in [0.166667"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,11 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l0fast import Constraints, DensityConstraint, DualAscent, L0Penalty, prune, sparsify_
+from l0fast import (
+    AugmentedLagrangian,
+    Constraints,
+    DensityConstraint,
+    DualAscent,
+    EqualityAscent,
+    L0Penalty,
+    PIControl,
+    prune,
+    sparsify_,
+)
 from l0fast.draw import gated_layers
 from l0fast.hard_concrete import HardConcrete
 
 X = torch.randn(2, 8)
+SHIFT = 2 / 3 * math.log(11)  # P(open) = sigmoid(log_alpha + SHIFT), from the paper's constants
 
 
 def mlp(**options: Any) -> nn.Sequential:
@@ -101,3 +113,74 @@ def test_what_is_refused() -> None:
         Constraints([DensityConstraint(model, 0.5), DensityConstraint(other, 0.5)])
     with pytest.raises(ValueError, match=r"^constraints: got \"two on \('0', '2'\) by gates\"; "):
         Constraints([DensityConstraint(model, 0.5), DensityConstraint(model, 0.4)])
+
+
+# --- targets that cannot hold together -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("equal", "other", "most"),
+    [
+        # The layers' gates control 128 and 64 parameters, 2 to 1.
+        (0.7, {"0": 0.4}, (2 * 0.4 + 1) / 3),
+        (0.7, {"2": 0.07}, (2 + 0.07) / 3),
+        ({"0": 0.5}, 0.25, 0.25 * 3 / 2),
+        # Each alone would leave enough; the two targets of one constraint together do not.
+        (0.6, {"0": 0.5, "2": 0.5}, 0.5),
+    ],
+)
+def test_a_density_out_of_reach_is_refused(equal: Any, other: Any, most: float) -> None:
+    model = mlp()
+    one = DensityConstraint(model, equal, dual=EqualityAscent())
+    two = DensityConstraint(model, other)
+    for terms in ([one, two], [two, one]):
+        with pytest.raises(ValueError, match=r"^constraints: density of .*; expected at most") as e:
+            Constraints(terms)
+        # What the other layer keeps with all its gates at the bound of log_alpha.
+        least = 0.5 / (1 + math.exp(10 - SHIFT)) if equal == {"0": 0.5} else 0.0
+        said = float(str(e.value).split("at most ")[1].split(",")[0])
+        assert said == pytest.approx(most - least, rel=1e-5)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("equal", "other"),
+    [
+        (0.59, {"0": 0.4}),
+        ({"0": 0.5}, 0.34),
+        ({"0": 0.5}, {"2": 0.2}),
+        (0.5, {"0": 0.5, "2": 0.5}),
+    ],
+)
+def test_a_density_within_reach_is_not(equal: Any, other: Any) -> None:
+    model = mlp()
+    one = DensityConstraint(model, equal, dual=EqualityAscent())
+    Constraints([one, DensityConstraint(model, other)])
+
+
+def test_targets_that_are_the_most_hold_together_whatever_they_are() -> None:
+    """Costs do not fall when a gate opens: the fewest gates have the least of each."""
+    model, x = mlp(), torch.randn(1, 8)
+    lowest: dict[str, float] = {}
+    for measure in ("gates", "params", "macs"):
+        with pytest.raises(ValueError, match=r"expected a density in") as e:
+            DensityConstraint(model, 1e-9, measure=measure, example_inputs=x)
+        lowest[measure] = float(str(e.value).split("[")[1].split(",")[0]) * (1 + 1e-5)
+    Constraints(
+        DensityConstraint(model, low, measure=measure, example_inputs=x)
+        for measure, low in lowest.items()
+    )
+    report: Any = prune(model, x).report
+    assert report["architecture"] == "1-1"
+
+
+def test_duals_are_mixed() -> None:
+    model = mlp()
+    one = DensityConstraint(model, 0.5, dual=AugmentedLagrangian(0.3, dual_first=True))
+    two = DensityConstraint(model, {"0": 0.4}, dual=PIControl(0.2))
+    both = Constraints([one, two])
+    both().backward()
+    before = two.multiplier.clone()
+    assert float(one.multiplier) > 0
+    both.step()
+    assert float(two.multiplier) > float(before) == 0

@@ -178,7 +178,7 @@ def test_targets_that_name_nothing_reachable_are_refused(target: Any, line: str)
         target_groups(gated(), target)
 
 
-@pytest.mark.parametrize("target", ["abc", None, True, {"conv": "x"}, {1: 0.5}, torch.tensor(0.5)])
+@pytest.mark.parametrize("target", [None, True, {"conv": None}, {1: 0.5}, torch.tensor(0.5)])
 def test_targets_of_a_wrong_type_are_refused(target: Any) -> None:
     with pytest.raises(TypeError, match=r"target.*: got .*; expected "):
         target_groups(gated(), target)

@@ -30,6 +30,8 @@ Z = torch.zeros
 HC: Any = HardConcrete
 draw: Any = functional.hard_concrete
 masked: Any = functional.gated_weight
+order: Any = functional.compaction
+skipping: Any = functional.skipping_linear
 anything: Any = sparsify_
 
 
@@ -104,6 +106,22 @@ FUNCTIONAL: dict[str, Refusal] = {
     "sizes: got (2.0, 2.0)": (TypeError, gates(sizes=(2.0, 2.0))),
     "sizes: got 'ab'": (TypeError, gates(sizes="ab")),
     "sizes: got (2, 2)": (ValueError, lambda: draw(Z(2, 2), (2, 2))),
+    "alive: got torch.float32; expected a bool tensor": (TypeError, lambda: order(Z(3), (3,))),
+    "alive: got 3; expected a bool tensor": (TypeError, lambda: order(3, (3,))),
+    "sizes: got (2,)": (ValueError, lambda: order(Z(3) > 0, (2,))),
+    "x: got 'str'; expected a tensor": (TypeError, lambda: skipping("x", Z(3, 4))),
+    "x: got (2, 3); expected [..., K] for a weight [N, K] (3, 4)": (
+        ValueError,
+        lambda: skipping(Z(2, 3), Z(3, 4)),
+    ),
+    "z: got (3,); expected the shape (4,)": (
+        ValueError,
+        lambda: skipping(Z(2, 4), Z(3, 4), z=Z(3)),
+    ),
+    "rows: got (4,); expected the shape (3,)": (
+        ValueError,
+        lambda: skipping(Z(2, 4), Z(3, 4), rows=order(Z(4) > 0, (4,))[0]),
+    ),
     "distribution: got 'str'; expected a HardConcrete": (TypeError, gates(distribution="hard")),
     "seed: got 'float'": (TypeError, gates(seed=1.5)),
     "step: got 'str'": (TypeError, gates(seed=1, step="a")),

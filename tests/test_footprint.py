@@ -11,10 +11,12 @@ import pytest
 import torch
 from counting import Counting
 from torch import Tensor, nn
+from zoo import ZOO
 
 from l0fast import DensityConstraint, models, prune, sparsify_
 from l0fast.draw import gated_layers
-from l0fast.footprint import trial
+from l0fast.measure import SIZES
+from l0fast.trial import trial
 
 FLAT = torch.randn(2, 6)
 IMAGE = torch.randn(2, 1, 28, 28)
@@ -98,7 +100,7 @@ def test_of_closed_and_open_gates_it_is_the_pruned_models_count(case: str, gates
     build, x = MODELS[case]
     model = sparsify_(build().double(), gates=gates).eval()
     x = x.double() if x.is_floating_point() else x
-    by_measure = {name: constrained(model, name, x) for name in ("params", "macs")}
+    by_measure = {name: constrained(model, name, x) for name in SIZES}
     for name, constraint in by_measure.items():  # every gate at the bound: all but open
         with torch.no_grad():
             for layer in gated_layers(model).values():
@@ -115,6 +117,56 @@ def test_of_closed_and_open_gates_it_is_the_pruned_models_count(case: str, gates
         assert [group["kept"], group["total"]] == [kept, dense]
         assert group["density"] == kept / dense
     assert smaller
+
+
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 6)
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return self.head(nn.functional.layer_norm(x, (6,)))
+
+
+BY_STRUCTURE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
+    name: ZOO[name] for name in ("vgg", "resnext", "mobilenet", "densenet")
+} | {"swiglu": (SwiGLU, lambda: torch.randn(2, 6))}
+
+
+@pytest.mark.parametrize("case", BY_STRUCTURE)
+def test_of_gates_by_structure_it_is_the_pruned_models_count(case: str) -> None:
+    """Behind batch norms, in groups and blocks, in both halves of a gated MLP."""
+    build, example = BY_STRUCTURE[case]
+    x = example().double()
+    model = sparsify_(build().double().eval(), example_inputs=x)
+    by_measure = {name: constrained(model, name, x) for name in ("params", "macs")}
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.fill_(torch.inf)
+    for constraint in by_measure.values():
+        assert float(constraint.densities().detach()) == 1.0
+    for share in (0.3, 0.6):
+        close_at_random(model, share)
+        small: Any = prune(model, x)
+        for name, constraint in by_measure.items():
+            kept, dense = small.report[name]
+            assert kept < dense
+            assert float(constraint.densities().detach()) == pytest.approx(kept / dense, rel=1e-12)
+
+
+def test_work_that_no_layer_does_is_refused() -> None:
+    """The products of heads with each other cost MACs that hang on no layer's own sizes."""
+    build, example = ZOO["llama"]
+    x = example()
+    model = sparsify_(build().eval(), example_inputs=x)
+    constrained(model, "params", x)
+    words = (
+        r"^measure: got 'macs'; expected another: .*\(a trial left [\d,]+ of 29,760, not [\d,]+\)$"
+    )
+    with pytest.raises(ValueError, match=words):
+        constrained(model, "macs", x)
 
 
 def random_gates(model: Any) -> Any:

@@ -41,7 +41,7 @@ def forward(
     from l0fast_kernels import hard_concrete_forward
 
     c = constants(distribution)
-    z, expected_open, _ = hard_concrete_forward(log_alpha, state(DEVICE), sizes, c)
+    z, expected_open = hard_concrete_forward(log_alpha, state(DEVICE), sizes, c)
     return z, expected_open
 
 
@@ -185,32 +185,6 @@ def test_a_clamped_gate_has_no_gradient_from_the_data() -> None:
 
 
 @kernel_test
-@pytest.mark.parametrize("sizes", [*SEGMENTS, (20000,)], ids=str)
-def test_order_lists_open_gates_then_closed_ones(
-    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from l0fast_kernels import hard_concrete_forward, launch
-
-    log_alpha = log_alphas(sum(sizes))
-    c = constants()
-    with guarded(launch, monkeypatch):
-        z, expected_open, gates = hard_concrete_forward(
-            log_alpha, state(DEVICE), sizes, c, order=True
-        )
-    assert gates is not None
-    assert_written(gates.order, gates.count, z, expected_open)
-    without_order = forward(log_alpha, sizes)
-    assert torch.equal(z, without_order[0])
-    torch.testing.assert_close(expected_open, without_order[1], rtol=1e-6, atol=0)
-    pieces = zip(z.split(list(sizes)), gates.order.split(list(sizes)), gates.count, strict=True)
-    for z_of_segment, order, count in pieces:
-        opens = torch.nonzero(z_of_segment > 0).flatten()
-        closed = torch.nonzero(z_of_segment == 0).flatten().flip(0)
-        assert order.tolist() == [*opens.tolist(), *closed.tolist()]
-        assert int(count) == len(opens)
-
-
-@kernel_test
 # NumPy, which the interpreter computes with, mentions the infinities this test is about.
 @pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 def test_extreme_log_alpha_is_finite_and_nan_is_loud() -> None:
@@ -276,7 +250,7 @@ def test_a_replayed_graph_draws_fresh_gates() -> None:
     hard_concrete_forward(log_alpha, named, sizes, c)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        z, _, _ = hard_concrete_forward(log_alpha, named, sizes, c)
+        z, _ = hard_concrete_forward(log_alpha, named, sizes, c)
     graph.replay()
     first = z.clone()
     named[1] += 1

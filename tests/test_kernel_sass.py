@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sass import ARCHITECTURES, BUDGETS, FLOOR, NAIVE, VARIANTS, Count
@@ -18,15 +19,15 @@ EVERYWHERE = [(name, arch) for name in GATED for arch in ARCHITECTURES]
 CASES = EVERYWHERE + [(name, 90) for name in BUDGETS if name not in GATED]
 
 
-@functools.cache
-def counts() -> dict[tuple[str, int], Count]:
-    """Counted in a child, whose Triton compiles even if this process's interprets."""
+def counted(program: str) -> list[dict[str, Any]]:
+    """What a program of this folder counts, in a child whose Triton compiles even if this
+    process's interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     here = Path(__file__).parent
     paths = [str(here.parent / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
-        [sys.executable, str(here / "sass.py"), "--json"],
+        [sys.executable, str(here / program), "--json"],
         env=environment,
         capture_output=True,
         text=True,
@@ -34,7 +35,13 @@ def counts() -> dict[tuple[str, int], Count]:
     )
     if done.returncode:
         raise RuntimeError(done.stderr)
-    found = (Count(**record) for record in json.loads(done.stdout))
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def counts() -> dict[tuple[str, int], Count]:
+    """By kernel and architecture."""
+    found = (Count(**record) for record in counted("sass.py"))
     return {(count.kernel, count.architecture): count for count in found}
 
 

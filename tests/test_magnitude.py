@@ -11,7 +11,7 @@ from torch import nn
 
 from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
 from l0fast.data import Data
-from l0fast.magnitude import CLOSED, OPEN, MagnitudePruning, magnitudes
+from l0fast.magnitude import CLOSED, OPEN, MagnitudePruning, magnitudes, shared_magnitudes
 
 __all__ = ["digits", "one_thread"]  # fixtures
 
@@ -193,19 +193,16 @@ def _data() -> Data:
 
 
 def test_layers_that_share_gates_are_ranked_together() -> None:
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
-            with torch.no_grad():
-                self.a.weight.copy_(torch.tensor([4.0, 3.0, 2.0, 1.0]).expand(3, 4))
-                self.b.weight.copy_(torch.tensor([0.0, 1.0, 9.0, 2.0]).expand(3, 4))
-
-    model = Pair()
-    model.a = L0Linear.from_dense(model.a)
-    model.b = L0Linear.from_dense(model.b, shared=model.a)
-    term = MagnitudePruning(model, 0.5, steps=10)
-    term.prune_to_(0.0)
-    assert model.a.log_alpha is model.b.log_alpha
-    # Sums of squares: 16, 10, 85, 5.
-    assert model.a.log_alpha.tolist() == [OPEN, CLOSED, OPEN, CLOSED]
+    first = L0Linear.from_dense(nn.Linear(3, 2, bias=False))
+    second = L0Linear.from_dense(nn.Linear(3, 1, bias=False), shared=first)
+    with torch.no_grad():
+        first.weight.copy_(torch.tensor([[3.0, 0.0, 1.0], [0.0, 0.0, 1.0]]))
+        second.weight.copy_(torch.tensor([[0.0, 6.0, 1.0]]))
+    found = shared_magnitudes({"first": first, "second": second})
+    assert list(found) == ["first"]
+    torch.testing.assert_close(found["first"], torch.tensor([3.0, 12.0, 1.0]).sqrt())
+    model = nn.Sequential(first, nn.Flatten(0), nn.Flatten(0))
+    model[1] = nn.Sequential(second)
+    pruning = MagnitudePruning(model, 0.4, steps=2, gradual=False)
+    pruning.step()
+    assert (first.log_alpha > 0).tolist() == [False, True, False]

@@ -19,15 +19,20 @@ import l0fast
 ROOT = Path(__file__).resolve().parent.parent
 
 PUBLIC = {
+    "AugmentedLagrangian",
     "Constraints",
     "DensityConstraint",
     "DualAscent",
+    "EqualityAscent",
     "HardConcrete",
     "L0Conv1d",
     "L0Conv2d",
     "L0Conv3d",
     "L0Linear",
     "L0Penalty",
+    "LatencyTable",
+    "PIControl",
+    "TargetSchedule",
     "Trainer",
     "TrainerSettings",
     "__version__",
@@ -35,6 +40,7 @@ PUBLIC = {
     "frontier",
     "functional",
     "load_pruned",
+    "measure_latency",
     "param_groups",
     "prune",
     "prune_optimizer",

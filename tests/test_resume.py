@@ -387,6 +387,9 @@ class Stop(Exception):
     [
         ("mlp", {"layer_density": {"fc1": 0.6, "fc[23]": 0.7}, "schedule": "constant"}, 1),
         ("mlp", {"penalty": 0.3, "penalty_per_example": True}, 2),
+        ("mlp", {"density": 0.4, "dual": "pi", "target_schedule": "cubic"}, 1),
+        ("mlp", {"density": 0.4, "dual": "augmented", "dual_first": True}, 2),
+        ("mlp", {"density": 0.4, "dual": "equality", "target_schedule": "linear"}, 2),
         ("mlp", {}, 1),
         ("mlp", {}, 0),
         ("lenet5", {"density": 0.5}, 1),

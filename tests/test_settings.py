@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from l0fast import TrainerSettings
-from l0fast.settings import default_dual_lr, default_gate_lr
+from l0fast.settings import default_dual_lr, default_gate_lr, default_target_schedule
 
 
 @pytest.mark.parametrize(
@@ -18,7 +18,7 @@ from l0fast.settings import default_dual_lr, default_gate_lr
         ({"density": 0}, ValueError, "density: got 0; expected a density in (0, 1]"),
         ({"density": 1.5}, ValueError, "density: got 1.5; expected a density in (0, 1]"),
         ({"density": math.nan}, ValueError, "density: got nan; expected a density in (0, 1]"),
-        ({"density": "abc"}, TypeError, "density: got 'abc'; expected a density in (0, 1]"),
+        ({"density": "abc"}, ValueError, "density: got 'abc'; expected a density in (0, 1]"),
         ({"density": True}, TypeError, "density: got True; expected a density in (0, 1]"),
         ({"layer_density": 0.5}, TypeError, "layer_density: got 0.5; expected layer names or"),
         ({"layer_density": {"fc1": 2}}, ValueError, "layer_density['fc1']: got 2; expected a den"),
@@ -41,6 +41,14 @@ from l0fast.settings import default_dual_lr, default_gate_lr
         ({"gate_lr": -1}, ValueError, "gate_lr: got -1; expected a number > 0"),
         ({"dual_lr": math.inf}, ValueError, "dual_lr: got inf; expected a number >= 0"),
         ({"weight_decay": None}, TypeError, "weight_decay: got None; expected a number >= 0"),
+        (
+            {"dual": "sgd"},
+            ValueError,
+            "dual: got 'sgd'; expected one of 'ascent', 'pi',",
+        ),
+        ({"target_schedule": "step"}, ValueError, "target_schedule: got 'step'; expected one of"),
+        ({"target_warmup": 0.0}, ValueError, "target_warmup: got 0.0; expected a share of the"),
+        ({"target_warmup": 1.1}, ValueError, "target_warmup: got 1.1; expected a share of the"),
         ({"schedule": "step"}, ValueError, "schedule: got 'step'; expected one of 'cosine', 'con"),
     ],
 )
@@ -77,6 +85,15 @@ def test_the_dual_learning_rate() -> None:
     assert default_dual_lr(10_000, 0.33) == pytest.approx(0.01)
     assert default_dual_lr(86_000, 0.1) == pytest.approx(33 / 8600)
     assert default_dual_lr(100, 0.33) == default_dual_lr(1, 0.001) == 0.1
+    # Where the target comes down, 1 / target.
+    assert default_dual_lr(100, 0.25, "cubic") == default_dual_lr(10_000, 0.25, "linear") == 4.0
+
+
+def test_the_target_schedule() -> None:
+    """Where the dual learning rate without one would be over its bound."""
+    assert default_target_schedule(2_400, 0.1) == "cubic"
+    assert default_target_schedule(2_400, 0.33) == "constant"
+    assert default_target_schedule(86_000, 0.1) == "constant"
 
 
 def test_the_gates_learning_rate() -> None:

@@ -16,7 +16,19 @@ import torch.nn.functional as F
 from counting import Counting
 from torch import Tensor, nn
 
-from l0fast import L0Penalty, Trainer, TrainerSettings, data, load_pruned, models, prune
+from l0fast import (
+    AugmentedLagrangian,
+    DualAscent,
+    L0Penalty,
+    PIControl,
+    TargetSchedule,
+    Trainer,
+    TrainerSettings,
+    data,
+    load_pruned,
+    models,
+    prune,
+)
 from l0fast.checkpoint import CHECKPOINT
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Data, Split
@@ -39,7 +51,7 @@ METRICS_OF = {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
     "gated": {"expected_density", "realised_density", "layers", "collapsed"},
-    "constrained": {"density", "lambda", "restarts", "measure", "feasible"},
+    "constrained": {"density", "aim", "lambda", "restarts", "measure", "feasible", "stalls"},
 }  # fmt: skip
 SUMMARY_OF = {
     "always": {
@@ -47,10 +59,12 @@ SUMMARY_OF = {
         "measure", "method",
         "expected_density", "architecture", "test_error_percent", "best_test_error_percent",
         "validation_error_percent", "selected_epoch", "feasible", "params", "dense_params",
-        "params_fraction", "macs", "dense_macs", "macs_fraction", "seconds", "settings", "device",
-        "torch",
+        "stalls", "params_fraction", "macs", "dense_macs", "macs_fraction", "seconds", "settings",
+        "device", "torch", "cuda_graph",
     },
-    "gated": {"realised_density", "forced", "collapsed"},
+    "gated": {
+        "realised_density", "forced", "collapsed", "memory", "dense_memory", "memory_fraction",
+    },
     "constrained": set[str](),
 }  # fmt: skip
 KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -187,7 +201,7 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        others = {"epoch", "layers", "collapsed", *METRICS_OF["constrained"]}
+        others = {"epoch", "layers", "collapsed"} | METRICS_OF["constrained"]
         for name in wanted - others:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
@@ -199,7 +213,7 @@ def test_metrics(finished: Any) -> None:
         if "lambda" in row:
             names = sizes.keys() if kind == "layers" else {"model"}
             assert row["measure"] == ("params" if kind == "params" else "gates")
-            for key in METRICS_OF["constrained"] - {"measure", "feasible"}:
+            for key in METRICS_OF["constrained"] - {"measure", "feasible", "stalls"}:
                 assert row[key].keys() == names
             if kind == "density":
                 assert row["density"]["model"] == pytest.approx(row["expected_density"], rel=1e-6)
@@ -304,12 +318,28 @@ def test_a_model_of_the_users(digits: Data) -> None:
 # --- how it trains -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", KINDS)
+DUAL_SETTINGS: dict[str, dict[str, Any]] = {
+    f"{dual}, {schedule}": {
+        "density": 0.4,
+        "dual": dual,
+        "target_schedule": schedule,
+        "dual_first": dual == "pi",
+    }
+    for dual, schedule in [
+        ("pi", "constant"),
+        ("augmented", "cubic"),
+        ("equality", "linear"),
+    ]
+}
+
+
+@pytest.mark.parametrize("kind", [*KINDS, *DUAL_SETTINGS])
 def test_no_step_reads_back(digits: Data, kind: str) -> None:
     """As many values come back to the host for an epoch of 3 steps as for one of 42."""
     counts: list[Counter[str]] = []
     for batch_size in (512, 32):
-        one = trainer(digits, batch_size=batch_size, **KINDS[kind][0])
+        settings = DUAL_SETTINGS[kind] if kind in DUAL_SETTINGS else KINDS[kind][0]
+        one = trainer(digits, batch_size=batch_size, **settings)
         one._train_epoch()  # Adam makes its state in the first
         with Counting() as counting:
             one._train_epoch()
@@ -317,6 +347,50 @@ def test_no_step_reads_back(digits: Data, kind: str) -> None:
     assert [count["cross_entropy_loss"] + count["nll_loss_forward"] for count in counts] == [3, 42]
     assert counts[0]["_local_scalar_dense"] == counts[1]["_local_scalar_dense"] == 2
     assert counts[0]["_to_copy"] == counts[1]["_to_copy"]
+
+
+def test_the_dual_and_the_schedule_are_those_of_the_settings(digits: Data) -> None:
+    options: dict[str, Any] = {"density": 0.25, "dual_lr": None, "target_schedule": "linear"}
+    one = trainer(digits, dual="pi", dual_first=True, target_warmup=0.4, **options)
+    assert isinstance(one.term, DensityConstraint)
+    dual = PIControl(lr=4.0, proportional=1.2, dual_first=True)  # 1 / target, 0.3 / target
+    assert one.term.dual == dual
+    assert one.term.schedule == TargetSchedule(math.ceil(0.4 * one.total_steps), "linear")
+    two = trainer(digits, dual="augmented", **options)
+    assert isinstance(two.term, DensityConstraint)
+    assert two.term.dual == AugmentedLagrangian(lr=4.0, penalty=1.2)
+    three = trainer(digits, density=0.25, dual_lr=0.2, restarts=False)
+    assert isinstance(three.term, DensityConstraint)
+    assert three.term.schedule is None
+    assert three.term.dual == DualAscent(0.2, restarts=False)
+
+
+def test_a_training_too_short_for_the_multiplier_has_a_schedule(digits: Data) -> None:
+    """The rule gives 33 / (target x steps) over 0.1 at a quarter of the density, not at 0.9."""
+    one = trainer(digits, dual_lr=None, epochs=10, density=0.25)
+    assert 330 / 0.9 < one.total_steps < 330 / 0.25
+    assert isinstance(one.term, DensityConstraint)
+    assert one.term.schedule == TargetSchedule(math.ceil(0.5 * one.total_steps), "cubic")
+    assert float(one.term.dual_lr) == 4.0
+    two = trainer(digits, dual_lr=None, epochs=10, density=0.9)
+    assert isinstance(two.term, DensityConstraint)
+    assert two.term.schedule is None
+    rate = 33 / (0.9 * two.total_steps)
+    assert float(two.term.dual_lr) == pytest.approx(rate)
+    three = trainer(digits, dual_lr=None, epochs=10, density=0.25, target_schedule="constant")
+    assert isinstance(three.term, DensityConstraint)
+    assert three.term.schedule is None
+    assert float(three.term.dual_lr) == pytest.approx(0.1)
+
+
+def test_a_stall_is_told(digits: Data) -> None:
+    """A multiplier that hardly grows closes nothing; its words come with the rows and the end."""
+    one = trainer(digits, epochs=8, density=0.1, dual_lr=1e-4)
+    summary = one.fit()
+    words = one.history[-1]["stalls"]["model"]
+    assert summary["stalls"] == {"model": words}
+    assert "still too small to close gates; try a larger dual learning rate (it is 0.0001)" in words
+    assert not any(row["stalls"] for row in one.history[:5])
 
 
 def test_each_example_once_an_epoch_in_a_new_order(digits: Data) -> None:

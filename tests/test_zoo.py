@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,25 @@ def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
         assert torch.equal(again(*args), small(*args))
     assert again.report == small.report
     assert str(again) == str(small)
+
+
+@pytest.mark.parametrize("name", ["vgg", "mobilenet", "gpt2 with attributes", "bert", "llama"])
+def test_it_is_an_ordinary_model(name: str) -> None:
+    """It copies, pickles, compiles without a break and exports, norms and heads included."""
+    _, small, args = pruned(name, "random")
+    torch._dynamo.reset()
+    ways: dict[str, Any] = {
+        "deepcopy": copy.deepcopy(small),
+        "pickle": pickle.loads(pickle.dumps(small)),
+        "export": torch.export.export(small, args, strict=True).module(),
+        "compile": torch.compile(small, fullgraph=True, backend="aot_eager"),
+    }
+    with torch.no_grad():
+        expected = small(*args)
+        for how, again in ways.items():
+            torch.testing.assert_close(again(*args), expected, rtol=1e-10, atol=1e-10, msg=how)
+    assert ways["pickle"].report == small.report
+    assert type(small) is type(ZOO[name][0]())
 
 
 def test_what_shrinks_in_each_kind() -> None:

@@ -1,22 +1,30 @@
-"""Triton kernels of l0fast: sampling, masking and the expected L0 norm in one pass each way.
+"""Triton kernels of l0fast: sampling, masking and the expected L0 norm in one pass each way, and
+linear layers over the units that are open.
 
 The launchers take torch tensors and return new ones; they trust their caller, who has checked
 everything (l0fast.functional does). Nothing here imports l0fast.
 """
 
+from l0fast_kernels.bounded_matmul import bounded_matmul_forward
+from l0fast_kernels.compaction import compaction_forward
 from l0fast_kernels.gated_weight import gated_weight_backward, gated_weight_forward
 from l0fast_kernels.hard_concrete import hard_concrete_backward, hard_concrete_forward
 from l0fast_kernels.launch import Constants, constants, interpreted
+from l0fast_kernels.packed_weight import pack, unpack
 from l0fast_kernels.scaled_weight import scaled_weight_backward, scaled_weight_forward
 
 __all__ = [
     "Constants",
+    "bounded_matmul_forward",
+    "compaction_forward",
     "constants",
     "gated_weight_backward",
     "gated_weight_forward",
     "hard_concrete_backward",
     "hard_concrete_forward",
     "interpreted",
+    "pack",
     "scaled_weight_backward",
     "scaled_weight_forward",
+    "unpack",
 ]

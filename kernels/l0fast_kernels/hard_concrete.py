@@ -6,9 +6,6 @@ segments. A program takes a piece of one segment, so that a segment's expected L
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,18 +18,6 @@ BLOCK = 1024
 TILE = 16 * BLOCK
 
 
-class OpenGates(NamedTuple):
-    """Which gates of each segment are open.
-
-    ``order`` [N] permutes each segment: first its open gates, ascending, then its closed ones,
-    descending. So a consumer may round a count up to its block: the indices it reads beyond are
-    valid, all different, and belong to gates that are zero. ``count`` [L] counts the open ones.
-    """
-
-    order: Tensor
-    count: Tensor
-
-
 @triton.jit(do_not_specialize=["n"])
 def hard_concrete_kernel(
     log_alpha_ptr,
@@ -40,8 +25,6 @@ def hard_concrete_kernel(
     state_ptr,
     z_ptr,
     open_ptr,
-    order_ptr,
-    count_ptr,
     n,
     inverse_temperature,
     alpha_scale,
@@ -73,8 +56,6 @@ def hard_concrete_kernel(
 
     lane = tl.arange(0, BLOCK)
     expected = tl.zeros([BLOCK], dtype=tl.float32)
-    n_open = start * 0
-    n_closed = start * 0
     first = start // BLOCK * BLOCK
     while first < stop:
         before = tl.multiple_of(start - first, ALIGNMENT)
@@ -88,19 +69,8 @@ def hard_concrete_kernel(
         # Lanes outside have log_alpha = -inf: their open probability is 0.
         expected += device_math.open_probability(log_alpha, open_shift)
         tl.store(z_ptr + first + lane, z, mask=inside)
-        if order_ptr is not None:
-            opens = (inside & (z > 0.0)).to(tl.int64)
-            closes = inside.to(tl.int64) - opens
-            from_front = segment_start + n_open + tl.cumsum(opens, 0) - 1
-            from_back = segment_stop - n_closed - tl.cumsum(closes, 0)
-            place = tl.where(opens > 0, from_front, from_back)
-            tl.store(order_ptr + place, first + lane - segment_start, mask=inside)
-            n_open += tl.sum(opens, 0)
-            n_closed += tl.sum(closes, 0)
         first += BLOCK
     tl.store(open_ptr + segment * tl.num_programs(0) + piece, tl.sum(expected, 0))
-    if order_ptr is not None:
-        tl.store(count_ptr + segment, n_open)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -168,8 +138,8 @@ def _alignment(sizes: tuple[int, ...]) -> int:
 
 
 def hard_concrete_forward(
-    log_alpha: Tensor, state: Tensor, sizes: tuple[int, ...], c: Constants, *, order: bool = False
-) -> tuple[Tensor, Tensor, OpenGates | None]:
+    log_alpha: Tensor, state: Tensor, sizes: tuple[int, ...], c: Constants
+) -> tuple[Tensor, Tensor]:
     """Sample N gates and sum their open probabilities over L segments.
 
     Args:
@@ -177,24 +147,15 @@ def hard_concrete_forward(
         state: int64 [3] on the same device: seed, step, tensor.
         sizes: the L segments' lengths, with sum N.
         c: the distribution.
-        order: also say which gates are open, in order, without leaving the device.
 
     Returns:
-        z float32 [N], expected_open float32 [L], and OpenGates or None.
+        z float32 [N] and expected_open float32 [L].
     """
     log_alpha = log_alpha.contiguous()
     n, segments = log_alpha.numel(), len(sizes)
-    # An order is a running count, which one program keeps for a whole segment.
-    tile = triton.next_power_of_2(max([TILE, *sizes])) if order else TILE
-    pieces = max(1, triton.cdiv(max(sizes, default=0), tile))
+    pieces = max(1, triton.cdiv(max(sizes, default=0), TILE))
     z = launch.empty(log_alpha, (n,))
     partial = launch.empty(log_alpha, (segments, pieces))
-    opened = None
-    if order:
-        opened = OpenGates(
-            order=launch.empty(log_alpha, (n,), torch.int64),
-            count=launch.empty(log_alpha, (segments,), torch.int64),
-        )
     if segments:
         with launch.on(log_alpha):
             hard_concrete_kernel[(pieces, segments)](
@@ -203,18 +164,16 @@ def hard_concrete_forward(
                 state,
                 z,
                 partial,
-                None if opened is None else opened.order,
-                None if opened is None else opened.count,
                 n,
                 *c,
                 BLOCK=BLOCK,
-                TILE=tile,
+                TILE=TILE,
                 ALIGNMENT=_alignment(sizes),
                 FAST=launch.fast(),
                 num_warps=WARPS,
             )
     expected_open = partial.view(segments) if pieces == 1 else partial.sum(1)
-    return z, expected_open, opened
+    return z, expected_open
 
 
 def hard_concrete_backward(

@@ -15,15 +15,18 @@ from l0fast.autograd.functions import (
     segment_sums,
 )
 from l0fast.autograd.ops import triton_gated_weight, triton_hard_concrete
+from l0fast.autograd.skipping import compaction, skipping_linear
 
 __all__ = [
     "compact_weight",
+    "compaction",
     "gated_linear",
     "gated_weight",
     "gather",
     "hard_concrete",
     "runs_on_triton",
     "segment_sums",
+    "skipping_linear",
     "triton_gated_weight",
     "triton_hard_concrete",
 ]

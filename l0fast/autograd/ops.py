@@ -71,8 +71,7 @@ def _hard_concrete(
     sizes = tuple(sizes)
     if kernels := kernels_for(log_alpha):
         c = kernels.constants(temperature, gamma, zeta)
-        z, expected_open, _ = kernels.hard_concrete_forward(log_alpha, state, sizes, c)
-        return z, expected_open
+        return kernels.hard_concrete_forward(log_alpha, state, sizes, c)
     distribution = HardConcrete(temperature, gamma, zeta)
     z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
     return z, segment_sums(distribution.open_probability(log_alpha), sizes)

@@ -6,12 +6,13 @@ import argparse
 from typing import Any
 
 from l0fast import _checks, data, models
+from l0fast.amounts import Asked
 from l0fast.formats import DATA_ROOT_VARIABLE
 from l0fast.settings import TrainerSettings
 
 DEFAULTS = TrainerSettings()
 RECIPES = ("default", "published")
-SKIP: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
+SWITCH: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
     **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in data.DATASETS},
     "digits": {"epochs": 100, "batch_size": 64, "lr": 3e-3},
@@ -38,7 +39,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--density",
         metavar="D",
-        help="target density of the whole model, in (0, 1]; D,D,... one after the other, falling",
+        help="target of the whole model: a density in (0, 1], or an amount, such as '100k params'; "
+        "D,D,... one after the other, falling",
     )
     add(
         "--layer-density",
@@ -49,8 +51,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--measure",
         default=DEFAULTS.measure,
-        help="what densities are shares of: gates (the "
-        "default), or params or macs of the pruned model",
+        help="what targets are shares or amounts of: gates (the default), or params, macs, memory "
+        "(of activations) or latency (on this device) of the pruned model",
     )
     add(
         "--method",
@@ -76,6 +78,19 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--lr", metavar="LR", help="learning rate of the weights")
     add("--gate-lr", metavar="LR", help="learning rate of the gates")
     add("--dual-lr", metavar="LR", help="learning rate of the multipliers; default: by the steps")
+    add(
+        "--dual",
+        default=DEFAULTS.dual,
+        help="how the multipliers move: ascent (the default), pi, augmented or equality",
+    )
+    add("--dual-first", action="store_true", help="move them before the loss, not after the step")
+    add(
+        "--target-schedule",
+        default=DEFAULTS.target_schedule,
+        help="how targets come down to what is asked: constant (in force from the start), linear, "
+        "cubic, or auto (cubic in trainings too short for the multiplier, else constant)",
+    )
+    add("--target-warmup", metavar="F", help="the share of the training that takes; default: 0.5")
     add("--weight-decay", metavar="W", help="decoupled, of the weights")
     add("--no-restarts", action="store_true", help="no dual restarts")
     add(
@@ -115,6 +130,11 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="leave closed units out of a training step: auto (where it pays), on or off",
     )
+    add(
+        "--cuda-graph",
+        default="auto",
+        help="take a step as one CUDA graph: auto (where it can be), on or off",
+    )
     add("--threads", metavar="N", help="CPU threads")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")
     add("--quiet", action="store_true", help="no progress bar")
@@ -123,7 +143,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Refuses words that are none of their choices."""
     _checks.one_of("recipe", args.recipe, RECIPES)
-    _checks.one_of("skip", args.skip, tuple(SKIP))
+    _checks.one_of("skip", args.skip, tuple(SWITCH))
+    _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
     _checks.one_of("dataset", args.dataset, data.DATASETS)
 
 
@@ -157,19 +178,26 @@ def default_widths(model: str) -> list[int] | None:
     return list(models.WIDTHS[model]) if model in models.WIDTHS else None
 
 
-def layer_densities(text: str | None, layers: list[str]) -> dict[str, float] | None:
+def target(text: str) -> Asked:
+    """A density, where a word says a number; else the word, which may name an amount."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def layer_densities(text: str | None, layers: list[str]) -> dict[str, Asked] | None:
     """`NAME=D,NAME=D`, or one number for each of `layers`."""
     if text is None:
         return None
     if "=" not in text:
-        density: float = number("layer_density", text)
-        return dict.fromkeys(layers, density)
-    targets: dict[str, float] = {}
+        return dict.fromkeys(layers, target(text))
+    targets: dict[str, Asked] = {}
     for part in text.split(","):
         name, equals, value = part.partition("=")
         if not equals or not name or name in targets:
             _checks.refuse("layer_density", text, "NAME=DENSITY,... with each name once")
-        targets[name] = number(f"layer_density[{name}]", value)
+        targets[name] = target(value)
     return targets
 
 
@@ -178,12 +206,13 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
     chosen: dict[str, Any] = dict(DATASET_SETTINGS[args.dataset])
     if args.recipe == "published":
         chosen.update(models.PUBLISHED_SETTINGS)
-    for name in ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "weight_decay"):
+    numbers = ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "target_warmup", "weight_decay")
+    for name in numbers:
         kind = int if name in ("epochs", "batch_size") else float
         value = number(name, getattr(args, name), kind)
         if value is not None:
             chosen[name] = value
-    density = number("density", args.density)
+    density = None if args.density is None else target(args.density)
     layer_density = layer_densities(args.layer_density, layers)
     penalty = number("penalty", args.penalty)
     if args.dense and (density, layer_density, penalty) != (None, None, None):
@@ -201,7 +230,11 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
         select=args.select,
+        dual=args.dual,
+        dual_first=args.dual_first,
+        target_schedule=args.target_schedule,
+        skip=SWITCH[args.skip],
+        cuda_graph=SWITCH[args.cuda_graph],
         shrink=number("shrink", args.shrink, int),
-        skip=SKIP[args.skip],
         **chosen,
     )

@@ -33,15 +33,19 @@ def collapse(layers: list[str], trainer: Trainer) -> str:
 
 def run(trainer: Trainer, quiet: bool) -> dict[str, Any]:
     """Trains an open trainer to the end, with a bar on stderr unless `quiet`; its summary."""
-    told = False
+    told: set[str] = set()  # each thing once
     with _progress(trainer.settings, trainer.epoch, quiet) as bar:
 
+        def tell(row: dict[str, Any], what: str, words: str) -> None:
+            if what not in told:
+                bar.write(f"epoch {row['epoch']}: {words}", file=sys.stderr)
+                told.add(what)
+
         def on_epoch(row: dict[str, Any]) -> None:
-            nonlocal told
-            if row.get("collapsed") and not told:
-                line = f"epoch {row['epoch']}: {collapse(row['collapsed'], trainer)}"
-                bar.write(line, file=sys.stderr)
-                told = True
+            if row.get("collapsed"):
+                tell(row, "a collapse", collapse(row["collapsed"], trainer))
+            for name, words in row.get("stalls", {}).items():
+                tell(row, f"a stall of {name}", words)
             words = [f"loss {row['loss']:.4f}", f"test error {row['test_error_percent']:.2f}%"]
             if "expected_density" in row:
                 words.append(f"density {row['expected_density']:.4f}")

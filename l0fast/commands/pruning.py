@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, data, models
+from l0fast.amounts import Asked
 from l0fast.checkpoint import Checkpoint
-from l0fast.commands.options import layer_densities, number
+from l0fast.commands.options import layer_densities
+from l0fast.commands.options import target as one_target
 from l0fast.constraint import DensityConstraint
 from l0fast.density import density
 from l0fast.folder import PRUNED
+from l0fast.latency import LatencyTable
 from l0fast.prune import format_report
 from l0fast.prune import prune as prune_model
 from l0fast.saving import save_pruned
@@ -59,10 +62,12 @@ def _pruned(
 ) -> nn.Module:
     """The smaller model, within `target` (by the run's measure) or else what the run asked for."""
     measure = checkpoint.identity.get("measure", "gates")
+    if measure == "latency":  # as the run has measured it
+        measure = LatencyTable.from_json((checkpoint.term or {})["_extra_state"]["latency"])
     if target is not None:
-        wanted = layer_densities(target, []) if "=" in target else number("target", target)
+        wanted = layer_densities(target, []) if "=" in target else one_target(target)
         return prune_model(model, example, wanted, measure=measure)
-    asked: float | Mapping[str, float] | None = (
+    asked: Asked | Mapping[str, Asked] | None = (
         checkpoint.identity["density"] or checkpoint.identity["layer_density"]
     )
     if asked is not None:

@@ -59,7 +59,7 @@ class Setup:
             models.load_pretrained_(model, Path(args.pretrained))
         if gated and args.recipe == "published":
             example = self.data.train.inputs[:1]
-            models.sparsify_published_(model, example, options.SKIP[args.skip])
+            models.sparsify_published_(model, example, options.SWITCH[args.skip])
         return model
 
     def settings(self) -> TrainerSettings:

@@ -26,7 +26,7 @@ def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
         kind = f"penalty-{args.penalty}"
     elif settings.gated:
         measure = "density" if settings.measure == "gates" else settings.measure
-        kind = f"{method}{measure}-{args.density or args.layer_density}"
+        kind = f"{method}{measure}-{args.density or args.layer_density}".replace(" ", "")
     model = args.model.replace(":", ".")
     return Path("runs") / f"{args.dataset}-{model}-{kind}-seed-{settings.seed}"
 

@@ -1,0 +1,123 @@
+"""`python -m bench.zoo`: gates, closes, prunes and compares every model of the zoo.
+
+Each model has a process of its own. What has been measured from the same commit stays, so that an
+interrupted run goes on where it was. Exit code: 0 if every model ran and is equal, else 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import ROOT, environment, report
+from bench.zoo.measure import Result
+from bench.zoo.models import ZOO
+from bench.zoo.table import as_csv, as_json, markdown
+
+EQUAL = {"error_float64": 1e-10, "error_float32": 1e-5}
+"""The largest relative errors of a model that counts as the same function."""
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.zoo", description=__doc__)
+    parser.add_argument("names", nargs="*", help="models or libraries, for example timm (all)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds for each model")
+    parser.add_argument("--untimed", action="store_true", help="leave latencies out")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "zoo")
+    parser.add_argument("--list", action="store_true", help="only say which models there are")
+    arguments = parser.parse_args(argv)
+    for name in arguments.names:
+        if not any(_fits(model, [name]) for model in ZOO):
+            parser.error(f"names: got {name!r}; expected a library or model of --list")
+    return arguments
+
+
+def _fits(model: str, names: Sequence[str]) -> bool:
+    return not names or any(model == name or model.startswith(f"{name}/") for name in names)
+
+
+def _measured(path: Path, commit: str, seed: int) -> dict[str, Result]:
+    """What an earlier run from the same commit left."""
+    if not path.is_file() or commit == "unknown" or commit.endswith("-dirty"):
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found["about"]["commit"] != commit:
+        return {}
+    rows = [Result(**row) for row in found["rows"]]
+    return {row.name: row for row in rows if row.seed == seed and not row.failure}
+
+
+def _one(name: str, arguments: argparse.Namespace) -> Result:
+    library = ZOO[name].library
+    if importlib.util.find_spec(library) is None:
+        return Result(name, arguments.seed, f"{library} is not installed (pip install .[zoo])")
+    mode = "untimed" if arguments.untimed else "timed"
+    command = [sys.executable, "-m", "bench.zoo.measure", name, str(arguments.seed), mode]
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment(1),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=arguments.limit,
+        )
+    except subprocess.TimeoutExpired:
+        return Result(name, arguments.seed, f"did not end within {arguments.limit:.0f} s")
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return Result(name, arguments.seed, lines[-1][:300])
+    return Result(**json.loads(done.stdout))
+
+
+def _equal(row: Result) -> bool:
+    return not row.failure and all(getattr(row, name) <= most for name, most in EQUAL.items())
+
+
+def _says(row: Result) -> str:
+    if row.failure:
+        return f"FAILED: {row.failure}"
+    share = f"{row.gone / row.dead:.1%} of what is dead is gone" if row.dead else "nothing is dead"
+    left = f"{row.params[0] / row.params[1]:.1%} of the parameters left"
+    error = "" if _equal(row) else f", ERROR {row.error_float64:.2g}, {row.error_float32:.2g}"
+    return f"{row.gated} of {row.layers} layers gated, {share}, {left}{error}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    arguments = _arguments(argv)
+    names = [name for name in ZOO if _fits(name, arguments.names)]
+    if arguments.list:
+        print("\n".join(names))
+        return 0
+    words = ["python", "-m", "bench.zoo", *arguments.names]
+    words += [f"--seed={arguments.seed}"] if arguments.seed else []
+    words += ["--untimed"] if arguments.untimed else []
+    about = report.facts(shlex.join(words), 1, tested=False) | {
+        library: report.version(library) for library in ("torchvision", "timm", "transformers")
+    }
+    out = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    rows = _measured(out / "zoo.json", str(about["commit"]), arguments.seed)
+    for name in names:
+        if name not in rows:
+            rows[name] = _one(name, arguments)
+        print(f"{name}: {_says(rows[name])}", flush=True)
+        done = [rows[known] for known in ZOO if known in rows]
+        (out / "zoo.json").write_text(as_json(done, about), encoding="utf-8")
+        (out / "zoo.csv").write_text(as_csv(done), encoding="utf-8")
+        (out / "zoo.md").write_text(markdown(done, about), encoding="utf-8")
+    print(f"zoo.md, zoo.csv, zoo.json in {out}")
+    return 0 if all(_equal(rows[name]) for name in names) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,110 @@
+"""What came out of the zoo, as a table in Markdown and as CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from bench.report import Facts, significant
+from bench.zoo.measure import Result
+
+HEAD = (
+    "model", "layers", "gated", "gates", "removed / compacted / kept", "dead gone", "parameters",
+    "MACs", "ms", "faster", "error float64", "float32", "prune s",
+)  # fmt: skip
+PLAIN = (
+    "name", "seed", "failure", "layers", "gated", "gates", "removed", "compacted", "kept", "tier",
+    "dead", "gone", "gathered", "error_float64", "error_float32", "dense_ms", "pruned_ms",
+    "speedup", "seconds",
+)  # fmt: skip
+
+EXPLAINED = """\
+Half of each layer's gates closed and the others partly open, at random; random weights and batch
+norm statistics. *layers*: Linears and ordinary convolutions that run; *gated*: of them, with
+gates; *removed / compacted / kept*: what the report of `prune` says of layers with gates and of
+others that they change; *dead gone*: of the parameters on which nothing hangs any more (by
+autograd, see `bench/zoo/measure.py`), the share that no longer exists, with no gather or scatter
+in its place; *left*: of the dense model's; *ms*: one forward of the example, median; *error*: the
+largest on fresh inputs, relative to the largest output."""
+
+
+def _percent(part: float, of: float) -> str:
+    return f"{100 * part / of:.1f} %" if of else "-"
+
+
+def _cells(row: Result) -> tuple[str, ...]:
+    if row.failure:
+        return (row.name, row.failure.replace("|", "\\|"), *[""] * (len(HEAD) - 2))
+    (after, before), (macs, dense_macs) = row.params, row.macs
+    return (
+        row.name,
+        str(row.layers),
+        str(row.gated),
+        f"{row.gates:,}",
+        f"{row.removed} / {row.compacted} / {row.kept}",
+        _percent(row.gone, row.dead),
+        f"{before / 1e6:.2f} M, {_percent(after, before)} left",
+        f"{dense_macs / 1e6:.0f} M, {_percent(macs, dense_macs)} left",
+        f"{significant(row.dense_ms)} to {significant(row.pruned_ms)}" if row.dense_ms else "",
+        f"{row.speedup:.2f}x" if row.speedup else "",
+        f"{row.error_float64:.1e}",
+        f"{row.error_float32:.1e}",
+        f"{row.seconds:.1f}",
+    )
+
+
+def markdown(rows: Sequence[Result], about: Facts) -> str:
+    """The table, with what it holds for, and what stopped the models with dead weights left."""
+    lines = [
+        "# The zoo",
+        "",
+        f"`{about['command']}`, commit {about['commit']}, {about['date']}, torch {about['torch']}, "
+        f"{about['cpu']}, one thread.",
+        "",
+        EXPLAINED,
+        "",
+        f"| {' | '.join(HEAD)} |",
+        f"|{' --- |' * len(HEAD)}",
+        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+        "",
+        "## What stops the rest",
+        "",
+        "Dead parameters that stay or are gathered, by model:",
+        "",
+    ]
+    for row in rows:
+        reasons = [*row.not_removed.items()]
+        if row.failure or row.gone == row.dead:
+            continue
+        lines.append(f"- {row.name}: {row.dead - row.gone:,} of {row.dead:,}")
+        lines += [f"  - {', '.join(names)}: {why}" for why, names in reasons]
+        lines += [f"  - {note}" for note in row.notes]
+    lines += ["", "## Layers without gates", "", "How many, and why; which is in zoo.json.", ""]
+    for row in (row for row in rows if row.without_gates):
+        counts = Counter[str]()
+        for why, names in row.without_gates.items():
+            others = "what it reads is also read by "
+            counts[f"{others}other layers" if why.startswith(others) else why] += len(names)
+        lines += [f"- {row.name}", *(f"  - {n}: {why}" for why, n in counts.most_common(6))]
+    return "\n".join(lines) + "\n"
+
+
+def as_json(rows: Sequence[Result], about: Facts) -> str:
+    """{"about": the facts, "rows": [...]}, one line a model."""
+    lines = ",\n".join(json.dumps(asdict(row)) for row in rows)
+    return f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n'
+
+
+def as_csv(rows: Sequence[Result]) -> str:
+    """One line a model; sizes before and after in columns of their own."""
+    text = io.StringIO()
+    sizes = ("params_after", "params_before", "macs_after", "macs_before")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*PLAIN, *sizes])
+    for row in rows:
+        writer.writerow([*(getattr(row, name) for name in PLAIN), *row.params, *row.macs])
+    return text.getvalue()

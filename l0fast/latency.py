@@ -1,0 +1,153 @@
+"""How long each layer of a model takes at each width, on one device: a table, measured once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+from l0fast._files import write_text
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class LayerLatency:
+    """One layer: seconds for one forward of the example, at a grid of widths."""
+
+    inputs: list[int]
+    """Ascending; the last is the layer's own."""
+    outputs: list[int]
+    seconds: list[list[float]]
+    """[inputs][outputs]; it does not fall along either."""
+
+    def __post_init__(self) -> None:
+        cells = [cell for row in self.seconds for cell in row]
+        shape = [len(self.inputs)] + [len(self.outputs)] * len(self.inputs)
+        whole = [len(self.seconds), *(len(row) for row in self.seconds)] == shape
+        rising = all(side == sorted(set(side)) for side in (self.inputs, self.outputs))
+        if not (whole and rising and cells and all(0 <= cell < math.inf for cell in cells)):
+            raise ValueError("a layer's table that contradicts itself")
+
+
+@dataclass(frozen=True, eq=False)
+class LatencyTable:
+    """Seconds that a model's layers take, by their widths: what `measure_latency` returns.
+
+    Between the widths that were measured it is interpolated, bilinearly. Layers that cannot get
+    smaller, and what there is besides layers, are in `rest` as far as it does not shrink with the
+    layers' outputs; else it is part of the layers' seconds.
+
+    Attributes:
+        layers: layer name -> LayerLatency(inputs, outputs, seconds).
+        rest: seconds that stay whatever the widths.
+        about: what it was measured on: device, threads, dtype, shapes of the example, torch.
+    """
+
+    layers: dict[str, LayerLatency]
+    rest: float
+    about: dict[str, Any]
+
+    def as_json(self) -> dict[str, Any]:
+        """A dict of what JSON knows, which `from_json` takes, bit for bit."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> LatencyTable:
+        """The table of such a dict.
+
+        Raises:
+            ValueError, TypeError, KeyError: it is none.
+        """
+        if state["format"] != FORMAT:
+            raise ValueError(f"format {state['format']!r}, not {FORMAT}")
+        rest = _checks.number("rest", state["rest"], "seconds >= 0", low=0.0)
+        layers = {name: LayerLatency(**layer) for name, layer in state["layers"].items()}
+        return cls(layers, rest, dict(state["about"]))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the table as JSON."""
+        write_text(Path(path), json.dumps(self.as_json(), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> LatencyTable:
+        """The table in a file that `save` wrote.
+
+        Raises:
+            ValueError: it holds none.
+            OSError: it cannot be read.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_json(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            reason = f"a latency table that was saved ({type(error).__name__}: {error})"
+            _checks.refuse("path", str(path), reason)
+
+    def under(self, prefix: str) -> LatencyTable:
+        """The same table for a model that has this one's as the part `prefix` (with its dot)."""
+        layers = {prefix + name: layer for name, layer in self.layers.items()}
+        return LatencyTable(layers, self.rest, self.about)
+
+
+class Grids(NamedTuple):
+    """The tables of L layers as tensors, all as large as the largest."""
+
+    inputs: Tensor
+    """[L, G] widths, ascending."""
+    outputs: Tensor
+    """[L, H]"""
+    seconds: Tensor
+    """[L, G, H]"""
+
+    @classmethod
+    def of(cls, layers: list[LayerLatency]) -> Grids:
+        """Smaller tables go on with widths that do not exist, at what the largest costs."""
+
+        def ascending(widths: list[int], size: int) -> list[int]:
+            return [*widths, *range(widths[-1] + 1, widths[-1] + 1 + size - len(widths))]
+
+        def last(row: list[Any], size: int) -> list[Any]:
+            return [*row, *[row[-1]] * (size - len(row))]
+
+        rows = max(2, *(len(layer.inputs) for layer in layers))
+        columns = max(2, *(len(layer.outputs) for layer in layers))
+        return cls(
+            *(
+                torch.tensor(part, dtype=torch.float64)
+                for part in (
+                    [ascending(layer.inputs, rows) for layer in layers],
+                    [ascending(layer.outputs, columns) for layer in layers],
+                    [last([last(row, columns) for row in lr.seconds], rows) for lr in layers],
+                )
+            )
+        )
+
+    def at(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """[L] seconds at some widths ([L] each), bilinear and differentiable in them."""
+        row, down = _place(self.inputs, inputs)
+        column, right = _place(self.outputs, outputs)
+        layer = torch.arange(len(row), device=row.device)
+        corners = [
+            (self.seconds[layer, r, column], self.seconds[layer, r, column + 1])
+            for r in (row, row + 1)
+        ]
+        # Not lerp, which takes one dtype alone.
+        upper, lower = (left * (1 - right) + other * right for left, other in corners)
+        return upper * (1 - down) + lower * down
+
+
+def _place(grid: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
+    """[L] the interval of a grid that each width lies in, and how far in it, in [0, 1]."""
+    with torch.no_grad():
+        index = torch.searchsorted(grid, widths[:, None].contiguous(), right=True) - 1
+        index = index.clamp_(0, grid.shape[1] - 2)
+    low, high = grid.gather(1, index), grid.gather(1, index + 1)
+    return index[:, 0], ((widths[:, None] - low) / (high - low))[:, 0].clamp(0.0, 1.0)

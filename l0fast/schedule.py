@@ -1,0 +1,48 @@
+"""How a target comes down: from the density that a model starts at to the one asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+
+POWERS = {"linear": 1, "cubic": 3}
+
+
+@dataclass(frozen=True)
+class TargetSchedule:
+    """A target that comes down over the first steps of a training, and then stays.
+
+    Equals, after t steps:
+        target + (start - target) * (1 - min(t / steps, 1)) ** power
+    with power 1 for "linear" and 3 for "cubic". What `prune` holds is the last target at any time.
+
+    Args:
+        steps: how many steps of the constraint it takes, >= 1.
+        shape: "cubic" (fast at first) or "linear".
+        start: the density to begin at, in (0, 1]; None: each constraint's own as it is built. One
+            below the target begins at the target.
+
+    Raises:
+        ValueError, TypeError: a value is out of its range.
+
+    Source: Zhu and Gupta, 2017, eq. 1 (cubic).
+    """
+
+    steps: int
+    shape: str = "cubic"
+    start: float | None = None
+
+    def __post_init__(self) -> None:
+        _checks.whole("steps", self.steps)
+        _checks.one_of("shape", self.shape, tuple(POWERS))
+        if self.start is not None:
+            _checks.density("start", self.start)
+
+    def at(self, taken: Tensor, start: Tensor, target: Tensor) -> Tensor:
+        """[C] targets in force after `taken` (0-d) steps; no host sync."""
+        left = (1 - taken / self.steps).clamp_(min=0.0)
+        return torch.lerp(target, torch.maximum(start, target), left ** POWERS[self.shape])
