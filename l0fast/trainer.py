@@ -197,6 +197,7 @@ class Trainer:
             row |= gate_metrics(self.model)
         if isinstance(self.term, DensityConstraint):
             row |= constraint_metrics(self.term)
+        if "lambda" in row and isinstance(self.term, DensityConstraint):
             targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
             stalls = find_stalls([*self.history, row], targets, self.settings.epochs)
             gate_lr = self.settings.gate_lr or default_gate_lr(self.total_steps)
