@@ -136,7 +136,10 @@ def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
     save_pruned(small, path)
     again: Any = load_pruned(ZOO[name][0], path).eval()
     with torch.no_grad():
-        assert torch.equal(again(*args), small(*args))
+        torch.testing.assert_close(again(*args), small(*args), rtol=1e-12, atol=1e-12)
+    states = again.state_dict(), small.state_dict()
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert again.report == small.report
     assert str(again) == str(small)
 
