@@ -478,7 +478,7 @@ def test_the_gpu_run_tests_first_and_keeps_to_its_time(
     monkeypatch.setenv("OUT", str(tmp_path / "named"))
     assert __main__.main(["--gpu"]) == 1
     assert kinds == {"cuda"}
-    assert {registry.stem(name) for name in timed} == {"gated_weight", "step"}
+    assert {registry.stem(name) for name in timed} == {"gated_weight", "step", "skipping_linear"}
     assert all(seconds < 8 * 60 for seconds in times)
     assert "red: tests/test_kernel_hard_concrete.py: test_x" in capsys.readouterr().err
     rows = json.loads((tmp_path / "named" / "results.json").read_text())["rows"]
