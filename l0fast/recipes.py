@@ -88,8 +88,8 @@ def by_structure(
       a Linear that reads them has a gate on each of its inputs.
     - Any other layer has gates on its inputs, if nothing but layers needs the units there; one gate
       for each block of inputs that can only vanish together. Where several layers read the same
-      units (a residual stream, a squeeze-and-excite branch) they share the gates. A convolution
-      has none where other layers read some of its units and not all in the same order.
+      units (a residual stream, a squeeze-and-excite branch) they share the gates. Where they read
+      some of the same, Linears have gates of their own, but none with a convolution among them.
     - A Linear that reads the model's own inputs has a gate on each.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
@@ -198,7 +198,8 @@ class _Recipe:
             return Choice("", "what it reads can only vanish as a whole")
         sharing = [name for name in self.walk.sites if any(name in self.readers[o] for o in found)]
         alike = all(self._alike(site, name) for name in sharing)
-        if not alike and not linear:  # where they disagree it would gather whole images
+        images = any(not isinstance(self.walk.sites[n].layer, nn.Linear) for n in sharing)
+        if not alike and images:  # where they disagree they would gather whole images
             others = ", ".join(name for name in sharing if name != site.name)
             return Choice("", f"what it reads is also read by {others}")
         if not linear and not self._vanish(sharing, vector):

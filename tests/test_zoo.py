@@ -112,8 +112,6 @@ def test_pruned_it_is_the_same_function_and_smaller(name: str, how: str) -> None
 GATHERS = {
     # The sizes of its heads are computed from the model's width, which no attribute mends.
     "gpt2": {"h.0.attn.c_attn", "h.0.attn.c_proj", "h.1.attn.c_attn", "h.1.attn.c_proj"},
-    # It shares what it reads with convolutions that have no gates on it.
-    "densenet": {"classifier"},
     # Pixels, and positions of a flattened channel, have a gate each.
     "lenet": {"fc1"},
     **{f"mlp {name}": {"0"} for name in ("ReLU", "GELU", "Sigmoid", "Tanh", "Softplus")},
