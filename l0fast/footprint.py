@@ -101,7 +101,7 @@ class Footprint(Measure):
             shifts.append(shifts[0].new_full((layer.num_gates,), layer.distribution.shift))
         certain = shifts[0].new_tensor([torch.inf, -torch.inf])  # always open, and never
         sides = [len(side[name]) for side in (hinges.reads, hinges.writes) for name in self.names]
-        least = [1] * len(self.names) + [hinges.least(name) for name in self.names]
+        least = [count(name) for count in (hinges.least_read, hinges.least) for name in self.names]
         return {
             "shift": torch.cat([*shifts, certain]),
             "inputs_all": inputs.all_of,

@@ -270,6 +270,11 @@ class Hinges:
         ways = Ways(*table[index].split(widths, -1))
         return gate, ways.once_open(gate[:, None, None], self.always)
 
+    def least_read(self, name: str) -> int:
+        """How many inputs a layer keeps in any case: one, or those of one of its gates."""
+        own = self.reads[name]
+        return smallest(own) if bool((own < self.always).any()) else 1
+
     def least(self, name: str) -> int:
         """How many outputs a layer keeps in any case: one, with those that only go with it."""
         if bool((self.writes[name] < self.always).any()):

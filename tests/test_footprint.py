@@ -156,6 +156,41 @@ def test_of_gates_by_structure_it_is_the_pruned_models_count(case: str) -> None:
             assert float(constraint.densities().detach()) == pytest.approx(kept / dense, rel=1e-12)
 
 
+class Flattened(nn.Module):
+    """A channel is several inputs of the layer that reads it, and one gate of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(1, 8, 3, stride=2), nn.BatchNorm2d(8)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.norm(self.conv(x))).flatten(1))
+
+
+WHOLE_BLOCKS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "a head": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 4, 16, batch_first=True), 1),
+        torch.randn(2, 5, 8),
+    ),
+    "a flattened channel": (Flattened, torch.randn(2, 1, 5, 5)),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE_BLOCKS)
+def test_of_gates_that_are_all_closed_one_with_all_its_units_is_counted(case: str) -> None:
+    build, x = WHOLE_BLOCKS[case]
+    model = sparsify_(build().double().eval(), example_inputs=x.double())
+    by_measure = {name: constrained(model, name, x.double()) for name in ("params", "macs")}
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.fill_(-torch.inf)
+    small: Any = prune(model, x.double())
+    for name, constraint in by_measure.items():
+        kept, dense = small.report[name]
+        assert float(constraint.densities().detach()) == pytest.approx(kept / dense, rel=1e-12)
+
+
 def random_gates(model: Any) -> Any:
     with torch.no_grad():
         for layer in gated_layers(model).values():
