@@ -237,6 +237,9 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
         lambda x: x.flatten(1).view(2, 6, 4),
         lambda c: c.repeat_interleave(3).view(6, 4),
     ),
+    "swapaxes": (lambda x: x.swapaxes(1, 2).swapdims(2, 1), lambda c: c),
+    "mT": (lambda x: x.mT.transpose(1, 2), lambda c: c),
+    "type_as": (lambda x: x.type_as(x.relu()), lambda c: c),
     "repeat": (lambda x: x.repeat(1, 2, 1), lambda c: c.repeat(2)),
     "repeat_interleave": (
         lambda x: x.repeat_interleave(2, 1),
