@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically
+from l0fast.latency import LatencyTable
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
@@ -60,6 +61,12 @@ class Checkpoint:
         if self.best is None:
             return self.epoch, self.model
         return self.best["epoch"], self.best["model"]
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """What the run has measured of latency, if its targets are of that."""
+        state: Row = (self.term or {}).get("_extra_state", {})
+        return LatencyTable.from_json(state["latency"]) if "latency" in state else None
 
     def write(self, path: Path) -> None:
         """Puts the checkpoint into a file, whole or not at all.

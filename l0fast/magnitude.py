@@ -13,7 +13,7 @@ from l0fast.budget import Budget, choose
 from l0fast.constraint import DensityConstraint
 from l0fast.density import AnyMeasure
 from l0fast.draw import gate_owners
-from l0fast.footprint import measure_of
+from l0fast.footprint import Latency, measure_of
 from l0fast.layers import Gated
 from l0fast.measure import of_pruned
 from l0fast.sparsify import example_args, unwrapped
@@ -156,3 +156,7 @@ class MagnitudePruning(DensityConstraint):
         """Takes targets and steps over."""
         super().set_extra_state(state)
         self.done = state["done"]
+        if "latency" in state:
+            measures: list[Latency] = self.__dict__["_measures"]
+            for measure, group in zip(measures, self.groups.values(), strict=True):
+                measure.take([group])

@@ -13,6 +13,7 @@ from l0fast.amounts import Asked
 from l0fast.constraint import DensityConstraint, L0Penalty
 from l0fast.density import WHOLE_MODEL, AnyMeasure
 from l0fast.dual import DUALS, Dual
+from l0fast.latency import LatencyTable
 from l0fast.magnitude import MagnitudePruning
 from l0fast.schedule import TargetSchedule
 from l0fast.settings import (
@@ -29,7 +30,12 @@ Term = DensityConstraint | L0Penalty
 
 
 def make_term(
-    model: nn.Module, settings: TrainerSettings, steps: int, examples: int, example_inputs: Any
+    model: nn.Module,
+    settings: TrainerSettings,
+    steps: int,
+    examples: int,
+    example_inputs: Any,
+    table: LatencyTable | None = None,
 ) -> Term | None:
     """The term to add to the loss, or None for a dense training.
 
@@ -39,6 +45,7 @@ def make_term(
         steps: of the whole run.
         examples: how many there are to train on.
         example_inputs: what the model's forward takes.
+        table: of latency, where that was measured before.
     """
     if settings.penalty is not None:
         per_example = examples if settings.penalty_per_example else None
@@ -46,7 +53,7 @@ def make_term(
     asked = settings.density if settings.layer_density is None else settings.layer_density
     if asked is None:
         return None
-    measure = settled(settings.measure, model, example_inputs)
+    measure = settled(table or settings.measure, model, example_inputs)
     target = _in_shares(model, asked, measure, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(

@@ -79,9 +79,14 @@ def _asked(summary: Mapping[str, Any]) -> str:
         unit = " / N" if summary["settings"]["penalty_per_example"] else ""
         return f"lambda {summary['penalty']:g}{unit}"
     if summary["target_layer_density"] is not None:
-        return " ".join(f"{k}={v:g}" for k, v in summary["target_layer_density"].items())
+        return " ".join(
+            f"{name}={target if isinstance(target, str) else f'{target:g}'}"
+            for name, target in summary["target_layer_density"].items()
+        )
     if summary["target_density"] is None:
         return ""
+    if isinstance(summary["target_density"], str):  # an amount, with its unit
+        return summary["target_density"]
     measure = summary.get("measure", "gates")
     of = "" if measure == "gates" else f" of {measure}"
     return f"{100 * summary['target_density']:.4g} %{of}"

@@ -18,13 +18,14 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
-from l0fast.constraint import DensityConstraint
+from l0fast.constraint import TARGETS, DensityConstraint
 from l0fast.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.data import Data, Split, check_data
 from l0fast.density import count_params
 from l0fast.draw import gated_layers
 from l0fast.folder import LATENCY, PLOT, PRUNED, RunFolder
-from l0fast.method import make_optimizer, make_term
+from l0fast.latency import LatencyTable
+from l0fast.method import Term, make_optimizer, make_term
 from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.prune import prune
 from l0fast.saving import save_pruned
@@ -111,9 +112,7 @@ class Trainer:
         self.model = model
         self.steps_per_epoch = math.ceil(len(data.train.targets) / settings.batch_size)
         self.total_steps = self.steps_per_epoch * settings.epochs
-        self.term = make_term(
-            model, settings, self.total_steps, len(data.train.targets), self.example_inputs
-        )
+        self.term = self._make_term()
         self.optimizer = make_optimizer(model, settings, self.total_steps)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
         self._loss_sum = torch.zeros((), device=self.device)
@@ -135,6 +134,11 @@ class Trainer:
     def example_inputs(self) -> Tensor:
         """One training example."""
         return self.data.train.inputs[:1]
+
+    def _make_term(self, table: LatencyTable | None = None) -> Term | None:
+        examples = len(self.data.train.targets)
+        steps = self.total_steps
+        return make_term(self.model, self.settings, steps, examples, self.example_inputs, table)
 
     def _place(self, split: Any) -> Any:
         if split is None:
@@ -376,6 +380,10 @@ class Trainer:
         for entry in checkpoint.removals or []:
             self._remove(Removal.from_json(entry))
         checkpoint.refuse_other_model(path, self.model)
+        if checkpoint.table is not None:
+            # Rates and schedules go by shares of the table, which was measured anew.
+            self.model.__dict__.pop(TARGETS)
+            self.term = self._make_term(checkpoint.table)
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         if self.term is not None:

@@ -227,6 +227,12 @@ def test_several_targets_from_one_run(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(after[name] == before[name] for name in (METRICS, SUMMARY, PRUNED, CHECKPOINT))
 
 
+def test_the_dense_model_beside_one_that_shrinks() -> None:
+    words = ("--density", "0.5", "--shrink", "1", "--compare-dense", "--quiet", "--out", "s")
+    assert run(*FAST, *words) == 0
+    assert json.loads(Path("s/dense", SUMMARY).read_text())["settings"]["shrink"] is None
+
+
 def test_resume_of_a_finished_run_changes_nothing(finished: Path) -> None:
     shutil.copytree(finished, "run")
     before = tree(Path("run"))

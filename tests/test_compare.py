@@ -52,6 +52,16 @@ def test_other_words_are_other_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert "density: got 0.4; expected 0.5, as in the checkpoint" in capsys.readouterr().err
 
 
+def test_what_belongs_to_a_target_is_none_of_the_dense_runs() -> None:
+    words = ["--seeds", "0", "--density", "0.5", "--shrink", "1"]
+    assert run(*SHORT, *words, "--methods", "dense,constrained") == 0
+    shrink = {
+        name: json.loads(Path(f"c/{name}-seed-0", SUMMARY).read_text())["settings"]["shrink"]
+        for name in ("dense", "constrained")
+    }
+    assert shrink == {"dense": None, "constrained": 1}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from counting import Counting
+from test_trainer import digits, trainer
 from torch import nn
 
-from l0fast import DensityConstraint, LatencyTable, measure_latency, prune, sparsify_
+from l0fast import DensityConstraint, LatencyTable, measure_latency, prune, sparsify_, timing
+from l0fast.checkpoint import CHECKPOINT, Checkpoint
+from l0fast.data import Data
 from l0fast.draw import gated_layers
 from l0fast.latency import Grids, LayerLatency
+from l0fast.magnitude import MagnitudePruning
+
+__all__ = ["digits"]  # a fixture
 
 X = torch.randn(4, 6)
 
@@ -194,3 +201,58 @@ def test_tables_of_another_model_are_refused() -> None:
         DensityConstraint(other, 0.5, measure=table())
     with pytest.raises(ValueError, match=r"^model: got 'Linear'; expected a model with gates"):
         measure_latency(nn.Linear(3, 3), X)
+
+
+def test_magnitude_pruning_goes_by_the_table_of_its_state() -> None:
+    other = table()
+    steeper = by(linear(9, 9, 3), [1, 2, 4, 6], [1, 5, 12])
+    other = LatencyTable(other.layers | {"0": steeper}, other.rest, other.about)
+    kept: list[list[int]] = []
+    state: dict[str, Any] = {}
+    for measure in (table(), other):
+        torch.manual_seed(0)
+        term = MagnitudePruning(model(), 0.6, steps=4, measure=measure, example_inputs=X)
+        if state:
+            term.load_state_dict(state)
+        state = state or term.state_dict()
+        term.prune_to_(0.0)
+        kept.append([int((layer.log_alpha > 0).sum()) for layer in term.layers.values()])
+    assert kept[0] == kept[1]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"density": 0.6, "method": "magnitude"},
+        {"density": "1.5 ms", "dual": "pi"},
+        {"density": "1.5 ms", "dual": "augmented", "target_schedule": "cubic"},
+    ],
+    ids=["magnitude", "pi", "augmented"],
+)
+def test_a_resumed_run_goes_by_the_first_table_alone(
+    settings: dict[str, Any], digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another measurement would have other gains, and other ranks of what to prune."""
+    costs = iter(((1, 1, 1), (1, 4, 4)))
+
+    def measured(*_: Any) -> LatencyTable:
+        sizes = {"fc1": (64, 32), "fc2": (32, 16), "fc3": (16, 10)}
+        layers = {
+            name: by(linear(0, 0, cost), [1, i], [1, o])
+            for (name, (i, o)), cost in zip(sizes.items(), next(costs), strict=True)
+        }
+        return LatencyTable(layers, 0.0, {})
+
+    monkeypatch.setattr(timing, "measure_latency", measured)
+    chosen = {**settings, "measure": "latency", "epochs": 4}
+    whole, part = tmp_path / "whole", tmp_path / "part"
+
+    def keep(row: dict[str, Any]) -> None:
+        if row["epoch"] == 1:
+            shutil.copytree(whole, part)
+
+    trainer(digits, whole, **chosen).fit(on_epoch=keep)
+    trainer(digits, part, **chosen).fit(resume=True)
+    ends = [Checkpoint.read(path / CHECKPOINT, torch.device("cpu")) for path in (whole, part)]
+    assert ends[0].history == ends[1].history
+    torch.testing.assert_close(ends[0].model, ends[1].model, rtol=0, atol=0)

@@ -57,6 +57,11 @@ def test_a_row_is_the_mean_of_its_seeds() -> None:
     [
         ({}, "33 %"),
         ({"measure": "macs", "target_density": 0.465}, "46.5 % of macs"),
+        ({"target_density": "10k params", "measure": "params"}, "10k params"),
+        (
+            {"target_density": None, "target_layer_density": {"fc1": 0.5, "fc2": "2k gates"}},
+            "fc1=0.5 fc2=2k gates",
+        ),
         ({"penalty": 0.1}, "lambda 0.1"),
         ({"penalty": 0.1, "settings": {"penalty_per_example": True}}, "lambda 0.1 / N"),
         ({"target_layer_density": {"a": 0.5, "b": 0.25}, "target_density": None}, "a=0.5 b=0.25"),

@@ -16,7 +16,13 @@ from l0fast.results import aggregate, markdown_table, text_table
 Row = dict[str, Any]
 
 METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"dense": True, "density": None, "layer_density": None, "measure": "gates"},
+    "dense": {
+        "dense": True,
+        "density": None,
+        "layer_density": None,
+        "measure": "gates",
+        "shrink": None,
+    },
     "penalised": {"density": None, "layer_density": None, "measure": "gates"},
     "magnitude": {"method": "magnitude"},
     "magnitude-one-shot": {"method": "magnitude-one-shot"},

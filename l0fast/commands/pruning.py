@@ -17,7 +17,6 @@ from l0fast.commands.options import target as one_target
 from l0fast.constraint import DensityConstraint
 from l0fast.density import density
 from l0fast.folder import PRUNED
-from l0fast.latency import LatencyTable
 from l0fast.prune import format_report
 from l0fast.prune import prune as prune_model
 from l0fast.saving import save_pruned
@@ -61,9 +60,8 @@ def _pruned(
     checkpoint: Checkpoint, model: nn.Module, example: Tensor, target: str | None
 ) -> nn.Module:
     """The smaller model, within `target` (by the run's measure) or else what the run asked for."""
-    measure = checkpoint.identity.get("measure", "gates")
-    if measure == "latency":  # as the run has measured it
-        measure = LatencyTable.from_json((checkpoint.term or {})["_extra_state"]["latency"])
+    # Latency as the run has measured it.
+    measure = checkpoint.table or checkpoint.identity.get("measure", "gates")
     if target is not None:
         wanted = layer_densities(target, []) if "=" in target else one_target(target)
         return prune_model(model, example, wanted, measure=measure)

@@ -78,7 +78,9 @@ def _frontier(args: argparse.Namespace) -> int:
 
 def _dense(settings: TrainerSettings) -> TrainerSettings:
     """The same training without a target."""
-    given = {name: getattr(TrainerSettings, name) for name in ("measure", "method", "gates")}
+    given = {
+        name: getattr(TrainerSettings, name) for name in ("measure", "method", "gates", "shrink")
+    }
     return replace(settings, density=None, layer_density=None, penalty=None, **given)
 
 
