@@ -119,6 +119,9 @@ class Checkpoint:
         """The first half of `refuse_other`."""
         for key in sorted({*identity, *self.identity}):
             ours, theirs = identity.get(key), self.identity.get(key)
+            if key not in self.identity:
+                expected = "a run without it (an earlier version's cannot be resumed)"
+                _checks.refuse(key, ours, f"{expected}, as in the checkpoint {path}")
             if ours != theirs:
                 _checks.refuse(key, ours, f"{theirs!r}, as in the checkpoint {path}")
 

@@ -227,7 +227,7 @@ def sparsify_(
     The parameters stay the same objects, so an optimizer built before still holds them; the
     gates' `log_alpha` come on top. In training the gates of all layers are sampled by one op at
     the start of the model's forward. With density_init=1 the model computes in evaluation
-    exactly what it computed before.
+    exactly what it computed before (fused attention that is made ordinary: but for rounding).
 
     With gates="auto" the model's structure says where they go, found by one torch.export on
     `example_inputs`: on the output channels of convolutions without a norm behind them; elsewhere
