@@ -22,7 +22,7 @@ def scalars(row: Row) -> dict[str, float]:
             found |= {f"{name}/{key}": part for key, part in value.items()}
         elif name != "epoch":  # the step
             found[name] = value
-    return {tag: value for tag, value in found.items() if isinstance(value, (int, float))}
+    return {tag: float(value) for tag, value in found.items() if isinstance(value, (int, float))}
 
 
 def _summary_writer(folder: Path, purge_step: int | None) -> Any:
