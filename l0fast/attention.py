@@ -8,6 +8,7 @@ import math
 import operator
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from dataclasses import replace as replace_fields
 from typing import Any
 
 import torch
@@ -64,6 +65,8 @@ def _kind(mask: Tensor | None) -> str:
 
 def _call_of(name: str, module: nn.MultiheadAttention, args: Any, options: Any) -> Unfused | str:
     """How an attention is called; in words why it cannot be made ordinary, where it cannot."""
+    if not name:
+        return "it is the model itself, which stays the object that it is"
     bound = _CALL.bind(module, *args, **options)
     bound.apply_defaults()
     given = bound.arguments
@@ -127,7 +130,7 @@ class _Writer:
 
     def __init__(self) -> None:
         self.graph = fx.Graph()
-        # A forward without annotations, so that any module of these names may stand in for it.
+        # What nn.MultiheadAttention's own forward takes.
         self.given = {
             name: self.graph.placeholder(name, default_value=default)
             for name, default in _DEFAULTS.items()
@@ -239,20 +242,11 @@ def unfuse_(model: nn.Module, calls: Mapping[str, Unfused]) -> nn.Module:
 
 
 def unfused_in(model: nn.Module) -> list[Unfused]:
-    """The attentions of a model that were made ordinary."""
-    facts = (vars(module).get(UNFUSED) for module in model.modules())
-    return [Unfused.from_json(json.loads(fact)) for fact in facts if fact is not None]
-
-
-def refuse_other(model: nn.Module, call: Unfused) -> str:
-    """What a model has, in words, where a recipe says it has an attention to make ordinary."""
-    try:
-        module = model.get_submodule(call.name)
-    except AttributeError:
-        return f"it has a module {call.name!r}"
-    if type(module) is not nn.MultiheadAttention:
-        return f"its {call.name!r} is a MultiheadAttention, not a {type(module).__name__}"
-    found, wanted = ((m.embed_dim, m.num_heads) for m in (module, call))
-    if found != wanted:
-        return f"its {call.name!r} has embed_dim and num_heads {wanted}, not {found}"
-    return ""
+    """The attentions of a model that were made ordinary, by their names in it."""
+    found: list[Unfused] = []
+    for path, module in model.named_modules():
+        fact = vars(module).get(UNFUSED)
+        if fact is not None:  # the model may be a part of another one by now
+            name = path.removesuffix(".layer").removesuffix(".out_proj")
+            found.append(replace_fields(Unfused.from_json(json.loads(fact)), name=name))
+    return found

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.amounts import Asked
-from l0fast.draw import gate_owners
+from l0fast.draw import gate_owners, own_gates
 from l0fast.layers import Gated
 from l0fast.measure import Measure
 
@@ -59,7 +59,7 @@ def choose(
     waits: list[Tensor] = []
     place = 0
     owners = gate_owners(layers)  # shared gates stay and go together
-    owning = list(dict.fromkeys(owners.values()))
+    owning = own_gates(layers)
     for name in owning:
         layer = layers[name]
         log_alpha = layer.log_alpha.detach().double().cpu().flatten()

@@ -24,7 +24,7 @@ from l0fast.dual import Dual, DualAscent
 from l0fast.footprint import Latency, measure_of
 from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
-from l0fast.measure import Measure, of_pruned
+from l0fast.measure import Measure, is_of_pruned
 from l0fast.schedule import TargetSchedule
 from l0fast.sparsify import example_args, unwrapped
 from l0fast.timing import settled
@@ -40,7 +40,7 @@ class _DensityTerm(nn.Module):
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()
         layers = require_gated(model)
-        sized = of_pruned(groups[0].measure)
+        sized = is_of_pruned(groups[0].measure)
         tried = trial(model, example_args(example_inputs)) if sized else None
         measure = measure_of(layers, groups, tried)
         # The layers belong to the model: kept out of this module's children and state.

@@ -175,9 +175,8 @@ class Footprint(Measure):
         sums = torch.segment_reduce(units, "sum", lengths=self.lengths, unsafe=True)
         counts = torch.maximum(sums, self.least)
         layers = len(self.names)
-        costs = (self.member * self._layer_costs(counts[:layers], counts[layers : 2 * layers])).sum(
-            1
-        )
+        each = self._layer_costs(counts[:layers], counts[layers : 2 * layers])
+        costs = (self.member * each).sum(1)
         if self.products:
             costs = costs + (self.product * counts[2 * layers :]).sum(1)
         return costs + self.rest

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.channels import STAYS
-from l0fast.draw import gate_owners
+from l0fast.draw import gate_owners, own_gates
 from l0fast.graph import is_carrier, layer_size
 from l0fast.layers import Gated
 from l0fast.plan import Plan
@@ -58,7 +58,7 @@ class Hinges:
 
     def __init__(self, layers: Mapping[str, Gated], plan: Plan) -> None:
         owners = gate_owners(layers)
-        self.always = sum(layers[name].num_gates for name in dict.fromkeys(owners.values()))
+        self.always = sum(layers[name].num_gates for name in own_gates(layers))
         """Number of a gate that is always open, and"""
         self.never = self.always + 1
         """of one that never is."""

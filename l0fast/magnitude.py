@@ -15,7 +15,7 @@ from l0fast.density import AnyMeasure
 from l0fast.draw import gate_owners
 from l0fast.footprint import Latency, measure_of
 from l0fast.layers import Gated
-from l0fast.measure import of_pruned
+from l0fast.measure import is_of_pruned
 from l0fast.sparsify import example_args, unwrapped
 from l0fast.trial import trial
 
@@ -98,7 +98,7 @@ class MagnitudePruning(DensityConstraint):
         _checks.whole("steps", steps)
         super().__init__(model, target, measure=measure, example_inputs=example_inputs)
         groups = list(self.groups.values())
-        sized = of_pruned(groups[0].measure)
+        sized = is_of_pruned(groups[0].measure)
         tried = trial(unwrapped(model), example_args(example_inputs)) if sized else None
         measures = [measure_of(self.layers, [group], tried) for group in groups]
         self.__dict__["_measures"] = measures

@@ -19,7 +19,7 @@ SIZES = ("params", "macs", "memory")
 MEASURES = ("gates", *SIZES, "latency")
 
 
-def of_pruned(measure: AnyMeasure) -> bool:
+def is_of_pruned(measure: AnyMeasure) -> bool:
     """Whether a measure is one of the pruned model."""
     return measure in SIZES or isinstance(measure, LatencyTable)
 

@@ -28,7 +28,7 @@ from l0fast.draw import own_gates
 from l0fast.footprint import Footprint, measure_of
 from l0fast.latency import LatencyTable
 from l0fast.layers import Gated
-from l0fast.measure import GateMeasure, of_pruned
+from l0fast.measure import GateMeasure, is_of_pruned
 from l0fast.plan import Plan, closed, fold, make_plan, reference
 from l0fast.sparsify import example_args, unwrapped
 from l0fast.stopwatch import whole_seconds
@@ -221,7 +221,7 @@ def prune(
             _checks.refuse("measure", measure_name(measure), "a target beside it")
         asked = _left_targets(model, layers)
     args = example_args(example_inputs)
-    sized = any(of_pruned(group.measure) for group, _ in asked.values())
+    sized = any(is_of_pruned(group.measure) for group, _ in asked.values())
     tried = trial(model, args) if sized else None
     budgets: list[Budget] = []
     groups = {name: group for name, (group, _) in asked.items()}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically
-from l0fast.attention import Unfused, refuse_other, unfuse_
+from l0fast.attention import Unfused, unfuse_
 from l0fast.compact import Edit, Mend, apply
 from l0fast.graph import is_site, layer_size
 
@@ -149,17 +149,24 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
     def differs(what: str) -> NoReturn:
         _checks.refuse("build_fn", type(model).__name__, f"the model of {str(path)!r}: {what}")
 
+    def part(what: str, name: str) -> Any:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            differs(f"it has a {what} {name!r}")
+
     for call in recipe["calls"]:
-        other = refuse_other(model, call)
-        if other:
-            differs(other)
+        attention = part("module", call.name)
+        if type(attention) is not nn.MultiheadAttention:
+            got = type(attention).__name__
+            differs(f"its {call.name!r} is a MultiheadAttention, not a {got}")
+        found, sizes = ((m.embed_dim, m.num_heads) for m in (attention, call))
+        if found != sizes:
+            differs(f"its {call.name!r} has embed_dim and num_heads {sizes}, not {found}")
         model = unfuse_(model, {call.name: call})
     for edit in recipe["edits"]:
         # One by one: the recipe of a model pruned twice names layers that the first edits made.
-        try:
-            layer = model.get_submodule(edit.name)
-        except AttributeError:
-            differs(f"it has a layer {edit.name!r}")
+        layer = part("layer", edit.name)
         if not is_site(layer) or type(layer).__name__ != edit.kind:
             differs(f"its {edit.name!r} is a {edit.kind}, not a {type(layer).__name__}")
         if layer_size(layer) != edit.size:
@@ -167,10 +174,7 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
             differs(f"its {edit.name!r} has {sizes}")
         model = apply(model, [edit], {})
     for mend in recipe["mends"]:
-        try:
-            module = model.get_submodule(mend.name)
-        except AttributeError:
-            differs(f"it has a module {mend.name!r}")
+        module = part("module", mend.name)
         if type(module).__name__ != mend.kind or vars(module).get(mend.attribute) != mend.value[1]:
             wanted = f"a {mend.kind} with {mend.attribute}={mend.value[1]}"
             differs(f"its {mend.name or 'root'!r} is {wanted}")

@@ -156,6 +156,13 @@ class TrainerSettings:
         return not (self.density is None and self.layer_density is None and self.penalty is None)
 
 
+WITHOUT_GATES: dict[str, Any] = {
+    name: getattr(TrainerSettings, name)
+    for name in ("density", "layer_density", "penalty", "measure", "method", "gates", "shrink")
+}
+"""What a dense training has in place of all that speaks of gates."""
+
+
 def default_dual_lr(steps: int, target: float, target_schedule: str = "constant") -> float:
     """The dual learning rate for a training of that many steps to that density.
 

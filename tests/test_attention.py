@@ -236,6 +236,29 @@ def test_a_fused_one_without_gates_in_it_stays_as_it_was() -> None:
     assert isinstance(model.encoder.layers[0].self_attn, nn.MultiheadAttention)
 
 
+def test_a_model_that_is_the_attention_itself_stays_fused() -> None:
+    model = nn.MultiheadAttention(WIDTH, HEADS, batch_first=True)
+    x = torch.randn(2, LENGTH, WIDTH)
+    table = sparsify_(model, example_inputs=(x, x, x), dry_run=True)
+    assert "it is the model itself" in str(table)
+    with pytest.raises(ValueError, match="expected a model with a Linear or conv layer to gate"):
+        sparsify_(model, example_inputs=(x, x, x))
+
+
+def test_a_part_that_was_given_gates_is_pruned_and_loaded_in_the_whole(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), Self(batch_first=True)).eval()
+
+    whole: Any = build()
+    x = torch.randn(2, LENGTH, WIDTH)
+    sparsify_(whole[1], example_inputs=x)
+    small: Any = prune(closed(whole, [1]), x)
+    assert [entry["name"] for entry in small.report["attention"]] == ["1.attention"]
+    save_pruned(small, tmp_path / "small.safetensors")
+    again = load_pruned(build, tmp_path / "small.safetensors")
+    torch.testing.assert_close(again(x), small(x))
+
+
 def test_an_entry_that_is_none_is_refused() -> None:
     entry = {
         "name": "a", "embed_dim": 12, "num_heads": 3, "batch_first": True, "batched": True,

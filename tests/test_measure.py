@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_density import gated
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, HardConcrete, prune, sparsify_
@@ -16,24 +17,6 @@ from l0fast.measure import GateMeasure
 from l0fast.models import mlp
 
 EVERYTHING = ("conv", "fc1", "fc2")
-
-
-class Net(nn.Module):
-    """[N, 2, 5, 5] -> [N, 3]: 4 output gates of 19, 36 input gates of 6, 18 gates of 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3)
-        self.fc1 = nn.Linear(36, 6)
-        self.fc2 = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.fc1(self.conv(x).relu().flatten(1)).relu())
-
-
-def gated(**options: Any) -> Any:
-    model = sparsify_(Net(), include=["conv", "fc1"], **options)
-    return sparsify_(model, gates="weight", **options)
 
 
 # --- the gates -----------------------------------------------------------------------------------

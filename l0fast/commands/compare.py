@@ -12,17 +12,12 @@ from l0fast._files import write_text
 from l0fast.commands import options, runs
 from l0fast.commands.runs import Run
 from l0fast.results import aggregate, markdown_table, text_table
+from l0fast.settings import WITHOUT_GATES
 
 Row = dict[str, Any]
 
 METHODS: dict[str, dict[str, Any]] = {
-    "dense": {
-        "dense": True,
-        "density": None,
-        "layer_density": None,
-        "measure": "gates",
-        "shrink": None,
-    },
+    "dense": {"dense": True, **WITHOUT_GATES},
     "penalised": {"density": None, "layer_density": None, "measure": "gates"},
     "magnitude": {"method": "magnitude"},
     "magnitude-one-shot": {"method": "magnitude-one-shot"},

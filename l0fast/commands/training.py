@@ -15,7 +15,7 @@ from l0fast.commands.setup import set_up
 from l0fast.folder import METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.frontier import FRONTIER, format_frontier, frontier
 from l0fast.frontier import PLOT as FRONTIER_PLOT
-from l0fast.settings import TrainerSettings
+from l0fast.settings import WITHOUT_GATES, TrainerSettings
 from l0fast.trainer import Trainer
 
 
@@ -78,10 +78,7 @@ def _frontier(args: argparse.Namespace) -> int:
 
 def _dense(settings: TrainerSettings) -> TrainerSettings:
     """The same training without a target."""
-    given = {
-        name: getattr(TrainerSettings, name) for name in ("measure", "method", "gates", "shrink")
-    }
-    return replace(settings, density=None, layer_density=None, penalty=None, **given)
+    return replace(settings, **WITHOUT_GATES)
 
 
 def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
