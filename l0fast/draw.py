@@ -230,7 +230,7 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
                 for layer in sharing:
                     opened[id(layer)] = layer.spread(part)
     if skip is not None and opened:
-        skip.assign(model, opened, inputs, options or {}, draw)
+        skip.assign(opened, inputs, options or {}, draw)
 
 
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
