@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
-from l0fast.draw import DRAWN, Drawn, OnDevice
+from l0fast.draw import DRAWN, EVERYTHING, Drawn, OnDevice
 from l0fast.gated_weight import mask
 from l0fast.hard_concrete import HardConcrete
 
@@ -216,8 +216,7 @@ class Gated(Drawn):
         Args:
             x: the input, with its channels along `dim` < 0.
         """
-        # A model's draw, which also says what to leave out, holds in its forward alone.
-        compact = self._compact if self.training and self._drawn_here() else None
+        compact = self._compact_here()
         if compact is None:
             return (x, *self._masked())
         assert not isinstance(compact, OnDevice)  # for layers that only compute in parts
@@ -363,13 +362,14 @@ class L0Linear(Gated, nn.Linear):
             return y * self._example_z(y, -1)
         if self.gates == "input" and not self.training:
             return F.linear(input * self._z(), self.weight, self.bias)
-        if self.gates == "input" and self._compact is None:
-            return autograd.gated_linear(input, self.weight, self.bias, self._z())
-        if isinstance(self._compact, OnDevice) and self.training and self._drawn_here():
-            rows, cols = self._compact
+        compact = self._compact_here()
+        if isinstance(compact, OnDevice):
             return functional.skipping_linear(
-                input, self.weight, self.bias, self._z(), rows=rows, cols=cols
+                input, self.weight, self.bias, self._z(), **compact._asdict()
             )
+        if self.gates == "input":
+            part = compact or EVERYTHING
+            return autograd.gated_linear(input, self.weight, self.bias, self._z(), *part)
         return F.linear(*self._parts(input, -1))
 
 

@@ -23,8 +23,11 @@ from l0fast.graph import NORMS
 from l0fast.proof import tensors_of
 
 OVERHEAD = 5_000_000
-"""Multiply-accumulates of one pass that take as long as leaving channels out of a link (on a CPU:
-picking weights, putting gradients back)."""
+"""Multiply-accumulates of one pass that take as long as leaving channels out of a link at all (on a
+CPU: listing them, and some ten ops)."""
+
+PER_WEIGHT = 60
+"""The same for each weight that is kept: picking it, masking it, putting its gradient back."""
 
 
 MULTIPLE = 4
@@ -61,6 +64,12 @@ class Link:
     def layers(self) -> list[Any]:
         """The maker and the readers."""
         return [*(reader.layer for reader in self.readers), *([self.maker] if self.maker else [])]
+
+    @functools.cached_property
+    def weights(self) -> int:
+        """Of its layers, with every unit."""
+        layers = (layer for layer in self.layers() if not isinstance(layer, NORMS))
+        return sum(layer.weight.numel() for layer in layers)
 
     @property
     def convolved(self) -> bool:
@@ -261,7 +270,8 @@ class Skipping:
         """Whether leaving out the other channels saves more time than it costs."""
         if kept == of or self.mode is True:
             return kept < of
-        return link.work * examples * (of - kept) / of > OVERHEAD
+        cost = OVERHEAD + PER_WEIGHT * link.weights * kept / of
+        return link.work * examples * (of - kept) / of > cost
 
     @staticmethod
     def _alive(link: Link, opened: dict[int, Tensor]) -> Tensor:
