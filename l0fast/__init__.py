@@ -6,7 +6,8 @@ from l0fast.constraints.dual import AugmentedLagrangian, DualAscent, EqualityAsc
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.several import Constraints
 from l0fast.gating.sparsify import param_groups, sparsify_
-from l0fast.layers.gated import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
+from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
+from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.measures.density import density
 from l0fast.measures.latency import LatencyTable

@@ -576,13 +576,19 @@ def test_the_default_dtype_does_not_matter() -> None:
 # --- auto -----------------------------------------------------------------------------------------
 
 
-def test_what_is_computed_is_rounded_up() -> None:
+@pytest.mark.parametrize("convolved", [True, False])
+def test_what_a_convolution_computes_is_rounded_up(convolved: bool) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 30), nn.Tanh(), nn.Linear(30, 3)).double()
+    maker: nn.Module = nn.Linear(5, 30)
+    last: nn.Module = nn.Linear(30, 3)
     x = torch.randn(4, 5).double()
+    if convolved:
+        maker, last, x = nn.Conv1d(5, 30, 1), nn.Conv1d(30, 3, 1), x.unsqueeze(2)
+    model = nn.Sequential(maker, nn.Tanh(), last).double()
     sparsify_(model, gates="input", exclude="0", example_inputs=x, skip=True)
     reader: Any = model.get_submodule("2")
-    for kept, computed in ((0, 4), (1, 4), (4, 4), (5, 8), (26, 28), (28, 28), (29, 30)):
+    for kept, rounded in ((0, 4), (1, 4), (4, 4), (5, 8), (26, 28), (28, 28), (29, 30)):
+        computed = rounded if convolved else max(kept, 1)
         with torch.no_grad():
             reader.log_alpha.fill_(-40.0)
             reader.log_alpha[torch.randperm(30)[:kept]] = 40.0

@@ -2,18 +2,12 @@
 
 Two of them for every op, and `runs_on_triton` chooses per call: `functions` (autograd Functions
 over the reference maths: a custom op costs four times as much a call on a CPU) and `ops`
-(torch.library ops over the Triton kernels).
+(torch.library ops over the Triton kernels). `compact` has what layers compute with what is open.
 """
 
 from l0fast.autograd.backend import runs_on_triton
-from l0fast.autograd.functions import (
-    compact_weight,
-    gated_linear,
-    gated_weight,
-    gather,
-    hard_concrete,
-    segment_sums,
-)
+from l0fast.autograd.compact import compact_weight, gated_linear, gather
+from l0fast.autograd.functions import gated_weight, hard_concrete, segment_sums
 from l0fast.autograd.ops import triton_gated_weight, triton_hard_concrete
 from l0fast.autograd.skipping import compaction, skipping_linear
 

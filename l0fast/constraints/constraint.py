@@ -73,6 +73,10 @@ class _DensityTerm(nn.Module):
     def project_(self) -> None:
         """Puts every log_alpha back into its bounds."""
         gates: list[Tensor] = [self.layers[name].log_alpha for name in self._owning]
+        if self._device.type == "cpu":  # which runs a foreach tensor by tensor, and here twice
+            for log_alpha, bound in zip(gates, self._bounds, strict=True):
+                log_alpha.clamp_(-bound, bound)
+            return
         torch._foreach_clamp_min_(gates, self._lower)  # pyright: ignore[reportPrivateImportUsage]
         torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
 
@@ -225,7 +229,7 @@ class DensityConstraint(_DensityTerm):
 
     @property
     def _memory(self) -> list[Tensor]:
-        return [self.get_buffer(name) for name in self.dual.memory]
+        return [self._buffers[name] for name in self.dual.memory]  # type: ignore[misc]
 
     @torch.no_grad()
     def _move(self) -> None:

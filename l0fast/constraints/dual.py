@@ -85,12 +85,16 @@ class DualAscent(Dual):
     def step_(self, multiplier: Tensor, violation: Tensor, lr: Tensor, *memory: Tensor) -> None:
         """One ascent step; a multiplier that a restart sets from above 0 to 0 counts one in
         `memory`, the restarts so far."""
-        if self.restarts:
-            (restarts,) = memory
-            satisfied = violation < 0
-            restarts.addcmul_(satisfied, multiplier.sign())
-            multiplier.masked_fill_(satisfied, 0.0)
-        multiplier.addcmul_(violation, lr).clamp_(0.0, self.limit)
+        if not self.restarts:
+            multiplier.addcmul_(violation, lr).clamp_(0.0, self.limit)
+            return
+        (restarts,) = memory
+        satisfied = violation < 0
+        restarts.addcmul_(satisfied, multiplier.sign())
+        # Never below 0: what is not satisfied adds to it.
+        multiplier.addcmul_(violation, lr).masked_fill_(satisfied, 0.0)
+        if self.limit < math.inf:
+            multiplier.clamp_max_(self.limit)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from l0fast.gating.recipes import Choice, GateRow, GateTable, by_structure, with
 from l0fast.graph import capture
 from l0fast.graph.sites import light_copy, replace
 from l0fast.layers.draw import attach_draw, gated_layers, own_gates
-from l0fast.layers.gated import DENSITY_INIT, GATED_TYPES, GATES
+from l0fast.layers.gated import DENSITY_INIT, GATES
+from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping.following import stop_following
 from l0fast.skipping.links import attach_skipping

@@ -86,6 +86,9 @@ class Compact(NamedTuple):
     """Where those lie in what arrives, if more arrives."""
 
 
+EVERYTHING = Compact(None, None, None)
+
+
 class OnDevice(NamedTuple):
     """The same where the host does not know what is open, in the shapes of all units."""
 
@@ -159,6 +162,11 @@ class Drawn:
             return False
         return in_force(draw)
 
+    def _compact_here(self) -> Compact | OnDevice | None:
+        """What this call leaves out: a model's draw, which says so, holds in its forward alone."""
+        compact = self._compact
+        return compact if compact is not None and self.training and self._drawn_here() else None
+
     def __getstate__(self) -> dict[str, Any]:
         # A draw belongs to one step of one model: copies and pickles start without.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
@@ -190,6 +198,8 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
     """Forward pre-hook: samples the gates of all the model's layers in one op."""
     # By distribution, device and dtype: each log_alpha, and the layers that share it.
     groups: dict[Any, dict[int, tuple[Tensor, list[Drawn]]]] = {}
+    members: dict[int, tuple[Tensor, list[Drawn]]] = {}
+    last: Any = None, None, None
     for layer in _members(model):
         if not layer.training or layer.noise == "example" or layer.gates == "weight":
             continue
@@ -198,7 +208,8 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
             continue  # an outer model of this one has drawn already
         log_alpha = layer.log_alpha
         key = layer.distribution, log_alpha.device, log_alpha.dtype
-        members = groups.setdefault(key, {})
+        if key[0] is not last[0] or key[1:] != last[1:]:  # hashing it costs more than all else here
+            members, last = groups.setdefault(key, {}), key
         members.setdefault(id(log_alpha), (log_alpha, []))[1].append(layer)
     opened: dict[int, Tensor] = {}
     skip = None if torch.compiler.is_compiling() else model.__dict__.get(SKIPPING)
@@ -230,7 +241,7 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
                 for layer in sharing:
                     opened[id(layer)] = layer.spread(part)
     if skip is not None and opened:
-        skip.assign(model, opened, inputs, options or {}, draw)
+        skip.assign(opened, inputs, options or {}, draw)
 
 
 def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:

@@ -1,4 +1,4 @@
-"""Gated layers: drop-in subclasses of torch.nn's."""
+"""What the gated layers share (see `linear` and `conv`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import math
 from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
@@ -113,7 +112,7 @@ class Gated(Drawn):
                 "layer", type(layer).__name__, f"a torch.nn.{cls.dense_type.__name__}", TypeError
             )
         gates = gates or cls.default_gates
-        _check_options(gates, density_init, droprate_init, noise)
+        check_options(gates, density_init, droprate_init, noise)
         _checks.whole("units", units)
         self = cls.__new__(cls)
         self.__dict__.update(_own_state(layer))
@@ -216,8 +215,7 @@ class Gated(Drawn):
         Args:
             x: the input, with its channels along `dim` < 0.
         """
-        # A model's draw, which also says what to leave out, holds in its forward alone.
-        compact = self._compact if self.training and self._drawn_here() else None
+        compact = self._compact_here()
         if compact is None:
             return (x, *self._masked())
         assert not isinstance(compact, OnDevice)  # for layers that only compute in parts
@@ -275,9 +273,10 @@ class Gated(Drawn):
         return f"{super().extra_repr()}, gates={self.gates!r}{units}"  # type: ignore[misc]
 
 
-def _check_options(
+def check_options(
     gates: str, density_init: float | None, droprate_init: float | None, noise: str
 ) -> None:
+    """Refuses options of a gated layer that are out of their range."""
     _checks.one_of("gates", gates, GATES)
     _checks.one_of("noise", noise, NOISE)
     if density_init is not None:
@@ -298,192 +297,3 @@ def _check_options(
             )
     if gates == "weight" and noise == "example":
         _checks.refuse("noise", noise, "'batch' where gates='weight'")
-
-
-class L0Linear(Gated, nn.Linear):
-    """nn.Linear with hard-concrete gates.
-
-    Equals (gates="input", the default):
-        F.linear(x * z, weight, bias)                  # z [in_features]
-    With gates="output":
-        F.linear(x, weight * z[:, None], bias * z)     # z [out_features]
-    With gates="weight":
-        F.linear(x, weight * z, bias)                  # z [out_features, in_features]
-
-    With gates on inputs or single weights the bias is neither gated nor counted.
-
-    Args:
-        in_features, out_features, bias, device, dtype: as in nn.Linear.
-        gates, density_init, droprate_init, distribution, noise: as in `Gated`.
-
-    Raises:
-        ValueError, TypeError: an option is out of its range.
-
-    Source: Louizos et al., 2018.
-    """
-
-    dense_type = nn.Linear
-    default_gates = "input"
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        gates: str = "input",
-        density_init: float | None = None,
-        droprate_init: float | None = None,
-        distribution: HardConcrete | None = None,
-        noise: str = "batch",
-    ) -> None:
-        _check_options(gates, density_init, droprate_init, noise)
-        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._init_gates(gates, density_init, droprate_init, distribution, noise)
-
-    def _num_inputs(self) -> int:
-        return self.in_features
-
-    def _gate_shape(self) -> tuple[int, ...]:
-        shapes = {
-            "input": (self.in_features // self.units,),
-            "output": (self.out_features,),
-            "weight": tuple(self.weight.shape),
-        }
-        return shapes[self.gates]
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features]."""
-        if self.noise == "example" and self.training:
-            if self.gates == "input":
-                return F.linear(input * self._example_z(input, -1), self.weight, self.bias)
-            y = F.linear(input, self.weight, self.bias)
-            return y * self._example_z(y, -1)
-        if self.gates == "input" and not self.training:
-            return F.linear(input * self._z(), self.weight, self.bias)
-        if self.gates == "input" and self._compact is None:
-            return autograd.gated_linear(input, self.weight, self.bias, self._z())
-        if isinstance(self._compact, OnDevice) and self.training and self._drawn_here():
-            rows, cols = self._compact
-            return functional.skipping_linear(
-                input, self.weight, self.bias, self._z(), rows=rows, cols=cols
-            )
-        return F.linear(*self._parts(input, -1))
-
-
-class _GatedConv(Gated):
-    """What L0Conv1d, L0Conv2d and L0Conv3d share."""
-
-    groups: int
-    in_channels: int
-    out_channels: int
-    kernel_size: tuple[int, ...]
-    default_gates = "output"
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: Any,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-        bias: bool = True,
-        padding_mode: str = "zeros",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        *,
-        gates: str = "output",
-        density_init: float | None = None,
-        droprate_init: float | None = None,
-        distribution: HardConcrete | None = None,
-        noise: str = "batch",
-    ) -> None:
-        _check_options(gates, density_init, droprate_init, noise)
-        self.dense_type.__init__(
-            self,  # type: ignore[arg-type]
-            in_channels,  # type: ignore[call-arg]
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            padding_mode,
-            device,
-            dtype,
-        )
-        self._init_gates(gates, density_init, droprate_init, distribution, noise)
-
-    def _num_inputs(self) -> int:
-        return self.in_channels
-
-    def _gate_shape(self) -> tuple[int, ...]:
-        shapes = {
-            "input": (self.in_channels // self.units,),
-            "output": (self.out_channels,),
-            "weight": tuple(self.weight.shape),
-        }
-        return shapes[self.gates]
-
-    def _mask_inputs(self, z: Tensor) -> Tensor:
-        # Input channel c is column c % (in / groups) of the filters of group c // (in / groups).
-        weight = self.weight.unflatten(0, (self.groups, -1))
-        gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
-        return (weight * gate).flatten(0, 1)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """x [batch, in_channels, *spatial] -> [batch, out_channels, *spatial]."""
-        channels = -1 - len(self.kernel_size)
-        if self.noise == "example" and self.training:
-            if self.gates == "input":
-                input = input * self._example_z(input, channels)
-            y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
-            return y * self._example_z(y, channels) if self.gates == "output" else y
-        return self._conv_forward(*self._parts(input, channels))  # type: ignore[attr-defined]
-
-
-_CONV_DOC = """nn.{dense} with hard-concrete gates.
-
-    Equals (gates="output", the default):
-        z * conv(x, weight, bias)                      # z [out_channels], bias gated too
-    With gates="input":
-        conv(x * z, weight, bias)                      # z [in_channels]
-    With gates="weight":
-        conv(x, weight * z, bias)                      # z of the weight's shape
-
-    Any `groups` (depthwise included), padding mode, stride and dilation.
-
-    Args:
-        in_channels ... dtype: as in nn.{dense}.
-        gates, density_init, droprate_init, distribution, noise: as in `Gated`.
-
-    Raises:
-        ValueError, TypeError: an option is out of its range.
-
-    Source: Louizos et al., 2018.
-    """
-
-
-class L0Conv1d(_GatedConv, nn.Conv1d):
-    __doc__ = _CONV_DOC.format(dense="Conv1d")
-    dense_type = nn.Conv1d
-
-
-class L0Conv2d(_GatedConv, nn.Conv2d):
-    __doc__ = _CONV_DOC.format(dense="Conv2d")
-    dense_type = nn.Conv2d
-
-
-class L0Conv3d(_GatedConv, nn.Conv3d):
-    __doc__ = _CONV_DOC.format(dense="Conv3d")
-    dense_type = nn.Conv3d
-
-
-GATED_TYPES: dict[type[nn.Module], type[Any]] = {
-    gated.dense_type: gated for gated in (L0Linear, L0Conv1d, L0Conv2d, L0Conv3d)
-}

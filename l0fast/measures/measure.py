@@ -110,9 +110,12 @@ class GateMeasure(Measure):
         return (self.sizes * counts).sum(1)
 
     def forward(self) -> Tensor:
-        counts = expected_open(list(self.layers.values())).to(self.weights.dtype)
+        weights: Tensor = self._buffers["weights"]  # type: ignore[assignment]  # each step's cost
+        counts = expected_open(list(self.layers.values())).to(weights.dtype)
         # Not a product of matrices: autocast would halve its dtype.
-        return (self.weights * counts).sum(1)
+        if len(weights) == 1:
+            return torch.dot(weights.view(-1), counts).view(1)
+        return (weights * counts).sum(1)
 
 
 class OwnMeasure(Measure):

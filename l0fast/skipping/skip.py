@@ -9,7 +9,6 @@ others compact: no zeros are put in and taken out again between them.
 from __future__ import annotations
 
 import functools
-import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +23,16 @@ from l0fast.skipping import skip_on_device
 from l0fast.skipping.following import Following, can_follow
 
 OVERHEAD = 5_000_000
-"""Multiply-accumulates of one pass that take as long as leaving channels out of a link (on a CPU:
-picking weights, putting gradients back)."""
+"""Multiply-accumulates of one pass that take as long as leaving channels out of a link at all (on a
+CPU: listing them, and some ten ops)."""
+
+PER_WEIGHT = 60
+"""The same for each weight that is kept: picking it, masking it, putting its gradient back."""
 
 
 MULTIPLE = 4
-"""How many units are computed is rounded up to it: convolutions of few different, even widths run
-faster. The units added are closed, and so masked."""
+"""How many units are computed is rounded up to it where a convolution computes them: those of few
+different, even widths run faster (Linears do not). The units added are closed, and so masked."""
 
 
 @dataclass
@@ -63,6 +65,17 @@ class Link:
         """The maker and the readers."""
         return [*(reader.layer for reader in self.readers), *([self.maker] if self.maker else [])]
 
+    @functools.cached_property
+    def weights(self) -> int:
+        """Of its layers, with every unit."""
+        layers = (layer for layer in self.layers() if not isinstance(layer, NORMS))
+        return sum(layer.weight.numel() for layer in layers)
+
+    @property
+    def convolved(self) -> bool:
+        """Whether some of its layers are no Linears."""
+        return any(not isinstance(layer, nn.Linear) for layer in self.layers())
+
     @property
     def linear(self) -> bool:
         """Whether kernels can follow it: from a linear layer to others that have gates for it."""
@@ -94,12 +107,14 @@ def _rounded_up(mask: Tensor, multiple: int) -> Tensor:
     return found
 
 
+def _tensor_form(leaf: object) -> tuple[torch.dtype, int] | None:
+    return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else None
+
+
 def form_of(args: tuple[Any, ...], options: dict[str, Any]) -> list[object]:
     """How a forward is called: its tensors' dtypes and ranks, and everything else as it is."""
     leaves, structure = tree_flatten((tuple(args), options))
-    forms = [
-        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
-    ]
+    forms = [_tensor_form(leaf) or repr(leaf) for leaf in leaves]
     return [str(structure), *forms]
 
 
@@ -117,7 +132,7 @@ class Skipping:
         on_gpu: with gates drawn on a GPU; then chains of linear layers are computed with no read by
             the host, if no convolution needs one.
         args: the example.
-        multiple: of how many units are computed.
+        multiple: of how many units are computed, on a CPU where a link is convolved.
     """
 
     def __init__(
@@ -129,11 +144,13 @@ class Skipping:
         multiple: int = MULTIPLE,
         on_gpu: bool = False,
     ) -> None:
-        convolved = any(not isinstance(layer, nn.Linear) for one in links for layer in one.layers())
+        self._rounded = [on_gpu or link.convolved for link in links]
         self.on_gpu = on_gpu
+        convolved = any(link.convolved for link in links)
         self.unread = on_gpu and not convolved and any(link.linear for link in links)
         self.links, self.mode, self.multiple = links, mode, multiple
         self.form = form_of(args, {})
+        self._tensors = [_tensor_form(one) for one in args]
         self.size = max(next((tensor.numel() for tensor in tensors_of(args)), 1), 1)
         found = {id(layer): layer for link in links for layer in link.layers()}
         self._layers = list(found.values())
@@ -142,7 +159,13 @@ class Skipping:
         ]
         for following in self._following:
             following.layer.__dict__["forward"] = following
-        self._modules = list(model.modules())
+        # The model as it was: of each module its children, of each layer its hooks (their very
+        # dicts, which a copy of the model has its own of).
+        parts = [module._modules for module in model.modules() if module._modules]
+        self._children = [(children, list(children.values())) for children in parts]
+        self._hooks = [
+            hooks for one in self._layers for hooks in (one._forward_hooks, one._forward_pre_hooks)
+        ]
 
     def clear(self) -> None:
         """Makes every layer compute with all units."""
@@ -152,21 +175,23 @@ class Skipping:
         for following in self._following:
             following.compact = None
 
-    def holds(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    def _like_the_example(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        if options or None in self._tensors:
+            return form_of(args, options) == self.form
+        return [_tensor_form(one) for one in args] == self._tensors  # a tenth of the time
+
+    def holds(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
         """Whether this is a call like the example, of the model as it was."""
-        modules = list(model.modules())
         return (
-            form_of(args, options) == self.form
-            and len(modules) == len(self._modules)
-            and all(map(operator.is_, modules, self._modules))
+            self._like_the_example(args, options)
+            and all(list(children.values()) == known for children, known in self._children)
             and all(f.layer.__dict__.get("forward") is f for f in self._following)
             and all(can_follow(f.layer) for f in self._following)
-            and not any(one._forward_hooks or one._forward_pre_hooks for one in self._layers)
+            and not any(self._hooks)
         )
 
     def assign(
         self,
-        model: nn.Module,
         opened: dict[int, Tensor],
         inputs: tuple[Any, ...],
         options: dict[str, Any],
@@ -175,14 +200,13 @@ class Skipping:
         """Tells each layer what it leaves out in this step.
 
         Args:
-            model: the model that draws.
             opened: id of a layer drawn in this step -> bool, which units its gates leave open.
             inputs, options: of the model's forward.
             draw: the model's, in force as long as this forward is.
         """
         if self.mode == "auto" and skip_on_device.on_gpu(opened):
             return  # the host would have to wait for the gates
-        if not self.holds(model, inputs, options):
+        if not self.holds(inputs, options):
             return
         if self.unread:
             compacts = self._unread(opened)
@@ -214,22 +238,23 @@ class Skipping:
 
     def _compacts(self, opened: dict[int, Tensor], inputs: tuple[Any, ...]) -> dict[int, Compact]:
         """What each layer leaves out, where the host can see the gates."""
-        first = next(iter(tensors_of(inputs)), None)
+        first = inputs[0] if inputs else None
+        if not isinstance(first, Tensor):
+            first = next(iter(tensors_of(inputs)), None)
         examples = 1.0 if first is None else first.numel() / self.size
         rows: dict[int, Tensor] = {}
         cols: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for link in self.links:
+        for link, rounded in zip(self.links, self._rounded, strict=True):
             if not self._drawn(link, opened):
                 continue
-            if link.maker is None:
-                (reader,) = link.readers
-                found = _rounded_up(opened[id(reader.layer)], self.multiple)
-                if self.pays(link, len(found), len(opened[id(reader.layer)]), examples):
-                    cols[id(reader.layer)] = found, found
-                continue
             alive = self._alive(link, opened)
-            found = _rounded_up(alive, self.multiple)
+            if not self.pays(link, 1, len(alive), examples):
+                continue  # whatever is open: it need not be listed
+            found = _rounded_up(alive, self.multiple if rounded else 1)
             if not self.pays(link, len(found), len(alive), examples):
+                continue
+            if link.maker is None:
+                cols[id(link.readers[0].layer)] = found, found
                 continue
             rows[id(link.maker)] = found
             alone = sum(not isinstance(reader.layer, NORMS) for reader in link.readers) == 1
@@ -245,12 +270,14 @@ class Skipping:
         """Whether leaving out the other channels saves more time than it costs."""
         if kept == of or self.mode is True:
             return kept < of
-        return link.work * examples * (of - kept) / of > OVERHEAD
+        cost = OVERHEAD + PER_WEIGHT * link.weights * kept / of
+        return link.work * examples * (of - kept) / of > cost
 
     @staticmethod
     def _alive(link: Link, opened: dict[int, Tensor]) -> Tensor:
         """bool [channels]: those that somebody reads, and that are not zeros."""
-        assert link.maker is not None
+        if link.maker is None:
+            return opened[id(link.readers[0].layer)]
         size = link.maker.weight.shape[0]
         needed: list[Tensor] = []
         for reader in link.readers:

@@ -1,0 +1,122 @@
+"""The gated convolutions: drop-in subclasses of nn.Conv1d, nn.Conv2d and nn.Conv3d."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.layers.gated import Gated, check_options
+from l0fast.maths.hard_concrete import HardConcrete
+
+
+class _GatedConv(Gated):
+    """What L0Conv1d, L0Conv2d and L0Conv3d share."""
+
+    groups: int
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    default_gates = "output"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gates: str = "output",
+        density_init: float | None = None,
+        droprate_init: float | None = None,
+        distribution: HardConcrete | None = None,
+        noise: str = "batch",
+    ) -> None:
+        check_options(gates, density_init, droprate_init, noise)
+        self.dense_type.__init__(
+            self,  # type: ignore[arg-type]
+            in_channels,  # type: ignore[call-arg]
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._init_gates(gates, density_init, droprate_init, distribution, noise)
+
+    def _num_inputs(self) -> int:
+        return self.in_channels
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        shapes = {
+            "input": (self.in_channels // self.units,),
+            "output": (self.out_channels,),
+            "weight": tuple(self.weight.shape),
+        }
+        return shapes[self.gates]
+
+    def _mask_inputs(self, z: Tensor) -> Tensor:
+        # Input channel c is column c % (in / groups) of the filters of group c // (in / groups).
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
+        return (weight * gate).flatten(0, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [batch, in_channels, *spatial] -> [batch, out_channels, *spatial]."""
+        channels = -1 - len(self.kernel_size)
+        if self.noise == "example" and self.training:
+            if self.gates == "input":
+                input = input * self._example_z(input, channels)
+            y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
+            return y * self._example_z(y, channels) if self.gates == "output" else y
+        return self._conv_forward(*self._parts(input, channels))  # type: ignore[attr-defined]
+
+
+_CONV_DOC = """nn.{dense} with hard-concrete gates.
+
+    Equals (gates="output", the default):
+        z * conv(x, weight, bias)                      # z [out_channels], bias gated too
+    With gates="input":
+        conv(x * z, weight, bias)                      # z [in_channels]
+    With gates="weight":
+        conv(x, weight * z, bias)                      # z of the weight's shape
+
+    Any `groups` (depthwise included), padding mode, stride and dilation.
+
+    Args:
+        in_channels ... dtype: as in nn.{dense}.
+        gates, density_init, droprate_init, distribution, noise: as in `Gated`.
+
+    Raises:
+        ValueError, TypeError: an option is out of its range.
+
+    Source: Louizos et al., 2018.
+    """
+
+
+class L0Conv1d(_GatedConv, nn.Conv1d):
+    __doc__ = _CONV_DOC.format(dense="Conv1d")
+    dense_type = nn.Conv1d
+
+
+class L0Conv2d(_GatedConv, nn.Conv2d):
+    __doc__ = _CONV_DOC.format(dense="Conv2d")
+    dense_type = nn.Conv2d
+
+
+class L0Conv3d(_GatedConv, nn.Conv3d):
+    __doc__ = _CONV_DOC.format(dense="Conv3d")
+    dense_type = nn.Conv3d

@@ -1,0 +1,14 @@
+"""Which gated layer stands for which dense one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
+from l0fast.layers.linear import L0Linear
+
+GATED_TYPES: dict[type[nn.Module], type[Any]] = {
+    gated.dense_type: gated for gated in (L0Linear, L0Conv1d, L0Conv2d, L0Conv3d)
+}
