@@ -79,6 +79,7 @@ LEVELS: dict[str, int] = {
     "shrink": 7,
     "metrics": 8,
     "method": 8,
+    "resumable": 9,
     "trainer": 9,
     "commands": 11,
     "cli": 12,
@@ -131,6 +132,7 @@ WITHIN_A_LEVEL: set[tuple[str, str]] = {
     ("prune", "plan"),
     ("prune", "footprint"),
     ("prune", "constraint"),
+    ("trainer", "resumable"),
 }
 # The binding alone knows that there are kernels.
 KNOWS_THE_KERNELS = {"autograd"}
