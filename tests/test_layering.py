@@ -27,6 +27,7 @@ LEVELS: dict[str, int] = {
     "functional": 2,
     "formats": 1,
     "attention": 4,
+    "ties": 2,
     "draw": 3,
     "layers": 3,
     "channels": 1,

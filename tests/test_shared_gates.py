@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -139,6 +141,40 @@ def test_states_load() -> None:
     assert torch.equal(other.blocks[0][0].log_alpha, model.head.log_alpha)
     assert other.blocks[0][0].log_alpha is other.head.log_alpha
     model.load_state_dict(Stream().double().state_dict())  # of the dense model
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize("how", ["assign", "load_model", "load_file"])
+def test_loading_keeps_the_ties(how: str, inside: bool, tmp_path: Path) -> None:
+    model, other = stream(), copy.deepcopy(stream())
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.normal_()
+    gated = other
+    if inside:
+        model, other = nn.Sequential(model), nn.Sequential(other)
+    own = len(own_gates(gated_layers(other)))
+    if how == "assign":
+        other.load_state_dict(model.state_dict(), assign=True)
+    else:
+        save_model(model, str(tmp_path / "model.safetensors"))
+        if how == "load_model":
+            load_model(other, tmp_path / "model.safetensors")
+        else:
+            state = load_file(tmp_path / "model.safetensors")
+            with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*log_alpha"):
+                other.load_state_dict(state)  # as PyTorch does for other tied parameters
+            other.load_state_dict(state, strict=False, assign=True)
+    assert len(own_gates(gated_layers(other))) == own
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert not any("sharing" in name for name in vars(gated))
+    loss = other(example()).square().mean()
+    loss.backward()
+    assert gated.head.log_alpha.grad is not None
+    small = prune(gated, example())
+    assert not small._load_state_dict_post_hooks
+    assert not small._load_state_dict_pre_hooks
 
 
 @pytest.mark.parametrize(("target", "round_to"), [(0.3, 1), (0.6, 1), (0.7, 4)])
