@@ -92,7 +92,8 @@ def _without_dataclasses(value: Any) -> Any:
     if isinstance(value, Mapping):  # a registered class, or a dict, which is its own structure
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        value = tuple(getattr(value, part.name) for part in fields(value))
+        names = [part.name for part in fields(value)]
+        value = tuple(getattr(value, name) for name in names)
     if type(value) in (tuple, list):
         return [_without_dataclasses(part) for part in value]
     return value
