@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l0fast import _checks, autograd, philox
-from l0fast.compaction import Order
-from l0fast.hard_concrete import HardConcrete
+from l0fast import _checks, autograd
+from l0fast.maths import philox
+from l0fast.maths.compaction import Order
+from l0fast.maths.hard_concrete import HardConcrete
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -259,7 +260,7 @@ def skipping_linear(
         weight: [N, K].
         bias: [N], or None.
         z: [K], gates of the columns, or None.
-        rows: which of its outputs are wanted (see `compaction`); None for all.
+        rows: which of its outputs are wanted (see `maths.compaction`); None for all.
         cols: which of its inputs are there; None for all.
         backend: as in `hard_concrete`.
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
-from l0fast.draw import gated_layers
-from l0fast.graph import export, is_carrier, is_site
+from l0fast.graph.capture import export, is_carrier, is_site
+from l0fast.layers.draw import gated_layers
 
 
 class Net(nn.Module):
