@@ -88,15 +88,13 @@ def _quietly() -> Generator[None]:
 
 
 def _without_dataclasses(value: Any) -> Any:
-    """What a model gives, its dataclasses as the tuples of their fields."""
+    """What a model gives, its dataclasses as the lists of their fields."""
     if isinstance(value, Mapping):  # a registered class, or a dict, which is its own structure
         return value
+    parts: Any = value if type(value) in (tuple, list) else None
     if is_dataclass(value) and not isinstance(value, type):
-        names = [part.name for part in fields(value)]  # pyright: ignore[reportGeneralTypeIssues]
-        value = tuple(getattr(value, name) for name in names)
-    if type(value) in (tuple, list):
-        return [_without_dataclasses(part) for part in value]
-    return value
+        parts = [getattr(value, part.name) for part in fields(value)]
+    return value if parts is None else [_without_dataclasses(part) for part in parts]
 
 
 def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
