@@ -172,16 +172,31 @@ def test_a_head_whose_weights_are_given_out_stays() -> None:
     assert "aten::mean" in reason
 
 
-def test_another_call_than_the_examples_is_refused() -> None:
-    model: Any = Self(options={"need_weights": False}, batch_first=True)
-    x = torch.randn(2, LENGTH, WIDTH)
-    sparsify_(model, example_inputs=x)
-    model.options = {"need_weights": True}
-    with pytest.raises(AssertionError, match="need_weights: got another; expected False, as in"):
+@pytest.mark.parametrize("where", ["gated", "pruned", "pickled"])
+def test_another_call_than_the_examples_is_refused(where: str) -> None:
+    def refused(expected: str, options: dict[str, Any], other: dict[str, Any]) -> None:
+        model: Any = Self(options=options, batch_first=True).eval()
+        x = torch.randn(2, LENGTH, WIDTH)
+        sparsify_(model, example_inputs=x)
+        if where != "gated":
+            model = prune(closed(model, [1]), x)
+        if where == "pickled":
+            model = pickle.loads(pickle.dumps(model))
         model(x)
-    model.options = {"need_weights": False, "attn_mask": torch.zeros(LENGTH, LENGTH)}
-    with pytest.raises(AssertionError, match="attn_mask: got another; expected None"):
-        model(x)
+        model.options = options | other
+        with pytest.raises(RuntimeError, match=f"^{expected}, as in the example"):
+            model(x)
+
+    floats = torch.zeros(LENGTH, LENGTH)
+    plain = {"need_weights": False}
+    masked = {"bool": plain | {"attn_mask": floats.bool()}, "float": plain | {"attn_mask": floats}}
+    refused("need_weights: got True; expected False", plain, {"need_weights": True})
+    refused("attn_mask: got a mask; expected None", plain, {"attn_mask": floats})
+    for kind, other in (("bool", "float"), ("float", "bool")):
+        expected = f"expected a {kind} mask"
+        refused(f"attn_mask: got None; {expected}", masked[kind], {"attn_mask": None})
+        # PyTorch's own attentions take them for opposites.
+        refused(f"attn_mask: got a {other} mask; {expected}", masked[kind], masked[other])
 
 
 class Cross(nn.Module):

@@ -72,6 +72,10 @@ def test_what_belongs_to_a_target_is_none_of_the_dense_runs() -> None:
         ((), "density: got None; expected --density"),
         (("--density", "2"), "density: got 2.0; expected a density in (0, 1]"),
         (("--density", "0.5", "--dense"), "dense: got True; expected --methods dense"),
+        (
+            ("--density", "0.5", "--method", "magnitude"),
+            "method: got 'magnitude'; expected --methods magnitude",
+        ),
         (("--layer-density", "0.5"), "layer_density: got '0.5'; expected NAME=DENSITY"),
         (("--density", "0.5", "--only", "x"), "only: got 'x'; expected a pattern of names"),
         (("--density", "0.5", "--seeds", ""), "seeds: got ''; expected seeds such as"),

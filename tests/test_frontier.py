@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from PIL import Image
 from test_resume import Stop, assert_same_run
 from test_trainer import digits, evaluate, one_thread, quick, small_mlp
 
-from l0fast import Trainer, frontier, load_pruned
+from l0fast import Trainer, frontier, load_pruned, sparsify_
 from l0fast.data.sets import Data
+from l0fast.layers.draw import gated_layers
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import PRUNED, SUMMARY
 from l0fast.training.frontier import FRONTIER, PLOT, format_frontier
@@ -30,6 +32,16 @@ def run(digits: Data, out: Path | None, **options: Any) -> list[dict[str, Any]]:
     return frontier(
         small_mlp(), digits, settings, TARGETS, out=out, identity=identity, device="cpu", **options
     )
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    digits: Data, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
+    """The folder of an uninterrupted frontier, to be read only, and its rows."""
+    out = tmp_path_factory.mktemp("undisturbed") / "f"
+    torch.manual_seed(0)
+    return out, run(digits, out)
 
 
 def test_a_model_for_each_target(digits: Data, tmp_path: Path) -> None:
@@ -54,10 +66,9 @@ def test_a_model_for_each_target(digits: Data, tmp_path: Path) -> None:
         assert image.size[0] > 800
 
 
-def test_each_target_goes_on_from_the_one_before(digits: Data, tmp_path: Path) -> None:
-    run(digits, tmp_path / "f")
+def test_each_target_goes_on_from_the_one_before(digits: Data, undisturbed: Any) -> None:
     states = [
-        torch.load(tmp_path / "f" / f"density-{target:g}" / CHECKPOINT, weights_only=True)
+        torch.load(undisturbed[0] / f"density-{target:g}" / CHECKPOINT, weights_only=True)
         for target in TARGETS
     ]
     # Adam counts the steps of all targets; the runs their own.
@@ -79,9 +90,9 @@ def test_each_target_goes_on_from_the_one_before(digits: Data, tmp_path: Path) -
 
 @pytest.mark.parametrize("stop", [(0.7, 2), (0.5, 1), (0.3, 2), (0.5, 3)])
 def test_an_interruption_changes_nothing(
-    digits: Data, tmp_path: Path, stop: tuple[float, int]
+    digits: Data, tmp_path: Path, stop: tuple[float, int], undisturbed: Any
 ) -> None:
-    wanted = run(digits, tmp_path / "undisturbed")
+    whole, wanted = undisturbed
 
     def train(trainer: Trainer) -> dict[str, Any]:
         def interrupt(row: dict[str, Any]) -> None:
@@ -101,28 +112,34 @@ def test_an_interruption_changes_nothing(
         }
     for target in TARGETS:
         name = f"density-{target:g}"
-        assert_same_run(tmp_path / "out" / name, tmp_path / "undisturbed" / name)
+        assert_same_run(tmp_path / "out" / name, whole / name)
 
 
-def test_without_a_folder(digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: Any
+) -> None:
     monkeypatch.chdir(tmp_path)
     rows = run(digits, None)
     assert list(tmp_path.iterdir()) == []
-    with_folder = run(digits, tmp_path / "f")
+    folder, with_folder = undisturbed
     assert [r["test_error_percent"] for r in rows] == [r["test_error_percent"] for r in with_folder]
-    assert (tmp_path / "f" / "density-0.3" / SUMMARY).exists()
+    assert (folder / "density-0.3" / SUMMARY).exists()
 
 
 @pytest.mark.parametrize(
     ("targets", "options", "error", "message"),
     [
-        ((), {}, ValueError, "targets: got []; expected densities that fall"),
-        ((0.5, 0.5), {}, ValueError, "targets: got [0.5, 0.5]; expected densities that fall"),
-        ((0.3, 0.5), {}, ValueError, "targets: got [0.3, 0.5]; expected densities that fall"),
+        ((), {}, ValueError, "targets: got []; expected targets that fall"),
+        ((0.5, 0.5), {}, ValueError, "targets: got [0.5, 0.5]; expected targets that fall"),
+        ((0.3, 0.5), {}, ValueError, "targets: got [0.3, 0.5]; expected targets that fall"),
         ((0.5, 0), {}, ValueError, "targets[1]: got 0; expected a density in (0, 1]"),
-        (("a",), {}, TypeError, "targets[0]: got 'a'; expected a density in (0, 1]"),
-        (0.5, {}, TypeError, "targets: got 0.5; expected densities that fall"),
-        ("0.5", {}, TypeError, "targets: got '0.5'; expected densities that fall"),
+        (("a",), {}, ValueError, "targets[0]: got 'a'; expected a density in (0, 1], or an amount"),
+        ((0.5, "1 MB"), {}, ValueError, "targets[1]: got '1 MB'; expected a density in (0, 1], or"),
+        ((0.5, 0.001), {}, ValueError, "targets[1]: got 0.001; expected a density in [0.0"),
+        ((0.5, "9 gates"), {}, ValueError, "targets[1]: got '9 gates'; expected an amount from"),
+        ((0.3, "2k gates"), {}, ValueError, "targets: got [0.3, '2k gates']; expected targets"),
+        (0.5, {}, TypeError, "targets: got 0.5; expected targets that fall"),
+        ("0.5", {}, TypeError, "targets: got '0.5'; expected targets that fall"),
         ((0.5,), {"penalty": 1}, ValueError, "settings: got 'a penalty or layer_density'"),
     ],
 )
@@ -138,6 +155,42 @@ def test_bad_targets(
         frontier(small_mlp(), digits, quick(**options), targets, out=tmp_path / "f")
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "f").exists()
+
+
+def test_amounts_and_densities_each_in_a_folder_of_its_own(digits: Data, tmp_path: Path) -> None:
+    targets = ("2k params", 0.5000001, 0.5, "1.1k params")
+    settings = quick(epochs=1, measure="params", density=1.0)
+    rows = frontier(small_mlp(), digits, settings, targets, out=tmp_path, device="cpu")
+    assert [row["target_density"] for row in rows] == list(targets)
+    assert rows[0]["params"] <= 2000
+    assert rows[3]["params"] <= 1100
+    assert {path.name for path in tmp_path.glob("density-*")} == {
+        "density-2k-params", "density-0.5000001", "density-0.5", "density-1.1k-params",
+    }  # fmt: skip
+    lines = format_frontier(rows).splitlines()
+    assert [line.split("  ")[0].strip() for line in lines[1:]] == [
+        "2k params", "0.5", "0.5", "1.1k params",
+    ]  # fmt: skip
+
+
+def test_the_dense_model_that_is_timed_has_no_gates(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[Any] = []
+
+    def seconds(models: list[Any], *_: Any) -> list[float]:
+        timed.extend(models)
+        return [1.0] * len(models)
+
+    monkeypatch.setattr(sys.modules[frontier.__module__], "whole_seconds", seconds)
+    model = small_mlp()
+    wanted = model(digits.test.inputs)
+    sparsify_(model, example_inputs=digits.test.inputs[:1])
+    frontier(model, digits, quick(epochs=1), (0.7, 0.5), device="cpu")
+    dense, *small = timed
+    assert len(small) == 2
+    assert not any(gated_layers(each) for each in timed)
+    torch.testing.assert_close(dense(digits.test.inputs), wanted)  # of before the training
 
 
 def test_a_folder_with_a_run_of_any_target_is_refused(digits: Data, tmp_path: Path) -> None:

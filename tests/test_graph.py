@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from l0fast import prune, sparsify_
 from l0fast.graph.capture import export, is_carrier, is_site
+from l0fast.layers.draw import gated_layers
 
 
 class Net(nn.Module):
@@ -37,3 +42,41 @@ def test_what_can_shrink() -> None:
     others: list[nn.Module] = [nn.ReLU(), nn.LayerNorm(2), nn.ConvTranspose2d(2, 2, 1)]
     others.append(nn.BatchNorm2d(2, track_running_stats=False))
     assert not any(is_site(layer) for layer in others)
+
+
+@dataclass
+class Given:
+    """An output that nobody has told PyTorch of."""
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...]
+    name: str = "given"
+    inner: Any = None
+
+
+class Giver(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 8), nn.Linear(8, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Given:
+        x = torch.relu(self.first(x))
+        y = torch.relu(self.second(x))
+        return Given(self.head(y), (x,), inner=Given(x, ()))
+
+
+def test_outputs_that_are_dataclasses_are_followed() -> None:
+    model, x = Giver(), torch.randn(2, 3)
+    export(model.eval(), (x,))
+    assert not model._forward_hooks
+    sparsify_(model, example_inputs=x)
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha[::2] = -9.0
+    small: Any = prune(model, x)
+    assert small.report["tier"] == "merged"
+    assert small.head.in_features == 3
+    given = small(x)
+    assert isinstance(given, Given)
+    assert [given.hidden[0].shape[1], given.inner.logits.shape[1]] == [8, 8]  # what is given stays

@@ -11,7 +11,14 @@ from torch import nn
 
 from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
 from l0fast.data.sets import Data
-from l0fast.pruning.magnitude import CLOSED, OPEN, MagnitudePruning, magnitudes, shared_magnitudes
+from l0fast.pruning.magnitude import (
+    CLOSED,
+    OPEN,
+    MagnitudePruning,
+    magnitudes,
+    scores,
+    shared_magnitudes,
+)
 
 __all__ = ["digits", "one_thread"]  # fixtures
 
@@ -59,18 +66,35 @@ def two_layers() -> nn.Sequential:
     return sparsify_(model, gates="input")
 
 
-@pytest.mark.parametrize(
-    ("target", "kept"),
-    [(0.5, [0, 10]), (0.6, [2, 10]), ({"0": 0.3, "1": 0.7}, [3, 7])],
-)
-def test_over_all_layers_or_within_each(target: Any, kept: list[int]) -> None:
-    """The smallest go first; a layer's last unit stays."""
+def lamp(squares: list[float]) -> list[float]:
+    """Of one layer, by the definition; no two are equal."""
+    return [one / sum(other for other in squares if other >= one) for one in squares]
+
+
+def test_scores_are_by_the_definition() -> None:
+    squares = torch.randn(3, 5).square()
+    wanted = torch.tensor(lamp(squares.flatten().tolist())).view(3, 5)
+    torch.testing.assert_close(scores(squares), wanted)
+    assert scores(squares).max() == 1  # a layer's last one goes after all others
+    torch.testing.assert_close(scores(1e4 * squares), wanted)
+    assert scores(torch.zeros(3)).tolist() == [0.0] * 3
+
+
+@pytest.mark.parametrize("target", [0.5, 0.6, 0.2, {"0": 0.3, "1": 0.7}])
+def test_over_all_layers_or_within_each(target: Any) -> None:
+    """The smallest go first, each layer's by its own scale: the first has a hundredth of the
+    second's weights, and keeps more than one unit all the same."""
     model = two_layers()
     term = MagnitudePruning(model, target, steps=10)
     term.prune_to_(0.0)
     gates = [layer.log_alpha.detach() for layer in term.layers.values()]
-    # The reserved first unit of a layer counts, so one of the other layer's is missing.
-    wanted = [1, 9] if kept == [0, 10] else kept
+    ranked = [lamp([(k + 100 * index) ** 2 for k in range(1, 11)]) for index in range(2)]
+    if isinstance(target, dict):
+        wanted = [3, 7]
+    else:
+        least = sorted(ranked[0] + ranked[1])[-round(20 * target)]
+        wanted = [sum(score >= least for score in layer) for layer in ranked]
+    assert min(wanted) > 1
     for part, count in zip(gates, wanted, strict=True):
         assert part[-count:].tolist() == [OPEN] * count
         assert part[:-count].tolist() == [CLOSED] * (10 - count)

@@ -35,7 +35,7 @@ from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.tensorboard import TENSORBOARD
 
 ROOT = Path(__file__).resolve().parent.parent
-KILLS = 20
+KILLS = 12
 MAIN_WRITES = 2 * 3 + 3
 """Files written by 2 epochs: checkpoint and metrics at the start and after each; the pruned model,
 the picture, the summary."""
@@ -136,8 +136,8 @@ def environment() -> dict[str, str]:
 class Server:
     """Runs commands in forks of one process."""
 
-    def __init__(self, log: Path) -> None:
-        self.log = log
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder, folder / "log"
         self.process = subprocess.Popen(
             [sys.executable, __file__],
             env=environment(),
@@ -165,6 +165,13 @@ class Server:
         assert answer["code"] in (0, -signal.SIGKILL), self.log.read_text()
         return answer["code"], answer["took"]
 
+    def undisturbed(self, *argv: str) -> Path:
+        """The folder of a whole run, which is done once; to be read only."""
+        out = self.folder / "-".join(argv)
+        if not (out / SUMMARY).exists():
+            assert self.run(out, *argv)[0] == 0
+        return out
+
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -177,7 +184,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    one = Server(tmp_path_factory.mktemp("server") / "log")
+    one = Server(tmp_path_factory.mktemp("server"))
     yield one
     assert one.process.stdin is not None
     assert one.process.stdout is not None
@@ -281,13 +288,12 @@ def assert_whole(out: Path) -> None:
 @needs_fork
 @pytest.mark.slow
 def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
-    """20 kills over the whole run; each run goes on until it is done."""
+    """12 kills over the whole run; each run goes on until it is done."""
     argv = ["3"]
-    code, _ = server.run(tmp_path / "undisturbed", *argv)
-    assert code == 0
+    wanted = server.undisturbed(*argv)
     code, took = server.run(tmp_path / "again", *argv)  # the first warms up what the disk holds
     assert code == 0
-    assert_same_run(tmp_path / "again", tmp_path / "undisturbed")
+    assert_same_run(tmp_path / "again", wanted)
     moments = random.Random(20210)
     kills = runs = 0
     while kills < KILLS:
@@ -295,7 +301,7 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
         runs += 1
         code = -1
         for _ in range(50):
-            # After the 20th, let it finish.
+            # After the last, let it finish.
             seconds = moments.uniform(0, took) if kills < KILLS else None
             code, _ = server.run(out, *argv, seconds=seconds)
             if code == 0:
@@ -303,15 +309,14 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
             kills += 1
             assert_whole(out)
         assert code == 0
-        assert_same_run(out, tmp_path / "undisturbed")
+        assert_same_run(out, wanted)
 
 
 @needs_fork
 @pytest.mark.slow
 def test_killed_at_every_write(server: Server, tmp_path: Path) -> None:
     """A kill just before each file gets its place: the moments that chance would seldom hit."""
-    code, _ = server.run(tmp_path / "undisturbed", "2")
-    assert code == 0
+    wanted = server.undisturbed("2")
     writes = 0
     while True:
         out = tmp_path / f"run-{writes}"
@@ -322,7 +327,7 @@ def test_killed_at_every_write(server: Server, tmp_path: Path) -> None:
         assert len(list(out.glob(PARTS))) == 1
         code, _ = server.run(out, "2")
         assert code == 0
-        assert_same_run(out, tmp_path / "undisturbed")
+        assert_same_run(out, wanted)
         writes += 1
     assert writes == MAIN_WRITES
 
@@ -332,12 +337,10 @@ def test_killed_at_every_write(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("writes", [MAIN_WRITES, MAIN_WRITES + 3, -2, -1])
 def test_killed_in_the_baseline(server: Server, tmp_path: Path, writes: int) -> None:
     """The same for the dense model of --compare-dense, after the main run is whole."""
-    out, wanted = tmp_path / "out", tmp_path / "undisturbed"
-    argv = ["2", "--compare-dense"]
+    out, argv = tmp_path / "out", ["2", "--compare-dense"]
+    wanted = server.undisturbed(*argv)
     if writes < 0:  # counted from the end: the summary with the dense error comes last
         writes += MAIN_WRITES + 2 * 3 + 2 + 1
-    code, _ = server.run(wanted, *argv)
-    assert code == 0
     code, _ = server.run(out, *argv, writes=writes)
     assert code == -signal.SIGKILL
     assert_whole(out)
@@ -352,8 +355,7 @@ def test_killed_in_the_baseline(server: Server, tmp_path: Path, writes: int) -> 
 @pytest.mark.slow
 def test_a_process_killed_while_it_starts(server: Server, tmp_path: Path) -> None:
     """`python -m l0fast` itself, which ends as its fork does."""
-    out, wanted = tmp_path / "out", tmp_path / "undisturbed"
-    server.run(wanted, "1")
+    out, wanted = tmp_path / "out", server.undisturbed("1")
     argv = [sys.executable, "-m", "l0fast", *COMMAND, "1", "--resume", "--out", str(out)]
     process = subprocess.Popen(argv, env=environment(), stdout=subprocess.DEVNULL)
     time.sleep(random.Random(20210).uniform(0, 2))

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, load_model, save_model
 from torch import Tensor, nn
 from zoo import ZOO
 
@@ -141,6 +143,40 @@ def test_states_load() -> None:
     model.load_state_dict(Stream().double().state_dict())  # of the dense model
 
 
+@pytest.mark.parametrize("inside", [False, True], ids=["whole", "part"])
+@pytest.mark.parametrize("how", ["assign", "load_model", "load_file"])
+def test_loading_keeps_the_ties(how: str, inside: bool, tmp_path: Path) -> None:
+    model, other = stream(), copy.deepcopy(stream())
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.normal_()
+    gated = other
+    if inside:
+        model, other = nn.Sequential(model), nn.Sequential(other)
+    own = len(own_gates(gated_layers(other)))
+    if how == "assign":
+        other.load_state_dict(model.state_dict(), assign=True)
+    else:
+        save_model(model, str(tmp_path / "model.safetensors"))
+        if how == "load_model":
+            load_model(other, tmp_path / "model.safetensors")
+        else:
+            state = load_file(tmp_path / "model.safetensors")
+            with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*log_alpha"):
+                other.load_state_dict(state)  # as PyTorch does for other tied parameters
+            other.load_state_dict(state, strict=False, assign=True)
+    assert len(own_gates(gated_layers(other))) == own
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert not any("sharing" in name for name in vars(gated))
+    loss = other(example()).square().mean()
+    loss.backward()
+    assert gated.head.log_alpha.grad is not None
+    small = prune(gated, example())
+    assert not small._load_state_dict_post_hooks
+    assert not small._load_state_dict_pre_hooks
+
+
 @pytest.mark.parametrize(("target", "round_to"), [(0.3, 1), (0.6, 1), (0.7, 4)])
 def test_they_are_kept_or_closed_together(target: float, round_to: int) -> None:
     model = stream().eval()
@@ -166,14 +202,16 @@ def test_they_are_kept_or_closed_together(target: float, round_to: int) -> None:
     assert [group["forced"] for group in small.report["groups"].values()] == [forced]
 
 
-@pytest.mark.parametrize("measure", ["params", "macs"])
 @pytest.mark.parametrize("name", ["residual", "efficientnet", "inception", "mobilenet"])
-def test_sizes_are_the_pruned_models(name: str, measure: str) -> None:
+def test_sizes_are_the_pruned_models(name: str) -> None:
     torch.manual_seed(0)
     build, draw = ZOO[name]
     model, x = build().double().eval(), draw().double()
     sparsify_(model, example_inputs=x, skip=False)
-    constraint = DensityConstraint(model, target=0.9, measure=measure, example_inputs=x)
+    constraints = {
+        measure: DensityConstraint(model, target=0.9, measure=measure, example_inputs=x)
+        for measure in ("params", "macs")
+    }
     layers = gated_layers(model)
     with torch.no_grad():
         for owner in own_gates(layers):
@@ -181,9 +219,11 @@ def test_sizes_are_the_pruned_models(name: str, measure: str) -> None:
             gates.copy_(torch.where(torch.rand(gates.shape) < 0.5, 60.0, -60.0))
             gates[0] = 60.0
     small: Any = prune(model, x)
-    after, before = small.report[measure]
-    assert after < before
-    assert float(constraint.densities().detach()) == pytest.approx(after / before, rel=1e-9)
+    assert small.report["forced"] == 0
+    for measure, constraint in constraints.items():
+        after, before = small.report[measure]
+        assert after < before
+        assert float(constraint.densities().detach()) == pytest.approx(after / before, rel=1e-9)
 
 
 def test_a_skipped_step_is_the_masked_one() -> None:

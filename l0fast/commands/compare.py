@@ -10,6 +10,7 @@ from typing import Any
 from l0fast import _checks
 from l0fast._files import write_text
 from l0fast.commands import options, runs
+from l0fast.commands.options import DEFAULTS
 from l0fast.commands.runs import Run
 from l0fast.training.results import aggregate, markdown_table, text_table
 from l0fast.training.settings import WITHOUT_GATES
@@ -86,6 +87,8 @@ def plan(args: argparse.Namespace) -> list[Run]:
         _checks.refuse("layer_density", args.layer_density, "NAME=DENSITY,...")
     if args.dense or args.compare_dense:
         _checks.refuse("dense", True, "--methods dense,...: it is one of the methods")
+    if args.method != DEFAULTS.method:
+        _checks.refuse("method", args.method, f"--methods {args.method}: which are compared")
     if (args.penalty is not None) != ("penalised" in names):
         _checks.refuse("penalty", args.penalty, "a --penalty if penalised is among the methods")
     shared = {name: value for name, value in vars(args).items() if name in vars(runs.words())}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
-from l0fast.commands.options import number
+from l0fast.commands.options import target
 from l0fast.commands.progress import collapse, run
 from l0fast.commands.setup import set_up
 from l0fast.training.checkpoint import CHECKPOINT
@@ -56,7 +56,7 @@ def _frontier(args: argparse.Namespace) -> int:
     """Trains to several targets, one after the other."""
     if args.compare_dense:
         _checks.refuse("compare_dense", True, "one --density beside it")
-    targets = [number("density", part) for part in args.density.split(",")]
+    targets = [target(part.strip()) for part in args.density.split(",")]
     setup = set_up(argparse.Namespace(**vars(args) | {"density": targets[0]}))
     settings = setup.settings()
     out = Path(args.out) if args.out else _default_out(args, settings)

@@ -141,26 +141,33 @@ class _Writer:
             return self.graph.call_module(function, args)
         return self.graph.call_function(function, args, options)
 
-    def require(self, function: Any, name: str, other: Any, words: str) -> None:
-        """Refuses, in the words of the call that the graph is for, another call."""
-        holds = self(function, self.given[name], other)
-        self(torch._assert, holds, f"{name}: got another; expected {words}, as in the example")
+    def require(self, holds: fx.Node, name: str, got: str, expected: str) -> None:
+        """Refuses, with a RuntimeError, a call that is not like the one that the graph is for.
+
+        A graph cannot raise what it likes; and torch._assert would be an AssertionError.
+        """
+        words = f"{name}: got {got}; expected {expected}, as in the example"
+        self(torch.ops.aten._assert_scalar.default, holds, words)
 
     def mask(self, name: str, kind: str, query: fx.Node) -> fx.Node | None:
         """What a mask adds to the scores; it must be of that kind in each call."""
         mask = self.given[name]
         if not kind:
-            self.require(operator.eq, name, None, "None")
+            self.require(self(operator.eq, mask, None), name, "a mask", "None")
             return None
-        self.require(operator.ne, name, None, f"a {kind} mask")
+        self.require(self(operator.ne, mask, None), name, "None", f"a {kind} mask")
+        alike, other = (operator.eq, "float") if kind == "bool" else (operator.ne, "bool")
+        dtype = self(getattr, mask, "dtype")
+        self.require(self(alike, dtype, torch.bool), name, f"a {other} mask", f"a {kind} mask")
         if kind == "float":
             return mask
-        return self(torch.Tensor.type_as, self(torch.where, mask, -math.inf, 0.0), query)
+        barred = self(torch.where, mask, -math.inf, 0.0)
+        return self.graph.call_method("type_as", (barred, query))  # as a function it has no name
 
 
 def unfuse(attention: nn.MultiheadAttention, call: Unfused) -> fx.GraphModule:
     """The same self-attention of two Linears, `in_proj` and `out_proj`, which hold the very
-    parameters; for calls like the one given.
+    parameters; for calls like the one given: others raise a RuntimeError.
 
     Equals, H heads of D each:
         q, k, v = in_proj(query).unflatten(-1, (3, H, D))          # and transposed
@@ -187,7 +194,8 @@ def unfuse(attention: nn.MultiheadAttention, call: Unfused) -> fx.GraphModule:
 
     write = _Writer()
     query = write("batch_first", write.given["query"])
-    write.require(operator.eq, "need_weights", call.need_weights, f"{call.need_weights}")
+    given, wanted = write.given["need_weights"], call.need_weights
+    write.require(write(operator.eq, given, wanted), "need_weights", f"{not wanted}", f"{wanted}")
     # [*batch, length, 3, heads, size] -> [3, *batch, heads, length, size]
     if not call.batched:
         turn, back = (1, 2, 0, 3), (1, 0, 2)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -87,14 +87,30 @@ def _quietly() -> Generator[None]:
         logger.setLevel(level)
 
 
+def _without_dataclasses(value: Any) -> Any:
+    """What a model gives, its dataclasses as the lists of their fields."""
+    if isinstance(value, Mapping):  # a registered class, or a dict, which is its own structure
+        return value
+    parts: Any = value if type(value) in (tuple, list) else None
+    if is_dataclass(value) and not isinstance(value, type):
+        parts = [getattr(value, part.name) for part in fields(value)]
+    return value if parts is None else [_without_dataclasses(part) for part in parts]
+
+
 def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
     """The graph of one forward of `model`, in evaluation.
+
+    torch.export refuses a dataclass that nobody has registered as an output: it sees the fields.
 
     Raises:
         Exception: whatever torch.export raises for a model that it refuses.
     """
-    with _quietly(), torch.no_grad():
-        program = torch.export.export(model, args, strict=False)
+    plain = model.register_forward_hook(lambda _model, _args, given: _without_dataclasses(given))
+    try:
+        with _quietly(), torch.no_grad():
+            program = torch.export.export(model, args, strict=False)
+    finally:
+        plain.remove()
     program.graph.eliminate_dead_code()  # what nobody reads ties no units
     signature = program.graph_signature
     held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import functional
+from l0fast.layers.ties import attach_ties, detach_ties
 from l0fast.maths.compaction import Order
 from l0fast.maths.hard_concrete import HardConcrete
 
@@ -258,12 +259,14 @@ def attach_draw(model: nn.Module) -> None:
     if draw_gates not in model._forward_pre_hooks.values():
         model.register_forward_pre_hook(draw_gates, with_kwargs=True)
         model.register_forward_hook(release_gates, always_call=True)
+    attach_ties(model)
 
 
 def detach_draw(model: nn.Module) -> None:
     """Undoes `attach_draw`, on the model and all inside it."""
     for module in model.modules():
         module.__dict__.pop(_MEMBERS, None)
+        detach_ties(module)
         for hooks, ours in (
             (module._forward_pre_hooks, draw_gates),
             (module._forward_hooks, release_gates),

@@ -70,6 +70,11 @@ def share(name: str, asked: Asked, measure: str, total: float, lowest: float = 0
     return amount / total
 
 
+def named(asked: Asked) -> str:
+    """A target in few letters, as it was asked for."""
+    return asked if isinstance(asked, str) else f"{asked:g}"
+
+
 def words(value: float, measure: str) -> str:
     """An amount as a text: 266,610 params, 1.25 ms."""
     unit = _unit(measure)

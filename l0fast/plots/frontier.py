@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from l0fast.measures.amounts import named
 from l0fast.plots.dynamics import BLUE, GREY, canvas
 
 
@@ -27,7 +28,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         axis.plot(values, errors, color=BLUE, marker="o")
         for row, value, error in zip(rows, values, errors, strict=True):
             axis.annotate(
-                f"{row['target_density']:g}",
+                named(row["target_density"]),
                 (value, error),
                 xytext=(6, 6),
                 textcoords="offset points",

@@ -32,8 +32,8 @@ OPEN, CLOSED = 40.0, -40.0
 def magnitudes(layer: Gated) -> Tensor:
     """The root mean square of the parameters that each gate controls, of log_alpha's shape.
 
-    Within a layer it ranks units as the L2 norm of their weights does; between layers it does not
-    favour those whose units have more weights. Of a single weight it is the absolute value.
+    Within a layer it ranks units as the L2 norm of their weights does. Of a single weight it is the
+    absolute value.
     """
     squares = layer.weight.detach().square()
     if layer.gates == "weight":
@@ -62,6 +62,24 @@ def shared_magnitudes(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
     return {owner: (total / sizes[owner]).sqrt() for owner, total in squares.items()}
 
 
+def scores(squares: Tensor) -> Tensor:
+    """How late each unit of a layer goes, in [0, 1], comparable between layers; of its shape.
+
+    Equals:
+        squares[u] / squares[squares >= squares[u]].sum()
+    the share of what would be left of the layer if it went next: the last one has 1. Ranked by the
+    norms alone, whole layers but for one unit go, as layers are of different scales.
+
+    Source: Lee, Park, Mo, Ahn, Shin, 2021 (LAMP), of single weights; here of units, too.
+    """
+    wide = torch.promote_types(squares.dtype, torch.float32)
+    ordered, places = squares.flatten().to(wide).sort()
+    left = ordered.flip(0).cumsum(0).flip(0)
+    found = torch.empty_like(ordered)
+    found[places] = ordered / left.clamp_min(torch.finfo(left.dtype).tiny)
+    return found.view(squares.shape)
+
+
 class MagnitudePruning(DensityConstraint):
     """A constraint that is met by closing the gates of the smallest weights, for good.
 
@@ -75,14 +93,16 @@ class MagnitudePruning(DensityConstraint):
 
     Args:
         model, target, measure, example_inputs: as of `DensityConstraint`; with one target, units
-            (or single weights) are ranked over all layers, with one for each layer within it.
+            (or single weights) are ranked over all layers (see `scores`), with one for each layer
+            within it.
         steps: of the whole training, >= 1.
         gradual: or at once.
 
     Raises:
         ValueError, TypeError: as `DensityConstraint`, and for `steps`.
 
-    Source: Zhu, Gupta, 2017 (the schedule); Han et al., 2015 (pruning, then fine-tuning).
+    Source: Zhu, Gupta, 2017 (the schedule); Han et al., 2015 (pruning, then fine-tuning); Lee et
+    al., 2021 (the ranking over layers).
     """
 
     def __init__(
@@ -134,7 +154,10 @@ class MagnitudePruning(DensityConstraint):
             )
         ]
         # `choose` goes by log_alpha: the ranks, over all layers, of what is still open.
-        sizes = shared_magnitudes(self.layers)
+        sizes = {
+            name: scores(size.square() * (self.layers[name].log_alpha > 0))
+            for name, size in shared_magnitudes(self.layers).items()
+        }
         flat = torch.cat([size.flatten() for size in sizes.values()])
         ranks = torch.empty_like(flat)
         ranks[flat.argsort()] = torch.linspace(1.0, OPEN, len(flat)).to(flat)

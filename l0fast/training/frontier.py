@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -16,8 +15,14 @@ from torch import nn
 from l0fast import _checks
 from l0fast._files import write_atomically, write_text
 from l0fast._tables import aligned
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
+from l0fast.measures import amounts
+from l0fast.measures.amounts import Asked, named
+from l0fast.measures.measure import Measure
 from l0fast.measures.stopwatch import whole_seconds
+from l0fast.measures.trial import all_open
+from l0fast.removal.plan import fold
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
@@ -25,6 +30,7 @@ from l0fast.training.trainer import Trainer
 FRONTIER = "frontier.json"
 PLOT = "frontier.png"
 LATENCY_BATCH = 128
+FALLING = "targets that fall, such as (0.5, 0.3, 0.1)"
 
 Row = dict[str, Any]
 
@@ -33,7 +39,7 @@ def frontier(
     model: nn.Module,
     data: Data,
     settings: TrainerSettings,
-    targets: Sequence[float],
+    targets: Sequence[Asked],
     *,
     out: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
@@ -45,14 +51,15 @@ def frontier(
 
     Each target has `settings.epochs` epochs, a schedule and multipliers of its own; weights,
     gates, the optimizer's moments and the noise go on from the end of the one before. Each is a
-    run as the `Trainer`'s, in the folder OUT/density-TARGET; OUT/frontier.json has the rows, and
-    OUT/frontier.png shows them. An interrupted frontier goes on in the middle of any target, bit
-    for bit but for latencies, which are measured anew.
+    run as the `Trainer`'s, in the folder OUT/density-TARGET (density-0.5, density-100k-params);
+    OUT/frontier.json has the rows, and OUT/frontier.png shows them. An interrupted frontier goes on
+    in the middle of any target, bit for bit but for latencies, which are measured anew.
 
     Args:
         model, data, out, identity, device: as of `Trainer`; the model is trained in place.
         settings: for each target; it takes the place of their density.
-        targets: densities of the whole model by `settings.measure`, falling.
+        targets: of the whole model by `settings.measure`, falling: densities, or amounts such as
+            "100k params".
         resume: goes on from the checkpoints in `out`.
         train: trains a trainer that is open to its end and returns its summary, for those who want
             to watch; `Trainer.fit` by default.
@@ -62,36 +69,41 @@ def frontier(
         LATENCY_BATCH test examples, medians, side by side on this machine.
 
     Raises:
-        ValueError, TypeError: targets that do not fall, or settings that name others; `out` holds
-            a run and is not resumed; and as `Trainer` does.
+        ValueError, TypeError: targets that do not fall, or one that cannot be met, or settings that
+            name others; `out` holds a run and is not resumed; and as `Trainer` does. All before
+            anything is trained.
     """
-    wanted = _falling(targets)
+    wanted = _checked(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
     options: dict[str, Any] = {"identity": identity, "device": device}
-    dense = copy.deepcopy(model)
+    # A model that comes with gates has plain layers where it is timed as the dense one.
+    dense = fold(all_open(model)).model
     folder = None if out is None else Path(out)
-    places = {t: None if folder is None else folder / f"density-{t:g}" for t in wanted}
+    places = [None if folder is None else folder / place_of(target) for target in wanted]
     if not resume:  # before the first is trained, for all of them
-        for place in filter(None, places.values()):
+        for place in filter(None, places):
             if place.exists():
                 _checks.refuse("out", str(place), "no such folder yet (or resume it)")
+    first = replace(settings, density=wanted[0])
+    trainer = Trainer(model, data, first, out=places[0], **options)
+    assert isinstance(trainer.term, DensityConstraint)
+    _refuse_rising(wanted, trainer.term)
     before: Checkpoint | None = None
     rows: list[Row] = []
-    small: dict[str, nn.Module] = {}
-    examples = data.test.inputs[:LATENCY_BATCH]
-    for target, place in places.items():
-        trainer = Trainer(model, data, replace(settings, density=target), out=place, **options)
+    small: list[nn.Module] = []
+    for target, place in zip(wanted, places, strict=True):
+        if before is not None:
+            chosen = replace(settings, density=target)
+            trainer = Trainer(trainer.model, data, chosen, out=place, **options)
         trainer.open(resume, before)
         rows.append(trainer.fit() if train is None else train(trainer))
         before = trainer.checkpoint()
-        model = trainer.model
-        if trainer.pruned is not None:
-            small[f"{target:g}"] = trainer.pruned
-        examples = trainer.data.test.inputs[:LATENCY_BATCH]
+        assert trainer.pruned is not None
+        small.append(trainer.pruned)
+    examples = trainer.data.test.inputs[:LATENCY_BATCH]
     dense.to(examples.device)
-    models = [dense, *(small[f"{target:g}"] for target in wanted)]
-    whole, *seconds = whole_seconds(models, (examples,))
+    whole, *seconds = whole_seconds([dense, *small], (examples,))
     for row, each in zip(rows, seconds, strict=True):
         row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * whole
     if folder is not None:
@@ -102,15 +114,34 @@ def frontier(
     return rows
 
 
-def _falling(targets: Sequence[float]) -> list[float]:
-    """The targets as densities."""
-    expected = "densities that fall, such as (0.5, 0.3, 0.1)"
+def place_of(target: Asked) -> str:
+    """Name of the folder of one target."""
+    if isinstance(target, str):
+        return f"density-{'-'.join(target.split())}"
+    short = f"{target:g}"
+    return f"density-{short if float(short) == target else target}"
+
+
+def _checked(targets: Sequence[Asked], measure: str) -> list[Asked]:
+    """The targets, each of which says what a target can."""
     if isinstance(targets, str) or not isinstance(targets, Sequence):
-        _checks.refuse("targets", targets, expected, TypeError)
-    wanted = [_checks.density(f"targets[{i}]", target) for i, target in enumerate(targets)]
-    if not wanted or any(a <= b for a, b in pairwise(wanted)):
-        _checks.refuse("targets", list(targets), expected)
+        _checks.refuse("targets", targets, FALLING, TypeError)
+    wanted = [amounts.check(f"targets[{i}]", each, measure) for i, each in enumerate(targets)]
+    if not wanted:
+        _checks.refuse("targets", wanted, FALLING)
     return wanted
+
+
+def _refuse_rising(targets: Sequence[Asked], term: DensityConstraint) -> None:
+    """Refuses targets that do not fall, and those that no gates can reach."""
+    measure: Measure = term.__dict__["_measure"]
+    (total,), (lowest,) = measure.totals, measure.lowest()
+    shares = [
+        amounts.share(f"targets[{i}]", target, term.measure, total, lowest)
+        for i, target in enumerate(targets)
+    ]
+    if any(a <= b for a, b in pairwise(shares)):
+        _checks.refuse("targets", list(targets), FALLING)
 
 
 def format_frontier(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -120,7 +151,7 @@ def format_frontier(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         lines.append(
             (
-                f"{row['target_density']:g}",
+                named(row["target_density"]),
                 row["measure"],
                 f"{row['test_error_percent']:.2f}",
                 f"{row['realised_density']:.4f}",

@@ -17,31 +17,28 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically
-from l0fast.constraints.constraint import TARGETS, DensityConstraint
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.stall import find_stalls, told
 from l0fast.data.sets import Data, Split, check_data
 from l0fast.gating.sparsify import example_args, sparsify_
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import count_params
-from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.prune import prune
 from l0fast.pruning.saving import save_pruned
-from l0fast.pruning.shrink import Idle, Removal, plan_removal, remove_, worthwhile
-from l0fast.training.checkpoint import CHECKPOINT, Checkpoint, rng_state
+from l0fast.pruning.shrink import Idle, plan_removal, worthwhile
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.training.folder import LATENCY, PLOT, PRUNED, RunFolder
-from l0fast.training.method import Term, make_optimizer, make_term
+from l0fast.training.method import make_optimizer
 from l0fast.training.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
+from l0fast.training.resumable import Resumable, Row
 from l0fast.training.settings import TrainerSettings, default_gate_lr
 from l0fast.training.summary import asked, of_dense, of_pruned
 from l0fast.training.tensorboard import scalar_writer
 
 VALIDATION = "validation_error_percent"
 
-Row = dict[str, Any]
 
-
-class Trainer:
+class Trainer(Resumable):
     """Trains a model under its constraint, with checkpoints, and prunes it at the end.
 
     The data lie on the device as a whole; nothing is read back during an epoch. A checkpoint is
@@ -122,23 +119,13 @@ class Trainer:
         )
         self.best: Row | None = None
         self.idle = None if settings.shrink is None else Idle(settings.shrink)
-        self.removals: list[Removal] = []
+        self.removals = []
         self.epoch = 0
         self.step = 0
         self.seconds = 0.0
         self.history: list[Row] = []
         self.pruned: nn.Module | None = None
         self._opened = False
-
-    @property
-    def example_inputs(self) -> Tensor:
-        """One training example."""
-        return self.data.train.inputs[:1]
-
-    def _make_term(self, table: LatencyTable | None = None) -> Term | None:
-        examples = len(self.data.train.targets)
-        steps = self.total_steps
-        return make_term(self.model, self.settings, steps, examples, self.example_inputs, table)
 
     def _place(self, split: Any) -> Any:
         if split is None:
@@ -259,13 +246,6 @@ class Trainer:
                 self._remove(removal)
         row["params"] = count_params(self.model)
 
-    def _remove(self, removal: Removal) -> None:
-        args = example_args(self.example_inputs)
-        remove_(self.model, removal, args, self.settings.skip, self.optimizer)
-        self.removals.append(removal)
-        if self.idle is not None:
-            self.idle.follow(removal)
-
     def _keep_best(self, row: Row) -> None:
         """Keeps the model of the epoch just measured, if it is the best so far."""
         if self.settings.select == "last" or not row.get("feasible", True):
@@ -323,74 +303,3 @@ class Trainer:
             "cuda_graph": self._steps.status,
             "torch": torch.__version__,
         }
-
-    # --- checkpoints ------------------------------------------------------------------------------
-
-    def _identity(self) -> Row:
-        """What a checkpoint must share with this run to be resumed."""
-        return {**self.identity, **asdict(self.settings)}
-
-    def open(self, resume: bool = False, after: Checkpoint | None = None) -> None:
-        """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`).
-
-        Args:
-            resume: as in `fit`.
-            after: a new run starts with the weights, gates, moments and noise of this one.
-        """
-        self._opened = True
-        path = None if self.folder is None else self.folder.open(resume)
-        if path is None and after is not None:
-            self.model.load_state_dict(after.model)
-            self.optimizer.load_state_dict(after.optimizer)
-            after.restore_rng(self.device)
-        if self.folder is None:
-            return
-        if path is None:
-            self._save()
-        else:
-            self._load(path)
-            self.folder.write_metrics(self.history)  # the checkpoint may be an epoch ahead of them
-        self.folder.sweep()
-
-    def checkpoint(self) -> Checkpoint:
-        """The state of the run as it is; its tensors are the model's own."""
-        return Checkpoint(
-            identity=self._identity(),
-            epoch=self.epoch,
-            step=self.step,
-            seconds=self.seconds,
-            history=self.history,
-            model=self.model.state_dict(),
-            optimizer=self.optimizer.state_dict(),
-            term=None if self.term is None else self.term.state_dict(),
-            best=self.best,
-            removals=[one.as_json() for one in self.removals] or None,
-            idle=None if self.idle is None else self.idle.as_json(),
-            **rng_state(self.device),
-        )
-
-    def _save(self) -> None:
-        if self.folder is not None:
-            self.checkpoint().write(self.folder / CHECKPOINT)
-            self.folder.write_metrics(self.history)
-
-    def _load(self, path: Path) -> None:
-        checkpoint = Checkpoint.read(path, self.device)
-        checkpoint.refuse_other_run(path, self._identity())
-        for entry in checkpoint.removals or []:
-            self._remove(Removal.from_json(entry))
-        checkpoint.refuse_other_model(path, self.model)
-        if checkpoint.table is not None:
-            # Rates and schedules go by shares of the table, which was measured anew.
-            self.model.__dict__.pop(TARGETS)
-            self.term = self._make_term(checkpoint.table)
-        self.model.load_state_dict(checkpoint.model)
-        self.optimizer.load_state_dict(checkpoint.optimizer)
-        if self.term is not None:
-            self.term.load_state_dict(checkpoint.term or {})
-        self.epoch, self.step = checkpoint.epoch, checkpoint.step
-        self.seconds, self.history = checkpoint.seconds, checkpoint.history
-        self.best = checkpoint.best
-        if self.idle is not None and checkpoint.idle is not None:
-            self.idle.set(checkpoint.idle)
-        checkpoint.restore_rng(self.device)

@@ -1,0 +1,61 @@
+"""Gates that several layers share stay shared, however a state is loaded into the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+GATES = "log_alpha"
+_SHARING = "_l0fast_sharing"
+"""Attribute of a model while a state is loaded into it: name of each layer that shares its gates ->
+the first that has them, perhaps itself."""
+
+
+def _sharing(model: nn.Module) -> dict[str, str]:
+    owners: dict[int, str] = {}
+    first: dict[str, str] = {}
+    for name, module in model.named_modules():
+        gates = module._parameters.get(GATES)
+        if gates is not None:
+            first[name] = owners.setdefault(id(gates), name)
+    several = {owner for name, owner in first.items() if name != owner}
+    return {name: owner for name, owner in first.items() if owner in several}
+
+
+def _before(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    """Pre-hook of loading: remembers who shares, and gives each what the state has for one.
+
+    safetensors' save_model keeps one name of each tensor, and its load_model asks that the others
+    be missing. A state without any gates is a dense model's: there they stay as they are.
+    """
+    missing: list[str] = others[2]
+    model.__dict__[_SHARING] = sharing = _sharing(model)
+    keys = {name: f"{prefix}{name}.{GATES}" for name in sharing}
+    held = {sharing[name]: state[key] for name, key in keys.items() if key in state}
+    for name, key in keys.items():
+        if key not in state and sharing[name] in held:
+            state[key] = held[sharing[name]]
+            missing.append(key)
+
+
+def _after(model: nn.Module, _keys: Any) -> None:
+    """Post-hook of loading: with assign=True, each layer was given a parameter of its own."""
+    for name, owner in model.__dict__.pop(_SHARING, {}).items():
+        gates = model.get_submodule(owner)._parameters[GATES]
+        model.get_submodule(name)._parameters[GATES] = gates
+
+
+def attach_ties(model: nn.Module) -> None:
+    """Makes whatever loads a state into `model`, or into what it is a part of, keep the ties."""
+    if _after not in model._load_state_dict_post_hooks.values():
+        model.register_load_state_dict_pre_hook(_before)
+        model.register_load_state_dict_post_hook(_after)
+
+
+def detach_ties(module: nn.Module) -> None:
+    """Undoes `attach_ties`."""
+    for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_before, _after):  # PyTorch wraps those of the first
+                del hooks[key]
