@@ -53,6 +53,45 @@ def _convnet(widths: Sequence[int]) -> nn.Module:
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
 
+class _Block(nn.Module):
+    """Two convolutions and norms beside a stream."""
+
+    def __init__(self, inputs: int, inner: int, outputs: int) -> None:
+        super().__init__()
+        stride = 1 if inputs == outputs else 2
+        self.branch = nn.Sequential(
+            nn.Conv2d(inputs, inner, 3, stride, padding=1, bias=False),
+            nn.BatchNorm2d(inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, outputs, 3, padding=1, bias=False),
+            nn.BatchNorm2d(outputs),
+        )
+        self.shortcut: nn.Module = nn.Identity()
+        if inputs != outputs:
+            shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.branch(x) + self.shortcut(x))
+
+
+def _resnet(widths: Sequence[int]) -> nn.Module:
+    """The first two stages of ResNet-18: two streams, and the widths inside of their blocks."""
+    first, inner, second, deeper = widths
+    return nn.Sequential(
+        nn.Conv2d(3, first, 3, padding=1, bias=False),
+        nn.BatchNorm2d(first),
+        nn.ReLU(),
+        _Block(first, inner, first),
+        _Block(first, inner, first),
+        _Block(first, deeper, second),
+        _Block(second, deeper, second),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(second, 10),
+    )
+
+
 def _ffn(widths: Sequence[int]) -> nn.Module:
     outer, hidden = widths
     return nn.Sequential(nn.Linear(outer, hidden), nn.GELU(), nn.Linear(hidden, 256))
@@ -62,6 +101,7 @@ NETS = {
     "mlp": Net(_mlp, (784, 300, 100), (128, 1, 1, 784)),
     "lenet5": Net(_lenet, (20, 50, 500), (128, 1, 28, 28)),
     "convnet": Net(_convnet, (64, 128, 128), (32, 3, 16, 16)),
+    "resnet": Net(_resnet, (64, 64, 128, 128), (32, 3, 16, 16)),
     "ffn": Net(_ffn, (256, 1024), (512, 256), 256),
 }
 GOALS = {("mlp", 0.3): 0.5, ("lenet5", 0.3): 0.35}
@@ -128,7 +168,7 @@ def _run(name: str, net: Net, density: float, most: float | None, effort: Effort
 
 
 def cases(quick: bool) -> list[Case]:
-    """Four models at five densities (quick: at two), on the CPU."""
+    """Five models at five densities (quick: at two), on the CPU."""
     found: list[Case] = []
     for model, net in NETS.items():
         for density in (1.0, 0.3) if quick else DENSITIES:

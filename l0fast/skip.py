@@ -34,41 +34,58 @@ faster. The units added are closed, and so masked."""
 
 
 @dataclass
-class Reader:
-    """A layer at the end of a link, or a norm on the way, which reads whatever arrives."""
+class End:
+    """A layer at an end of a link: one that makes channels or reads them, or a norm on the way."""
 
     layer: Any
     labels: Tensor | None
-    """[inputs]: the maker's channel at each of its inputs; None where they are the channels."""
+    """The link's channel at each of its outputs (a maker's) or inputs; None where they are just
+    the channels."""
 
     @property
     def by_gates(self) -> bool:
         """Whether it does not read all that arrives."""
         return isinstance(self.layer, Drawn) and self.layer.gates == "input"
 
+    @property
+    def norm(self) -> bool:
+        """Whether it only passes on what arrives."""
+        return isinstance(self.layer, NORMS)
+
+    @property
+    def by_outputs(self) -> bool:
+        """Whether its own gates are on what it makes."""
+        return isinstance(self.layer, Drawn) and self.layer.gates == "output"
+
 
 @dataclass
 class Link:
-    """Channels on their way from the layer that makes them to the layers that read them."""
+    """Channels on their way from the layers that make them to the layers that read them.
 
-    maker: Any | None
-    """None: what arrives is full, and each reader picks what it needs."""
-    readers: list[Reader]
+    Several layers make the channels of a residual stream, which are added, and those of parallel
+    branches, which lie one behind the other.
+    """
+
+    makers: list[End]
+    """If there are none, what arrives is full, and each reader picks what it needs."""
+    readers: list[End]
+    channels: int = 0
     zeros: bool = False
-    """Whether a channel that its maker closes arrives as zeros everywhere."""
+    """Whether a channel that its only maker closes arrives as zeros everywhere."""
     work: int = 0
     """Multiply-accumulates of its layers for the example."""
 
     def layers(self) -> list[Any]:
-        """The maker and the readers."""
-        return [*(reader.layer for reader in self.readers), *([self.maker] if self.maker else [])]
+        """The makers and the readers."""
+        return [end.layer for end in (*self.readers, *self.makers)]
 
     @property
     def linear(self) -> bool:
         """Whether kernels can follow it: from a linear layer to others that have gates for it."""
         return (
-            isinstance(self.maker, nn.Linear)
-            and not (isinstance(self.maker, Drawn) and self.maker.gates == "output")
+            len(self.makers) == 1
+            and isinstance(self.makers[0].layer, nn.Linear)
+            and not self.makers[0].by_outputs
             and all(
                 isinstance(reader.layer, nn.Linear) and reader.by_gates and reader.labels is None
                 for reader in self.readers
@@ -78,7 +95,7 @@ class Link:
     @property
     def own(self) -> bool:
         """Whether a channel is left out when its maker closes it."""
-        return self.zeros and isinstance(self.maker, Drawn) and self.maker.gates == "output"
+        return self.zeros and self.makers[0].by_outputs
 
 
 def _rounded_up(mask: Tensor, multiple: int) -> Tensor:
@@ -112,7 +129,7 @@ class Skipping:
 
     Args:
         model: the model that draws.
-        links: of its layers; each layer makes, and reads, at most one.
+        links: of its layers; each layer makes, and reads, at most one link's channels.
         mode: "auto": a link where it pays, on a CPU; True: every link.
         on_gpu: with gates drawn on a GPU; then chains of linear layers are computed with no read by
             the host, if no convolution needs one.
@@ -201,7 +218,11 @@ class Skipping:
     def _unread(self, opened: dict[int, Tensor]) -> dict[int, OnDevice]:
         """What each layer leaves out, as lists that stay on the device."""
         ends = [
-            (id(link.maker), [id(one.layer) for one in link.readers], self._alive(link, opened))
+            (
+                id(link.makers[0].layer),
+                [id(one.layer) for one in link.readers],
+                self._alive(link, opened),
+            )
             for link in self.links
             if link.linear and self._drawn(link, opened)
         ]
@@ -221,20 +242,25 @@ class Skipping:
         for link in self.links:
             if not self._drawn(link, opened):
                 continue
-            if link.maker is None:
+            if not link.makers:
                 (reader,) = link.readers
                 found = _rounded_up(opened[id(reader.layer)], self.multiple)
                 if self.pays(link, len(found), len(opened[id(reader.layer)]), examples):
                     cols[id(reader.layer)] = found, found
                 continue
             alive = self._alive(link, opened)
-            found = _rounded_up(alive, self.multiple)
+            found = self._found(link, alive)
             if not self.pays(link, len(found), len(alive), examples):
                 continue
-            rows[id(link.maker)] = found
-            alone = sum(not isinstance(reader.layer, NORMS) for reader in link.readers) == 1
+            there = torch.zeros_like(alive)
+            there[found] = True
+            for maker in link.makers:
+                made = found if maker.labels is None else there[maker.labels].nonzero().flatten()
+                rows[id(maker.layer)] = made
+            wanted = {id(opened[id(r.layer)]) for r in link.readers if r.by_gates}
+            alike = len(wanted) == 1 and all(r.by_gates or r.norm for r in link.readers)
             for reader in link.readers:
-                cols[id(reader.layer)] = self._columns(reader, alive, found, opened, alone)
+                cols[id(reader.layer)] = self._columns(reader, there, found, opened, alike)
         return {
             id(layer): Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
             for layer in self._layers
@@ -245,40 +271,50 @@ class Skipping:
         """Whether leaving out the other channels saves more time than it costs."""
         if kept == of or self.mode is True:
             return kept < of
-        return link.work * examples * (of - kept) / of > OVERHEAD
+        saved = link.work * examples * (of - kept) / of
+        return saved > OVERHEAD * max(len(link.makers), 1)
 
     @staticmethod
     def _alive(link: Link, opened: dict[int, Tensor]) -> Tensor:
         """bool [channels]: those that somebody reads, and that are not zeros."""
-        assert link.maker is not None
-        size = link.maker.weight.shape[0]
-        needed: list[Tensor] = []
+        size, needed = link.channels, dict[tuple[int, int], Tensor]()
         for reader in link.readers:
             if reader.by_gates:
                 need = opened[id(reader.layer)]
-                if reader.labels is not None:
+                key = id(need), id(reader.labels)  # those that share their gates need the same
+                if reader.labels is not None and key not in needed:
                     counts = torch.zeros(size, dtype=torch.float32, device=need.device)
                     need = counts.index_add_(0, reader.labels.to(need.device), need.float()) > 0
-                needed.append(need)
-            elif not isinstance(reader.layer, NORMS):
+                needed.setdefault(key, need)
+            elif not reader.norm:
                 device = next(iter(opened.values())).device
-                needed = [torch.ones(size, dtype=torch.bool, device=device)]
+                needed = {(0, 0): torch.ones(size, dtype=torch.bool, device=device)}
                 break
-        alive = functools.reduce(torch.logical_or, needed)
+        alive = functools.reduce(torch.logical_or, needed.values())
         if link.own:
-            alive = alive & opened[id(link.maker)]
+            alive = alive & opened[id(link.makers[0].layer)]
         return alive
+
+    def _found(self, link: Link, alive: Tensor) -> Tensor:
+        """[C] the channels to compute: those alive, and as many more as each maker rounds up."""
+        if all(maker.labels is None for maker in link.makers):
+            return _rounded_up(alive, self.multiple)
+        there = alive.clone()
+        for maker in link.makers:
+            if maker.labels is None:
+                there[_rounded_up(there, self.multiple)] = True
+            else:
+                there[maker.labels[_rounded_up(there[maker.labels], self.multiple)]] = True
+        return there.nonzero().flatten()
 
     @staticmethod
     def _columns(
-        reader: Reader, alive: Tensor, found: Tensor, opened: dict[int, Tensor], alone: bool
+        reader: End, there: Tensor, found: Tensor, opened: dict[int, Tensor], alike: bool
     ) -> tuple[Tensor, Tensor | None]:
         """([C] columns to compute with, their positions among the inputs that arrive)."""
-        if reader.labels is None and (alone or not reader.by_gates):
+        if reader.labels is None and (alike or not reader.by_gates):
             return found, None  # what arrives is what it wants
-        there = torch.zeros_like(alive)
-        there[found] = True
-        arrives = there if reader.labels is None else there[reader.labels.to(there.device)]
+        arrives = there if reader.labels is None else there[reader.labels]
         wanted = arrives & opened[id(reader.layer)] if reader.by_gates else arrives
         positions, arriving = wanted.nonzero().flatten(), arrives.nonzero().flatten()
         if not len(positions):

@@ -44,7 +44,7 @@ class TwoReaders(nn.Module):
 
 
 class Residual(nn.Module):
-    """Units that an addition reads, which is not followed."""
+    """Units to which others are added: two layers make them, and each reader has its own gates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
         1,
     ),
     "two readers": (TwoReaders, (8, 6), {"gates": "input"}, 2),
-    "residual": (Residual, (8, 6), {"gates": "input"}, 3),
+    "residual": (Residual, (8, 6), {"gates": "input"}, 2),
     "a view written out": (WrittenOut, (4, 1, 8, 8), {}, 2),
     "read in training": (InTraining, (8, 6), {}, 2),
     "groups": (
@@ -593,7 +593,7 @@ def test_what_is_computed_is_rounded_up() -> None:
 
 
 def test_auto_skips_where_it_pays() -> None:
-    link = Link(None, [], work=10_000_000)
+    link = Link([], [], work=10_000_000)
     plan = Skipping(nn.Identity(), [], "auto", (torch.zeros(1),))
     most = round(1000 * (1 - OVERHEAD / 10_000_000))
     assert plan.pays(link, most - 1, 1000, 1.0)
