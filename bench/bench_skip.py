@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import l0fast
-from bench.bench_step import dense_step
+from bench.bench_step import STILL, dense_step
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
@@ -24,8 +24,6 @@ from l0fast.models import build
 
 DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.1)
 BATCHES = 8
-STILL = 1e-9
-"""Learning rate of the gates."""
 
 
 @dataclass(frozen=True)

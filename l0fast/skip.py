@@ -161,8 +161,18 @@ class Skipping:
             following.layer.__dict__["forward"] = following
         self._modules = list(model.modules())
 
-    def clear(self) -> None:
-        """Makes every layer compute with all units."""
+    def clear(self, model: nn.Module) -> None:
+        """Makes every layer compute with all units.
+
+        Raises:
+            RuntimeError: `model` is a replica of the one whose layers these are.
+        """
+        if getattr(model, "_is_replica", False):
+            # What stands in for a layer's forward would compute with the first device's weights.
+            raise RuntimeError(
+                "skip: got a replica made by nn.DataParallel; expected "
+                "nn.parallel.DistributedDataParallel, or a model prepared with skip=False"
+            )
         for layer in self._layers:
             if isinstance(layer, Drawn):
                 layer.__dict__["_compact"] = None

@@ -573,6 +573,47 @@ def test_the_default_dtype_does_not_matter() -> None:
         torch.set_default_dtype(previous)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_replica_is_refused(training: bool) -> None:
+    """nn.DataParallel calls shallow copies, of which a layer's own forward knows nothing."""
+    skipped, masked, x = pair()
+    replica: Any = skipped.train(training)._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"^skip: got a replica made by nn.DataParallel; exp"):
+        replica(x)
+    skipped(x)
+    masked._replicate_for_data_parallel()(x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "batch norms"])
+def test_a_second_backward_after_a_change_in_place(name: str) -> None:
+    """As in PyTorch: it is refused, or gives the gradients of the forward that there was."""
+    raised = 0
+    for changed in dict(prepared(name, True)[0].named_parameters()):
+        model, x = prepared(name, True)
+        set_density(model, 0.4)
+        torch.manual_seed(1)
+        loss = model(x).square().mean()
+        loss.backward(retain_graph=True)
+        first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        with torch.no_grad():
+            model.get_parameter(changed).add_(1.0)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            words = str(error)
+        else:
+            words = ""
+        if words:
+            assert "modified by an inplace operation" in words, changed
+            raised += 1
+            continue
+        for other, gradient in first.items():
+            got = model.get_parameter(other).grad
+            torch.testing.assert_close(got, gradient, rtol=EXACT, atol=EXACT, msg=changed)
+    assert raised > 0
+
+
 # --- auto -----------------------------------------------------------------------------------------
 
 
