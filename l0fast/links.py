@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from l0fast import _checks, graph, skip_on_device
 from l0fast.channels import RIGID, STAYS, op_name, shape_of
 from l0fast.draw import SKIPPING, Drawn, detach_draw, gated_layers
-from l0fast.following import can_follow, stop_following
+from l0fast.following import can_follow, passes_on, stop_following
 from l0fast.proof import TOLERANCE, relative_error, tensors_of
 from l0fast.sites import find_sites, light_copy, replace
 from l0fast.skip import MULTIPLE, End, Link, Skipping
@@ -134,10 +134,10 @@ class _Finder:
         links: list[Link] = []
         linked: set[str] = set()
         for key, names in makers.items():
-            if key in kept or all(type(layers[n]) in graph.NORMS for n in readers.get(key, [])):
+            if key in kept or all(passes_on(layers[n]) for n in readers.get(key, [])):
                 continue
             link = self._link({n: made[n] for n in names}, {n: read[n] for n in readers[key]})
-            reads_all = not all(end.by_gates or end.norm for end in link.readers)
+            reads_all = not all(end.by_gates or end.passes_on for end in link.readers)
             if link.channels > 1 and (link.own or not reads_all):
                 links.append(link)
                 linked.update(readers[key])
@@ -159,16 +159,16 @@ class _Finder:
             return End(layers[name], None if whole else place[vector])
 
         inputs = [units for name in readers if (units := walk.inputs[name]) is not None]
-        # What a norm makes of zeros changes with its parameters.
+        # What a norm (or a bias on the way) makes of zeros changes with its parameters.
         zeros = (
             len(makers) == 1
-            and not any(type(layers[name]) in graph.NORMS for name in readers)
+            and not any(passes_on(layers[name]) for name in readers)
             and not any(bool(walk.tainted[walk.made[name]].any()) for name in makers)
             and all(bool((units.constant == 0).all()) for units in inputs)
         )
         macs = sum(self._work(name) for name in (*makers, *readers))
-        ends = ([end(*item) for item in layer.items()] for layer in (makers, readers))
-        return Link(*ends, len(channels), zeros, macs)
+        ends = [end(*item) for item in makers.items()]
+        return Link(ends, [end(*item) for item in readers.items()], len(channels), zeros, macs)
 
 
 def find_links(model: nn.Module, args: tuple[Any, ...], views: bool = True) -> list[Link]:

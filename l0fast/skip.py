@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_flatten
 
 from l0fast import skip_on_device
 from l0fast.draw import Compact, Draw, Drawn, OnDevice
-from l0fast.following import Following, can_follow
-from l0fast.graph import NORMS
+from l0fast.following import Following, can_follow, passes_on
 from l0fast.proof import tensors_of
 
 OVERHEAD = 5_000_000
@@ -35,7 +34,7 @@ faster. The units added are closed, and so masked."""
 
 @dataclass
 class End:
-    """A layer at an end of a link: one that makes channels or reads them, or a norm on the way."""
+    """A layer at an end of a link: one that makes channels or reads them, or is on the way."""
 
     layer: Any
     labels: Tensor | None
@@ -48,9 +47,9 @@ class End:
         return isinstance(self.layer, Drawn) and self.layer.gates == "input"
 
     @property
-    def norm(self) -> bool:
-        """Whether it only passes on what arrives."""
-        return isinstance(self.layer, NORMS)
+    def passes_on(self) -> bool:
+        """Whether it only passes on what arrives, channel by channel."""
+        return passes_on(self.layer)
 
     @property
     def by_outputs(self) -> bool:
@@ -268,7 +267,7 @@ class Skipping:
                 made = found if maker.labels is None else there[maker.labels].nonzero().flatten()
                 rows[id(maker.layer)] = made
             wanted = {id(opened[id(r.layer)]) for r in link.readers if r.by_gates}
-            alike = len(wanted) == 1 and all(r.by_gates or r.norm for r in link.readers)
+            alike = len(wanted) == 1 and all(r.by_gates or r.passes_on for r in link.readers)
             for reader in link.readers:
                 cols[id(reader.layer)] = self._columns(reader, there, found, opened, alike)
         return {
@@ -296,7 +295,7 @@ class Skipping:
                     counts = torch.zeros(size, dtype=torch.float32, device=need.device)
                     need = counts.index_add_(0, reader.labels.to(need.device), need.float()) > 0
                 needed.setdefault(key, need)
-            elif not reader.norm:
+            elif not reader.passes_on:
                 device = next(iter(opened.values())).device
                 needed = {(0, 0): torch.ones(size, dtype=torch.bool, device=device)}
                 break

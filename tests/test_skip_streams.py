@@ -76,9 +76,9 @@ def wide() -> nn.Module:
         BeforeTheSum(9),
         nn.BatchNorm2d(9),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1),
+        nn.AdaptiveAvgPool2d(2),
         nn.Flatten(),
-        nn.Linear(9, 5),
+        nn.Linear(36, 5),
     )
 
 
@@ -112,6 +112,32 @@ class Scaled(nn.Module):
         return self.last(self.next(x * scale).relu().mean((2, 3)))
 
 
+class Inverted(nn.Module):
+    """An inverted residual: wide and depthwise inside, beside a stream."""
+
+    def __init__(self, width: int, hidden: int, bias: bool = False) -> None:
+        super().__init__()
+        self.expand, self.project = conv(width, hidden, 1), conv(hidden, width, 1)
+        self.spread = nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=bias)
+        self.norm = nn.Identity() if bias else nn.BatchNorm2d(hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.project(self.norm(self.spread(self.expand(x).relu())).relu())
+
+
+def mobile(bias: bool = False) -> nn.Module:
+    blocks = [Inverted(7, 13, bias), Inverted(7, 12, bias)]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(7, 5)]
+    return nn.Sequential(conv(3, 7), *blocks, *pool)
+
+
+def behind_gates_on_outputs() -> nn.Module:
+    spread = nn.Conv1d(9, 9, 3, groups=9)
+    nn.init.zeros_(spread.bias)  # type: ignore[arg-type]
+    ends = [nn.Tanh(), nn.Conv1d(9, 5, 1), nn.Tanh(), nn.Conv1d(5, 4, 1)]
+    return nn.Sequential(nn.Conv1d(3, 9, 1), spread, *ends)
+
+
 class Linears(nn.Module):
     """A stream of linear layers whose readers have gates of their own."""
 
@@ -122,6 +148,18 @@ class Linears(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).relu()
         return self.c(h + self.b(h).tanh())
+
+
+class Sum(nn.Module):
+    """What one layer closes, another may add to: it is no zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 9), nn.Linear(6, 9)
+        self.c, self.d = nn.Linear(9, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c((self.a(x) + self.b(x)).tanh()).tanh())
 
 
 class Partly(nn.Module):
@@ -151,7 +189,17 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], list[int]]] = {
     "norms first": (wide, IMAGE, {}, [1, 1, 3]),
     "branches": (Branches, IMAGE, {}, [1, 2, 2]),
     "squeeze and excite": (Scaled, IMAGE, {}, [1, 1, 2]),
+    "depthwise": (mobile, IMAGE, {}, [1, 1, 3]),
+    "depthwise with biases": (lambda: mobile(bias=True), IMAGE, {}, [1, 1, 3]),
+    # Closed units arrive as zeros today; with a bias that learns they will not.
+    "depthwise behind gates on outputs": (
+        behind_gates_on_outputs,
+        (4, 3, 7),
+        {"gates": "output", "exclude": "1"},
+        [1],
+    ),
     "own gates": (Linears, (7, 6), {"gates": "input"}, [0, 2]),
+    "a sum of gates on outputs": (Sum, (7, 6), {"gates": "output", "exclude": "d"}, [1]),
     "a reader without gates": (Partly, (7, 6), {"include": "c", "gates": "input"}, [0]),
 }
 
