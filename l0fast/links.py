@@ -14,9 +14,10 @@ from l0fast import _checks, graph, skip_on_device
 from l0fast.channels import RIGID, STAYS, op_name, shape_of
 from l0fast.draw import SKIPPING, Drawn, detach_draw, gated_layers
 from l0fast.following import can_follow, passes_on, stop_following
+from l0fast.link import End, Link
 from l0fast.proof import TOLERANCE, relative_error, tensors_of
 from l0fast.sites import find_sites, light_copy, replace
-from l0fast.skip import MULTIPLE, End, Link, Skipping
+from l0fast.skip import MULTIPLE, Skipping
 from l0fast.walk import Walk
 
 SLACK = 100.0

@@ -8,9 +8,7 @@ others compact: no zeros are put in and taken out again between them.
 
 from __future__ import annotations
 
-import functools
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +17,8 @@ from torch.utils._pytree import tree_flatten
 
 from l0fast import skip_on_device
 from l0fast.draw import Compact, Draw, Drawn, OnDevice
-from l0fast.following import Following, can_follow, passes_on
+from l0fast.following import Following, can_follow
+from l0fast.link import Link, rounded_up
 from l0fast.proof import tensors_of
 
 OVERHEAD = 5_000_000
@@ -30,84 +29,6 @@ picking weights, putting gradients back)."""
 MULTIPLE = 4
 """How many units are computed is rounded up to it: convolutions of few different, even widths run
 faster. The units added are closed, and so masked."""
-
-
-@dataclass
-class End:
-    """A layer at an end of a link: one that makes channels or reads them, or is on the way."""
-
-    layer: Any
-    labels: Tensor | None
-    """The link's channel at each of its outputs (a maker's) or inputs; None where they are just
-    the channels."""
-
-    @property
-    def by_gates(self) -> bool:
-        """Whether it does not read all that arrives."""
-        return isinstance(self.layer, Drawn) and self.layer.gates == "input"
-
-    @property
-    def passes_on(self) -> bool:
-        """Whether it only passes on what arrives, channel by channel."""
-        return passes_on(self.layer)
-
-    @property
-    def by_outputs(self) -> bool:
-        """Whether its own gates are on what it makes."""
-        return isinstance(self.layer, Drawn) and self.layer.gates == "output"
-
-
-@dataclass
-class Link:
-    """Channels on their way from the layers that make them to the layers that read them.
-
-    Several layers make the channels of a residual stream, which are added, and those of parallel
-    branches, which lie one behind the other.
-    """
-
-    makers: list[End]
-    """If there are none, what arrives is full, and each reader picks what it needs."""
-    readers: list[End]
-    channels: int = 0
-    zeros: bool = False
-    """Whether a channel that its only maker closes arrives as zeros everywhere."""
-    work: int = 0
-    """Multiply-accumulates of its layers for the example."""
-
-    def layers(self) -> list[Any]:
-        """The makers and the readers."""
-        return [end.layer for end in (*self.readers, *self.makers)]
-
-    @property
-    def linear(self) -> bool:
-        """Whether kernels can follow it: from a linear layer to others that have gates for it."""
-        return (
-            len(self.makers) == 1
-            and isinstance(self.makers[0].layer, nn.Linear)
-            and not self.makers[0].by_outputs
-            and all(
-                isinstance(reader.layer, nn.Linear) and reader.by_gates and reader.labels is None
-                for reader in self.readers
-            )
-        )
-
-    @property
-    def own(self) -> bool:
-        """Whether a channel is left out when its maker closes it."""
-        return self.zeros and self.makers[0].by_outputs
-
-
-def _rounded_up(mask: Tensor, multiple: int) -> Tensor:
-    """Positions where `mask` is set, and as many others as make their number a multiple.
-
-    At least one: an empty layer does not run.
-    """
-    found = mask.nonzero().flatten()
-    wanted = min(-(-max(len(found), 1) // multiple) * multiple, len(mask))
-    if len(found) < wanted:
-        others = (~mask).nonzero().flatten()[: wanted - len(found)]
-        found = torch.cat([found, others]).sort().values
-    return found
 
 
 def form_of(args: tuple[Any, ...], options: dict[str, Any]) -> list[object]:
@@ -230,7 +151,7 @@ class Skipping:
             (
                 id(link.makers[0].layer),
                 [id(one.layer) for one in link.readers],
-                self._alive(link, opened),
+                link.alive(opened),
             )
             for link in self.links
             if link.linear and self._drawn(link, opened)
@@ -253,12 +174,12 @@ class Skipping:
                 continue
             if not link.makers:
                 (reader,) = link.readers
-                found = _rounded_up(opened[id(reader.layer)], self.multiple)
+                found = rounded_up(opened[id(reader.layer)], self.multiple)
                 if self.pays(link, len(found), len(opened[id(reader.layer)]), examples):
                     cols[id(reader.layer)] = found, found
                 continue
-            alive = self._alive(link, opened)
-            found = self._found(link, alive)
+            alive = link.alive(opened)
+            found = link.computed(alive, self.multiple)
             if not self.pays(link, len(found), len(alive), examples):
                 continue
             there = torch.zeros_like(alive)
@@ -269,7 +190,7 @@ class Skipping:
             wanted = {id(opened[id(r.layer)]) for r in link.readers if r.by_gates}
             alike = len(wanted) == 1 and all(r.by_gates or r.passes_on for r in link.readers)
             for reader in link.readers:
-                cols[id(reader.layer)] = self._columns(reader, there, found, opened, alike)
+                cols[id(reader.layer)] = reader.columns(there, found, opened, alike)
         return {
             id(layer): Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
             for layer in self._layers
@@ -282,52 +203,3 @@ class Skipping:
             return kept < of
         saved = link.work * examples * (of - kept) / of
         return saved > OVERHEAD * max(len(link.makers), 1)
-
-    @staticmethod
-    def _alive(link: Link, opened: dict[int, Tensor]) -> Tensor:
-        """bool [channels]: those that somebody reads, and that are not zeros."""
-        size, needed = link.channels, dict[tuple[int, int], Tensor]()
-        for reader in link.readers:
-            if reader.by_gates:
-                need = opened[id(reader.layer)]
-                key = id(need), id(reader.labels)  # those that share their gates need the same
-                if reader.labels is not None and key not in needed:
-                    counts = torch.zeros(size, dtype=torch.float32, device=need.device)
-                    need = counts.index_add_(0, reader.labels.to(need.device), need.float()) > 0
-                needed.setdefault(key, need)
-            elif not reader.passes_on:
-                device = next(iter(opened.values())).device
-                needed = {(0, 0): torch.ones(size, dtype=torch.bool, device=device)}
-                break
-        alive = functools.reduce(torch.logical_or, needed.values())
-        if link.own:
-            alive = alive & opened[id(link.makers[0].layer)]
-        return alive
-
-    def _found(self, link: Link, alive: Tensor) -> Tensor:
-        """[C] the channels to compute: those alive, and as many more as each maker rounds up."""
-        if all(maker.labels is None for maker in link.makers):
-            return _rounded_up(alive, self.multiple)
-        there = alive.clone()
-        for maker in link.makers:
-            if maker.labels is None:
-                there[_rounded_up(there, self.multiple)] = True
-            else:
-                there[maker.labels[_rounded_up(there[maker.labels], self.multiple)]] = True
-        return there.nonzero().flatten()
-
-    @staticmethod
-    def _columns(
-        reader: End, there: Tensor, found: Tensor, opened: dict[int, Tensor], alike: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """([C] columns to compute with, their positions among the inputs that arrive)."""
-        if reader.labels is None and (alike or not reader.by_gates):
-            return found, None  # what arrives is what it wants
-        arrives = there if reader.labels is None else there[reader.labels]
-        wanted = arrives & opened[id(reader.layer)] if reader.by_gates else arrives
-        positions, arriving = wanted.nonzero().flatten(), arrives.nonzero().flatten()
-        if not len(positions):
-            positions = arriving[:1]
-        if len(positions) == len(arriving):
-            return positions, None
-        return positions, torch.searchsorted(arriving, positions)
