@@ -37,7 +37,7 @@ from bench import (
 )
 from bench.case import Goal, Variant
 from bench.report import Row
-from l0fast import functional, links, sparsify_
+from l0fast import functional, links, prune, sparsify_
 from l0fast.draw import SKIPPING, OnDevice, gated_layers
 from l0fast.hard_concrete import HardConcrete
 from l0fast.models import build
@@ -702,3 +702,15 @@ def test_every_net_can_be_skipped_and_compacted() -> None:
     sparsify_(model, example_inputs=x, skip=True)
     makers = sorted(len(link.makers) for link in model.__dict__[SKIPPING].links)
     assert makers == [1, 1, 1, 1, 3, 3]
+
+
+def test_lenet_at_the_end_has_the_gates_that_it_says() -> None:
+    example = torch.randn(1, 1, 28, 28)
+    for shrunk in (False, True):
+        small: Any = prune(bench_skip._settled("auto", shrunk), example_inputs=example)
+        # Flattened channels are gathered: the Linear has no other inputs than those open.
+        shapes = [tuple(p.shape) for p in small.parameters() if p.dim() > 1]
+        assert shapes == [(20, 1, 5, 5), (23, 20, 5, 5), (246, 57), (10, 246)]
+    rows = bench_skip.at_the_end("x", LITTLE)
+    assert [row.variant for row in rows] == ["dense", "masked", "skipped", "shrunk", "pruned"]
+    assert {row.status for row in rows} == {report.MEASURED}
