@@ -20,9 +20,9 @@ from bench.bench_step import STILL, dense_step
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.draw import gated_layers
-from l0fast.models import build
-from l0fast.shrink import plan_removal, remove_
+from l0fast.layers.draw import gated_layers
+from l0fast.pruning.shrink import plan_removal, remove_
+from l0fast.training.models import build
 
 DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.1)
 BATCHES = 8

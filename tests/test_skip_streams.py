@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import l0fast
 from l0fast import sparsify_
-from l0fast.draw import SKIPPING, gated_layers
-from l0fast.following import stop_following
-from l0fast.skip import MULTIPLE
+from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.skipping.following import stop_following
+from l0fast.skipping.skip import MULTIPLE
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:

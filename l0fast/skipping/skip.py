@@ -1,0 +1,205 @@
+"""Skipping: the closed units of a step are left out of its computation, which stays the same.
+
+A gate that is drawn closed contributes nothing, and gives its weights and its log_alpha exactly
+zero gradient from the loss. Where the channels that one layer makes are followed to the layers
+that read them, the maker leaves out those that nobody reads in this step, and the readers get the
+others compact: no zeros are put in and taken out again between them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from l0fast.graph.proof import tensors_of
+from l0fast.layers.draw import Compact, Draw, Drawn, OnDevice
+from l0fast.skipping import skip_on_device
+from l0fast.skipping.following import Following, can_follow
+from l0fast.skipping.link import Link, rounded_up
+
+OVERHEAD = 5_000_000
+"""Multiply-accumulates of one pass that take as long as leaving channels out of a link (on a CPU:
+picking weights, putting gradients back)."""
+
+
+MULTIPLE = 4
+"""How many units are computed is rounded up to it: convolutions of few different, even widths run
+faster. The units added are closed, and so masked."""
+
+
+def form_of(args: tuple[Any, ...], options: dict[str, Any]) -> list[object]:
+    """How a forward is called: its tensors' dtypes and ranks, and everything else as it is."""
+    leaves, structure = tree_flatten((tuple(args), options))
+    forms = [
+        (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves
+    ]
+    return [str(structure), *forms]
+
+
+class Skipping:
+    """The links of a model, and whether closed units are skipped on them.
+
+    What is left out depends on the gates and on the size of the input alone, so that a training
+    that is resumed takes the very steps of one that was not interrupted. A call of another form
+    than the example's, and a model that has been changed since, are computed masked.
+
+    Args:
+        model: the model that draws.
+        links: of its layers; each layer makes, and reads, at most one link's channels.
+        mode: "auto": a link where it pays, on a CPU; True: every link.
+        on_gpu: with gates drawn on a GPU; then chains of linear layers are computed with no read by
+            the host, if no convolution needs one.
+        args: the example.
+        multiple: of how many units are computed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        links: list[Link],
+        mode: str | bool,
+        args: tuple[Any, ...],
+        multiple: int = MULTIPLE,
+        on_gpu: bool = False,
+    ) -> None:
+        convolved = any(not isinstance(layer, nn.Linear) for one in links for layer in one.layers())
+        self.on_gpu = on_gpu
+        self.unread = on_gpu and not convolved and any(link.linear for link in links)
+        self.links, self.mode, self.multiple = links, mode, multiple
+        self.form = form_of(args, {})
+        self.size = max(next((tensor.numel() for tensor in tensors_of(args)), 1), 1)
+        found = {id(layer): layer for link in links for layer in link.layers()}
+        self._layers = list(found.values())
+        self._following = [
+            Following(layer) for layer in self._layers if not isinstance(layer, Drawn)
+        ]
+        for following in self._following:
+            following.layer.__dict__["forward"] = following
+        self._modules = list(model.modules())
+
+    def clear(self, model: nn.Module) -> None:
+        """Makes every layer compute with all units.
+
+        Raises:
+            RuntimeError: `model` is a replica of the one whose layers these are.
+        """
+        if getattr(model, "_is_replica", False):
+            # What stands in for a layer's forward would compute with the first device's weights.
+            raise RuntimeError(
+                "skip: got a replica made by nn.DataParallel; expected "
+                "nn.parallel.DistributedDataParallel, or a model prepared with skip=False"
+            )
+        for layer in self._layers:
+            if isinstance(layer, Drawn):
+                layer.__dict__["_compact"] = None
+        for following in self._following:
+            following.compact = None
+
+    def holds(self, model: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
+        """Whether this is a call like the example, of the model as it was."""
+        modules = list(model.modules())
+        return (
+            form_of(args, options) == self.form
+            and len(modules) == len(self._modules)
+            and all(map(operator.is_, modules, self._modules))
+            and all(f.layer.__dict__.get("forward") is f for f in self._following)
+            and all(can_follow(f.layer) for f in self._following)
+            and not any(one._forward_hooks or one._forward_pre_hooks for one in self._layers)
+        )
+
+    def assign(
+        self,
+        model: nn.Module,
+        opened: dict[int, Tensor],
+        inputs: tuple[Any, ...],
+        options: dict[str, Any],
+        draw: Draw,
+    ) -> None:
+        """Tells each layer what it leaves out in this step.
+
+        Args:
+            model: the model that draws.
+            opened: id of a layer drawn in this step -> bool, which units its gates leave open.
+            inputs, options: of the model's forward.
+            draw: the model's, in force as long as this forward is.
+        """
+        if self.mode == "auto" and skip_on_device.on_gpu(opened):
+            return  # the host would have to wait for the gates
+        if not self.holds(model, inputs, options):
+            return
+        if self.unread:
+            compacts = self._unread(opened)
+        elif self.on_gpu:
+            device = next(iter(opened.values())).device
+            seen = skip_on_device.read_back(opened)
+            compacts = skip_on_device.send(self._compacts(seen, inputs), device)
+        else:
+            compacts = self._compacts(opened, inputs)
+        for layer in self._layers:
+            if isinstance(layer, Drawn):
+                layer.__dict__["_compact"] = compacts.get(id(layer))
+        for following in self._following:
+            following.compact, following.draw = compacts.get(id(following.layer)), draw
+
+    def _unread(self, opened: dict[int, Tensor]) -> dict[int, OnDevice]:
+        """What each layer leaves out, as lists that stay on the device."""
+        ends = [
+            (
+                id(link.makers[0].layer),
+                [id(one.layer) for one in link.readers],
+                link.alive(opened),
+            )
+            for link in self.links
+            if link.linear and self._drawn(link, opened)
+        ]
+        return skip_on_device.orders(ends)
+
+    @staticmethod
+    def _drawn(link: Link, opened: dict[int, Tensor]) -> bool:
+        """Whether this step has drawn all the gates of a link's layers."""
+        return all(id(layer) in opened for layer in link.layers() if isinstance(layer, Drawn))
+
+    def _compacts(self, opened: dict[int, Tensor], inputs: tuple[Any, ...]) -> dict[int, Compact]:
+        """What each layer leaves out, where the host can see the gates."""
+        first = next(iter(tensors_of(inputs)), None)
+        examples = 1.0 if first is None else first.numel() / self.size
+        rows: dict[int, Tensor] = {}
+        cols: dict[int, tuple[Tensor, Tensor | None]] = {}
+        for link in self.links:
+            if not self._drawn(link, opened):
+                continue
+            if not link.makers:
+                (reader,) = link.readers
+                found = rounded_up(opened[id(reader.layer)], self.multiple)
+                if self.pays(link, len(found), len(opened[id(reader.layer)]), examples):
+                    cols[id(reader.layer)] = found, found
+                continue
+            alive = link.alive(opened)
+            found = link.computed(alive, self.multiple)
+            if not self.pays(link, len(found), len(alive), examples):
+                continue
+            there = torch.zeros_like(alive)
+            there[found] = True
+            for maker in link.makers:
+                made = found if maker.labels is None else there[maker.labels].nonzero().flatten()
+                rows[id(maker.layer)] = made
+            wanted = {id(opened[id(r.layer)]) for r in link.readers if r.by_gates}
+            alike = len(wanted) == 1 and all(r.by_gates or r.passes_on for r in link.readers)
+            for reader in link.readers:
+                cols[id(reader.layer)] = reader.columns(there, found, opened, alike)
+        return {
+            id(layer): Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
+            for layer in self._layers
+            if id(layer) in rows or id(layer) in cols
+        }
+
+    def pays(self, link: Link, kept: int, of: int, examples: float) -> bool:
+        """Whether leaving out the other channels saves more time than it costs."""
+        if kept == of or self.mode is True:
+            return kept < of
+        saved = link.work * examples * (of - kept) / of
+        return saved > OVERHEAD * max(len(link.makers), 1)
