@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import l0fast
 from bench import cuda
-from bench.bench_skip import DENSITIES, STILL
-from bench.bench_step import dense_step
+from bench.bench_skip import DENSITIES
+from bench.bench_step import STILL, dense_step
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating

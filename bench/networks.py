@@ -1,7 +1,9 @@
-"""Dense models for the large steps: ResNet-50 and WRN-28-10, in their published shapes."""
+"""Dense models for the large steps in their published shapes: ResNet-50, WRN-28-10, ViT-B/16."""
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -81,6 +83,61 @@ def wrn28_10() -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(inputs, 10),
     )
+
+
+class _Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class _Encoder(nn.Module):
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.before, self.attention = nn.LayerNorm(width), _Attention(width, heads)
+        self.between = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.before(x))
+        return x + self.mlp(self.between(x))
+
+
+class ViT(nn.Module):
+    """A vision transformer that reads its class off a token of its own."""
+
+    def __init__(
+        self,
+        image: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        hidden: int,
+        classes: int,
+    ) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, patch, patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, width))
+        self.places = nn.Parameter(torch.randn(1, (image // patch) ** 2 + 1, width) * 0.02)
+        self.blocks = nn.Sequential(*(_Encoder(width, heads, hidden) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.places
+        return self.head(self.norm(self.blocks(x))[:, 0])
+
+
+def vit_b16() -> ViT:
+    """[N, 3, 224, 224] -> [N, 1000] (Dosovitskiy et al., 2021)."""
+    return ViT(image=224, patch=16, width=768, depth=12, heads=12, hidden=3072, classes=1000)
 
 
 def gate_counts(model: nn.Module) -> tuple[int, ...]:

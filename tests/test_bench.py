@@ -14,13 +14,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import (
     ROOT,
     __main__,
     bench_gated_weight,
     bench_prune,
+    bench_skip,
     bench_skipping_linear,
     bench_step,
     case,
@@ -36,8 +37,8 @@ from bench import (
 )
 from bench.case import Goal, Variant
 from bench.report import Row
-from l0fast import functional
-from l0fast.layers.draw import OnDevice
+from l0fast import functional, prune, sparsify_
+from l0fast.layers.draw import SKIPPING, OnDevice, gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping import links
 from l0fast.training.models import build
@@ -204,6 +205,10 @@ def test_large_networks_have_their_published_sizes() -> None:
     assert sum(p.numel() for p in resnet.parameters()) == 25_557_032
     assert sum(p.numel() for p in wide.parameters()) == 36_479_194
     assert len(networks.gate_counts(resnet)) == 54
+    with torch.device("meta"):
+        transformer = networks.vit_b16()
+    assert sum(p.numel() for p in transformer.parameters()) == 86_567_656
+    assert transformer(torch.empty(2, 3, 224, 224, device="meta")).shape == (2, 1000)
     assert wide(torch.empty(2, 3, 32, 32, device="meta")).shape == (2, 10)
     assert resnet(torch.empty(2, 3, 64, 64, device="meta")).shape == (2, 1000)
 
@@ -642,3 +647,71 @@ def test_the_skipping_block_is_rehearsed_small(
     reader: Any = block.get_submodule("2")
     assert isinstance(reader._compact, OnDevice)
     assert block.get_submodule("0").__dict__["forward"].compact.rows is reader._compact.cols
+
+
+def tiny_vit() -> nn.Module:
+    return networks.ViT(image=8, patch=4, width=12, depth=2, heads=3, hidden=16, classes=10)
+
+
+def tiny_resnet() -> nn.Module:
+    parts = [networks._Bottleneck(8, 6, 1), networks._Bottleneck(24, 6, 1)]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(24, 10)]
+    return nn.Sequential(networks._conv(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), *parts, *pool)
+
+
+def tiny_wide() -> nn.Module:
+    parts = [networks._Wide(8, 12, 1), networks._Wide(12, 12, 1), nn.BatchNorm2d(12), nn.ReLU()]
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 10)]
+    return nn.Sequential(networks._conv(3, 8, 3), *parts, *pool)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.3])
+@pytest.mark.parametrize("make", [tiny_resnet, tiny_wide, tiny_vit])
+def test_the_large_steps_are_rehearsed_small(make: Callable[[], nn.Module], density: float) -> None:
+    """On a CPU: gates go by the structure, and below a density of 1 a variant skips."""
+    rows = bench_step._large("x", make, (4, 3, 8, 8), density, LITTLE, "cpu")
+    assert {row.status for row in rows} == {report.MEASURED}, rows
+    titles = ["dense", "l0fast, structured", *(["l0fast, skipped"] if density < 1 else [])]
+    assert [row.variant for row in rows] == titles
+    assert [row.goal for row in rows if row.goal] == ["<= 1.03x dense"] * (density == 1)
+    model = make()
+    example = torch.randn(2, 3, 8, 8)
+    bench_step.l0fast_step(model, "cpu", density=density, example=example, skip=True)
+    layers = gated_layers(model)
+    assert {layer.gates for layer in layers.values()} == {"input"}
+    if make is tiny_vit:
+        assert [(one.num_gates, one.units) for one in layers.values()] == [(3, 4), (16, 1)] * 2
+    assert model.__dict__[SKIPPING].links
+
+
+def test_the_gpu_run_has_the_rows_of_the_goals() -> None:
+    names = {one.name for one in registry.cases(quick=False) if one.device == "cuda"}
+    for model in ("resnet50", "wrn28-10", "vit-b16"):
+        assert {f"step/cuda/{model}", f"step/cuda/{model}/density-0.3"} <= names
+    for density in (0.5, 0.3, 0.1):
+        assert f"skipping_linear/cuda/ffn/density-{density:g}" in names
+    assert bench_skipping_linear.FFN == (4096, 16384, 8192)
+
+
+def test_every_net_can_be_skipped_and_compacted() -> None:
+    for net in bench_skip.NETS.values():
+        small = net.make([max(width // 8, 2) for width in net.widths])
+        assert sum(p.numel() for p in small.parameters()) > 0
+    widths = (6, 5, 9, 7)
+    model = bench_skip._resnet(widths)
+    x = torch.randn(2, 3, 8, 8)
+    sparsify_(model, example_inputs=x, skip=True)
+    makers = sorted(len(link.makers) for link in model.__dict__[SKIPPING].links)
+    assert makers == [1, 1, 1, 1, 3, 3]
+
+
+def test_lenet_at_the_end_has_the_gates_that_it_says() -> None:
+    example = torch.randn(1, 1, 28, 28)
+    for shrunk in (False, True):
+        small: Any = prune(bench_skip._settled("auto", shrunk), example_inputs=example)
+        # Flattened channels are gathered: the Linear has no other inputs than those open.
+        shapes = [tuple(p.shape) for p in small.parameters() if p.dim() > 1]
+        assert shapes == [(20, 1, 5, 5), (23, 20, 5, 5), (246, 57), (10, 246)]
+    rows = bench_skip.at_the_end("x", LITTLE)
+    assert [row.variant for row in rows] == ["dense", "masked", "skipped", "shrunk", "pruned"]
+    assert {row.status for row in rows} == {report.MEASURED}

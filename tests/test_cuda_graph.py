@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import l0fast
 from l0fast.data.sets import Data, Split
 from l0fast.layers.draw import gated_layers
+from l0fast.pruning import shrink
 from l0fast.skipping import links
 from l0fast.training import cuda_graph
 from l0fast.training.cuda_graph import ORDINARY, Steps
@@ -202,6 +203,40 @@ def test_what_was_replaced_is_captured_again(
     assert stand.captured == 1
     steps(1)
     assert stand.captured == 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_that_shrinks_is_captured_again(
+    model: str, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No graph outlives the parameters that it was captured with, and the run is the plain one."""
+    monkeypatch.setattr(shrink, "SELDOM", 0.4)
+    changes: dict[str, Any] = {"shrink": 1, "epochs": 6, "gate_lr": 0.2, "density": 0.3}
+    plain = trainer(data, model=model, skip=False, cuda_graph=False, **changes)
+    plain.fit()
+    stand = Stand(monkeypatch)
+    graphed = trainer(data, model=model, skip=False, **changes)
+    sizes: list[int] = []
+    held: list[bool] = []
+    replay = stand.capture
+
+    def capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
+        sizes.append(sum(p.numel() for p in graphed.model.parameters()))
+        inner, size = replay(step, stream), sizes[-1]
+
+        def checked() -> None:
+            held.append(size == sum(p.numel() for p in graphed.model.parameters()))
+            inner()
+
+        return checked
+
+    monkeypatch.setattr(cuda_graph, "_capture", capture)
+    graphed.fit()
+    assert all(held)
+    assert sizes == sorted(set(sizes), reverse=True)  # once for each size
+    assert len(sizes) > 1
+    for got, expected in zip(weights(graphed), weights(plain), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_failing_capture_goes_on_as_ever(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

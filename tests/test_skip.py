@@ -23,7 +23,8 @@ from l0fast import sparsify_
 from l0fast.data.sets import load
 from l0fast.layers.draw import SKIPPING, gated_layers
 from l0fast.skipping.following import stop_following
-from l0fast.skipping.skip import MULTIPLE, OVERHEAD, Link, Skipping
+from l0fast.skipping.link import Link
+from l0fast.skipping.skip import MULTIPLE, OVERHEAD, Skipping
 from l0fast.training.models import build
 from tests.tolerance import rounding_tolerance
 
@@ -44,7 +45,7 @@ class TwoReaders(nn.Module):
 
 
 class Residual(nn.Module):
-    """Units that an addition reads, which is not followed."""
+    """Units to which others are added: two layers make them, and each reader has its own gates."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
         1,
     ),
     "two readers": (TwoReaders, (8, 6), {"gates": "input"}, 2),
-    "residual": (Residual, (8, 6), {"gates": "input"}, 3),
+    "residual": (Residual, (8, 6), {"gates": "input"}, 2),
     "a view written out": (WrittenOut, (4, 1, 8, 8), {}, 2),
     "read in training": (InTraining, (8, 6), {}, 2),
     "groups": (
@@ -573,6 +574,47 @@ def test_the_default_dtype_does_not_matter() -> None:
         torch.set_default_dtype(previous)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_a_replica_is_refused(training: bool) -> None:
+    """nn.DataParallel calls shallow copies, of which a layer's own forward knows nothing."""
+    skipped, masked, x = pair()
+    replica: Any = skipped.train(training)._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"^skip: got a replica made by nn.DataParallel; exp"):
+        replica(x)
+    skipped(x)
+    masked._replicate_for_data_parallel()(x)
+
+
+@pytest.mark.parametrize("name", ["mlp", "lenet", "batch norms"])
+def test_a_second_backward_after_a_change_in_place(name: str) -> None:
+    """As in PyTorch: it is refused, or gives the gradients of the forward that there was."""
+    raised = 0
+    for changed in dict(prepared(name, True)[0].named_parameters()):
+        model, x = prepared(name, True)
+        set_density(model, 0.4)
+        torch.manual_seed(1)
+        loss = model(x).square().mean()
+        loss.backward(retain_graph=True)
+        first = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        with torch.no_grad():
+            model.get_parameter(changed).add_(1.0)
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            words = str(error)
+        else:
+            words = ""
+        if words:
+            assert "modified by an inplace operation" in words, changed
+            raised += 1
+            continue
+        for other, gradient in first.items():
+            got = model.get_parameter(other).grad
+            torch.testing.assert_close(got, gradient, rtol=EXACT, atol=EXACT, msg=changed)
+    assert raised > 0
+
+
 # --- auto -----------------------------------------------------------------------------------------
 
 
@@ -599,7 +641,7 @@ def test_what_a_convolution_computes_is_rounded_up(convolved: bool) -> None:
 
 
 def test_auto_skips_where_it_pays() -> None:
-    link = Link(None, [], work=10_000_000)
+    link = Link([], [], work=10_000_000)
     plan = Skipping(nn.Identity(), [], "auto", (torch.zeros(1),))
     most = round(1000 * (1 - OVERHEAD / 10_000_000))
     assert plan.pays(link, most - 1, 1000, 1.0)

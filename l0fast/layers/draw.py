@@ -216,7 +216,7 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
     skip = None if torch.compiler.is_compiling() else model.__dict__.get(SKIPPING)
     draw = NOT_DRAWN[1]
     if skip is not None:
-        skip.clear()  # a forward that was interrupted leaves its own behind
+        skip.clear(model)  # a forward that was interrupted leaves its own behind
     for (distribution, _, dtype), members in groups.items():
         draw = Draw(id(model))
         log_alphas, layers = zip(*members.values(), strict=True)

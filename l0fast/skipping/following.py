@@ -11,12 +11,14 @@ from l0fast import functional
 from l0fast.graph.capture import LAYERS, NORMS
 from l0fast.layers.draw import SKIPPING, Compact, Draw, OnDevice, in_force
 
+_CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
+
 
 class Following:
     """The forward of a layer without gates, between or beside some with: it leaves out the same.
 
-    A batch norm then computes with the channels that arrive, and the running statistics of the
-    others stay as they are.
+    A batch norm, or a depthwise convolution, then computes with the channels that arrive; the
+    running statistics of the others stay as they are.
 
     Args:
         layer: a Linear, a convolution or a batch norm; this stands in for its forward.
@@ -36,9 +38,9 @@ class Following:
             return type(layer).forward(layer, x)
         if isinstance(compact, OnDevice):
             return functional.skipping_linear(x, layer.weight, layer.bias, **compact._asdict())
-        if isinstance(layer, NORMS):
+        if passes_on(layer):
             assert compact.cols is not None
-            return self._norm(x, compact.cols)
+            return (self._norm if isinstance(layer, NORMS) else self._depthwise)(x, compact.cols)
         rows, cols, gather = compact
         weight, bias = layer.weight, layer.bias
         if rows is not None:
@@ -51,6 +53,13 @@ class Following:
         if isinstance(layer, nn.Linear):
             return F.linear(x, weight, bias)
         return layer._conv_forward(x, weight, bias)
+
+    def _depthwise(self, x: Tensor, channels: Tensor) -> Tensor:
+        layer = self.layer
+        weight = layer.weight.index_select(0, channels)
+        bias = None if layer.bias is None else layer.bias.index_select(0, channels)
+        how = layer.stride, layer.padding, layer.dilation, len(channels)
+        return _CONVOLVE[type(layer)](x, weight, bias, *how)
 
     def _norm(self, x: Tensor, channels: Tensor) -> Tensor:
         norm = self.layer
@@ -68,12 +77,21 @@ class Following:
         return y
 
 
+def passes_on(layer: nn.Module) -> bool:
+    """Whether it is a batch norm or a depthwise convolution: channels go through it one by one."""
+    if isinstance(layer, NORMS):
+        return True
+    groups = getattr(layer, "groups", 1)
+    one_by_one = groups > 1 and groups == layer.in_channels == layer.out_channels
+    return one_by_one and type(layer) in _CONVOLVE and layer.padding_mode == "zeros"
+
+
 def can_follow(layer: nn.Module) -> bool:
     """Whether a layer without gates can leave out channels."""
     if type(layer) in NORMS:
         norm: Any = layer
         return norm.running_mean is not None and norm.momentum is not None
-    return type(layer) in LAYERS and getattr(layer, "groups", 1) == 1
+    return type(layer) in LAYERS and (getattr(layer, "groups", 1) == 1 or passes_on(layer))
 
 
 def stop_following(model: nn.Module) -> None:

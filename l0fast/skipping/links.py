@@ -18,8 +18,9 @@ from l0fast.graph.sites import find_sites, light_copy, replace
 from l0fast.graph.walk import Walk
 from l0fast.layers.draw import SKIPPING, Drawn, detach_draw, gated_layers
 from l0fast.skipping import skip_on_device
-from l0fast.skipping.following import can_follow, stop_following
-from l0fast.skipping.skip import MULTIPLE, Link, Reader, Skipping
+from l0fast.skipping.following import can_follow, passes_on, stop_following
+from l0fast.skipping.link import End, Link
+from l0fast.skipping.skip import MULTIPLE, Skipping
 
 SLACK = 100.0
 """Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""
@@ -32,10 +33,11 @@ def _plain(model: nn.Module) -> nn.Module:
     replace(twin, {id(layer): layer.dense() for layer in gated_layers(twin).values()})
     stop_following(twin)
     detach_draw(twin)
+    twin.train()
     for module in twin.modules():
         if isinstance(module, capture.NORMS):
-            module.num_batches_tracked = None  # its counting would be an op that is not known
-    return twin.train()
+            module.eval()  # one example may be too few for it; and its counting is no known op
+    return twin
 
 
 def _usable(layer: Any) -> bool:
@@ -76,22 +78,28 @@ class _Finder:
             if usable and not site.fixed and trace.counts[name] == 1:
                 self.layers[name] = layer
         self.trace, self.walk = trace, Walk(trace, sites.values())
-        self.loose = self._loose(views)
+        self.needed = self._needed(views)
 
-    def _loose(self, views: bool) -> Tensor:
-        """bool, by unit: whether it may be left out for its own sake."""
+    def _needed(self, views: bool) -> Tensor:
+        """bool, by class of units: whether they must be there, or cannot be left out."""
         walk = self.walk
-        single = walk.classes.bincount(minlength=len(walk.classes))[walk.classes] == 1
-        loose = single & (walk.classes != walk.classes[STAYS])
+        needed = torch.zeros(len(walk.classes), dtype=torch.bool)
+        needed[walk.classes[STAYS]] = True
+        others = [labels for name, labels in walk.made.items() if name not in self.layers]
         for name, units in walk.inputs.items():
             if name not in self.layers and units is not None:
-                loose[units.labels] = False
-        for node in () if views else self.trace.graph.nodes:
+                others.append(units.labels)
+        several = walk.classes.bincount(minlength=len(walk.classes))[walk.classes] > 1
+        for node in self.trace.graph.nodes:
             if op_name(node) in RIGID:
                 for source in node.all_input_nodes:
-                    for units in walk.units(source):
-                        loose[units.labels] = False
-        return loose
+                    found = [units.labels.flatten().unique() for units in walk.units(source)]
+                    # A width that is written out mostly is that of a single tensor: a stream does
+                    # not try.
+                    others += [labels[several[labels]] if views else labels for labels in found]
+        for labels in others:
+            needed[walk.classes[labels]] = True
+        return needed
 
     def _work(self, name: str) -> int:
         """Multiply-accumulates of a layer for the example."""
@@ -102,48 +110,70 @@ class _Finder:
         places = (math.prod(shape_of(node) or (0,)) for node in nodes)
         return weight.numel() * sum(places) // max(weight.shape[0], 1)
 
+    def _groups(self, vectors: list[Tensor]) -> Tensor:
+        """Class of units -> the least class among all those that layers make or read with it."""
+        group = torch.arange(len(self.walk.classes))
+        while True:
+            before = group.clone()
+            for vector in vectors:
+                group[vector] = group[vector].min()
+            group = group[group]
+            if torch.equal(before, group):
+                return group
+
     def links(self) -> list[Link]:
         walk, layers = self.walk, self.layers
-        readers: dict[str, list[str]] = {}
-        for name in layers:
-            units = walk.inputs.get(name)
-            makers = [] if units is None else walk.makers(units.labels)
-            for maker in makers:
-                readers.setdefault(maker, []).append(name)
+        made = {name: walk.classes[walk.made[name]] for name in layers if name in walk.made}
+        read = {
+            name: walk.classes[units.labels]
+            for name in layers
+            if (units := walk.inputs.get(name)) is not None
+        }
+        group = self._groups([*made.values(), *read.values()])
+        kept = set(group[self.needed].tolist())
+        makers: dict[int, list[str]] = {}
+        readers: dict[int, list[str]] = {}
+        for vectors, found in ((made, makers), (read, readers)):
+            for name, vector in vectors.items():
+                found.setdefault(int(group[vector[0]]), []).append(name)
         links: list[Link] = []
         linked: set[str] = set()
-        for maker, names in readers.items():
-            norms = [type(layers[name]) in capture.NORMS for name in names]
-            if maker not in layers or all(norms) or not bool(self.loose[walk.made[maker]].all()):
+        for key, names in makers.items():
+            if key in kept or all(passes_on(layers[n]) for n in readers.get(key, [])):
                 continue
-            inputs = [walk.inputs[name] for name in names]
-            labels = [units.labels - walk.made[maker][0] for units in inputs if units is not None]
-            size = len(walk.made[maker])
-            if any(bool(((label < 0) | (label >= size)).any()) for label in labels):
-                continue  # a reader of two makers
-            # What a norm makes of zeros changes with its parameters.
-            zeros = (
-                not any(norms)
-                and not bool(walk.tainted[walk.made[maker]].any())
-                and all(bool((units.constant == 0).all()) for units in inputs if units is not None)
-            )
-            ends = [
-                Reader(layers[name], None if torch.equal(label, torch.arange(size)) else label)
-                for name, label in zip(names, labels, strict=True)
-            ]
-            macs = self._work(maker) + sum(self._work(name) for name in names)
-            link = Link(layers[maker], ends, zeros, macs)
-            reads_all = not all(
-                end.by_gates or type(end.layer) in capture.NORMS for end in link.readers
-            )
-            if link.own or not reads_all:
+            link = self._link({n: made[n] for n in names}, {n: read[n] for n in readers[key]})
+            reads_all = not all(end.by_gates or end.passes_on for end in link.readers)
+            if link.channels > 1 and (link.own or not reads_all):
                 links.append(link)
-                linked.update(names)
+                linked.update(readers[key])
         for name, layer in layers.items():
-            reader = Reader(layer, None)
-            if name not in linked and reader.by_gates and name in walk.inputs:
-                links.append(Link(None, [reader], work=self._work(name)))
+            end = End(layer, None)
+            if name not in linked and end.by_gates and name in walk.inputs:
+                links.append(Link([], [end], work=self._work(name)))
         return links
+
+    def _link(self, makers: dict[str, Tensor], readers: dict[str, Tensor]) -> Link:
+        """The link of some layers, given the classes of units that they make and read."""
+        walk, layers = self.walk, self.layers
+        channels = torch.tensor(list(dict.fromkeys(torch.cat([*makers.values()]).tolist())))
+        place = torch.full((len(walk.classes),), -1)
+        place[channels] = torch.arange(len(channels))
+
+        def end(name: str, vector: Tensor) -> End:
+            whole = torch.equal(vector, channels)
+            return End(layers[name], None if whole else place[vector])
+
+        inputs = [units for name in readers if (units := walk.inputs[name]) is not None]
+        # What a norm (or a bias on the way) makes of zeros changes with its parameters.
+        zeros = (
+            len(makers) == 1
+            and not any(passes_on(layers[name]) for name in readers)
+            and not any(bool(walk.tainted[walk.made[name]].any()) for name in makers)
+            and all(bool((units.constant == 0).all()) for units in inputs)
+        )
+        macs = sum(self._work(name) for name in (*makers, *readers))
+        ends = [end(*item) for item in makers.items()]
+        return Link(ends, [end(*item) for item in readers.items()], len(channels), zeros, macs)
 
 
 def find_links(model: nn.Module, args: tuple[Any, ...], views: bool = True) -> list[Link]:

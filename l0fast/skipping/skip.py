@@ -8,19 +8,17 @@ others compact: no zeros are put in and taken out again between them.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from l0fast.graph.capture import NORMS
 from l0fast.graph.proof import tensors_of
 from l0fast.layers.draw import Compact, Draw, Drawn, OnDevice
 from l0fast.skipping import skip_on_device
 from l0fast.skipping.following import Following, can_follow
+from l0fast.skipping.link import Link
 
 OVERHEAD = 5_000_000
 """Multiply-accumulates of one pass that take as long as leaving channels out of a link at all (on a
@@ -33,78 +31,6 @@ PER_WEIGHT = 60
 MULTIPLE = 4
 """How many units are computed is rounded up to it where a convolution computes them: those of few
 different, even widths run faster (Linears do not). The units added are closed, and so masked."""
-
-
-@dataclass
-class Reader:
-    """A layer at the end of a link, or a norm on the way, which reads whatever arrives."""
-
-    layer: Any
-    labels: Tensor | None
-    """[inputs]: the maker's channel at each of its inputs; None where they are the channels."""
-
-    @property
-    def by_gates(self) -> bool:
-        """Whether it does not read all that arrives."""
-        return isinstance(self.layer, Drawn) and self.layer.gates == "input"
-
-
-@dataclass
-class Link:
-    """Channels on their way from the layer that makes them to the layers that read them."""
-
-    maker: Any | None
-    """None: what arrives is full, and each reader picks what it needs."""
-    readers: list[Reader]
-    zeros: bool = False
-    """Whether a channel that its maker closes arrives as zeros everywhere."""
-    work: int = 0
-    """Multiply-accumulates of its layers for the example."""
-
-    def layers(self) -> list[Any]:
-        """The maker and the readers."""
-        return [*(reader.layer for reader in self.readers), *([self.maker] if self.maker else [])]
-
-    @functools.cached_property
-    def weights(self) -> int:
-        """Of its layers, with every unit."""
-        layers = (layer for layer in self.layers() if not isinstance(layer, NORMS))
-        return sum(layer.weight.numel() for layer in layers)
-
-    @property
-    def convolved(self) -> bool:
-        """Whether some of its layers are no Linears."""
-        return any(not isinstance(layer, nn.Linear) for layer in self.layers())
-
-    @property
-    def linear(self) -> bool:
-        """Whether kernels can follow it: from a linear layer to others that have gates for it."""
-        return (
-            isinstance(self.maker, nn.Linear)
-            and not (isinstance(self.maker, Drawn) and self.maker.gates == "output")
-            and all(
-                isinstance(reader.layer, nn.Linear) and reader.by_gates and reader.labels is None
-                for reader in self.readers
-            )
-        )
-
-    @property
-    def own(self) -> bool:
-        """Whether a channel is left out when its maker closes it."""
-        return self.zeros and isinstance(self.maker, Drawn) and self.maker.gates == "output"
-
-
-def _rounded_up(mask: Tensor, multiple: int) -> Tensor:
-    """Positions where `mask` is set, and as many others as make their number a multiple.
-
-    At least one: an empty layer does not run.
-    """
-    found = mask.nonzero().flatten()
-    wanted = min(-(-max(len(found), 1) // multiple) * multiple, len(mask))
-    if len(found) < wanted:
-        others = (~mask).nonzero().flatten()[: wanted - len(found)]
-        found = torch.cat([found, others]).sort().values
-    return found
 
 
 def _tensor_form(leaf: object) -> tuple[torch.dtype, int] | None:
@@ -127,7 +53,7 @@ class Skipping:
 
     Args:
         model: the model that draws.
-        links: of its layers; each layer makes, and reads, at most one.
+        links: of its layers; each layer makes, and reads, at most one link's channels.
         mode: "auto": a link where it pays, on a CPU; True: every link.
         on_gpu: with gates drawn on a GPU; then chains of linear layers are computed with no read by
             the host, if no convolution needs one.
@@ -167,8 +93,18 @@ class Skipping:
             hooks for one in self._layers for hooks in (one._forward_hooks, one._forward_pre_hooks)
         ]
 
-    def clear(self) -> None:
-        """Makes every layer compute with all units."""
+    def clear(self, model: nn.Module) -> None:
+        """Makes every layer compute with all units.
+
+        Raises:
+            RuntimeError: `model` is a replica of the one whose layers these are.
+        """
+        if getattr(model, "_is_replica", False):
+            # What stands in for a layer's forward would compute with the first device's weights.
+            raise RuntimeError(
+                "skip: got a replica made by nn.DataParallel; expected "
+                "nn.parallel.DistributedDataParallel, or a model prepared with skip=False"
+            )
         for layer in self._layers:
             if isinstance(layer, Drawn):
                 layer.__dict__["_compact"] = None
@@ -225,7 +161,11 @@ class Skipping:
     def _unread(self, opened: dict[int, Tensor]) -> dict[int, OnDevice]:
         """What each layer leaves out, as lists that stay on the device."""
         ends = [
-            (id(link.maker), [id(one.layer) for one in link.readers], self._alive(link, opened))
+            (
+                id(link.makers[0].layer),
+                [id(one.layer) for one in link.readers],
+                link.alive(opened),
+            )
             for link in self.links
             if link.linear and self._drawn(link, opened)
         ]
@@ -247,19 +187,24 @@ class Skipping:
         for link, rounded in zip(self.links, self._rounded, strict=True):
             if not self._drawn(link, opened):
                 continue
-            alive = self._alive(link, opened)
+            alive = link.alive(opened)
             if not self.pays(link, 1, len(alive), examples):
                 continue  # whatever is open: it need not be listed
-            found = _rounded_up(alive, self.multiple if rounded else 1)
+            found = link.computed(alive, self.multiple if rounded else 1)
             if not self.pays(link, len(found), len(alive), examples):
                 continue
-            if link.maker is None:
+            if not link.makers:
                 cols[id(link.readers[0].layer)] = found, found
                 continue
-            rows[id(link.maker)] = found
-            alone = sum(not isinstance(reader.layer, NORMS) for reader in link.readers) == 1
+            wanted = {id(opened[id(r.layer)]) for r in link.readers if r.by_gates}
+            alike = len(wanted) == 1 and all(r.by_gates or r.passes_on for r in link.readers)
+            there = None if alike and link.whole else torch.zeros_like(alive)
+            if there is not None:
+                there[found] = True
+            for maker in link.makers:
+                rows[id(maker.layer)] = maker.made(there, found)
             for reader in link.readers:
-                cols[id(reader.layer)] = self._columns(reader, alive, found, opened, alone)
+                cols[id(reader.layer)] = reader.columns(there, found, opened, alike)
         return {
             id(layer): Compact(rows.get(id(layer)), *cols.get(id(layer), (None, None)))
             for layer in self._layers
@@ -270,46 +215,5 @@ class Skipping:
         """Whether leaving out the other channels saves more time than it costs."""
         if kept == of or self.mode is True:
             return kept < of
-        cost = OVERHEAD + PER_WEIGHT * link.weights * kept / of
+        cost = OVERHEAD * max(len(link.makers), 1) + PER_WEIGHT * link.weights * kept / of
         return link.work * examples * (of - kept) / of > cost
-
-    @staticmethod
-    def _alive(link: Link, opened: dict[int, Tensor]) -> Tensor:
-        """bool [channels]: those that somebody reads, and that are not zeros."""
-        if link.maker is None:
-            return opened[id(link.readers[0].layer)]
-        size = link.maker.weight.shape[0]
-        needed: list[Tensor] = []
-        for reader in link.readers:
-            if reader.by_gates:
-                need = opened[id(reader.layer)]
-                if reader.labels is not None:
-                    counts = torch.zeros(size, dtype=torch.float32, device=need.device)
-                    need = counts.index_add_(0, reader.labels.to(need.device), need.float()) > 0
-                needed.append(need)
-            elif not isinstance(reader.layer, NORMS):
-                device = next(iter(opened.values())).device
-                needed = [torch.ones(size, dtype=torch.bool, device=device)]
-                break
-        alive = functools.reduce(torch.logical_or, needed)
-        if link.own:
-            alive = alive & opened[id(link.maker)]
-        return alive
-
-    @staticmethod
-    def _columns(
-        reader: Reader, alive: Tensor, found: Tensor, opened: dict[int, Tensor], alone: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """([C] columns to compute with, their positions among the inputs that arrive)."""
-        if reader.labels is None and (alone or not reader.by_gates):
-            return found, None  # what arrives is what it wants
-        there = torch.zeros_like(alive)
-        there[found] = True
-        arrives = there if reader.labels is None else there[reader.labels.to(there.device)]
-        wanted = arrives & opened[id(reader.layer)] if reader.by_gates else arrives
-        positions, arriving = wanted.nonzero().flatten(), arrives.nonzero().flatten()
-        if not len(positions):
-            positions = arriving[:1]
-        if len(positions) == len(arriving):
-            return positions, None
-        return positions, torch.searchsorted(arriving, positions)
