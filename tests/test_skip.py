@@ -494,6 +494,18 @@ def test_a_model_changed_since_is_masked(change: Callable[[Any], Any]) -> None:
     assert torch.equal(*last)
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_sees_every_unit(before: bool) -> None:
+    skipped, _, x = pair()
+    widths: list[int] = []
+    if before:
+        skipped.b.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    else:
+        skipped.a.register_forward_hook(lambda *args: widths.append(args[2].shape[1]))
+    skipped(x)
+    assert widths == [32]
+
+
 def test_gates_put_in_later_work() -> None:
     skipped, _, x = pair()
     sparsify_(skipped, include="a", gates="output")
