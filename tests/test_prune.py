@@ -22,13 +22,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, L0Linear, prune, sparsify_
+from l0fast.constraints.budget import Budget, choose
 from l0fast.constraints.constraint import TARGETS
 from l0fast.graph import capture, channels
 from l0fast.graph.proof import relative_error
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import Group
 from l0fast.measures.measure import GateMeasure
-from l0fast.pruning.budget import Budget, choose
 from l0fast.pruning.prune import format_report
 from l0fast.removal.compact import Edit, edited, gather, scatter
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.constraints.budget import Budget, choose
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.gating.sparsify import example_args, unwrapped
 from l0fast.layers.draw import gate_owners
@@ -17,7 +18,6 @@ from l0fast.measures.density import AnyMeasure
 from l0fast.measures.footprint import Latency, measure_of
 from l0fast.measures.measure import is_of_pruned
 from l0fast.measures.trial import trial
-from l0fast.pruning.budget import Budget, choose
 
 RAMP = (0.1, 0.6)
 """The gradual schedule prunes between these shares of the training."""

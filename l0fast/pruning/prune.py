@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._tables import aligned
+from l0fast.constraints.budget import Budget, choose
 from l0fast.constraints.constraint import TARGETS, DensityConstraint, L0Penalty
 from l0fast.gating.attention import unfused_in
 from l0fast.gating.sparsify import example_args, unwrapped
@@ -31,7 +32,6 @@ from l0fast.measures.measure import GateMeasure, is_of_pruned
 from l0fast.measures.stopwatch import whole_seconds
 from l0fast.measures.timing import settled
 from l0fast.measures.trial import all_open, trial
-from l0fast.pruning.budget import Budget, choose
 from l0fast.removal.compact import apply
 from l0fast.removal.plan import Plan, closed, fold, make_plan, reference
 
