@@ -261,6 +261,35 @@ def test_gated_linear_gives_each_gradient_alone(needs: str) -> None:
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("slope", [False, True])
+@pytest.mark.parametrize("arrives", ["all", "open"])
+@pytest.mark.parametrize("cols", [None, [0, 2, 3]])
+@pytest.mark.parametrize("rows", [None, [1, 4]])
+def test_gated_linear_of_what_is_open(
+    rows: list[int] | None, cols: list[int] | None, arrives: str, slope: bool
+) -> None:
+    """Equal to the whole layer's, and with its gradients, zero for what is left out."""
+    kept = None if cols is None else torch.tensor(cols)
+    index = slice(None) if rows is None else torch.tensor(rows)
+    x = torch.randn(2, 3, 4).double().requires_grad_(slope)
+    weight, bias = torch.randn(5, 4).double(), torch.randn(5).double()
+    z = torch.tensor([0.2, 0.0 if cols else 1.0, 0.7, 0.05]).double()
+    needed = [tensor.requires_grad_() for tensor in (weight, bias, z)] + [x] * slope
+    seen = x if arrives == "all" or kept is None else x[..., kept]
+    gather = kept if arrives == "all" else None
+    y = autograd.gated_linear(
+        seen, weight, bias, z, None if rows is None else torch.tensor(rows), kept, gather
+    )
+    expected = nn.functional.linear(x * z, weight, bias)[..., index]
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    got = torch.autograd.grad(y, needed, dy)
+    for one, other in zip(got, torch.autograd.grad(expected, needed, dy), strict=True):
+        if one.shape == z.shape:  # where z is clamped its gradient is not asked for
+            other = other * (z > 0)
+        torch.testing.assert_close(one, other)
+
+
 # --- what is shared with the nn layer ----------------------------------------------------------
 
 

@@ -23,8 +23,8 @@ from l0fast import sparsify_
 from l0fast.data.sets import load
 from l0fast.layers.draw import SKIPPING, gated_layers
 from l0fast.skipping.following import stop_following
-from l0fast.skipping.link import Link
-from l0fast.skipping.skip import MULTIPLE, OVERHEAD, Skipping
+from l0fast.skipping.link import End, Link
+from l0fast.skipping.skip import MULTIPLE, OVERHEAD, PER_WEIGHT, Skipping
 from l0fast.training.models import build
 from tests.tolerance import rounding_tolerance
 
@@ -468,6 +468,13 @@ def test_another_kind_of_call_is_masked(options: dict[str, bool]) -> None:
     assert skipped.a.forward.compact is None
 
 
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_tensor_of_another_rank_is_masked(alike: bool) -> None:
+    skipped, _, x = pair()
+    skipped(x if alike else x.unsqueeze(0))
+    assert (skipped.a.forward.compact is not None) == alike
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -486,6 +493,18 @@ def test_a_model_changed_since_is_masked(change: Callable[[Any], Any]) -> None:
         torch.manual_seed(3)
         last.append(model(x))
     assert torch.equal(*last)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_hook_sees_every_unit(before: bool) -> None:
+    skipped, _, x = pair()
+    widths: list[int] = []
+    if before:
+        skipped.b.register_forward_pre_hook(lambda _, inputs: widths.append(inputs[0].shape[1]))
+    else:
+        skipped.a.register_forward_hook(lambda *args: widths.append(args[2].shape[1]))
+    skipped(x)
+    assert widths == [32]
 
 
 def test_gates_put_in_later_work() -> None:
@@ -651,6 +670,17 @@ def test_auto_skips_where_it_pays() -> None:
     always = Skipping(nn.Identity(), [], True, (torch.zeros(1),))
     assert always.pays(link, 999, 1000, 1e-9)
     assert not always.pays(link, 1000, 1000, 1.0)
+
+
+def test_auto_reckons_with_the_weights_it_picks() -> None:
+    readers = [End(nn.Linear(1000, 100), None), End(nn.BatchNorm1d(1000), None)]
+    link = Link([End(nn.Linear(2, 1000), None)], readers, 1000, work=100_000_000)
+    assert link.weights == 102_000
+    plan = Skipping(nn.Identity(), [], "auto", (torch.zeros(1),))
+    # Where 100 M * (1 - kept) = OVERHEAD + PER_WEIGHT * 102,000 * kept.
+    most = round(1000 * (1e8 - OVERHEAD) / (1e8 + PER_WEIGHT * 102_000))
+    assert plan.pays(link, most - 1, 1000, 1.0)
+    assert not plan.pays(link, most + 1, 1000, 1.0)
 
 
 def test_auto_knows_how_much_work_a_layer_does() -> None:

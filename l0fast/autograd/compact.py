@@ -91,7 +91,8 @@ class _GatedLinear(torch.autograd.Function):
                 tiny = torch.finfo(z.dtype).tiny
                 dz = (part * dpart).sum(0).div_(gates.clamp_min(tiny))
                 dz = _placed(dz, z, cols, None)
-            dweight = _placed(dpart, weight, rows, cols, places)
+            if needs_weight:
+                dweight = _placed(dpart, weight, rows, cols, places)
         if needs_bias:
             dbias = _placed(dy.sum(0, dtype=weight.dtype), bias, rows, None)
         return None, dweight, dbias, dz, None, None, None
