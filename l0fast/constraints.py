@@ -14,6 +14,7 @@ from l0fast.constraint import DensityConstraint
 from l0fast.dual import EqualityAscent
 from l0fast.layers import Gated
 from l0fast.measure import measure_name
+from l0fast.settle import settle_
 
 
 def _least(layer: Gated) -> float:
@@ -99,6 +100,14 @@ class Constraints(nn.Module):
         for term in self._terms:
             term.ascend_()
         self._terms[0].project_()
+
+    def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
+        settle_(
+            self._terms[0].layers, [one for term in self._terms for one in term.budgets()], optimizer
+        )
+        for term in self._terms:
+            term.rest_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # All of them before the first is changed.

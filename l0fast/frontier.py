@@ -44,7 +44,9 @@ def frontier(
     """Trains to the first target, prunes a copy, goes on to the next from where it was, and so on.
 
     Each target has `settings.epochs` epochs, a schedule and multipliers of its own; weights,
-    gates, the optimizer's moments and the noise go on from the end of the one before. Each is a
+    gates, the optimizer's moments and the noise go on from the end of the one before, or, where
+    its gates were decided, from the epoch before that: its last epochs are for its own model, and
+    a gate that is closed there may be open in the next. Each is a
     run as the `Trainer`'s, in the folder OUT/density-TARGET; OUT/frontier.json has the rows, and
     OUT/frontier.png shows them. An interrupted frontier goes on in the middle of any target, bit
     for bit but for latencies, which are measured anew.
@@ -82,9 +84,9 @@ def frontier(
     examples = data.test.inputs[:LATENCY_BATCH]
     for target, place in places.items():
         trainer = Trainer(model, data, replace(settings, density=target), out=place, **options)
-        trainer.open(resume, before)
+        trainer.open(resume, before, onward=target != wanted[-1])
         rows.append(trainer.fit() if train is None else train(trainer))
-        before = trainer.checkpoint()
+        before = trainer.to_go_on_from()
         model = trainer.model
         if trainer.pruned is not None:
             small[f"{target:g}"] = trainer.pruned

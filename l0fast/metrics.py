@@ -12,7 +12,9 @@ from l0fast import _checks
 from l0fast.constraint import DensityConstraint
 from l0fast.data import Split
 from l0fast.density import density
+from l0fast.draw import gated_layers
 from l0fast.magnitude import MagnitudePruning
+from l0fast.settle import is_settled
 
 EVALUATION_BATCH = 1000
 
@@ -61,6 +63,7 @@ def gate_metrics(model: nn.Module) -> Row:
             }
             for layer in table.layers
         },
+        "settled": is_settled(gated_layers(model).values()),
         "collapsed": [layer.name for layer in table.layers if not layer.open_gates],
     }
 

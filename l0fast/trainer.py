@@ -23,7 +23,7 @@ from l0fast.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.data import Data, Split, check_data
 from l0fast.density import count_params
 from l0fast.draw import gated_layers
-from l0fast.folder import LATENCY, PLOT, PRUNED, RunFolder
+from l0fast.folder import LATENCY, PLOT, PRUNED, UNSETTLED, RunFolder
 from l0fast.latency import LatencyTable
 from l0fast.method import Term, make_optimizer, make_term
 from l0fast.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
@@ -128,7 +128,8 @@ class Trainer:
         self.seconds = 0.0
         self.history: list[Row] = []
         self.pruned: nn.Module | None = None
-        self._opened = False
+        self.unsettled: Checkpoint | None = None
+        self._opened = self.onward = False
 
     @property
     def example_inputs(self) -> Tensor:
@@ -229,6 +230,7 @@ class Trainer:
         with scalar_writer(out, self.history) as write_scalars:
             for _ in range(self.epoch, self.settings.epochs):
                 started = time.perf_counter()
+                self._settle()
                 trained = self._train_epoch()
                 check_finite(self.model, trained["loss"], self.epoch + 1)
                 self.epoch += 1
@@ -246,18 +248,36 @@ class Trainer:
         self.write_summary(summary)
         return summary
 
+    def _settle(self) -> None:
+        """Decides the gates, where the epochs begin that train without noise."""
+        if self.term is None or self.epoch != self.settings.settles_at:
+            return
+        if self.onward:
+            self.unsettled = copy.deepcopy(self.checkpoint())
+            if self.folder is not None:
+                self.unsettled.write(self.folder / UNSETTLED)
+        self.term.settle(self.optimizer)
+        if self.idle is not None and not self.onward:
+            self._remove_closed(self.idle.count(self.model))
+
     def _shrink(self, row: Row) -> None:
         """Removes the gates that have seldom been open for long enough; says what is left."""
         if self.idle is None:
             return
-        kept = self.idle.count(self.model)
-        if worthwhile(kept):
-            args = example_args(self.example_inputs)
-            removal, stuck = plan_removal(self.model, args, kept)
-            self.idle.stuck |= stuck
-            if removal is not None:
-                self._remove(removal)
+        if not (self.onward and row["settled"]):  # the next run may open them again
+            kept = self.idle.count(self.model)
+            if worthwhile(kept):
+                self._remove_closed(kept)
         row["params"] = count_params(self.model)
+
+    def _remove_closed(self, kept: dict[str, Tensor]) -> None:
+        """Removes what can go if only the gates of `kept` can open."""
+        assert self.idle is not None
+        args = example_args(self.example_inputs)
+        removal, stuck = plan_removal(self.model, args, kept)
+        self.idle.stuck |= stuck
+        if removal is not None:
+            self._remove(removal)
 
     def _remove(self, removal: Removal) -> None:
         args = example_args(self.example_inputs)
@@ -330,14 +350,18 @@ class Trainer:
         """What a checkpoint must share with this run to be resumed."""
         return {**self.identity, **asdict(self.settings)}
 
-    def open(self, resume: bool = False, after: Checkpoint | None = None) -> None:
+    def open(
+        self, resume: bool = False, after: Checkpoint | None = None, onward: bool = False
+    ) -> None:
         """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`).
 
         Args:
             resume: as in `fit`.
             after: a new run starts with the weights, gates, moments and noise of this one.
+            onward: another will start from this one: what it was before its gates settled is kept
+                (see `to_go_on_from`), and what they leave closed is not removed.
         """
-        self._opened = True
+        self._opened, self.onward = True, onward
         path = None if self.folder is None else self.folder.open(resume)
         if path is None and after is not None:
             self.model.load_state_dict(after.model)
@@ -351,6 +375,14 @@ class Trainer:
             self._load(path)
             self.folder.write_metrics(self.history)  # the checkpoint may be an epoch ahead of them
         self.folder.sweep()
+
+    def to_go_on_from(self) -> Checkpoint:
+        """Where another run starts from, after `fit`: this one's end, or before its gates settled."""
+        if self.unsettled is None and self.folder is not None:
+            path = self.folder / UNSETTLED
+            if path.exists():
+                self.unsettled = Checkpoint.read(path, self.device)
+        return self.unsettled or self.checkpoint()
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run as it is; its tensors are the model's own."""

@@ -16,10 +16,12 @@ from l0fast.commands.options import layer_densities
 from l0fast.commands.options import target as one_target
 from l0fast.constraint import DensityConstraint
 from l0fast.density import density
+from l0fast.draw import gated_layers
 from l0fast.folder import PRUNED
 from l0fast.prune import format_report
 from l0fast.prune import prune as prune_model
 from l0fast.saving import save_pruned
+from l0fast.settle import mark_
 from l0fast.shrink import Removal, remove_
 from l0fast.sparsify import sparsify_
 
@@ -52,7 +54,10 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     for entry in checkpoint.removals or []:
         remove_(model, Removal.from_json(entry), (example,), False)
     checkpoint.refuse_other(path, identity, model)
-    model.load_state_dict(checkpoint.selected[1])
+    number, state = checkpoint.selected
+    model.load_state_dict(state)
+    settled = number > 0 and checkpoint.history[number - 1].get("settled", False)
+    mark_(gated_layers(model).values(), settled)
     return checkpoint, model, example
 
 
