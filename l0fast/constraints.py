@@ -104,7 +104,9 @@ class Constraints(nn.Module):
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
         settle_(
-            self._terms[0].layers, [one for term in self._terms for one in term.budgets()], optimizer
+            self._terms[0].layers,
+            [one for term in self._terms for one in term.budgets()],
+            optimizer,
         )
         for term in self._terms:
             term.rest_()

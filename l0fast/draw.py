@@ -143,7 +143,7 @@ class Drawn:
         self._drawn, self._counted, self._compact = NOT_DRAWN, NOT_DRAWN[1], None
 
     def open_probability(self) -> Tensor:
-        """P(z > 0) of each gate, of log_alpha's shape, differentiable; 0 or 1 once it is settled."""
+        """P(z > 0) of each gate, of log_alpha's shape, differentiable; 0 or 1 once settled."""
         if self.settled:
             return (self.distribution.median(self.log_alpha) > 0).to(self.log_alpha.dtype)
         return self.distribution.open_probability(self.log_alpha)

@@ -17,7 +17,7 @@ from l0fast import _checks
 UNIFORM_EPS = 1e-6
 """Uniform draws are kept inside (UNIFORM_EPS, 1 - UNIFORM_EPS)."""
 
-MEAN_POINTS = 64
+MEAN_POINTS = 128
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ class TrainerSettings:
             start), "linear", "cubic", or "auto": "cubic" where the training is too short for
             DUAL_LR_MOST, and dual_lr is not named, else "constant".
         target_warmup: the share of the training that this takes, in (0, 1].
-        settle: the share of the epochs at the end, in [0, 1), in which the gates are decided and the
-            noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least one of
-            several; 0 for none. Not of a dense training, nor of magnitude pruning.
+        settle: the share of the epochs at the end, in [0, 1), in which the gates are decided and
+            the noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least
+            one of several; 0 for none. Not of a dense training, nor of magnitude pruning.
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose

@@ -1,12 +1,13 @@
 """Settling: gates are decided before the end of training, and what trains on is what is pruned.
 
-While gates are drawn, those still undecided count in the expected density by their probability, and
-the pruned model has only those that are open in evaluation: it ends below its target, and is not the
-model that was trained.
+While gates are drawn, those still undecided count in the expected density by their probability,
+and the pruned model has only those that are open in evaluation: it ends below its target, and is
+not the model that was trained.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.budget import Budget, choose
-from l0fast.draw import own_gates
+from l0fast.draw import gate_owners, own_gates
 from l0fast.hard_concrete import HardConcrete
 from l0fast.layers import Gated
 
@@ -56,10 +57,14 @@ def settle_(
     if is_settled(layers.values()):
         return
     kept = choose(layers, budgets, fill=True)
+    limited = {name for one in budgets for name in one.layers}
+    owners = gate_owners(layers)
     for name in own_gates(layers):
         log_alpha, of = layers[name].log_alpha, layers[name].distribution
         z = of.mean(log_alpha.double()).clamp_(LEAST, 1.0)
         stays = kept[name].to(log_alpha.device)
+        if limited.isdisjoint(n for n, owner in owners.items() if owner == name):
+            stays &= layers[name].evaluation_gates() > 0  # `choose` keeps one, if closed
         log_alpha.copy_(of.location(z).where(stays, _closed(of)))
         if optimizer is not None:
             optimizer.state.pop(log_alpha, None)
@@ -86,6 +91,7 @@ def hold_(log_alpha: Tensor, of: HardConcrete) -> None:
     bound. A step does not take a gate half of the way between the two.
     """
     lower = _closed(of)
-    floor = of.location(torch.tensor(LEAST, dtype=torch.float64)).item()
+    s = (LEAST - of.gamma) / (of.zeta - of.gamma)
+    floor = of.temperature * math.log(s / (1 - s))
     kept = log_alpha > (lower + floor) / 2
     log_alpha.clamp_(floor, max(of.bound, floor)).masked_fill_(~kept, lower)

@@ -328,7 +328,8 @@ class Trainer:
                     self.term.table.save(self.folder / LATENCY)
             error = error_percent(self.pruned, self.data.test)
             report: Any = self.pruned.report
-            outcome = of_pruned(report, self.settings, selected, error)
+            before = self.history[min(epoch, self.settings.settles_at) - 1]
+            outcome = of_pruned(report, self.settings, selected, error, before)
         return {
             **self.identity,
             **asked(self.settings),
@@ -377,7 +378,7 @@ class Trainer:
         self.folder.sweep()
 
     def to_go_on_from(self) -> Checkpoint:
-        """Where another run starts from, after `fit`: this one's end, or before its gates settled."""
+        """Where another run starts from, after `fit`: before the gates settled, or the end."""
         if self.unsettled is None and self.folder is not None:
             path = self.folder / UNSETTLED
             if path.exists():

@@ -50,7 +50,7 @@ METRICS_OF = {
     "always": {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
-    "gated": {"expected_density", "realised_density", "layers", "collapsed"},
+    "gated": {"expected_density", "realised_density", "layers", "collapsed", "settled"},
     "constrained": {"density", "aim", "lambda", "restarts", "measure", "feasible", "stalls"},
 }  # fmt: skip
 SUMMARY_OF = {
@@ -63,7 +63,8 @@ SUMMARY_OF = {
         "device", "torch", "cuda_graph",
     },
     "gated": {
-        "realised_density", "forced", "collapsed", "memory", "dense_memory", "memory_fraction",
+        "realised_density", "forced", "collapsed", "reopened",
+        "memory", "dense_memory", "memory_fraction",
     },
     "constrained": set[str](),
 }  # fmt: skip
