@@ -89,10 +89,8 @@ def latencies() -> LatencyTable:
     """Of LeNet 6-8-20, proportional to the work."""
 
     def layer(inputs: int, outputs: int, cost: float) -> LayerLatency:
-        return LayerLatency(
-            [1, inputs], [1, outputs],
-            [[cost * i * o for o in (1, outputs)] for i in (1, inputs)],
-        )  # fmt: skip
+        sides = sorted({1, inputs}), sorted({1, outputs})
+        return LayerLatency(*sides, [[cost * i * o for o in sides[1]] for i in sides[0]])
 
     widths = {"conv1": (1, 6), "conv2": (6, 8), "fc1": (32, 20), "fc2": (20, 10)}
     return LatencyTable({name: layer(i, o, 1e-6) for name, (i, o) in widths.items()}, 0.0, {})
@@ -518,6 +516,13 @@ def test_the_last_epochs_train_what_is_pruned(digits: Data, changes: dict[str, A
     kept = [{n: layer["kept"] for n, layer in row["layers"].items()} for row in one.history]
     assert kept[-1] == kept[-2]
     assert kept[-2] != kept[-3] or "penalty" in changes
+
+
+def test_a_collapse_before_is_told(digits: Data) -> None:
+    one = trainer(digits, density=0.1, epochs=3, dual_lr=30.0, restarts=False, settle=0.34)
+    summary = one.fit()
+    assert summary["reopened"] == one.history[1]["collapsed"] != []
+    assert summary["collapsed"] == []
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])
