@@ -15,8 +15,8 @@ import l0fast
 from bench.case import Case, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.draw import gated_layers
-from l0fast.models import build
+from l0fast.layers.draw import gated_layers
+from l0fast.training.models import build
 
 DENSITIES = (0.75, 0.5, 0.25)
 """Shares of each layer's gates that stay."""

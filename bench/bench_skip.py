@@ -20,7 +20,7 @@ from bench.bench_step import dense_step
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.models import build
+from l0fast.training.models import build
 
 DENSITIES = (1.0, 0.75, 0.5, 0.3, 0.1)
 BATCHES = 8

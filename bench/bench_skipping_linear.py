@@ -20,7 +20,7 @@ from bench.bench_step import dense_step
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.models import build
+from l0fast.training.models import build
 
 FFN = (4096, 16384, 8192)
 """Width, hidden units, tokens."""

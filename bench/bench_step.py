@@ -20,7 +20,7 @@ from bench import cuda, networks, published
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.models import build
+from l0fast.training.models import build
 
 TARGET = 0.33
 BATCHES = 8

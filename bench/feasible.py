@@ -14,9 +14,9 @@ from pathlib import Path
 
 from bench import ROOT
 from bench.short_runs import Run, mean, train_all
-from l0fast.dual import DUALS
-from l0fast.formats import DATA_ROOT_VARIABLE
-from l0fast.measure import MEASURES
+from l0fast.constraints.dual import DUALS
+from l0fast.data.formats import DATA_ROOT_VARIABLE
+from l0fast.measures.measure import MEASURES
 
 TARGETS = (0.03, 0.1, 0.3, 0.6, 0.9)
 SEEDS = 3

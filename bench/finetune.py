@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import l0fast
 from bench import ROOT, report
-from l0fast.data import Data, load
-from l0fast.formats import Split
+from l0fast.data.formats import Split
+from l0fast.data.sets import Data, load
 
 BATCH = 128
 LR = 1e-3

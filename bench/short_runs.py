@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0fast import Trainer, TrainerSettings, data, models, sparsify_
+from l0fast import Trainer, TrainerSettings, sparsify_
+from l0fast.data import sets
+from l0fast.training import models
 
 WIDTHS = {"mlp": ("mlp", [300, 100]), "lenet 8-16-64": ("lenet5", [8, 16, 64])}
 LATE = 3
@@ -109,7 +111,7 @@ class Run:
 
 def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Its row, and its metrics by epoch."""
-    dataset = data.load(run.dataset, data_root, 1 / 12, run.seed)
+    dataset = sets.load(run.dataset, data_root, 1 / 12, run.seed)
     torch.manual_seed(run.seed)
     example = dataset.train.inputs[:1]
     dense = build(run.model, tuple(example.shape[1:]))

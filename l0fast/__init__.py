@@ -1,22 +1,22 @@
 """Constrained L0 sparsity for PyTorch: name a density, train once, get a smaller model."""
 
 from l0fast import functional
-from l0fast.carry import prune_optimizer, prune_state_dict
-from l0fast.constraint import DensityConstraint, L0Penalty
-from l0fast.constraints import Constraints
-from l0fast.density import density
-from l0fast.dual import AugmentedLagrangian, DualAscent, EqualityAscent, PIControl
-from l0fast.frontier import frontier
-from l0fast.hard_concrete import HardConcrete
-from l0fast.latency import LatencyTable
-from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
-from l0fast.prune import prune
-from l0fast.saving import load_pruned, save_pruned
-from l0fast.schedule import TargetSchedule
-from l0fast.settings import TrainerSettings
-from l0fast.sparsify import param_groups, sparsify_
-from l0fast.timing import measure_latency
-from l0fast.trainer import Trainer
+from l0fast.constraints.constraint import DensityConstraint, L0Penalty
+from l0fast.constraints.dual import AugmentedLagrangian, DualAscent, EqualityAscent, PIControl
+from l0fast.constraints.schedule import TargetSchedule
+from l0fast.constraints.several import Constraints
+from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.layers.gated import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
+from l0fast.maths.hard_concrete import HardConcrete
+from l0fast.measures.density import density
+from l0fast.measures.latency import LatencyTable
+from l0fast.measures.timing import measure_latency
+from l0fast.pruning.carry import prune_optimizer, prune_state_dict
+from l0fast.pruning.prune import prune
+from l0fast.pruning.saving import load_pruned, save_pruned
+from l0fast.training.frontier import frontier
+from l0fast.training.settings import TrainerSettings
+from l0fast.training.trainer import Trainer
 
 __version__ = "0.1.0"
 

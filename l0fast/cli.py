@@ -6,10 +6,10 @@ import argparse
 import sys
 from typing import NoReturn
 
-from l0fast.checkpoint import CHECKPOINT
 from l0fast.commands import compare, pruning, reproduce, training
 from l0fast.commands.options import add_training
-from l0fast.folder import PRUNED
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import PRUNED
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from l0fast import _checks, autograd, philox
-from l0fast.compaction import Order
-from l0fast.hard_concrete import HardConcrete
+from l0fast import _checks, autograd
+from l0fast.maths import philox
+from l0fast.maths.compaction import Order
+from l0fast.maths.hard_concrete import HardConcrete
 
 BACKENDS = ("auto", "triton", "torch")
 

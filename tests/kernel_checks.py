@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from l0fast import philox
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths import philox
+from l0fast.maths.hard_concrete import HardConcrete
 
 SEED, STEP, TENSOR = 0x299F31D0_A4093822, 3, 5
 SIZES = (0, 1, 63, 1023, 4097, 6007)

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from l0fast import Constraints, DensityConstraint, prune, sparsify_
-from l0fast.amounts import check, share, words
-from l0fast.draw import gated_layers
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.amounts import check, share, words
 
 X = torch.randn(2, 6)
 DENSE = {"gates": 6 * 12 + 12 * 9 + 9 * 3, "params": 7 * 12 + 13 * 9 + 10 * 3}

@@ -14,8 +14,8 @@ from test_sparsify import snapshot
 from torch import Tensor, nn
 
 from l0fast import load_pruned, prune, save_pruned, sparsify_
-from l0fast.attention import Unfused, attention_calls, unfuse_, unfused_in
-from l0fast.draw import gated_layers
+from l0fast.gating.attention import Unfused, attention_calls, unfuse_, unfused_in
+from l0fast.layers.draw import gated_layers
 
 WIDTH, HEADS, LENGTH = 12, 3, 5
 

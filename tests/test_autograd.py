@@ -13,9 +13,10 @@ import torch
 from interpreter import DEVICE, RUNS_HERE, kernel_test
 from torch import Tensor
 
-from l0fast import functional, philox
+from l0fast import functional
 from l0fast.autograd import triton_gated_weight, triton_hard_concrete
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths import philox
+from l0fast.maths.hard_concrete import HardConcrete
 
 DISTRIBUTION = HardConcrete()
 NUMBERS = (DISTRIBUTION.temperature, DISTRIBUTION.gamma, DISTRIBUTION.zeta)

@@ -36,10 +36,11 @@ from bench import (
 )
 from bench.case import Goal, Variant
 from bench.report import Row
-from l0fast import functional, links
-from l0fast.draw import OnDevice
-from l0fast.hard_concrete import HardConcrete
-from l0fast.models import build
+from l0fast import functional
+from l0fast.layers.draw import OnDevice
+from l0fast.maths.hard_concrete import HardConcrete
+from l0fast.skipping import links
+from l0fast.training.models import build
 
 LITTLE = timing.Effort(rounds=3, warmup=1, sample_ms=0.0, quick=True)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import param_groups, prune, prune_optimizer, prune_state_dict, sparsify_
-from l0fast.draw import gated_layers
+from l0fast.layers.draw import gated_layers
 
 Build = Callable[[Any], torch.optim.Optimizer]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0fast.channels import IGNORED, JOINS, RULES, Units, op_name, rule_for, shape_of, unknown
+from l0fast.graph.channels import IGNORED, JOINS, RULES, Units, op_name, rule_for, shape_of, unknown
 
 CONSTANT = (0.0, 0.75, -1.5)
 """What the first channels are everywhere; the others vary."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from l0fast.checkpoint import CHECKPOINT, Checkpoint, rng_state
+from l0fast.training.checkpoint import CHECKPOINT, Checkpoint, rng_state
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,12 @@ import torch
 from safetensors.torch import save_file
 from test_formats import tiny_imagefolder
 
-from l0fast import Trainer, TrainerSettings, cli, data, load_pruned, models
-from l0fast.checkpoint import CHECKPOINT
-from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
-from l0fast.tensorboard import TENSORBOARD
+from l0fast import Trainer, TrainerSettings, cli, load_pruned
+from l0fast.data import sets
+from l0fast.training import models
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.training.tensorboard import TENSORBOARD
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
@@ -405,7 +407,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
     assert "expected one of a model with gates (this one is dense)" in message
     settings = TrainerSettings(density=0.5, epochs=1, batch_size=1000)
     model = models.build("mlp", (1, 8, 8), 10, (8, 4))
-    Trainer(model, data.load("digits"), settings, out="own", device="cpu").fit()
+    Trainer(model, sets.load("digits"), settings, out="own", device="cpu").fit()
     message = refused(capsys, "report", "own/checkpoint.pt")
     assert "expected one that `l0fast train` wrote (this one does not name its dataset)" in message
 

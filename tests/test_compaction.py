@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from l0fast import functional
-from l0fast.compaction import MULTIPLE, Order, below, bound
+from l0fast.maths.compaction import MULTIPLE, Order, below, bound
 
 
 @given(st.lists(st.lists(st.booleans(), max_size=150), min_size=1, max_size=4))

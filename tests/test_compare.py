@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_cli import a_folder_of_its_own, refused, run
 
-from l0fast.checkpoint import CHECKPOINT
-from l0fast.folder import SUMMARY
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import SUMMARY
 
 __all__ = ["a_folder_of_its_own"]  # a fixture
 

@@ -14,9 +14,9 @@ from counting import Counting
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, DualAscent, HardConcrete, L0Penalty, prune, sparsify_
-from l0fast.constraint import TARGETS
-from l0fast.density import Group, density
-from l0fast.draw import gated_layers
+from l0fast.constraints.constraint import TARGETS
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.density import Group, density
 
 SHIFT = 2 / 3 * math.log(11)  # P(open) = sigmoid(log_alpha + SHIFT), from the paper's constants
 

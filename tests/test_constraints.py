@@ -22,8 +22,8 @@ from l0fast import (
     prune,
     sparsify_,
 )
-from l0fast.draw import gated_layers
-from l0fast.hard_concrete import HardConcrete
+from l0fast.layers.draw import gated_layers
+from l0fast.maths.hard_concrete import HardConcrete
 
 X = torch.randn(2, 8)
 SHIFT = 2 / 3 * math.log(11)  # P(open) = sigmoid(log_alpha + SHIFT), from the paper's constants

@@ -14,13 +14,14 @@ from counting import CaptureSafe
 from torch import Tensor, nn
 
 import l0fast
-from l0fast import cuda_graph, links
-from l0fast.cuda_graph import ORDINARY, Steps
-from l0fast.data import Data, Split
-from l0fast.draw import gated_layers
-from l0fast.models import build
-from l0fast.settings import TrainerSettings
-from l0fast.trainer import Trainer
+from l0fast.data.sets import Data, Split
+from l0fast.layers.draw import gated_layers
+from l0fast.skipping import links
+from l0fast.training import cuda_graph
+from l0fast.training.cuda_graph import ORDINARY, Steps
+from l0fast.training.models import build
+from l0fast.training.settings import TrainerSettings
+from l0fast.training.trainer import Trainer
 
 BATCH = 32
 SETTINGS = TrainerSettings(density=0.4, epochs=2, batch_size=BATCH, lr=1e-2, settle=0)

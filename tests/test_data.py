@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from l0fast import data, formats
+from l0fast.data import formats, sets
 
 NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in formats.MNIST_KINDS]
 COUNTS = {"train": 6, "t10k": 4}
@@ -54,7 +54,7 @@ def test_digits() -> None:
     from sklearn.datasets import load_digits
 
     bunch: Any = load_digits()
-    loaded = data.load("digits")
+    loaded = sets.load("digits")
     assert loaded.validation is None
     assert loaded.num_classes == 10
     for split, place in ((loaded.train, slice(0, 1437)), (loaded.test, slice(1437, 1797))):
@@ -70,8 +70,8 @@ def test_digits() -> None:
 
 @pytest.mark.parametrize("fraction", [0.0, 1 / 12, 0.5])
 def test_the_validation_split_is_disjoint_and_of_the_training_examples(fraction: float) -> None:
-    whole = data.load("digits")
-    loaded = data.load("digits", validation_fraction=fraction, seed=3)
+    whole = sets.load("digits")
+    loaded = sets.load("digits", validation_fraction=fraction, seed=3)
     assert torch.equal(loaded.test.inputs, whole.test.inputs)
     held = round(fraction * 1437)
     assert len(loaded.train.targets) == len(loaded.train.inputs) == 1437 - held
@@ -81,7 +81,7 @@ def test_the_validation_split_is_disjoint_and_of_the_training_examples(fraction:
     assert loaded.validation is not None
     assert len(loaded.validation.targets) == held
 
-    def key(split: data.Split) -> list[tuple[float, ...]]:
+    def key(split: sets.Split) -> list[tuple[float, ...]]:
         rows = zip(split.inputs.flatten(1).tolist(), split.targets.tolist(), strict=True)
         return [(*row, target) for row, target in rows]
 
@@ -89,8 +89,8 @@ def test_the_validation_split_is_disjoint_and_of_the_training_examples(fraction:
     assert len(set(key(whole.train))) == 1437  # no two are equal, so that a key names an example
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(key(whole.train))
-    again = data.load("digits", validation_fraction=fraction, seed=3)
-    other = data.load("digits", validation_fraction=fraction, seed=4)
+    again = sets.load("digits", validation_fraction=fraction, seed=3)
+    other = sets.load("digits", validation_fraction=fraction, seed=4)
     assert again.validation is not None
     assert other.validation is not None
     assert torch.equal(again.validation.inputs, loaded.validation.inputs)
@@ -99,7 +99,7 @@ def test_the_validation_split_is_disjoint_and_of_the_training_examples(fraction:
 
 def test_the_split_does_not_touch_the_global_generator() -> None:
     before = torch.get_rng_state()
-    data.load("digits", validation_fraction=0.1)
+    sets.load("digits", validation_fraction=0.1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -114,7 +114,7 @@ def test_mnist_is_read_without_writing(
         monkeypatch.setenv(formats.DATA_ROOT_VARIABLE, str(tmp_path))
     else:
         monkeypatch.setenv(formats.DATA_ROOT_VARIABLE, "/nowhere")
-    loaded = data.load("mnist", None if by_variable else str(tmp_path))
+    loaded = sets.load("mnist", None if by_variable else str(tmp_path))
     assert sorted(tmp_path.rglob("*")) == before
     for split, part in ((loaded.train, "train"), (loaded.test, "t10k")):
         images = tensors[f"{part}-images-idx3-ubyte"]
@@ -126,7 +126,7 @@ def test_mnist_is_read_without_writing(
 
 
 def test_real_mnist(mnist_root: Path) -> None:
-    loaded = data.load("mnist", str(mnist_root), validation_fraction=1 / 12)
+    loaded = sets.load("mnist", str(mnist_root), validation_fraction=1 / 12)
     assert loaded.validation is not None
     sizes = [len(split.targets) for split in (loaded.train, loaded.validation, loaded.test)]
     assert sizes == [55_000, 5_000, 10_000]
@@ -160,7 +160,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, packed: bool, damage: Any) -> N
     path = tmp_path / "MNIST" / "raw" / (NAMES[2] + (".gz" if packed else ""))
     damage(path)
     with pytest.raises(ValueError, match=r"^data_root: got .*; expected a whole idx") as caught:
-        data.load("mnist", str(tmp_path))
+        sets.load("mnist", str(tmp_path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -170,13 +170,13 @@ def test_images_and_targets_must_fit(tmp_path: Path) -> None:
     raw = tmp_path / "MNIST" / "raw"
     shutil.copyfile(raw / f"{NAMES[3]}.gz", raw / f"{NAMES[1]}.gz")
     with pytest.raises(ValueError, match=r"not images \(6, 28, 28\) and targets \(4,\)$"):
-        data.load("mnist", str(tmp_path))
+        sets.load("mnist", str(tmp_path))
 
 
 @pytest.mark.usefixtures("no_network")
 def test_an_empty_root_without_a_network(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^data_root: .*could not be downloaded: ") as caught:
-        data.load("mnist", str(tmp_path))
+        sets.load("mnist", str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -199,5 +199,5 @@ def test_bad_arguments(
 ) -> None:
     monkeypatch.delenv(formats.DATA_ROOT_VARIABLE, raising=False)
     with pytest.raises(error) as caught:
-        data.load(*arguments)
+        sets.load(*arguments)
     assert str(caught.value).startswith(message)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l0fast.density import (
+from l0fast.gating.sparsify import sparsify_
+from l0fast.measures.density import (
     Group,
     count_macs,
     count_params,
@@ -17,8 +18,7 @@ from l0fast.density import (
     require_gated,
     target_groups,
 )
-from l0fast.models import lenet5, mlp
-from l0fast.sparsify import sparsify_
+from l0fast.training.models import lenet5, mlp
 
 SIGMOID_OF_SHIFT = 0.8318  # P(open) at log_alpha = 0
 

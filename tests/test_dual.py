@@ -20,8 +20,8 @@ from l0fast import (
     PIControl,
     TargetSchedule,
 )
-from l0fast.draw import gated_layers
-from l0fast.dual import DUALS, Dual
+from l0fast.constraints.dual import DUALS, Dual
+from l0fast.layers.draw import gated_layers
 
 
 class Layers(nn.Module):

@@ -14,10 +14,10 @@ from torch import nn
 
 import l0fast
 from l0fast import functional
-from l0fast.density import count_macs, density
-from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import GATED_TYPES, L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
-from l0fast.sparsify import param_groups, sparsify_
+from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.layers.gated import GATED_TYPES, L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
+from l0fast.maths.hard_concrete import HardConcrete
+from l0fast.measures.density import count_macs, density
 
 Refusal = tuple[type[Exception], Callable[[], Any]]
 

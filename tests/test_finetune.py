@@ -11,15 +11,16 @@ import torch
 
 from bench import environment, finetune
 from bench.finetune import Epochs
-from l0fast import data, load_pruned
-from l0fast.density import count_macs
+from l0fast import load_pruned
+from l0fast.data import sets
+from l0fast.measures.density import count_macs
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_a_pretrained_net_is_brought_to_a_share_of_its_macs() -> None:
     torch.manual_seed(0)
-    digits = data.load("digits")
+    digits = sets.load("digits")
     outcome, small = finetune.finetune(
         digits, 0.3, 8, Epochs(dense=10, constrained=20, pruned=10), lambda _: None
     )

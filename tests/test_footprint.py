@@ -13,10 +13,11 @@ from counting import Counting
 from torch import Tensor, nn
 from zoo import ZOO
 
-from l0fast import DensityConstraint, models, prune, sparsify_
-from l0fast.draw import gated_layers
-from l0fast.measure import SIZES
-from l0fast.trial import trial
+from l0fast import DensityConstraint, prune, sparsify_
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.measure import SIZES
+from l0fast.measures.trial import trial
+from l0fast.training import models
 
 FLAT = torch.randn(2, 6)
 IMAGE = torch.randn(2, 1, 28, 28)
@@ -240,7 +241,7 @@ def test_the_size_holds_where_the_plan_reaches_less_far_than_the_trial(
 
     model = random_gates(sparsify_(Refused(6, 10, 30)))
     promised = trial(sparsify_(lenet()), (IMAGE,))
-    module = importlib.import_module("l0fast.prune")
+    module = importlib.import_module("l0fast.pruning.prune")
     monkeypatch.setattr(module, "trial", lambda *_: promised)
     small: Any = prune(model, IMAGE, 0.2, measure="params")
     assert small.report["tier"] != promised.plan.tier

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from test_data import idx, no_network
 
-from l0fast import data, formats
+from l0fast.data import formats, sets
 
 __all__ = ["no_network"]
 
@@ -68,7 +68,7 @@ def test_fashionmnist(tmp_path: Path) -> None:
     for part in ("train", "t10k"):
         for kind, values in zip(formats.MNIST_KINDS, (images, targets), strict=True):
             (raw / f"{part}-{kind}.gz").write_bytes(gzip.compress(idx(values)))
-    loaded = data.load("fashionmnist", str(tmp_path))
+    loaded = sets.load("fashionmnist", str(tmp_path))
     assert (loaded.num_classes, tuple(loaded.train.inputs.shape)) == (10, (5, 1, 28, 28))
     wanted = normalised(images[:, None], (0.2860,), (0.3530,))
     torch.testing.assert_close(loaded.train.inputs.double(), wanted, rtol=1e-6, atol=1e-6)
@@ -86,7 +86,7 @@ def test_cifar(tmp_path: Path, dataset: str, mean: Any, std: Any) -> None:
     batches = tiny_cifar(tmp_path, dataset)
     _, key, names = CIFAR[dataset]
     before = sorted(tmp_path.rglob("*"))
-    loaded = data.load(dataset, str(tmp_path))
+    loaded = sets.load(dataset, str(tmp_path))
     assert sorted(tmp_path.rglob("*")) == before
     assert loaded.num_classes == int(dataset.removeprefix("cifar"))
     for split, part in ((loaded.train, names[:-1]), (loaded.test, names[-1:])):
@@ -138,7 +138,7 @@ def test_a_damaged_batch_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"^data_root: .* a whole batch of CIFAR") as caught:
-        data.load("cifar10", str(tmp_path))
+        sets.load("cifar10", str(tmp_path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not hasattr(sys, "l0fast_was_here")
@@ -147,7 +147,7 @@ def test_a_damaged_batch_is_named(tmp_path: Path, content: bytes) -> None:
 @pytest.mark.parametrize("held", ["val", "test"])
 def test_imagefolder(tmp_path: Path, held: str) -> None:
     tiny_imagefolder(tmp_path, held)
-    loaded = data.load("imagefolder", str(tmp_path))
+    loaded = sets.load("imagefolder", str(tmp_path))
     assert loaded.num_classes == 2
     assert loaded.train.targets.tolist() == loaded.test.targets.tolist() == [0, 0, 1, 1]
     assert loaded.train.inputs.shape == loaded.test.inputs.shape == (4, 3, 6, 8)
@@ -162,8 +162,8 @@ def test_imagefolder(tmp_path: Path, held: str) -> None:
 def test_images_of_several_sizes_need_one(tmp_path: Path) -> None:
     tiny_imagefolder(tmp_path, sizes=((8, 6), (5, 9)))
     with pytest.raises(ValueError, match=r"^image_size: got None; expected a number: .*1\.png is"):
-        data.load("imagefolder", str(tmp_path))
-    assert data.load("imagefolder", str(tmp_path), image_size=4).train.inputs.shape == (4, 3, 4, 4)
+        sets.load("imagefolder", str(tmp_path))
+    assert sets.load("imagefolder", str(tmp_path), image_size=4).train.inputs.shape == (4, 3, 4, 4)
 
 
 def add_a_class(root: Path) -> None:
@@ -187,7 +187,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, mess
     tiny_imagefolder(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=r"^data_root: got .*; expected") as caught:
-        data.load("imagefolder", str(tmp_path))
+        sets.load("imagefolder", str(tmp_path))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -196,32 +196,32 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, mess
 @pytest.mark.parametrize("dataset", ["fashionmnist", "cifar10", "cifar100"])
 def test_an_empty_root_without_a_network(tmp_path: Path, dataset: str) -> None:
     with pytest.raises(ValueError, match=r"^data_root: .*could not be downloaded: ") as caught:
-        data.load(dataset, str(tmp_path))
+        sets.load(dataset, str(tmp_path))
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("dataset", data.DATASETS[1:])
+@pytest.mark.parametrize("dataset", sets.DATASETS[1:])
 def test_no_root(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(formats.DATA_ROOT_VARIABLE, raising=False)
     with pytest.raises(ValueError, match=r"^data_root: got None; expected a .*--data-root or L0F"):
-        data.load(dataset)
+        sets.load(dataset)
     with pytest.raises(ValueError, match=r"^data_root: got 'no'; expected .*no such folder$"):
-        data.load(dataset, "no")
+        sets.load(dataset, "no")
 
 
 def test_only_an_imagefolder_has_an_image_size() -> None:
     with pytest.raises(ValueError, match=r"^image_size: got 16; expected none: digits has a size"):
-        data.load("digits", image_size=16)
+        sets.load("digits", image_size=16)
     with pytest.raises(ValueError, match=r"^image_size: got 0; expected a whole number >= 1"):
-        data.load("imagefolder", image_size=0)
+        sets.load("imagefolder", image_size=0)
 
 
 def test_in_colour() -> None:
-    grey: Any = data.load("digits", validation_fraction=0.1)
-    colour: Any = data.in_colour(grey)
+    grey: Any = sets.load("digits", validation_fraction=0.1)
+    colour: Any = sets.in_colour(grey)
     for one, three in zip(grey[:3], colour[:3], strict=True):
         assert three.inputs.shape == (len(one.inputs), 3, 8, 8)
         for channel in range(3):
             assert torch.equal(three.inputs[:, channel], one.inputs[:, 0])
         assert torch.equal(three.targets, one.targets)
-    assert data.in_colour(data.load("digits")).validation is None
+    assert sets.in_colour(sets.load("digits")).validation is None

@@ -14,10 +14,10 @@ from test_resume import Stop, assert_same_run
 from test_trainer import digits, evaluate, one_thread, quick, small_mlp
 
 from l0fast import Trainer, frontier, load_pruned
-from l0fast.checkpoint import CHECKPOINT
-from l0fast.data import Data
-from l0fast.folder import PRUNED, SUMMARY
-from l0fast.frontier import FRONTIER, PLOT, format_frontier
+from l0fast.data.sets import Data
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import PRUNED, SUMMARY
+from l0fast.training.frontier import FRONTIER, PLOT, format_frontier
 
 __all__ = ["digits", "one_thread"]  # fixtures
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from l0fast import autograd, functional
-from l0fast.gated_weight import along, mask, mask_backward
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths.gated_weight import along, mask, mask_backward
+from l0fast.maths.hard_concrete import HardConcrete
 
 DEFAULT = HardConcrete()
 OTHER = HardConcrete(temperature=0.4, gamma=-0.3, zeta=1.2)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from l0fast.graph import export, is_carrier, is_site
+from l0fast.graph.capture import export, is_carrier, is_site
 
 
 class Net(nn.Module):

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import GPT2, FusedAttention, Llama, SplitAttention, tokens
 
 from l0fast import DensityConstraint, param_groups, prune, prune_optimizer, sparsify_
-from l0fast.draw import gated_layers
+from l0fast.layers.draw import gated_layers
 
 
 def image(channels: int = 3, size: int = 8) -> Tensor:

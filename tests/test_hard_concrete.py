@@ -11,7 +11,7 @@ from tolerance import rounding_tolerance
 from torch import Tensor
 
 from l0fast import functional
-from l0fast.hard_concrete import UNIFORM_EPS, HardConcrete
+from l0fast.maths.hard_concrete import UNIFORM_EPS, HardConcrete
 
 DEFAULT = HardConcrete()
 OTHER = HardConcrete(temperature=0.4, gamma=-0.3, zeta=1.2)

@@ -7,7 +7,7 @@ import torch
 from interpreter import DEVICE, kernel_test
 from kernel_checks import assert_written, guarded
 
-from l0fast.compaction import compaction
+from l0fast.maths.compaction import compaction
 
 
 @kernel_test

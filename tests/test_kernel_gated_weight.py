@@ -25,8 +25,8 @@ from kernel_checks import (
 from tolerance import assert_no_more_wrong
 from torch import Tensor
 
-from l0fast import philox
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths import philox
+from l0fast.maths.hard_concrete import HardConcrete
 
 KINDS = [
     *(pytest.param(*kind.values, DISTRIBUTION, id=kind.id) for kind in DTYPES),

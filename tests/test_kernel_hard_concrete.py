@@ -25,8 +25,8 @@ from kernel_checks import (
 from tolerance import assert_no_more_wrong
 from torch import Tensor
 
-from l0fast import philox
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths import philox
+from l0fast.maths.hard_concrete import HardConcrete
 
 SEGMENTS = [(n,) for n in SIZES] + [(300, 0, 100, 784), (1, 2, 3), (16, 1040, 2048), (5, 16390)]
 

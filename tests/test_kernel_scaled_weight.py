@@ -8,7 +8,7 @@ from interpreter import DEVICE, kernel_test
 from kernel_checks import DTYPES, assert_written, gate, guarded
 from tolerance import assert_no_more_wrong
 
-from l0fast.gated_weight import along as along_dimension
+from l0fast.maths.gated_weight import along as along_dimension
 
 # Per row and per column: narrower and wider than a tile, one and several tiles a program, one
 # gate, gates along the middle of a convolution, nothing at all.

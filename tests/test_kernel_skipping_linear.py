@@ -12,9 +12,10 @@ from kernel_checks import assert_written, guarded
 from tolerance import assert_no_more_wrong
 from torch import Tensor, nn
 
-from l0fast import functional, links, sparsify_
-from l0fast.compaction import Order, bound
-from l0fast.draw import OnDevice, gated_layers
+from l0fast import functional, sparsify_
+from l0fast.layers.draw import OnDevice, gated_layers
+from l0fast.maths.compaction import Order, bound
+from l0fast.skipping import links
 
 # Tokens, outputs, inputs, and how much of outputs and inputs is open: whole tiles and parts of
 # them, one unit, counts in the middle of a step, nothing and everything open.

@@ -13,12 +13,13 @@ from counting import Counting
 from test_trainer import digits, trainer
 from torch import nn
 
-from l0fast import DensityConstraint, LatencyTable, measure_latency, prune, sparsify_, timing
-from l0fast.checkpoint import CHECKPOINT, Checkpoint
-from l0fast.data import Data
-from l0fast.draw import gated_layers
-from l0fast.latency import Grids, LayerLatency
-from l0fast.magnitude import MagnitudePruning
+from l0fast import DensityConstraint, LatencyTable, measure_latency, prune, sparsify_
+from l0fast.data.sets import Data
+from l0fast.layers.draw import gated_layers
+from l0fast.measures import timing
+from l0fast.measures.latency import Grids, LayerLatency
+from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 
 __all__ = ["digits"]  # a fixture
 

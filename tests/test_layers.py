@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import autograd, functional
-from l0fast.constraint import L0Penalty
-from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import GATED_TYPES, GATES, L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
+from l0fast.constraints.constraint import L0Penalty
+from l0fast.layers.gated import GATED_TYPES, GATES, L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
+from l0fast.maths.hard_concrete import HardConcrete
 
 Case = tuple[Callable[..., nn.Module], tuple[Any, ...], dict[str, Any], tuple[int, ...]]
 CASES: dict[str, Case] = {

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from l0fast import functional
-from l0fast.constraint import DensityConstraint
-from l0fast.draw import attach_draw, detach_draw, expected_open, gated_layers
-from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import L0Linear
-from l0fast.sparsify import param_groups, sparsify_
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.layers.draw import attach_draw, detach_draw, expected_open, gated_layers
+from l0fast.layers.gated import L0Linear
+from l0fast.maths.hard_concrete import HardConcrete
 
 
 class Net(nn.Sequential):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
-from l0fast.graph import export
-from l0fast.liveness import Liveness, local_extents
-from l0fast.sites import Site
-from l0fast.walk import Walk
+from l0fast.graph.capture import export
+from l0fast.graph.liveness import Liveness, local_extents
+from l0fast.graph.sites import Site
+from l0fast.graph.walk import Walk
 
 
 class Net(nn.Module):

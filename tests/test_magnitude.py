@@ -10,8 +10,8 @@ from test_trainer import digits, one_thread, quick, small_mlp, trainer
 from torch import nn
 
 from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
-from l0fast.data import Data
-from l0fast.magnitude import CLOSED, OPEN, MagnitudePruning, magnitudes, shared_magnitudes
+from l0fast.data.sets import Data
+from l0fast.pruning.magnitude import CLOSED, OPEN, MagnitudePruning, magnitudes, shared_magnitudes
 
 __all__ = ["digits", "one_thread"]  # fixtures
 
@@ -187,9 +187,9 @@ def test_bad_arguments() -> None:
 
 
 def _data() -> Data:
-    from l0fast import data
+    from l0fast.data import sets
 
-    return data.load("digits")
+    return sets.load("digits")
 
 
 def test_layers_that_share_gates_are_ranked_together() -> None:

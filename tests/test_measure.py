@@ -11,10 +11,10 @@ from test_density import gated
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, HardConcrete, prune, sparsify_
-from l0fast.density import Group, require_gated
-from l0fast.draw import gated_layers
-from l0fast.measure import GateMeasure
-from l0fast.models import mlp
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.density import Group, require_gated
+from l0fast.measures.measure import GateMeasure
+from l0fast.training.models import mlp
 
 EVERYTHING = ("conv", "fc1", "fc2")
 

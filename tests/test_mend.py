@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
-from l0fast.compact import Mend
+from l0fast.removal.compact import Mend
 
 
 class Split(nn.Module):

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from l0fast import DensityConstraint, TrainerSettings, density, models, sparsify_
-from l0fast.density import count_macs, count_params
-from l0fast.draw import gated_layers
+from l0fast import DensityConstraint, TrainerSettings, density, sparsify_
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.density import count_macs, count_params
+from l0fast.training import models
 
 SHIFT = 2 / 3 * math.log(11)
 

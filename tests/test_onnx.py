@@ -13,7 +13,7 @@ from torch import nn
 from zoo import ZOO
 
 from l0fast import prune, sparsify_
-from l0fast.draw import gated_layers
+from l0fast.layers.draw import gated_layers
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
 pytest.importorskip("onnxscript", reason="needs the extra onnx")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from l0fast import philox
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths import philox
+from l0fast.maths.hard_concrete import HardConcrete
 
 # Random123's kat_vectors, philox4x32 with 10 rounds: counter, key, expected.
 PI = (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from l0fast import plots
 from l0fast._files import write_atomically
+from l0fast.plots import dynamics
 
 LAYERS = {"conv1": 20, "conv2": 50, "fc1": 800, "fc2": 500}
 
@@ -97,7 +97,7 @@ def points(axis: Axes) -> list[tuple[list[float], list[float]]]:
 def draw(kind: str, epochs: int = 30, layers: dict[str, int] = LAYERS) -> bytes:
     stream: Any = io.BytesIO()
     rows = history(epochs, kind, layers)
-    plots.plot_dynamics(rows, targets(kind, layers), summary(kind), stream)
+    dynamics.plot_dynamics(rows, targets(kind, layers), summary(kind), stream)
     return stream.getvalue()
 
 
@@ -108,7 +108,7 @@ def test_it_is_a_picture(kind: str, epochs: int, tmp_path: Path) -> None:
     path = tmp_path / "dynamics.png"
     rows = history(epochs, kind)
     drawn = rows, targets(kind), summary(kind)
-    write_atomically(path, lambda part: plots.plot_dynamics(*drawn, part))
+    write_atomically(path, lambda part: dynamics.plot_dynamics(*drawn, part))
     with Image.open(path) as image:
         assert image.format == "PNG"
         assert image.size[0] >= 1000

@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from zoo import ZOO
 
-import l0fast.products
 from l0fast import DensityConstraint, prune, sparsify_
-from l0fast.density import count_activations
-from l0fast.draw import gated_layers
-from l0fast.measure import SIZES
+from l0fast.layers.draw import gated_layers
+from l0fast.measures import products
+from l0fast.measures.density import count_activations
+from l0fast.measures.measure import SIZES
 
 
 class Attention(nn.Module):
@@ -139,7 +139,7 @@ def count_macs_of(model: Any) -> int:
 
 
 def test_what_is_not_reckoned_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(l0fast.products, "PRODUCTS", ("aten::bmm",))
+    monkeypatch.setattr(products, "PRODUCTS", ("aten::bmm",))
     line = r"^measure: got 'macs'; expected another: .* aten::matmul is not reckoned\)$"
     with pytest.raises(ValueError, match=line):
         DensityConstraint(gated(), 0.9, measure="macs", example_inputs=X)

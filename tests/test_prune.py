@@ -21,15 +21,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from l0fast import DensityConstraint, L0Linear, channels, graph, prune, sparsify_
-from l0fast.budget import Budget, choose
-from l0fast.compact import Edit, edited, gather, scatter
-from l0fast.constraint import TARGETS
-from l0fast.density import Group
-from l0fast.draw import gated_layers
-from l0fast.measure import GateMeasure
-from l0fast.proof import relative_error
-from l0fast.prune import format_report
+from l0fast import DensityConstraint, L0Linear, prune, sparsify_
+from l0fast.constraints.budget import Budget, choose
+from l0fast.constraints.constraint import TARGETS
+from l0fast.graph import capture, channels
+from l0fast.graph.proof import relative_error
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.density import Group
+from l0fast.measures.measure import GateMeasure
+from l0fast.pruning.prune import format_report
+from l0fast.removal.compact import Edit, edited, gather, scatter
 
 TESTS = Path(__file__).resolve().parent
 
@@ -399,7 +400,7 @@ def test_nothing_of_ours_is_inside(everything: Any, tmp_path: Path) -> None:
     for name, (small, inputs) in everything.items():
         for module in small.modules():
             assert not type(module).__module__.startswith("l0fast"), name
-            if type(module) in graph.LAYERS:
+            if type(module) in capture.LAYERS:
                 fresh = nn.Linear(1, 1) if type(module) is nn.Linear else nn.Conv2d(1, 1, 1)
                 assert set(vars(module)) == set(vars(fresh))
             for hooks in (module._forward_hooks, module._forward_pre_hooks):

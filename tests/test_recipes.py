@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from zoo import ZOO
 
 from l0fast import prune, sparsify_
-from l0fast.draw import gate_owners, gated_layers
-from l0fast.recipes import GateTable
+from l0fast.gating.recipes import GateTable
+from l0fast.layers.draw import gate_owners, gated_layers
 
 
 def placed(model: nn.Module, x: Any, **options: Any) -> dict[str, tuple[str, int]]:

@@ -21,8 +21,10 @@ from typing import Any
 import pytest
 import torch
 
-from l0fast import Trainer, TrainerSettings, data, density, models
-from l0fast.data import Data, Split
+from l0fast import Trainer, TrainerSettings, density
+from l0fast.data import sets
+from l0fast.data.sets import Data, Split
+from l0fast.training import models
 
 EPS = 0.33
 STEPS = math.ceil(60_000 / 128)
@@ -57,7 +59,7 @@ def flush_denormals() -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("flush_denormals")
 def test_the_first_epochs_on_mnist(mnist_root: Path) -> None:
-    whole = data.load("mnist", str(mnist_root))
+    whole = sets.load("mnist", str(mnist_root))
     some = Split(*(part[:1000] for part in whole.test))  # the errors are not the point
     torch.manual_seed(0)
     model = models.sparsify_published_(models.build("mlp", (1, 28, 28), 10))

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 from test_cli import a_folder_of_its_own, refused, run
 
-from l0fast import models
-from l0fast.checkpoint import CHECKPOINT
 from l0fast.commands import poster, runs
-from l0fast.folder import METRICS, SUMMARY
+from l0fast.training import models
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import METRICS, SUMMARY
 
 __all__ = ["a_folder_of_its_own"]  # a fixture
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from l0fast.results import HEAD, aggregate, cells, deviation, markdown_table, text_table
+from l0fast.training.results import HEAD, aggregate, cells, deviation, markdown_table, text_table
 
 
 def summary(**changes: Any) -> dict[str, Any]:

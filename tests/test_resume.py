@@ -25,11 +25,14 @@ import torch
 from test_tensorboard import read_scalars
 from torch import nn
 
-from l0fast import Trainer, TrainerSettings, data, models, plots, prune, sparsify_
+from l0fast import Trainer, TrainerSettings, prune, sparsify_
 from l0fast._files import PARTS
-from l0fast.checkpoint import CHECKPOINT
-from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
-from l0fast.tensorboard import TENSORBOARD
+from l0fast.data import sets
+from l0fast.plots import dynamics
+from l0fast.training import models
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.training.tensorboard import TENSORBOARD
 
 ROOT = Path(__file__).resolve().parent.parent
 KILLS = 20
@@ -58,7 +61,7 @@ def warm_up() -> None:
     prune(model, torch.randn(1, 1, 8, 8))
     row = {"epoch": 1, "train_error_percent": 1.0, "test_error_percent": 1.0}
     picture: Any = io.BytesIO()
-    plots.plot_dynamics([row], None, {"seed": 0} | row, picture)
+    dynamics.plot_dynamics([row], None, {"seed": 0} | row, picture)
 
 
 def serve() -> None:
@@ -405,7 +408,7 @@ class Stop(Exception):
 def test_resumed_in_a_new_trainer(
     model: str, settings: dict[str, Any], epochs_done: int, tmp_path: Path
 ) -> None:
-    digits = data.load("digits", validation_fraction=0.5)
+    digits = sets.load("digits", validation_fraction=0.5)
 
     def trainer(out: str) -> Trainer:
         torch.manual_seed(5)

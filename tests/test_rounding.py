@@ -12,12 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from l0fast import models, prune, sparsify_
-from l0fast.budget import Budget, choose
-from l0fast.density import Group
-from l0fast.draw import gated_layers
-from l0fast.measure import GateMeasure
-from l0fast.prune import format_report
+from l0fast import prune, sparsify_
+from l0fast.constraints.budget import Budget, choose
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.density import Group
+from l0fast.measures.measure import GateMeasure
+from l0fast.pruning.prune import format_report
+from l0fast.training import models
 
 X = torch.randn(3, 40, dtype=torch.float64)
 

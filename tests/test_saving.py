@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from l0fast import load_pruned, prune, save_pruned, sparsify_
-from l0fast.draw import gated_layers
-from l0fast.saving import KEY
+from l0fast.layers.draw import gated_layers
+from l0fast.pruning.saving import KEY
 
 IMAGE, ROW, TOKENS = torch.randn(2, 1, 28, 28), torch.randn(4, 6), torch.arange(10).view(2, 5)
 
@@ -141,7 +141,7 @@ def test_an_older_file_survives_a_failure(tmp_path: Path, monkeypatch: Any) -> N
         Path(name).write_bytes(before[:40])
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("l0fast.saving.save_file", broken)
+    monkeypatch.setattr("l0fast.pruning.saving.save_file", broken)
     with pytest.raises(OSError, match="no space left"):
         save_pruned(small, path)
     assert path.read_bytes() == before

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from l0fast import DensityConstraint, DualAscent, L0Linear, TargetSchedule, prune
-from l0fast.draw import gated_layers
+from l0fast.layers.draw import gated_layers
 
 
 def model() -> nn.Sequential:

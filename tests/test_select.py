@@ -9,8 +9,8 @@ import torch
 from test_trainer import digits, evaluate, one_thread, quick, small_mlp, trainer
 
 from l0fast import Trainer, density, prune
-from l0fast.constraint import DensityConstraint
-from l0fast.data import Data
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.data.sets import Data
 
 __all__ = ["digits", "one_thread"]  # fixtures
 

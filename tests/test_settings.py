@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from l0fast import TrainerSettings
-from l0fast.settings import default_dual_lr, default_gate_lr, default_target_schedule
+from l0fast.training.settings import default_dual_lr, default_gate_lr, default_target_schedule
 
 
 @pytest.mark.parametrize(

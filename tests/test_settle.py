@@ -33,17 +33,17 @@ from l0fast import (
     TrainerSettings,
     density,
     frontier,
-    models,
     param_groups,
     prune,
     sparsify_,
 )
-from l0fast.checkpoint import CHECKPOINT, Checkpoint
-from l0fast.data import Data
-from l0fast.draw import gated_layers, own_gates
-from l0fast.folder import UNSETTLED
-from l0fast.latency import LayerLatency
-from l0fast.settle import LEAST
+from l0fast.constraints.settle import LEAST
+from l0fast.data.sets import Data
+from l0fast.layers.draw import gated_layers, own_gates
+from l0fast.measures.latency import LayerLatency
+from l0fast.training import models
+from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
+from l0fast.training.folder import UNSETTLED
 
 __all__ = ["digits", "one_thread"]  # fixtures
 

@@ -22,7 +22,7 @@ from l0fast import (
     prune,
     sparsify_,
 )
-from l0fast.draw import expected_open, gate_owners, gated_layers, own_gates
+from l0fast.layers.draw import expected_open, gate_owners, gated_layers, own_gates
 
 
 class Stream(nn.Module):

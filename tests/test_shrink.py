@@ -12,21 +12,13 @@ from test_resume import Own, Stop, assert_same_run
 from test_trainer import digits, evaluate, one_thread, quick, small_mlp, trainer
 from torch import Tensor, nn
 
-from l0fast import (
-    DensityConstraint,
-    Trainer,
-    density,
-    load_pruned,
-    models,
-    param_groups,
-    prune,
-    shrink,
-    sparsify_,
-)
-from l0fast.data import Data
-from l0fast.draw import gated_layers
-from l0fast.folder import PRUNED, SUMMARY
-from l0fast.shrink import Idle, Removal, plan_removal, remove_
+from l0fast import DensityConstraint, Trainer, density, load_pruned, param_groups, prune, sparsify_
+from l0fast.data.sets import Data
+from l0fast.layers.draw import gated_layers
+from l0fast.pruning import shrink
+from l0fast.pruning.shrink import Idle, Removal, plan_removal, remove_
+from l0fast.training import models
+from l0fast.training.folder import PRUNED, SUMMARY
 
 __all__ = ["digits", "one_thread"]  # fixtures
 

@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 import l0fast
 from bench.counting import dispatched
 from l0fast import sparsify_
-from l0fast.data import load
-from l0fast.draw import SKIPPING, gated_layers
-from l0fast.following import stop_following
-from l0fast.models import build
-from l0fast.skip import MULTIPLE, OVERHEAD, Link, Skipping
+from l0fast.data.sets import load
+from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.skipping.following import stop_following
+from l0fast.skipping.skip import MULTIPLE, OVERHEAD, Link, Skipping
+from l0fast.training.models import build
 from tests.tolerance import rounding_tolerance
 
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)

@@ -10,9 +10,10 @@ from counting import CaptureSafe
 from test_skip import DENSITIES, EXACT, MODELS, assert_same_step, left_out, set_density, step
 from torch import Tensor, nn
 
-from l0fast import links, skip_on_device, sparsify_
-from l0fast.draw import SKIPPING, Compact, OnDevice, gated_layers
-from l0fast.following import Following
+from l0fast import sparsify_
+from l0fast.layers.draw import SKIPPING, Compact, OnDevice, gated_layers
+from l0fast.skipping import links, skip_on_device
+from l0fast.skipping.following import Following
 
 UNREAD = (
     "mlp",

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from l0fast import functional
-from l0fast.bounded_matmul import bounded_matmul
-from l0fast.packed_weight import pack, unpack
+from l0fast.maths.bounded_matmul import bounded_matmul
+from l0fast.maths.packed_weight import pack, unpack
 from tests.tolerance import rounding_tolerance
 
 EXACT = 1e-10

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l0fast.draw import draw_gates, gated_layers
-from l0fast.hard_concrete import HardConcrete
-from l0fast.layers import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
-from l0fast.sparsify import param_groups, sparsify_
+from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.layers.draw import draw_gates, gated_layers
+from l0fast.layers.gated import L0Conv1d, L0Conv2d, L0Conv3d, L0Linear
+from l0fast.maths.hard_concrete import HardConcrete
 
 
 class Net(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from l0fast.stall import LEAST_WINDOW, find_stalls, told
+from l0fast.constraints.stall import LEAST_WINDOW, find_stalls, told
 
 Rows = list[dict[str, Any]]
 

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from l0fast import Trainer, TrainerSettings, data, models
-from l0fast.tensorboard import TENSORBOARD, scalar_writer, scalars
+from l0fast import Trainer, TrainerSettings
+from l0fast.data import sets
+from l0fast.training import models
+from l0fast.training.tensorboard import TENSORBOARD, scalar_writer, scalars
 
 ROW: dict[str, Any] = {
     "epoch": 1,
@@ -55,7 +57,7 @@ def run(out: Path, epochs: int) -> Trainer:
     torch.manual_seed(0)
     model = models.build("mlp", (1, 8, 8), 10, (8, 4))
     settings = TrainerSettings(density=0.5, epochs=epochs, batch_size=500)
-    return Trainer(model, data.load("digits"), settings, out=out, device="cpu")
+    return Trainer(model, sets.load("digits"), settings, out=out, device="cpu")
 
 
 def test_tags() -> None:

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-import l0fast.stopwatch
 from l0fast import DensityConstraint, measure_latency, prune, sparsify_
-from l0fast.draw import gated_layers
-from l0fast.stopwatch import quartiles, whole_seconds
+from l0fast.layers.draw import gated_layers
+from l0fast.measures import stopwatch
+from l0fast.measures.stopwatch import quartiles, whole_seconds
 
 
 @pytest.fixture(autouse=True)
 def _few_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(l0fast.stopwatch, "ROUNDS", (2, 3))
+    monkeypatch.setattr(stopwatch, "ROUNDS", (2, 3))
 
 
 class Slow(nn.Linear):
@@ -101,7 +101,7 @@ def test_half_the_model_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
         return [sum(p.numel() for p in model.parameters()) * 1e-9 for model in models]
 
     # What is measured here depends on what else the machine does.
-    monkeypatch.setattr(importlib.import_module("l0fast.prune"), "whole_seconds", by_size)
+    monkeypatch.setattr(importlib.import_module("l0fast.pruning.prune"), "whole_seconds", by_size)
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 512))
     x = torch.randn(128, 512)

@@ -24,17 +24,17 @@ from l0fast import (
     TargetSchedule,
     Trainer,
     TrainerSettings,
-    data,
     load_pruned,
-    models,
     prune,
 )
-from l0fast.checkpoint import CHECKPOINT
-from l0fast.constraint import DensityConstraint
-from l0fast.data import Data, Split
-from l0fast.draw import gated_layers
-from l0fast.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
-from l0fast.tensorboard import TENSORBOARD
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.data import sets
+from l0fast.data.sets import Data, Split
+from l0fast.layers.draw import gated_layers
+from l0fast.training import models
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.training.tensorboard import TENSORBOARD
 
 QUICK: dict[str, Any] = {
     "epochs": 12,
@@ -91,7 +91,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def digits() -> Data:
-    return data.load("digits", validation_fraction=1 / 12)
+    return sets.load("digits", validation_fraction=1 / 12)
 
 
 def small_mlp() -> nn.Module:

@@ -13,17 +13,10 @@ import torch
 from torch import Tensor, nn
 from zoo import ZOO
 
-from l0fast import (
-    DensityConstraint,
-    graph,
-    load_pruned,
-    param_groups,
-    prune,
-    save_pruned,
-    sparsify_,
-)
-from l0fast.draw import gated_layers
-from l0fast.prune import format_report
+from l0fast import DensityConstraint, load_pruned, param_groups, prune, save_pruned, sparsify_
+from l0fast.graph import capture
+from l0fast.layers.draw import gated_layers
+from l0fast.pruning.prune import format_report
 
 
 def wide(value: Any) -> tuple[Any, ...]:
@@ -195,7 +188,7 @@ def test_what_shrinks_in_each_kind() -> None:
 
     vgg: Any = pruned("vgg", "one")[1]
     assert vgg.classifier[0].in_features == 4  # the four places of one channel
-    assert graph.is_carrier(vgg.features[1])
+    assert capture.is_carrier(vgg.features[1])
     assert vgg.features[1].num_features == 1
 
 

@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import l0fast
 from bench.timing import Effort, cpu_sample, interleaved, paired_ratios, quartiles
 from bench.zoo.models import ZOO, Entry
-from l0fast.draw import gated_layers
-from l0fast.graph import is_carrier
-from l0fast.proof import in_float64, relative_error, tensors_of
+from l0fast.graph.capture import is_carrier
+from l0fast.graph.proof import in_float64, relative_error, tensors_of
+from l0fast.layers.draw import gated_layers
 
 PROBES = 16
 """How many inputs and weights tell which parameters are dead with the gates as they are."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from l0fast import gated_weight as maths
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths import gated_weight as maths
+from l0fast.maths.hard_concrete import HardConcrete
 
 _SEGMENTS: dict[tuple[tuple[int, ...], torch.device], tuple[Tensor, Tensor]] = {}
 

@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from l0fast import gated_weight as maths
-from l0fast import philox
 from l0fast.autograd.backend import kernels_for
 from l0fast.autograd.functions import segment_spread, segment_sums
-from l0fast.hard_concrete import HardConcrete
+from l0fast.maths import gated_weight as maths
+from l0fast.maths import philox
+from l0fast.maths.hard_concrete import HardConcrete
 
 
 def triton_hard_concrete(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from l0fast import bounded_matmul as products
-from l0fast import compaction as orders
-from l0fast import packed_weight as weights
 from l0fast.autograd.backend import kernels_for
-from l0fast.compaction import MULTIPLE, Order
+from l0fast.maths import bounded_matmul as products
+from l0fast.maths import compaction as orders
+from l0fast.maths import packed_weight as weights
+from l0fast.maths.compaction import MULTIPLE, Order
 
 
 def compaction(alive: Tensor, sizes: tuple[int, ...], triton: bool) -> list[Order]:

@@ -11,8 +11,8 @@ from l0fast import _checks
 from l0fast._files import write_text
 from l0fast.commands import options, runs
 from l0fast.commands.runs import Run
-from l0fast.results import aggregate, markdown_table, text_table
-from l0fast.settings import WITHOUT_GATES
+from l0fast.training.results import aggregate, markdown_table, text_table
+from l0fast.training.settings import WITHOUT_GATES
 
 Row = dict[str, Any]
 

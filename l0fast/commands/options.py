@@ -5,16 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from l0fast import _checks, data, models
-from l0fast.amounts import Asked
-from l0fast.formats import DATA_ROOT_VARIABLE
-from l0fast.settings import TrainerSettings
+from l0fast import _checks
+from l0fast.data import sets
+from l0fast.data.formats import DATA_ROOT_VARIABLE
+from l0fast.measures.amounts import Asked
+from l0fast.training import models
+from l0fast.training.settings import TrainerSettings
 
 DEFAULTS = TrainerSettings()
 RECIPES = ("default", "published")
 SWITCH: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in data.DATASETS},
+    **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in sets.DATASETS},
     "digits": {"epochs": 100, "batch_size": 64, "lr": 3e-3},
 }
 """Defaults that go with the size of a data set."""
@@ -23,7 +25,7 @@ DATASET_SETTINGS: dict[str, dict[str, Any]] = {
 def add_training(parser: argparse.ArgumentParser) -> None:
     """The options of a training."""
     add = parser.add_argument
-    add("--dataset", default="digits", help=f"{', '.join(data.DATASETS)}; default: digits")
+    add("--dataset", default="digits", help=f"{', '.join(sets.DATASETS)}; default: digits")
     add(
         "--model",
         default="mlp",
@@ -151,7 +153,7 @@ def check(args: argparse.Namespace) -> None:
     _checks.one_of("recipe", args.recipe, RECIPES)
     _checks.one_of("skip", args.skip, tuple(SWITCH))
     _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
-    _checks.one_of("dataset", args.dataset, data.DATASETS)
+    _checks.one_of("dataset", args.dataset, sets.DATASETS)
 
 
 def number(name: str, text: Any, kind: type = float) -> Any:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from l0fast.constraint import DensityConstraint
-from l0fast.magnitude import MagnitudePruning
-from l0fast.settings import TrainerSettings
-from l0fast.trainer import Trainer
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.training.settings import TrainerSettings
+from l0fast.training.trainer import Trainer
 
 
 def _progress(settings: TrainerSettings, done: int, quiet: bool) -> Any:

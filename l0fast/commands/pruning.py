@@ -9,21 +9,23 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks, data, models
-from l0fast.amounts import Asked
-from l0fast.checkpoint import Checkpoint
+from l0fast import _checks
 from l0fast.commands.options import layer_densities
 from l0fast.commands.options import target as one_target
-from l0fast.constraint import DensityConstraint
-from l0fast.density import density
-from l0fast.draw import gated_layers
-from l0fast.folder import PRUNED
-from l0fast.prune import format_report
-from l0fast.prune import prune as prune_model
-from l0fast.saving import save_pruned
-from l0fast.settle import mark_
-from l0fast.shrink import Removal, remove_
-from l0fast.sparsify import sparsify_
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.settle import mark_
+from l0fast.data import sets
+from l0fast.gating.sparsify import sparsify_
+from l0fast.layers.draw import gated_layers
+from l0fast.measures.amounts import Asked
+from l0fast.measures.density import density
+from l0fast.pruning.prune import format_report
+from l0fast.pruning.prune import prune as prune_model
+from l0fast.pruning.saving import save_pruned
+from l0fast.pruning.shrink import Removal, remove_
+from l0fast.training import models
+from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.folder import PRUNED
 
 
 def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
@@ -37,13 +39,13 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     if checkpoint.term is None:
         _checks.refuse("checkpoint", str(path), "one of a model with gates (this one is dense)")
     dataset, name = identity["dataset"], identity["model"]
-    _checks.one_of("dataset", dataset, data.DATASETS)
-    in_shape, num_classes = data.FIXED.get(dataset) or (
+    _checks.one_of("dataset", dataset, sets.DATASETS)
+    in_shape, num_classes = sets.FIXED.get(dataset) or (
         identity["in_shape"],
         identity["num_classes"],
     )
     if models.from_torchvision(name):
-        in_shape = (data.COLOURS, *in_shape[1:])
+        in_shape = (sets.COLOURS, *in_shape[1:])
     model = models.build(name, in_shape, num_classes, identity["widths"])
     example = torch.zeros(1, *in_shape)
     if identity["recipe"] == "published":

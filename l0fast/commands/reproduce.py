@@ -14,8 +14,8 @@ from l0fast.commands import options, runs
 from l0fast.commands.options import number
 from l0fast.commands.poster import CASES, RECIPES, SIZES, Case, plan, row_name
 from l0fast.commands.runs import Run
-from l0fast.folder import METRICS
-from l0fast.results import aggregate, markdown_table, text_table
+from l0fast.training.folder import METRICS
+from l0fast.training.results import aggregate, markdown_table, text_table
 
 Row = dict[str, Any]
 
@@ -117,7 +117,7 @@ def _write(every: Sequence[Run], done: Mapping[str, Row], out: Path, epochs: int
     write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     histories = {(case.model, case.what): _histories(case, every, out) for case in CASES}
     if any(histories.values()):
-        from l0fast.plots_poster import plot_poster
+        from l0fast.plots.poster import plot_poster
 
         targets = {
             (case.model, case.what): number("density", case.words.get("density")) for case in CASES

@@ -15,8 +15,8 @@ from l0fast.commands import options
 from l0fast.commands.options import DEFAULTS
 from l0fast.commands.progress import run as run_trainer
 from l0fast.commands.setup import set_up
-from l0fast.folder import SUMMARY
-from l0fast.settings import MAX_SEED
+from l0fast.training.folder import SUMMARY
+from l0fast.training.settings import MAX_SEED
 
 Row = dict[str, Any]
 

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from l0fast import _checks, data, models
+from l0fast import _checks
 from l0fast.commands import options
-from l0fast.data import Data
-from l0fast.draw import gated_layers
-from l0fast.settings import MAX_SEED, TrainerSettings
-from l0fast.sparsify import sparsify_
-from l0fast.trainer import Trainer
+from l0fast.data import sets
+from l0fast.data.sets import Data
+from l0fast.gating.sparsify import sparsify_
+from l0fast.layers.draw import gated_layers
+from l0fast.training import models
+from l0fast.training.settings import MAX_SEED, TrainerSettings
+from l0fast.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Setup:
             "validation_fraction": self.validation_fraction,
             "pretrained": args.pretrained,
         }
-        if args.dataset not in data.FIXED:
+        if args.dataset not in sets.FIXED:
             identity |= {"in_shape": list(self.in_shape), "num_classes": self.data.num_classes}
         return identity
 
@@ -104,8 +106,8 @@ def set_up(args: argparse.Namespace) -> Setup:
     if args.pretrained is not None and args.recipe == "published":
         _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
     image_size = options.number("image_size", args.image_size, int)
-    dataset = data.load(args.dataset, args.data_root, fraction, seed, image_size)
+    dataset = sets.load(args.dataset, args.data_root, fraction, seed, image_size)
     if in_colour:
-        dataset = data.in_colour(dataset)
+        dataset = sets.in_colour(dataset)
     widths = options.widths(args.widths) or options.default_widths(args.model)
     return Setup(args, dataset, widths, seed, fraction)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
-from l0fast.checkpoint import CHECKPOINT
 from l0fast.commands.options import number
 from l0fast.commands.progress import collapse, run
 from l0fast.commands.setup import set_up
-from l0fast.folder import METRICS, PLOT, PRUNED, SUMMARY
-from l0fast.frontier import FRONTIER, format_frontier, frontier
-from l0fast.frontier import PLOT as FRONTIER_PLOT
-from l0fast.settings import WITHOUT_GATES, TrainerSettings
-from l0fast.trainer import Trainer
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.training.frontier import FRONTIER, format_frontier, frontier
+from l0fast.training.frontier import PLOT as FRONTIER_PLOT
+from l0fast.training.settings import WITHOUT_GATES, TrainerSettings
+from l0fast.training.trainer import Trainer
 
 
 def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:

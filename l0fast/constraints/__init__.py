@@ -1,0 +1,1 @@
+"""The Lagrangian term, how its multiplier moves and its target comes down."""

@@ -1,0 +1,118 @@
+"""Several constraints on one model, called and stepped as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.dual import EqualityAscent
+from l0fast.constraints.settle import settle_
+from l0fast.layers.gated import Gated
+from l0fast.measures.measure import measure_name
+
+
+def _least(layer: Gated) -> float:
+    """The parameters that a layer is expected to have with all its gates at their lower bound."""
+    of = layer.distribution
+    return layer.num_gates * layer.group_size / (1 + math.exp(of.bound - of.shift))
+
+
+def _check_reachable(equal: DensityConstraint, other: DensityConstraint) -> None:
+    """Refuses densities to be reached that the targets of another constraint forbid."""
+    if equal.measure != "gates" or other.measure != "gates":
+        return
+    size = {name: layer.num_gates * layer.group_size for name, layer in equal.layers.items()}
+    for name, wanted in equal.targets.items():
+        inside = set(equal.groups[name].layers)
+        most = free = sum(size[layer] for layer in inside)
+        for group, target in zip(other.groups.values(), other.targets.values(), strict=True):
+            shared = sum(size[layer] for layer in group.layers if layer in inside)
+            outside = [equal.layers[layer] for layer in group.layers if layer not in inside]
+            least = sum(_least(layer) for layer in outside)
+            most -= shared
+            most += min(shared, target * sum(size[layer] for layer in group.layers) - least)
+        if wanted > most / free:
+            expected = f"at most {most / free:.6g}, as {other} leaves no more"
+            _checks.refuse(f"constraints: density of {name!r}", wanted, expected)
+
+
+class Constraints(nn.Module):
+    """Several constraints on one model as one: add its call to the loss.
+
+    Equals:
+        sum(constraint() for constraint in constraints)
+    `step()` moves the multipliers of all. `prune` holds every target, by its own measure.
+
+    Args:
+        constraints: `DensityConstraint`s, by different measures or on different layers.
+
+    Attributes:
+        constraints: the same, in order; each with its multipliers.
+
+    Raises:
+        ValueError, TypeError: no constraint, one on another model, two on the same layers by the
+            same measure, or two that cannot both hold. Targets that are the most there may be
+            hold together wherever each can hold alone (see `DensityConstraint`). A density that
+            shall be *equal* to its target may be out of reach under another constraint's targets:
+            by gates that is decided here, exactly, for each pair of constraints; between other
+            measures, and of three or more, it is not.
+    """
+
+    def __init__(self, constraints: Iterable[DensityConstraint]) -> None:
+        super().__init__()
+        terms = list(constraints)
+        expected = "one or more DensityConstraints"
+        for term in terms:
+            if not isinstance(term, DensityConstraint):
+                _checks.refuse("constraints", type(term).__name__, expected, TypeError)
+        if not terms:
+            _checks.refuse("constraints", terms, expected)
+        first = list(terms[0].layers.values())
+        if any(list(term.layers.values()) != first for term in terms):
+            _checks.refuse("constraints", "several models", "constraints on one model")
+        groups = [group for term in terms for group in term.groups.values()]
+        for group in groups:
+            if groups.count(group) > 1:
+                words = f"two on {group.layers} by {measure_name(group.measure)}"
+                _checks.refuse("constraints", words, "one target for each")
+        for term in terms:
+            for other in terms:
+                if isinstance(term.dual, EqualityAscent) and other is not term:
+                    _check_reachable(term, other)
+        self.constraints = nn.ModuleList(terms)
+
+    @property
+    def _terms(self) -> list[DensityConstraint]:
+        return list(self.constraints)  # pyright: ignore[reportReturnType]
+
+    def forward(self) -> Tensor:
+        """0-d: the sum of the constraints' terms."""
+        return torch.stack([term() for term in self._terms]).sum()
+
+    def step(self) -> None:
+        """Moves all multipliers and puts every log_alpha back into its bounds."""
+        for term in self._terms:
+            term.ascend_()
+        self._terms[0].project_()
+
+    def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
+        settle_(
+            self._terms[0].layers,
+            [one for term in self._terms for one in term.budgets()],
+            optimizer,
+        )
+        for term in self._terms:
+            term.rest_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # All of them before the first is changed.
+        for index, term in enumerate(self._terms):
+            term.check_state(state_dict, f"{prefix}constraints.{index}.")
+        super()._load_from_state_dict(state_dict, prefix, *args)

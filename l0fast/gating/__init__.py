@@ -1,0 +1,1 @@
+"""Gates for any model: where they go, and the retrofit."""

@@ -1,0 +1,236 @@
+"""Where gates go in a model, by its structure: what `sparsify_` does with gates="auto".
+
+A gate on a layer's inputs is the safe one: closed, nobody reads the units behind it, so that what
+makes them can go, whatever is between. It serves a block of inputs where those can only vanish
+together: an attention head, a group of a convolution, a channel that was flattened.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from l0fast._tables import aligned
+from l0fast.graph.capture import Trace, is_carrier
+from l0fast.graph.channels import STAYS
+from l0fast.graph.liveness import Liveness
+from l0fast.graph.sites import Site, find_sites, tied_modules
+from l0fast.graph.walk import Walk
+
+
+@dataclass(frozen=True)
+class GateRow:
+    """What one layer is given, and why."""
+
+    name: str
+    kind: str
+    """Class of the layer."""
+    gates: str
+    """"input", "output", "weight", or "" for none."""
+    units: int
+    """How many units each gate serves."""
+    num_gates: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class GateTable:
+    """What `sparsify_` would do: a row for each layer, and a note; prints as a table."""
+
+    layers: tuple[GateRow, ...]
+    note: str = ""
+    """Why the structure is not known, where it is not."""
+
+    def __str__(self) -> str:
+        rows = [("layer", "kind", "gates", "each on", "of", "reason")]
+        for row in self.layers:
+            units, gates = (str(row.units), str(row.num_gates)) if row.gates else ("-", "-")
+            rows.append((row.name, row.kind, row.gates or "-", units, gates, row.reason))
+        lines = aligned(rows, left=len(rows[0]))
+        return "\n".join([*lines, self.note] if self.note else lines)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Where one layer's gates go: "input", "output" or "" for none."""
+
+    gates: str
+    reason: str = ""
+    units: int = 1
+    shared: str = ""
+    """The layer before, which reads the same units, whose gates it shares."""
+
+
+def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
+    """Where gates go in a model whose graph is not known: safe anywhere, if not always smaller."""
+    return {
+        name: Choice("input" if isinstance(layer, nn.Linear) else "output")
+        for name, layer in layers.items()
+    }
+
+
+def by_structure(
+    model: nn.Module, trace: Trace, layers: Mapping[str, nn.Module]
+) -> dict[str, Choice]:
+    """Layer -> where its gates go, for every Linear and convolution that is not a gated one.
+
+    Args:
+        model: without gates on the layers in question.
+        trace: its export.
+        layers: those that may have gates.
+
+    - A convolution whose closed channels reach their readers as zeros has gates on its outputs;
+      a Linear that reads them has a gate on each of its inputs.
+    - Any other layer has gates on its inputs, if nothing but layers needs the units there; one gate
+      for each block of inputs that can only vanish together. Where several layers read the same
+      units (a residual stream, a squeeze-and-excite branch) they share the gates. Where they read
+      some of the same, Linears have gates of their own, but none with a convolution among them.
+    - A Linear that reads the model's own inputs has a gate on each.
+    - No gates where nothing would get smaller: on what a residual stream or the output keeps.
+    """
+    tied = {
+        name: f"it shares its weight with {other}" for name, other in tied_modules(model).items()
+    }
+    sites = find_sites(model, trace, tied, {})
+    recipe = _Recipe(trace, sites, layers)
+    return {name: recipe.choose(site) for name, site in sites.items() if _makes(site.layer)} | {
+        name: Choice("", "it passes its channels on: they go with the gates of its neighbours")
+        for name, site in sites.items()
+        if isinstance(site.layer, nn.modules.conv._ConvNd) and is_carrier(site.layer)
+    }
+
+
+def _makes(layer: nn.Module) -> bool:
+    return not is_carrier(layer)
+
+
+class _Recipe:
+    """What is known of a model's units when the layers choose their gates, in the graph's order."""
+
+    def __init__(
+        self, trace: Trace, sites: dict[str, Site], layers: Mapping[str, nn.Module]
+    ) -> None:
+        self.walk = walk = Walk(trace, sites.values())
+        self.readers: dict[int, set[str]] = {}
+        """Class of units -> the layers that read it."""
+        self.makers: dict[int, set[str]] = {}
+        """Class of units -> the layers that make it."""
+        self.carried: set[int] = set()
+        """Classes of units that a norm or a convolution in groups passes on."""
+        self.vectors: dict[str, Tensor] = {}
+        """Layer that may have gates -> the class of each block of inputs, if they lie in blocks."""
+        for name, units in walk.inputs.items():
+            found = [] if units is None else self._classes(units.labels)
+            if is_carrier(sites[name].layer):
+                self.carried.update(found)
+                continue
+            for one in found:
+                self.readers.setdefault(one, set()).add(name)
+            if units is not None and name in layers and not sites[name].fixed:
+                classes, block = walk.classes[units.labels], len(units.labels) // len(found)
+                vector = classes[::block]
+                if torch.equal(classes, vector.repeat_interleave(block)):
+                    self.vectors[name] = vector
+        for name, labels in walk.made.items():
+            for one in self._classes(labels):
+                self.makers.setdefault(one, set()).add(name)
+        self.stays = int(walk.classes[STAYS])
+        self.nonzero = self._nonzero(trace, sites)
+        """Classes of units that do not reach every reader as zeros when their maker gives zeros."""
+        self.vanishing: dict[str, bool] = {}
+        """First of the layers that read the same -> see `_vanish`."""
+        self.closed_by_maker: set[int] = set()
+        """Classes of units that have gates where they are made."""
+
+    def _classes(self, labels: Tensor) -> list[int]:
+        return self.walk.classes[labels].unique().tolist()
+
+    def _nonzero(self, trace: Trace, sites: dict[str, Site]) -> set[int]:
+        silent = {
+            name: dataclasses.replace(site, writes=torch.zeros_like(site.writes))
+            for name, site in sites.items()
+            if _makes(site.layer)
+        }
+        walk = Walk(trace, (sites | silent).values())
+        found: set[int] = set(self.carried)
+        for name, units in walk.inputs.items():
+            if units is not None and _makes(sites[name].layer):
+                zero = (units.constant == 0) & ~walk.tainted[units.labels]
+                found.update(self._classes(units.labels[~zero]))
+        return found
+
+    def choose(self, site: Site) -> Choice:
+        """Where the gates of a Linear or an ordinary convolution go."""
+        if site.fixed:
+            return Choice("", site.fixed)
+        inputs = self._inputs(site)
+        if inputs.gates or isinstance(site.layer, nn.Linear):
+            return inputs
+        classes = set(self._classes(self.walk.made[site.name]))
+        alone = all(self.makers[one] == {site.name} for one in classes - {self.stays})
+        if self.stays in classes or self.nonzero & classes or not alone:
+            return inputs
+        self.closed_by_maker |= classes
+        return Choice("output")
+
+    def _inputs(self, site: Site) -> Choice:
+        linear = isinstance(site.layer, nn.Linear)
+        units, source = self.walk.inputs[site.name], self.walk.sources[site.name]
+        if units is None or not bool((units.labels != STAYS).any()):
+            if linear and source.startswith("the model's input"):
+                return Choice("input")
+            return Choice("", f"it reads {source}")
+        classes = self.walk.classes[units.labels]
+        found: set[int] = set(classes.tolist())
+        if self.stays in found:
+            return Choice("", f"what it reads must stay: {self.walk.reasons(units.labels)}")
+        if found <= self.closed_by_maker:
+            return Choice("input") if linear else Choice("", "what it reads has gates")
+        vector = self.vectors.get(site.name)
+        if vector is None or len(vector) != len(found):
+            return Choice("", "the units that it reads do not lie in blocks of one size")
+        if len(found) == 1:
+            return Choice("", "what it reads can only vanish as a whole")
+        sharing = [name for name in self.walk.sites if any(name in self.readers[o] for o in found)]
+        alike = all(self._alike(site, name) for name in sharing)
+        images = any(not isinstance(self.walk.sites[n].layer, nn.Linear) for n in sharing)
+        if not alike and images:  # where they disagree they would gather whole images
+            others = ", ".join(name for name in sharing if name != site.name)
+            return Choice("", f"what it reads is also read by {others}")
+        if not linear and not self._vanish(sharing, vector):
+            return Choice("", "no unit that it reads can vanish alone: they are split or shuffled")
+        shared = sharing[0] if alike and sharing[0] != site.name else ""
+        reason = f"the gates of {shared!r}, which reads the same" if shared else ""
+        return Choice("input", reason, len(classes) // len(vector), shared)
+
+    def _alike(self, site: Site, name: str) -> bool:
+        """Whether another layer reads just what this one does, and can share its gates."""
+        mine, other = self.vectors[site.name], self.vectors.get(name)
+        weight, theirs = (self._weight(one) for one in (site, self.walk.sites[name]))
+        return (
+            other is not None
+            and torch.equal(mine, other)
+            and (weight.dtype, weight.device) == (theirs.dtype, theirs.device)
+        )
+
+    def _vanish(self, names: list[str], vector: Tensor) -> bool:
+        """Whether a unit exists no more when the gates that some layers have on it are closed."""
+        if names[0] not in self.vanishing:
+            walk = copy.copy(self.walk)
+            walk.sites = dict(walk.sites)
+            for name in names:
+                reads = walk.classes[self.walk.inputs[name].labels] != vector[0]  # type: ignore[union-attr]
+                walk.sites[name] = dataclasses.replace(walk.sites[name], reads=reads)
+            self.vanishing[names[0]] = not bool(Liveness(walk).present()[vector[0]])
+        return self.vanishing[names[0]]
+
+    @staticmethod
+    def _weight(site: Site) -> Tensor:
+        weight = site.layer._parameters["weight"]
+        assert weight is not None
+        return weight

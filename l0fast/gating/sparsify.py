@@ -1,0 +1,379 @@
+"""Retrofits a model with gates, in place, by replacing its layers with gated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, Literal, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.gating.attention import Unfused, attention_calls, unfuse_
+from l0fast.gating.recipes import Choice, GateRow, GateTable, by_structure, without_structure
+from l0fast.graph import capture
+from l0fast.graph.sites import light_copy, replace
+from l0fast.layers.draw import attach_draw, gated_layers, own_gates
+from l0fast.layers.gated import DENSITY_INIT, GATED_TYPES, GATES
+from l0fast.maths.hard_concrete import HardConcrete
+from l0fast.skipping.following import stop_following
+from l0fast.skipping.links import attach_skipping
+
+FUSED = "a fused op reads its weights"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
+
+
+def _fused(module: nn.Module) -> bool:
+    """Whether a module hands its layers' weights to a fused op, past the layers' own forward."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return _fused(module.self_attn)
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def example_args(example_inputs: Any) -> tuple[Any, ...]:
+    """The positional arguments of a model's forward that `example_inputs` stands for."""
+    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+
+
+_WRAPPERS = {
+    "OptimizedModule": "_orig_mod",
+    "DistributedDataParallel": "module",
+    "DataParallel": "module",
+}
+"""Classes that stand around a user's model -> where they keep it."""
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The user's own model, out of what torch.compile and data parallelism put around it."""
+    while type(model).__name__ in _WRAPPERS:
+        model = model.get_submodule(_WRAPPERS[type(model).__name__])
+    return model
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Generator[None, None, None]:
+    """Puts the model into evaluation, without autograd, and every module back after it."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def _matcher(option: str, selection: Selection, names: list[str]) -> Callable[..., bool]:
+    """A predicate of (name, module); patterns that match no layer are refused."""
+    if callable(selection):
+        return selection
+    patterns = [selection] if isinstance(selection, str) else selection
+    if not isinstance(patterns, Iterable):
+        _checks.refuse(option, patterns, "glob patterns or a predicate(name, layer)", TypeError)
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            _checks.refuse(option, pattern, "glob patterns or a predicate(name, layer)", TypeError)
+        if not any(fnmatchcase(name, pattern) for name in names):
+            _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
+    return lambda name, _layer: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _eligible(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> Linear or conv whose own forward runs, each once, in the model's order."""
+    inside_fused = {
+        id(layer) for module in model.modules() if _fused(module) for layer in module.modules()
+    }
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) in GATED_TYPES and id(layer) not in inside_fused
+    }
+
+
+def _row(name: str, layer: Any, choice: Choice) -> GateRow:
+    inputs, outputs = capture.layer_size(layer)
+    sizes = {"input": inputs, "output": outputs, "weight": layer.weight.numel(), "": 0}
+    gates = sizes[choice.gates] // choice.units
+    kind = type(layer).__name__
+    return GateRow(name, kind, choice.gates, choice.units, gates, choice.reason)
+
+
+def _fused_rows(model: nn.Module, reasons: Mapping[str, str]) -> list[GateRow]:
+    fused = ((name, module) for name, module in model.named_modules() if _fused(module))
+    return [
+        GateRow(name, type(module).__name__, "", 1, 0, reasons.get(name) or FUSED)
+        for name, module in fused
+    ]
+
+
+def _with_ordinary_attention(
+    model: ModelT, example_inputs: Any
+) -> tuple[ModelT, dict[str, Unfused], dict[str, str]]:
+    """A copy, with the same parameters, whose fused attentions are ordinary where they can be:
+    these, and why the others cannot."""
+    with evaluating(model):
+        found = attention_calls(model, example_args(example_inputs))
+    calls = {name: call for name, call in found.items() if isinstance(call, Unfused)}
+    reasons = {name: call for name, call in found.items() if isinstance(call, str)}
+    return (unfuse_(light_copy(model), calls) if calls else model), calls, reasons  # type: ignore[return-value]
+
+
+def _gated_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether some of `layers` are in what makes an attention fused: itself, or all around it."""
+    fused = name.removesuffix(".self_attn")
+    return any(layer.startswith(f"{fused}.") for layer in layers)
+
+
+def _reached(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) -> set[int]:
+    """The ids of the layers that run when the model is given `example_inputs`."""
+    reached: set[int] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda module, _: reached.add(id(module)))
+        for layer in layers.values()
+    ]
+    try:
+        with evaluating(model):
+            model(*example_args(example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached
+
+
+def _per_layer(option: str, value: Any, names: list[str]) -> dict[str, float | None]:
+    """A number for all layers, or a mapping of name patterns to numbers, as name -> number."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    chosen: dict[str, float | None] = dict.fromkeys(names)
+    for pattern, number in value.items():
+        matches = _matcher(option, pattern, names)
+        chosen.update({name: number for name in names if matches(name, None)})
+    return chosen
+
+
+def _choices(
+    model: nn.Module, gates: str, layers: dict[str, nn.Module], example_inputs: Any
+) -> tuple[dict[str, Choice], str]:
+    """Layer -> where its gates go, and a note if the model's structure is not known."""
+    if gates != "auto":
+        return {name: Choice(gates) for name in layers}, ""
+    if example_inputs is None:
+        note = "each layer by itself: no example_inputs, so the model's structure is not known"
+        return without_structure(layers), note
+    try:
+        with evaluating(model):
+            trace = capture.export(model, example_args(example_inputs))
+    except Exception as failure:
+        reason = (str(failure).strip().splitlines() or [""])[0][:200]
+        note = f"each layer by itself: torch.export refuses the model, {reason}"
+        return without_structure(layers), note
+    return by_structure(model, trace, layers), ""
+
+
+@overload
+def sparsify_(
+    model: ModelT,
+    *,
+    gates: str = "auto",
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    density_init: float | Mapping[str, float] | None = None,
+    droprate_init: float | Mapping[str, float] | None = None,
+    distribution: HardConcrete | None = None,
+    noise: str = "batch",
+    example_inputs: Any = None,
+    skip: str | bool = "auto",
+    dry_run: Literal[False] = False,
+) -> ModelT: ...
+
+
+@overload
+def sparsify_(
+    model: nn.Module,
+    *,
+    gates: str = "auto",
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    density_init: float | Mapping[str, float] | None = None,
+    droprate_init: float | Mapping[str, float] | None = None,
+    distribution: HardConcrete | None = None,
+    noise: str = "batch",
+    example_inputs: Any = None,
+    skip: str | bool = "auto",
+    dry_run: Literal[True],
+) -> GateTable: ...
+
+
+def sparsify_(
+    model: nn.Module,
+    *,
+    gates: str = "auto",
+    include: Selection | None = None,
+    exclude: Selection | None = None,
+    density_init: float | Mapping[str, float] | None = None,
+    droprate_init: float | Mapping[str, float] | None = None,
+    distribution: HardConcrete | None = None,
+    noise: str = "batch",
+    example_inputs: Any = None,
+    skip: str | bool = "auto",
+    dry_run: bool = False,
+) -> nn.Module | GateTable:
+    """Puts gates on a model's linear and convolution layers, in place, and returns the model.
+
+    The parameters stay the same objects, so an optimizer built before still holds them; the
+    gates' `log_alpha` come on top. In training the gates of all layers are sampled by one op at
+    the start of the model's forward. With density_init=1 the model computes in evaluation
+    exactly what it computed before (fused attention that is made ordinary: but for rounding).
+
+    With gates="auto" the model's structure says where they go, found by one torch.export on
+    `example_inputs`: on the output channels of convolutions without a norm behind them; elsewhere
+    on the inputs of a Linear, or of a convolution that alone reads some hidden units, so that what
+    makes these can go (a convolution and its batch norm, an MLP's hidden units, both halves of a
+    gated MLP); one gate for each attention head, group of query heads with one key, or group of a
+    convolution; and on the model's own inputs into a Linear. What a residual stream with norms, or
+    the model's output, needs has none. Where there is no example, or torch.export refuses the
+    model, each convolution has gates on its outputs and each Linear on its inputs.
+
+    Args:
+        model: any module; layers of exactly the classes nn.Linear and nn.Conv1d/2d/3d take part
+            (those inside PyTorch's fused attention modules do not).
+        gates: "auto", or "input", "output" or "weight" for every layer that takes part.
+        include: only layers whose name matches a glob pattern (or one of several), or for which
+            predicate(name, layer) is true.
+        exclude: the same, left out.
+        density_init: the density the gates start with, in (0, 1]: a number, or name pattern ->
+            number (layers not named start at 0.9). Default 0.9.
+        droprate_init: for replicating papers, see `L0Linear`; a number or a mapping.
+        distribution: of the gates; HardConcrete() by default.
+        noise: "batch" or "example", see `L0Linear`.
+        example_inputs: what the model's forward takes (a tuple for several arguments); where
+            given, layers that never run on it are left out, and closed units can be skipped.
+        skip: whether a training step leaves out of its computation the units whose gates are drawn
+            closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
+            units can be followed from the layers that make them to those that read them; False:
+            nowhere. Needs `example_inputs`. On a GPU chains of linear layers alone are skipped by
+            kernels that ask nobody; in a model with convolutions the host waits for the gates once
+            a step.
+        dry_run: change nothing, and return a table of what would have gates and why the others
+            would not; it prints as a table.
+
+    Raises:
+        ValueError: no layer is left to gate, a pattern matches none, or an option is out of range.
+        TypeError: an option of a wrong type.
+
+    Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
+    """
+    if not isinstance(model, nn.Module):
+        _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
+    _checks.one_of("gates", gates, ("auto", *GATES))
+    _checks.auto_or_bool("skip", skip)
+    if skip is True and example_inputs is None:
+        _checks.refuse("skip", skip, "'auto' or False without example_inputs")
+    if density_init is not None and droprate_init is not None:
+        _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
+    calls: dict[str, Unfused] = {}
+    twin, fused = model, dict[str, str]()
+    if gates == "auto" and example_inputs is not None:
+        twin, calls, fused = _with_ordinary_attention(model, example_inputs)
+    layers = _eligible(twin)
+    names = list(layers)
+    if "" in layers:
+        wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
+        _checks.refuse("model", f"a single {type(model).__name__}", wanted)
+    if include is not None:
+        keep = _matcher("include", include, names)
+        layers = {name: layer for name, layer in layers.items() if keep(name, layer)}
+    if exclude is not None:
+        drop = _matcher("exclude", exclude, names)
+        layers = {name: layer for name, layer in layers.items() if not drop(name, layer)}
+    if example_inputs is not None:
+        reached = _reached(twin, layers, example_inputs)
+        layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
+    choices, note = _choices(twin, gates, layers, example_inputs)
+    considered, layers = layers, {n: layer for n, layer in layers.items() if choices[n].gates}
+    if dry_run:
+        rows = [_row(name, layer, choices[name]) for name, layer in considered.items()]
+        return GateTable(tuple(rows + _fused_rows(twin, fused)), note)
+    if not layers and not gated_layers(model):
+        if considered:
+            why = next(f"{name!r}: {choices[name].reason}" for name in considered)
+            _checks.refuse(
+                "gates", gates, f"'input', 'output' or 'weight' where no recipe fits ({why})"
+            )
+        _checks.refuse("model", type(model).__name__, "a model with a Linear or conv layer to gate")
+    densities = _per_layer("density_init", density_init, list(layers))
+    droprates = _per_layer("droprate_init", droprate_init, list(layers))
+    if isinstance(density_init, Mapping):
+        densities = {
+            name: DENSITY_INIT if value is None else value for name, value in densities.items()
+        }
+
+    for name in layers:
+        owner = choices[name].shared
+        for option, of in (("density_init", densities), ("droprate_init", droprates)):
+            if owner and of[name] != of[owner]:
+                expected = f"one number for {owner!r} and {name!r}, which share their gates"
+                _checks.refuse(option, [of[owner], of[name]], expected)
+
+    stop_following(model)
+    unfuse_(model, {name: call for name, call in calls.items() if _gated_inside(name, layers)})
+    layers = {name: model.get_submodule(name) for name in layers}
+    gated: dict[str, Any] = {}
+    for name, layer in layers.items():
+        gated[name] = GATED_TYPES[type(layer)].from_dense(
+            layer,
+            gates=choices[name].gates,
+            units=choices[name].units,
+            shared=gated.get(choices[name].shared),
+            density_init=densities[name],
+            droprate_init=droprates[name],
+            distribution=distribution,
+            noise=noise,
+        )
+    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+    attach_draw(model)
+    if example_inputs is not None:
+        attach_skipping(model, example_args(example_inputs), skip)
+    return model
+
+
+def param_groups(
+    model: nn.Module,
+    lr: float,
+    gate_lr: float | None = None,
+    *,
+    weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer: the model's own parameters, and its gates.
+
+    Args:
+        model: a model with gates.
+        lr: learning rate of the weights, > 0.
+        gate_lr: learning rate of every log_alpha, > 0; `lr` by default.
+        weight_decay: of the weights, >= 0; the gates have none.
+
+    Returns:
+        Two groups, {"params", "lr", "weight_decay"}: weights first, gates second.
+
+    Raises:
+        ValueError, TypeError: the model has no gates, or a number is out of range.
+    """
+    _checks.number("lr", lr, "a number > 0", low=0.0, open_low=True)
+    if gate_lr is not None:
+        _checks.number("gate_lr", gate_lr, "a number > 0", low=0.0, open_low=True)
+    _checks.number("weight_decay", weight_decay, "a number >= 0", low=0.0)
+    layers = gated_layers(model)
+    if not layers:
+        _checks.refuse("model", type(model).__name__, "a model with gates (see sparsify_)")
+    gates: list[Tensor] = [layers[name].log_alpha for name in own_gates(layers)]
+    ids = {id(gate) for gate in gates}
+    weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
+    return [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": gates, "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,135 @@
+"""One export of a plain model: its graph, and which nodes are whose calls."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Generator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Node
+
+from l0fast.graph.channels import op_name
+
+LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+"""Classes of layers that can be made smaller -> how many dimensions follow their channels."""
+
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+"""Classes of norms that shrink with the channels they pass on, in dimension 1."""
+
+_CALLS = {"aten::linear", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::batch_norm"}
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a batch norm; classes that add an activation to it count, too."""
+    return isinstance(module, NORMS)
+
+
+def is_site(module: nn.Module) -> bool:
+    """Whether a module is one that can be made smaller."""
+    if is_norm(module):
+        return module._buffers.get("running_mean") is not None
+    return type(module) in LAYERS and module._parameters.get("weight") is not None
+
+
+def is_carrier(layer: nn.Module) -> bool:
+    """Whether a layer passes its channels on (a norm, or a convolution in groups of them)."""
+    return is_norm(layer) or getattr(layer, "groups", 1) > 1
+
+
+def layer_size(layer: nn.Module) -> tuple[int, int]:
+    """(inputs, outputs) of a Linear, a convolution or a batch norm."""
+    if isinstance(layer, NORMS):
+        return layer.num_features, layer.num_features
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features
+    return layer.in_channels, layer.out_channels  # type: ignore[return-value]
+
+
+@dataclass
+class Trace:
+    """An exported model: its graph, and which layers' own calls its nodes are.
+
+    Layers are Linears, convolutions and batch norms.
+    """
+
+    graph: torch.fx.Graph
+    calls: dict[Node, str]
+    callers: dict[Node, str]
+    """Node -> the innermost module in whose forward it is."""
+    inputs: set[str]
+    """Names of the nodes that are the model's own inputs."""
+    read_outside: set[str]
+    """Layers whose weights something other than their own call reads."""
+    counts: Counter[str] = field(init=False)
+    """How often each layer is called."""
+
+    def __post_init__(self) -> None:
+        self.counts = Counter(self.calls.values())
+
+
+@contextmanager
+def _quietly() -> Generator[None]:
+    """torch.export speaks of its own affairs: not while we use it."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
+    """The graph of one forward of `model`, in evaluation.
+
+    Raises:
+        Exception: whatever torch.export raises for a model that it refuses.
+    """
+    with _quietly(), torch.no_grad():
+        program = torch.export.export(model, args, strict=False)
+    program.graph.eliminate_dead_code()  # what nobody reads ties no units
+    signature = program.graph_signature
+    held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def holder(node: object) -> tuple[nn.Module, str] | None:
+        """The module and attribute of the tensor that a placeholder stands for."""
+        name = held_at.get(node.name) if isinstance(node, Node) else None
+        if name is None:
+            return None
+        path, _, attribute = name.rpartition(".")
+        return modules[path], attribute
+
+    calls: dict[Node, str] = {}
+    callers: dict[Node, str] = {}
+    for node in program.graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        path = next(reversed(stack.values()))[0] if stack else ""
+        caller = modules.get(path, model)
+        callers[node] = names[id(caller)]
+        if op_name(node) not in _CALLS or not is_site(caller):
+            continue
+        held = (3, "running_mean") if is_norm(caller) else (1, "weight")
+        if holder(node.args[held[0]]) == (caller, held[1]):
+            calls[node] = names[id(caller)]
+    read_outside: set[str] = set()
+    for node in program.graph.nodes:
+        held_by = holder(node)
+        if held_by is None or not is_site(held_by[0]):
+            continue
+        # A higher-order op (a region under autocast or no_grad) may hold the layer's own call.
+        foreign = (user for user in node.users if user not in calls)
+        if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
+            read_outside.add(names[id(held_by[0])])
+    return Trace(
+        program.graph, calls, callers, {str(name) for name in signature.user_inputs}, read_outside
+    )

@@ -1,0 +1,212 @@
+"""Which units of a model somebody reads, and what each of its layers therefore needs.
+
+A unit that every reader ignores (its gate there is closed, or it is constantly zero there) need
+not exist, whatever is between; one that reaches an op which cannot be followed must.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from l0fast.graph.capture import is_carrier
+from l0fast.graph.channels import RIGID, STAYS, Units, narrowed, op_name
+from l0fast.graph.sites import Site
+from l0fast.graph.walk import Walk
+
+
+@dataclass
+class Extent:
+    """What one layer physically has: its columns and rows, and what arrives and leaves."""
+
+    arrives: Tensor
+    """bool [in]: inputs that are there."""
+    columns: Tensor
+    """bool [in], within `arrives`: inputs that it computes with."""
+    rows: Tensor
+    """bool [out]: outputs that it computes."""
+    leaves: Tensor
+    """bool [out], around `rows`: outputs that are there afterwards, zeros where not computed."""
+    source: str = ""
+    """Where the inputs come from, if they could not be followed."""
+    stops: list[str] = field(default_factory=list)
+    """What reads the outputs and cannot be followed, or needs them to be there."""
+    constants: Tensor | None = None
+    """float64 [in]: the constant of each input that goes into the bias in its stead, or 0."""
+
+
+def local_extents(sites: Iterable[Site]) -> dict[str, Extent]:
+    """Every layer by itself: gather its open inputs, compute, scatter its open outputs."""
+    return {site.name: _local(site) for site in sites}
+
+
+def _local(site: Site) -> Extent:
+    arrives, leaves = torch.ones_like(site.reads), torch.ones_like(site.writes)
+    columns, rows = (site.reads, site.writes) if site.local else (arrives, leaves)
+    return Extent(arrives, columns, rows, leaves)
+
+
+class Liveness:
+    """What is left of a model's units when its gates are closed.
+
+    Args:
+        walk: along the graph of the model, without gates.
+    """
+
+    def __init__(self, walk: Walk) -> None:
+        self.walk = walk
+        self.columns: dict[str, Tensor] = {}
+        """Layer -> bool [in]: inputs that it reads and that are not constants which can go."""
+        self.constants: dict[str, Tensor] = {}
+        """Layer -> float64 [in]: the constants that can go into its bias, else 0."""
+        live = torch.zeros(len(walk.classes), dtype=torch.bool)
+        live[walk.classes[STAYS]] = True
+        for name, units in walk.inputs.items():
+            site = walk.sites[name]
+            if units is None or is_carrier(site.layer) or site.fixed:
+                continue
+            zero = (units.constant == 0) & ~walk.tainted[units.labels]
+            self.constants[name] = torch.zeros_like(units.constant)
+            if site.folds:
+                known = ~units.constant.isnan() & ~walk.restless[units.labels] & ~zero
+                self.constants[name][known] = units.constant[known]
+                zero |= known
+            self.columns[name] = site.reads & ~zero
+            live[walk.classes[units.labels[self.columns[name]]]] = True
+        # A layer keeps a unit even if its readers and its own gates have none in common.
+        for name, labels in walk.made.items():
+            writes, classes = walk.sites[name].writes, walk.classes[labels]
+            if bool(writes.any()) and not bool((live[classes] & writes).any()):
+                live[classes[writes.nonzero()[0]]] = True
+        self.live = live
+        """bool, by class of units: somebody reads it."""
+        labels = [narrowed(units.labels) for node in walk.values for units in walk.units(node)]
+        self._grids = [
+            walk.classes[grid] for grid in labels if sum(size > 1 for size in grid.shape) > 1
+        ]
+        """Classes of the units of each tensor that has them along several dimensions."""
+
+    def _read(self, node: Node) -> Tensor:
+        """The units that a node reads."""
+        parts = (u.labels for source in node.all_input_nodes for u in self.walk.units(source))
+        return torch.cat([torch.tensor([STAYS]), *(part.unique() for part in parts)])
+
+    def _rigid(self, modules: Collection[str] | None) -> list[tuple[Node, Tensor]]:
+        """The nodes of some modules (None: of all) that may have sizes written out; their units."""
+        trace = self.walk.trace
+        return [
+            (node, self._read(node))
+            for node in trace.graph.nodes
+            if op_name(node) in RIGID and (modules is None or trace.callers[node] in modules)
+        ]
+
+    def _left(self, units: Units, present: Tensor, dim: int) -> int:
+        """What is left of a tensor's size along one dimension."""
+        labels = narrowed(units.labels).movedim(dim, 0)
+        there = present[self.walk.classes[labels]].reshape(len(labels), -1).any(1)
+        return int(there.expand(units.labels.shape[dim]).sum())
+
+    def _uneven(self, node: Node, present: Tensor) -> bool:
+        """Whether x.chunk(n) would cut what is left elsewhere than between its parts."""
+        number, dim = (*node.args, 0)[1:3]
+        left = [self._left(part, present, dim) for part in self.walk.units(node)]  # type: ignore[arg-type]
+        return left != [len(part) for part in torch.empty(sum(left)).chunk(number)]  # type: ignore[arg-type]
+
+    def viewed(self, rigid: Collection[str]) -> Tensor:
+        """bool, by class of units: some modules view, split or slice it."""
+        viewed = torch.zeros_like(self.live)
+        for _, labels in self._rigid(rigid):
+            viewed[self.walk.classes[labels]] = True
+        return viewed
+
+    def present(self, rigid: Collection[str] = ()) -> Tensor:
+        """bool, by class of units: it exists, if only as zeros."""
+        classes, present = self.walk.classes, self.live | self.viewed(rigid)
+        uneven = [node for node in self.walk.values if op_name(node) == "aten::chunk"]
+        # What is left of every tensor must be whole slices along each of its dimensions.
+        while True:
+            before = present.clone()
+            for grid in self._grids:
+                block = torch.ones_like(grid, dtype=torch.bool)
+                for dim in range(grid.dim()):
+                    others = [other for other in range(grid.dim()) if other != dim]
+                    block &= present[grid].any(others, keepdim=True)
+                present[grid[block]] = True
+            for node in uneven:
+                if self._uneven(node, present):
+                    present[classes[self._read(node)]] = True
+            if torch.equal(before, present):
+                return present
+
+    def shrinking(self) -> list[str]:
+        """The modules that view, split or slice tensors which lose units, in the graph's order."""
+        present, classes = self.present(), self.walk.classes
+        return list(
+            dict.fromkeys(
+                self.walk.trace.callers[node]
+                for node, labels in self._rigid(None)
+                if not bool(present[classes[labels]].all())
+            )
+        )
+
+    def sizes(self, module: str) -> set[tuple[int, int]]:
+        """(before, after) of the sizes that change in what a module views, splits or slices."""
+        present = self.present()
+        found: set[tuple[int, int]] = set()
+        for node, _ in self._rigid([module]):
+            for units in (u for n in (node, *node.all_input_nodes) for u in self.walk.units(n)):
+                for dim, size in enumerate(units.labels.shape):
+                    left = self._left(units, present, dim)
+                    if left < size:
+                        found.add((size, left))
+        return found
+
+    def extents(self, rigid: Collection[str] = ()) -> dict[str, Extent]:
+        """What each layer physically needs, with gathers and scatters only where they must be.
+
+        Args:
+            rigid: modules in whose forward sizes are written out: what they view, split or slice
+                must be there, if only as zeros.
+        """
+        walk, present = self.walk, self.present(rigid)
+        stops = {name: list(reasons) for name, reasons in walk.stops.items()}
+        for node, labels in self._rigid(rigid):
+            for name in walk.makers(labels):
+                if op_name(node) not in stops[name]:
+                    stops[name].append(op_name(node))
+        result = local_extents(walk.sites.values())
+        for name, extent in result.items():
+            if walk.trace.counts[name] != 1:
+                continue
+            units = walk.inputs[name]
+            extent.source, extent.stops = walk.sources[name], stops[name]
+            if units is not None and not extent.source:
+                extent.source = walk.reasons(units.labels)
+            if not walk.sites[name].fixed:
+                self._fit(extent, walk.sites[name], present)
+        return result
+
+    def _fit(self, extent: Extent, site: Site, present: Tensor) -> None:
+        """Gives a layer what is left of the units that arrive and leave."""
+        units, outputs = (
+            self.walk.inputs[site.name],
+            self.walk.classes[self.walk.outputs[site.name]],
+        )
+        extent.leaves = present[outputs]
+        arrives = None if units is None else present[self.walk.classes[units.labels]]
+        if is_carrier(site.layer):
+            extent.rows = extent.leaves
+            if arrives is not None:
+                extent.arrives = extent.columns = arrives
+            return
+        extent.rows = extent.leaves & self.live[outputs] & site.writes
+        if arrives is not None:
+            extent.arrives, extent.columns = arrives, self.columns[site.name].clone()
+            if not bool(extent.columns.any()):
+                extent.columns[extent.arrives.nonzero()[0]] = True
+            gone = site.reads & ~extent.columns
+            extent.constants = self.constants[site.name].masked_fill(~gone, 0.0)

@@ -1,0 +1,115 @@
+"""The layers of a model that may get smaller, and why others must not."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.graph.capture import Trace, is_carrier, is_site, layer_size
+from l0fast.layers.draw import gated_layers
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer that may get smaller, as its own gates and the rest of the model leave it."""
+
+    name: str
+    layer: nn.Module
+    reads: Tensor
+    """bool [in]: inputs that its gates leave open."""
+    writes: Tensor
+    """bool [out]: outputs that its gates leave open."""
+    fixed: str = ""
+    """Why its full inputs and outputs must stay where they are, if they must."""
+    local: bool = True
+    """Whether it may nevertheless compute less inside, with a gather and a scatter around."""
+    folds: bool = False
+    """Whether an input that is constant can be made part of its bias."""
+
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def light_copy(model: nn.Module) -> nn.Module:
+    """A copy whose modules may be replaced: it has the same parameters, not copies of them."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
+    """Puts modules into the places of others (by id), in place; returns the root."""
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if id(child) in replacements:
+                module._modules[name] = replacements[id(child)]
+    return replacements.get(id(model), model)
+
+
+def tied_modules(model: nn.Module) -> dict[str, str]:
+    """Module -> what it shares a parameter with; gates do not count."""
+    gates = {id(layer.log_alpha) for layer in gated_layers(model).values()}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is None or id(parameter) in gates:
+                continue
+            if name not in owners.setdefault(id(parameter), []):
+                owners[id(parameter)].append(name)
+    tied: dict[str, str] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            others = [other for other in owners.get(id(parameter), []) if other != name]
+            if others:
+                tied[name] = " and ".join(repr(other) for other in others)
+    return tied
+
+
+def _has_bias_for_all(layer: nn.Module) -> bool:
+    """Whether a constant input adds the same everywhere, to a bias: it is not padded with zeros."""
+    padding: Any = getattr(layer, "padding", "valid")
+    same = not any(padding) if isinstance(padding, tuple) else padding == "valid"
+    return same and layer._parameters.get("bias") is not None
+
+
+def find_sites(
+    model: nn.Module, trace: Trace | None, tied: Mapping[str, str], full: Mapping[str, str]
+) -> dict[str, Site]:
+    """Every Linear, convolution and batch norm of a model, all of it open.
+
+    Args:
+        model: without gates.
+        trace: its export, if there is one.
+        tied: layer -> what it shares its weight with, in words.
+        full: layers that must not get smaller -> why.
+    """
+    sites: dict[str, Site] = {}
+    for name, layer in model.named_modules():
+        if not is_site(layer):
+            continue
+        inputs, outputs = layer_size(layer)
+        local = False
+        if name in full:
+            fixed = full[name]
+        elif name in tied:
+            fixed = tied[name]
+        elif trace is not None and name in trace.read_outside:
+            fixed = "its weight is also read outside of its own call"
+        elif any(getattr(layer, hooks) for hooks in _HOOKS):
+            fixed = "it has hooks"
+        else:
+            local = not is_carrier(layer)
+            calls = 1 if trace is None else trace.counts[name]
+            fixed = "" if calls == 1 else f"it is called {calls} times"
+        reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
+        folds = not fixed and not is_carrier(layer) and _has_bias_for_all(layer)
+        sites[name] = Site(name, layer, reads, writes, fixed, local, folds)
+    return sites

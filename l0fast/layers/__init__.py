@@ -1,0 +1,1 @@
+"""Gated layers, and the one draw that serves a whole model."""

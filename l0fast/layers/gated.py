@@ -1,0 +1,493 @@
+"""Gated layers: drop-in subclasses of torch.nn's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any, ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l0fast import _checks, autograd, functional
+from l0fast.layers.draw import DRAWN, Drawn, OnDevice
+from l0fast.maths.gated_weight import mask
+from l0fast.maths.hard_concrete import HardConcrete
+
+GATES = ("input", "output", "weight")
+NOISE = ("batch", "example")
+DENSITY_INIT = 0.9
+DROPRATE_STD = 0.01
+"""Spread of log_alpha around its mean in the published initialisation (droprate_init)."""
+
+
+def _own_state(layer: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The attributes of `layer` for another layer to take over: the very parameters and hooks."""
+    return {
+        key: copy.copy(value) if isinstance(value, (dict, set)) else value
+        for key, value in vars(layer).items()
+        # A layer that was compiled by itself holds its own class's forward there.
+        if key not in (*without, "_compiled_call_impl")
+    }
+
+
+class Gated(Drawn):
+    """What the gated layers share: where the gates sit, their log_alpha, and how z is had.
+
+    Training draws z; evaluation takes its median. A layer inside a model that `sparsify_` has
+    prepared uses the draw made for the whole model at the start of that model's forward; a layer
+    used alone draws its own.
+
+    Args:
+        gates: "input" (a gate on each input unit or channel), "output" (on each output unit or
+            channel, its bias included) or "weight" (on each single weight).
+        density_init: the open probability every gate starts with, in (0, 1].
+        droprate_init: for replicating papers: log_alpha ~ N(log((1 - d) / d), 0.01); this
+            names no density (droprate 0.5 starts at density 0.832). Not with `density_init`.
+        distribution: of every gate; HardConcrete() by default.
+        noise: "batch" (one sample serves all examples) or "example" (each has its own; not for
+            gates on single weights).
+    """
+
+    dense_type: ClassVar[type[nn.Module]]
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    _full: tuple[int, int] | None = None
+    """Number of gates and group size before any gate was removed for good."""
+
+    def _init_gates(
+        self,
+        gates: str,
+        density_init: float | None,
+        droprate_init: float | None,
+        distribution: HardConcrete | None,
+        noise: str,
+        units: int = 1,
+        shared: Gated | None = None,
+    ) -> None:
+        self.gates, self.noise, self.units = gates, noise, units
+        self.distribution = functional.checked_distribution(distribution)
+        self._forget_draws()
+        if shared is not None:
+            self.distribution, self.log_alpha = shared.distribution, shared.log_alpha
+            return
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        shape = self._gate_shape()
+        log_alpha = torch.full(shape, 0.0, dtype=dtype, device=self.weight.device)
+        if droprate_init is not None:
+            mean = math.log(1 - droprate_init) - math.log(droprate_init)
+            log_alpha.normal_(mean, DROPRATE_STD)
+        else:
+            log_alpha.fill_(self.distribution.log_alpha(density_init or DENSITY_INIT))
+        self.log_alpha = nn.Parameter(log_alpha)
+
+    @classmethod
+    def from_dense(
+        cls,
+        layer: nn.Module,
+        *,
+        gates: str | None = None,
+        density_init: float | None = None,
+        droprate_init: float | None = None,
+        distribution: HardConcrete | None = None,
+        noise: str = "batch",
+        units: int = 1,
+        shared: Gated | None = None,
+    ) -> Self:
+        """A gated layer that shares the very parameters (and hooks) of a dense one.
+
+        Args:
+            layer: of exactly the dense class.
+            gates, density_init, droprate_init, distribution, noise: as in `Gated`.
+            units: with gates on inputs, how many consecutive ones each gate serves: those of an
+                attention head, say.
+            shared: another gated layer, which reads the same units: its gates are this one's too.
+
+        Raises:
+            TypeError: `layer` is not exactly of the dense class.
+            ValueError: an option is out of its range.
+        """
+        if type(layer) is not cls.dense_type:
+            _checks.refuse(
+                "layer", type(layer).__name__, f"a torch.nn.{cls.dense_type.__name__}", TypeError
+            )
+        gates = gates or cls.default_gates
+        _check_options(gates, density_init, droprate_init, noise)
+        _checks.whole("units", units)
+        self = cls.__new__(cls)
+        self.__dict__.update(_own_state(layer))
+        if units > 1 and gates != "input":
+            _checks.refuse("units", units, f"1 where gates={gates!r}")
+        if self._num_inputs() % units:
+            _checks.refuse("units", units, f"a divisor of its {self._num_inputs()} inputs")
+        if shared is not None:
+            mine, theirs = (gates, self._num_inputs() // units), (shared.gates, shared.num_gates)
+            if mine != theirs or gates != "input":
+                got = f"{theirs[1]} gates on its {theirs[0]}s"
+                _checks.refuse("shared", got, f"a layer with {mine[1]} gates on its inputs")
+        self._init_gates(gates, density_init, droprate_init, distribution, noise, units, shared)
+        return self
+
+    default_gates: ClassVar[str]
+
+    # --- the gates -----------------------------------------------------------------------------
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    def _num_inputs(self) -> int:
+        raise NotImplementedError
+
+    @property
+    def num_gates(self) -> int:
+        """How many gates the layer has."""
+        return self.log_alpha.numel()
+
+    def remember_size(self) -> None:
+        """Keeps counting against the size of now when gates are removed for good."""
+        if self._full is None:
+            self._full = self.num_gates, self.group_size
+
+    @property
+    def all_gates(self) -> int:
+        """How many gates the layer had at first, before any was removed for good."""
+        return self.num_gates if self._full is None else self._full[0]
+
+    @property
+    def group_size(self) -> int:
+        """How many parameters one gate controls (or did, before units were removed for good); a
+        bias counts where it is gated."""
+        if self._full is not None:
+            return self._full[1]
+        biases = 1 if self.gates == "output" and self.bias is not None else 0
+        return self.weight.numel() // max(self.num_gates, 1) + biases
+
+    def evaluation_gates(self) -> Tensor:
+        """z in evaluation: the median of each gate, of log_alpha's shape."""
+        return self.distribution.median(self.log_alpha)
+
+    def _z(self) -> Tensor:
+        """Gates that serve this whole call, one for each unit."""
+        if self.training and self._drawn_here():
+            z = self._drawn[0]
+            assert z is not None
+            return self.spread(z.to(self.weight.dtype))
+        if self.settled or not self.training:
+            return self.spread(self.evaluation_gates().to(self.weight.dtype))
+        gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
+        self._count_alone(gates.expected_open)
+        return self.spread(gates.z.to(self.weight.dtype))
+
+    def _example_z(self, x: Tensor, dim: int) -> Tensor:
+        """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it; once
+        they are settled, the same for all."""
+        batched = x.dim() > -dim and not self.settled
+        examples = x.shape[0] if batched else 1
+        shape = [1] * x.dim()
+        if self.settled:
+            z = self.spread(self.evaluation_gates())
+        else:
+            log_alpha = self.log_alpha.expand(examples, -1)
+            z = self.spread(functional.hard_concrete(log_alpha, distribution=self.distribution).z)
+        shape[dim] = z.shape[-1]
+        if batched:
+            shape[0] = examples
+        return z.to(x.dtype).view(shape)
+
+    def _masked(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and bias with their gates multiplied in."""
+        if self.gates == "weight":
+            if self.settled or not self.training:
+                return mask(self.weight, self._z(), None), self.bias
+            masked, expected_open = functional.gated_weight(
+                self.weight, self.log_alpha, distribution=self.distribution
+            )
+            self._count_alone(expected_open)
+            return masked, self.bias
+        z = self._z()
+        if self.gates == "output":
+            bias = None if self.bias is None else self.bias * z
+            return mask(self.weight, z, 0), bias
+        return self._mask_inputs(z), self.bias
+
+    def _mask_inputs(self, z: Tensor) -> Tensor:
+        return mask(self.weight, z, 1)
+
+    def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, masked weight and bias of this call: all of them, or what its gates leave open.
+
+        Args:
+            x: the input, with its channels along `dim` < 0.
+        """
+        # A model's draw, which also says what to leave out, holds in its forward alone.
+        compact = self._compact if self.training and self._drawn_here() else None
+        if compact is None:
+            return (x, *self._masked())
+        assert not isinstance(compact, OnDevice)  # for layers that only compute in parts
+        rows, cols, gather = compact
+        if gather is not None:
+            x = autograd.gather(x, gather, dim)
+        by_output = self.gates == "output"
+        z = self._z()
+        return x, *autograd.compact_weight(
+            self.weight, self.bias, z, 0 if by_output else 1, rows, cols
+        )
+
+    def dense(self) -> nn.Module:
+        """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
+        dense = self.dense_type.__new__(self.dense_type)
+        own = ("gates", "noise", "units", "distribution", "settled", "_full", *DRAWN)
+        dense.__dict__.update(_own_state(self, without=own))
+        del dense._parameters["log_alpha"]
+        return dense
+
+    def folded(self, z: Tensor) -> nn.Module:
+        """The ordinary layer with `z` (of log_alpha's shape) multiplied into its parameters.
+
+        Its parameters are new; nothing is shared with this layer.
+        """
+        dense = self.dense()
+        z = self.spread(z.detach().to(self.weight.dtype))
+        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        if self.gates == "weight":
+            weight = mask(weight, z, None)
+        elif self.gates == "output":
+            weight = mask(weight, z, 0)
+            bias = None if bias is None else bias * z
+        else:
+            weight = self._mask_inputs(z).detach()
+        dense.weight = nn.Parameter(weight.clone(), self.weight.requires_grad)
+        if bias is not None and self.bias is not None:
+            dense.bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
+        return dense
+
+    # --- what a module must do ------------------------------------------------------------------
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # The state of the dense layer loads too: the gates then stay as they are.
+        key = prefix + "log_alpha"
+        if key not in state_dict and prefix + "weight" in state_dict:
+            state_dict[key] = self.log_alpha.detach()
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+            del state_dict[key]
+        else:
+            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+
+    def extra_repr(self) -> str:
+        units = f", units={self.units}" if self.units > 1 else ""
+        return f"{super().extra_repr()}, gates={self.gates!r}{units}"  # type: ignore[misc]
+
+
+def _check_options(
+    gates: str, density_init: float | None, droprate_init: float | None, noise: str
+) -> None:
+    _checks.one_of("gates", gates, GATES)
+    _checks.one_of("noise", noise, NOISE)
+    if density_init is not None:
+        _checks.density("density_init", density_init)
+    if droprate_init is not None:
+        _checks.number(
+            "droprate_init",
+            droprate_init,
+            "a number in (0, 1)",
+            low=0.0,
+            high=1.0,
+            open_low=True,
+            open_high=True,
+        )
+        if density_init is not None:
+            _checks.refuse(
+                "droprate_init", droprate_init, "only one of density_init and droprate_init"
+            )
+    if gates == "weight" and noise == "example":
+        _checks.refuse("noise", noise, "'batch' where gates='weight'")
+
+
+class L0Linear(Gated, nn.Linear):
+    """nn.Linear with hard-concrete gates.
+
+    Equals (gates="input", the default):
+        F.linear(x * z, weight, bias)                  # z [in_features]
+    With gates="output":
+        F.linear(x, weight * z[:, None], bias * z)     # z [out_features]
+    With gates="weight":
+        F.linear(x, weight * z, bias)                  # z [out_features, in_features]
+
+    With gates on inputs or single weights the bias is neither gated nor counted.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as in nn.Linear.
+        gates, density_init, droprate_init, distribution, noise: as in `Gated`.
+
+    Raises:
+        ValueError, TypeError: an option is out of its range.
+
+    Source: Louizos et al., 2018.
+    """
+
+    dense_type = nn.Linear
+    default_gates = "input"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gates: str = "input",
+        density_init: float | None = None,
+        droprate_init: float | None = None,
+        distribution: HardConcrete | None = None,
+        noise: str = "batch",
+    ) -> None:
+        _check_options(gates, density_init, droprate_init, noise)
+        nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
+        self._init_gates(gates, density_init, droprate_init, distribution, noise)
+
+    def _num_inputs(self) -> int:
+        return self.in_features
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        shapes = {
+            "input": (self.in_features // self.units,),
+            "output": (self.out_features,),
+            "weight": tuple(self.weight.shape),
+        }
+        return shapes[self.gates]
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [..., in_features] -> [..., out_features]."""
+        if self.noise == "example" and self.training:
+            if self.gates == "input":
+                return F.linear(input * self._example_z(input, -1), self.weight, self.bias)
+            y = F.linear(input, self.weight, self.bias)
+            return y * self._example_z(y, -1)
+        if self.gates == "input" and not self.training:
+            return F.linear(input * self._z(), self.weight, self.bias)
+        if self.gates == "input" and self._compact is None:
+            return autograd.gated_linear(input, self.weight, self.bias, self._z())
+        if isinstance(self._compact, OnDevice) and self.training and self._drawn_here():
+            rows, cols = self._compact
+            return functional.skipping_linear(
+                input, self.weight, self.bias, self._z(), rows=rows, cols=cols
+            )
+        return F.linear(*self._parts(input, -1))
+
+
+class _GatedConv(Gated):
+    """What L0Conv1d, L0Conv2d and L0Conv3d share."""
+
+    groups: int
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    default_gates = "output"
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: Any,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        gates: str = "output",
+        density_init: float | None = None,
+        droprate_init: float | None = None,
+        distribution: HardConcrete | None = None,
+        noise: str = "batch",
+    ) -> None:
+        _check_options(gates, density_init, droprate_init, noise)
+        self.dense_type.__init__(
+            self,  # type: ignore[arg-type]
+            in_channels,  # type: ignore[call-arg]
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            padding_mode,
+            device,
+            dtype,
+        )
+        self._init_gates(gates, density_init, droprate_init, distribution, noise)
+
+    def _num_inputs(self) -> int:
+        return self.in_channels
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        shapes = {
+            "input": (self.in_channels // self.units,),
+            "output": (self.out_channels,),
+            "weight": tuple(self.weight.shape),
+        }
+        return shapes[self.gates]
+
+    def _mask_inputs(self, z: Tensor) -> Tensor:
+        # Input channel c is column c % (in / groups) of the filters of group c // (in / groups).
+        weight = self.weight.unflatten(0, (self.groups, -1))
+        gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
+        return (weight * gate).flatten(0, 1)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """x [batch, in_channels, *spatial] -> [batch, out_channels, *spatial]."""
+        channels = -1 - len(self.kernel_size)
+        if self.noise == "example" and self.training:
+            if self.gates == "input":
+                input = input * self._example_z(input, channels)
+            y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
+            return y * self._example_z(y, channels) if self.gates == "output" else y
+        return self._conv_forward(*self._parts(input, channels))  # type: ignore[attr-defined]
+
+
+_CONV_DOC = """nn.{dense} with hard-concrete gates.
+
+    Equals (gates="output", the default):
+        z * conv(x, weight, bias)                      # z [out_channels], bias gated too
+    With gates="input":
+        conv(x * z, weight, bias)                      # z [in_channels]
+    With gates="weight":
+        conv(x, weight * z, bias)                      # z of the weight's shape
+
+    Any `groups` (depthwise included), padding mode, stride and dilation.
+
+    Args:
+        in_channels ... dtype: as in nn.{dense}.
+        gates, density_init, droprate_init, distribution, noise: as in `Gated`.
+
+    Raises:
+        ValueError, TypeError: an option is out of its range.
+
+    Source: Louizos et al., 2018.
+    """
+
+
+class L0Conv1d(_GatedConv, nn.Conv1d):
+    __doc__ = _CONV_DOC.format(dense="Conv1d")
+    dense_type = nn.Conv1d
+
+
+class L0Conv2d(_GatedConv, nn.Conv2d):
+    __doc__ = _CONV_DOC.format(dense="Conv2d")
+    dense_type = nn.Conv2d
+
+
+class L0Conv3d(_GatedConv, nn.Conv3d):
+    __doc__ = _CONV_DOC.format(dense="Conv3d")
+    dense_type = nn.Conv3d
+
+
+GATED_TYPES: dict[type[nn.Module], type[Any]] = {
+    gated.dense_type: gated for gated in (L0Linear, L0Conv1d, L0Conv2d, L0Conv3d)
+}

@@ -1,0 +1,265 @@
+"""What the pruned model will have, as a function of the open probabilities: parameters, MACs,
+memory of its activations, latency."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+from l0fast.graph.capture import layer_size
+from l0fast.layers.draw import own_gates
+from l0fast.layers.gated import Gated
+from l0fast.measures.amounts import words
+from l0fast.measures.counts import Counts
+from l0fast.measures.density import Group, measure_name
+from l0fast.measures.latency import Grids, LatencyTable
+from l0fast.measures.measure import GateMeasure, Measure, OwnMeasure
+from l0fast.measures.products import products, unreckoned
+from l0fast.measures.trial import Trial
+from l0fast.removal.hinges import Hinges, smallest
+
+
+class Footprint(Measure):
+    """Parameters, MACs, memory or latency of the pruned model, and of groups of its layers.
+
+    Equals, summed over the layers:
+        weight = prod(kernel sizes) for parameters, times the positions computed for MACs
+        weight * inputs * outputs + (outputs for the biases, where parameters are counted)
+        inputs = max(1, sum(p(own gate) * p(gates of what makes the input)))
+        outputs = max(1, sum(p(own gate) * (1 - prod(1 - p(way to each reader)))))
+    with p = 1 where there is no gate, and the rest of the model added as it is. A batch norm, and
+    a convolution in groups, have as many outputs as are read behind them. Ways to several readers
+    count as independent. Products of matrices, such as attention's, cost in proportion to the
+    units of their result, counted like outputs. Memory is outputs * positions of each layer;
+    latency is read off a table, at (inputs, outputs). With gates that are all open or closed these
+    are the pruned model's own counts.
+
+    Args:
+        layers: the model's gated layers.
+        tried: how closed gates are carried out; which unit has which gates.
+        groups: of one measure: "params", "macs", "memory" or a latency table.
+
+    Raises:
+        ValueError: what the trial left is not what this reckons.
+    """
+
+    slack = 0.5
+    """How far what is reckoned may be from what a trial left."""
+    shift: Tensor
+    inputs_all: Tensor
+    inputs_any: Tensor
+    first: Tensor
+    outputs_all: Tensor
+    outputs_any: Tensor
+    lengths: Tensor
+    least: Tensor
+    weight: Tensor
+    bias: Tensor
+    product: Tensor
+    member: Tensor
+    rest: Tensor
+    total: Tensor
+
+    def __init__(self, layers: Mapping[str, Gated], tried: Trial, groups: list[Group]) -> None:
+        super().__init__(layers)
+        on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
+        self.gated = own_gates(on_units)
+        hinges = Hinges(on_units, tried.plan)
+        self.groups, self.measure = groups, measure_name(groups[0].measure)
+        # A layer that cannot get smaller is part of the rest, which is added as it is.
+        self.names = tried.shrinking
+        live = tried.plan.live
+        counted = self.measure in ("macs", "memory")
+        self.products = products(live.walk) if counted and live is not None else []
+        for name, tensor in (self._units(hinges) | self._sizes(tried)).items():
+            self.register_buffer(name, tensor, persistent=False)
+        self.totals = self.left(tried.dense)
+        sums = zip(self.spent(tried.kept), self.left(tried.left), self.totals, strict=True)
+        for reckoned, real, total in sums:
+            if abs(reckoned - real) > self.slack:
+                ops = [] if live is None else unreckoned(live.walk.trace)
+                why = f"; {', '.join(ops)} is not reckoned" if ops else ""
+                left, of, told = (words(value, self.measure) for value in (real, total, reckoned))
+                expected = (
+                    "another: what closed gates leave of this model cannot be told from its "
+                    f"structure (a trial left {left} of {of}, not {told}{why})"
+                )
+                _checks.refuse("measure", self.measure, expected)
+
+    def _units(self, hinges: Hinges) -> dict[str, Tensor]:
+        """Which gates the units of the layers, and of the products, hang on."""
+        inputs = hinges.inputs(self.names)
+        others = [product.units for product in self.products]
+        first, outputs = hinges.outputs(self.names, others)
+        shifts = [torch.full((0,), 0.0, dtype=torch.float64)]
+        for name in self.gated:
+            layer = self.layers[name]
+            shifts.append(shifts[0].new_full((layer.num_gates,), layer.distribution.shift))
+        certain = shifts[0].new_tensor([torch.inf, -torch.inf])  # always open, and never
+        sides = [len(side[name]) for side in (hinges.reads, hinges.writes) for name in self.names]
+        least = [count(name) for count in (hinges.least_read, hinges.least) for name in self.names]
+        return {
+            "shift": torch.cat([*shifts, certain]),
+            "inputs_all": inputs.all_of,
+            "inputs_any": inputs.any_of,
+            "first": first,
+            "outputs_all": outputs.all_of,
+            "outputs_any": outputs.any_of,
+            "lengths": torch.tensor([*sides, *(len(units) for units in others)]),
+            "least": torch.tensor([*least, *map(smallest, others)], dtype=torch.float64),
+        }
+
+    def _inside(self, names: list[str]) -> Tensor:
+        """[C, L] bool: whether each group counts each of some modules."""
+        inside: list[list[bool]] = []
+        for group in self.groups:
+            prefix = f"{group.whole}." if group.whole else ""
+            of = names if group.whole is not None else group.layers
+            inside.append([name in of and f"{name}.".startswith(prefix) for name in names])
+        return torch.tensor(inside, dtype=torch.bool).view(len(inside), -1)
+
+    def _sizes(self, tried: Trial) -> dict[str, Tensor]:
+        """What a pair of units, and one more output, of each layer costs; what a unit of each
+        product does; what each group has besides."""
+        cost: dict[str, int] = getattr(tried.dense, self.measure)
+        weight: list[float] = []
+        bias: list[float] = []
+        for name in self.names:
+            layer = tried.plan.sites[name].layer
+            inputs, outputs = layer_size(layer)
+            alone = 0.0
+            if self.measure == "memory":
+                alone = cost[name] / outputs
+            elif self.measure == "params":
+                alone = float(layer._parameters.get("bias") is not None)
+            bias.append(alone)
+            weight.append((cost[name] - alone * outputs) / (inputs * outputs))
+        each = [one.macs if self.measure == "macs" else one.elements for one in self.products]
+        scale = tried.element_size if self.measure == "memory" else 1
+        product = torch.tensor(each, dtype=torch.float64) * scale
+        units = torch.tensor([float(len(one.units)) for one in self.products], dtype=torch.float64)
+        member = self._inside(self.names).double()
+        among = self._inside([one.caller for one in self.products]).double()
+        total = torch.tensor([tried.dense.group(group) for group in self.groups]).double()
+        dense = torch.tensor([cost[name] for name in self.names]).double()
+        return {
+            "weight": torch.tensor(weight, dtype=torch.float64),
+            "bias": torch.tensor(bias, dtype=torch.float64),
+            "member": member,
+            "product": among * product,
+            "rest": total - (member * dense).sum(1) - (among * product * units).sum(1),
+            "total": total,
+        }
+
+    def left(self, counts: Counts) -> list[float]:
+        """[C] what the groups of a plain model have."""
+        return [float(counts.group(group)) for group in self.groups]
+
+    def _layer_costs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """[L] what each layer costs with so many inputs and outputs."""
+        return outputs * (inputs * self.weight + self.bias)
+
+    def _costs(self, logits: Tensor) -> Tensor:
+        opened = torch.sigmoid(logits)
+
+        def way(all_of: Tensor, any_of: Tensor) -> Tensor:
+            return _product(opened[all_of]) * (1 - _product(1 - opened[any_of]))
+
+        inputs = way(self.inputs_all, self.inputs_any)
+        unread = _product(1 - way(self.outputs_all, self.outputs_any))
+        units = torch.cat([inputs, opened[self.first] * (1 - unread)])
+        sums = torch.segment_reduce(units, "sum", lengths=self.lengths, unsafe=True)
+        counts = torch.maximum(sums, self.least)
+        layers = len(self.names)
+        each = self._layer_costs(counts[:layers], counts[layers : 2 * layers])
+        costs = (self.member * each).sum(1)
+        if self.products:
+            costs = costs + (self.product * counts[2 * layers :]).sum(1)
+        return costs + self.rest
+
+    def costs(self, logits: Mapping[str, Tensor]) -> Tensor:
+        certain = self.shift[-2:]
+        return self._costs(torch.cat([*(logits[name].flatten() for name in self.gated), certain]))
+
+    def forward(self) -> Tensor:
+        gates = [self.layers[name].log_alpha for name in self.gated]
+        logits = torch.cat([*gates, self.shift.new_zeros(2)]).to(self.shift.dtype) + self.shift
+        return self._costs(logits) / self.total
+
+
+class Latency(Footprint):
+    """Seconds that a table gives for the widths; the whole model's with the table's rest."""
+
+    slack = 1e-9
+    in_grid: Tensor
+    out_grid: Tensor
+    seconds: Tensor
+
+    def _sizes(self, tried: Trial) -> dict[str, Tensor]:
+        self.dense = tried.dense
+        return self._tabled()
+
+    def _tabled(self) -> dict[str, Tensor]:
+        """What the groups' table says."""
+        table: Any = self.groups[0].measure
+        for name in self.names:
+            size, known = self.dense.widths[name], table.layers.get(name)
+            if known is None or size != (known.inputs[-1], known.outputs[-1]):
+                expected = f"one of this model, with {name!r} of size {size} (see measure_latency)"
+                got = f"a latency table of {len(table.layers)} layers"
+                _checks.refuse("measure", got, expected)
+        # As they are in the table, whatever the dtype that a constraint computes in.
+        self.exact = grids = Grids.of([table.layers[name] for name in self.names])
+        return {
+            "in_grid": grids.inputs,
+            "out_grid": grids.outputs,
+            "seconds": grids.seconds,
+            "member": self._inside(self.names).double(),
+            "rest": torch.tensor(self._rest(), dtype=torch.float64),
+            "total": torch.tensor(self.left(self.dense), dtype=torch.float64),
+        }
+
+    def take(self, groups: list[Group]) -> None:
+        """Goes on with the same groups by another table."""
+        self.groups = groups
+        for name, tensor in self._tabled().items():
+            self._buffers[name] = tensor.to(self.total)
+        self.totals = self.left(self.dense)
+
+    def _rest(self) -> list[float]:
+        """[C] what each group has besides its layers."""
+        rest: float = self.groups[0].measure.rest  # type: ignore[union-attr]
+        return [0.0 if group.whole is None else rest for group in self.groups]
+
+    def left(self, counts: Counts) -> list[float]:
+        widths = torch.tensor([counts.widths[name] for name in self.names], dtype=torch.float64)
+        seconds = (self._inside(self.names) * self.exact.at(*widths.unbind(1))).sum(1).tolist()
+        return [layers + rest for layers, rest in zip(seconds, self._rest(), strict=True)]
+
+    def _layer_costs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        return Grids(self.in_grid, self.out_grid, self.seconds).at(inputs, outputs)
+
+
+def _product(values: Tensor) -> Tensor:
+    """Of numbers in [0, 1] along the last dimension. Where one is 0 so is every gradient: that of
+    an open probability which is exactly 0 or 1."""
+    if values.shape[-1] == 1:
+        return values.squeeze(-1)
+    zero = values == 0
+    return values.masked_fill(zero, 1.0).log().sum(-1).exp().masked_fill(zero.any(-1), 0.0)
+
+
+def measure_of(layers: Mapping[str, Gated], groups: list[Group], tried: Trial | None) -> Measure:
+    """The measure that all of `groups` name; `tried` for those of the pruned model."""
+    measure = groups[0].measure
+    if callable(measure):
+        return OwnMeasure(layers, groups[0])
+    if measure == "gates":
+        return GateMeasure(layers, groups)
+    assert tried is not None
+    kind = Latency if isinstance(measure, LatencyTable) else Footprint
+    return kind(layers, tried, groups)

@@ -1,0 +1,1 @@
+"""The pictures of a run, of a frontier, of the published comparison."""

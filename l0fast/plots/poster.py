@@ -1,0 +1,112 @@
+"""The training dynamics of the published comparison: constrained and penalised, over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from l0fast.plots.dynamics import BLACK, BLUE, ORANGE, SKY, VERMILLION, absent, canvas, logarithmic
+
+Rows = list[dict[str, Any]]
+
+# Colour says the settings, the line's style the method.
+METHODS = {"constrained": "-", "penalised": "--"}
+COLORS = {"constrained": (SKY, BLUE), "penalised": (ORANGE, VERMILLION)}
+
+
+def _multiplier(row: Mapping[str, Any]) -> float | None:
+    values = row.get("lambda")
+    return None if values is None else max(values.values())
+
+
+PANELS: tuple[tuple[str, Callable[[Mapping[str, Any]], float | None]], ...] = (
+    ("expected density", lambda row: row.get("expected_density")),
+    ("multiplier $\\lambda$", _multiplier),
+    ("test error (%)", lambda row: row["test_error_percent"]),
+)
+
+
+def plot_poster(
+    histories: Mapping[tuple[str, str], Mapping[str, list[Rows]]],
+    targets: Mapping[tuple[str, str], float | None],
+    path: Path,
+) -> None:
+    """Draws a column for each model, with density, multiplier and test error over the epochs.
+
+    Lines are means over the seeds, bands their least and greatest; where seeds are at different
+    epochs, as far as all are.
+
+    Args:
+        histories: (model, method) -> settings -> metrics of each seed; the method is
+            "constrained" or "penalised".
+        targets: (model, method) -> target density, if it has one.
+        path: of the PNG file.
+    """
+    models = list(dict.fromkeys(model for model, _ in histories))
+    figure = canvas(5.2 * len(models) + 2.2, 9)
+    axes = figure.subplots(len(PANELS), len(models), sharex="col", squeeze=False)
+    for (model, method), by_settings in histories.items():
+        column = axes[:, models.index(model)]
+        for (_, value), axis in zip(PANELS, column, strict=True):
+            for index, (settings, seeds) in enumerate(by_settings.items()):
+                color = COLORS[method][index % 2]
+                label = f"{method}, {settings} ({len(seeds)})"
+                _band(axis, seeds, value, color=color, ls=METHODS[method], label=label)
+        target = targets[model, method]
+        if target is not None and by_settings:
+            column[0].axhline(target, color=BLACK, ls="-.", lw=1.2, label="target")
+    for row, (title, _) in enumerate(PANELS):
+        for column, model in enumerate(models):
+            axis = axes[row][column]
+            axis.grid(alpha=0.25)
+            axis.set_ylabel(title if column == 0 else "")
+            if row == 0:
+                axis.set_title(model)
+                axis.set_ylim(0, 1.03)
+            if row == len(PANELS) - 1:
+                axis.set_xlabel("epoch")
+                axis.xaxis.get_major_locator().set_params(integer=True)
+                if axis.lines and axis.dataLim.y0 > 0:
+                    logarithmic(axis)
+            if not axis.lines:
+                absent(axis, "no run yet" if row != 1 else "no constrained run yet")
+            elif row == 1:
+                axis.set_ylim(bottom=0)
+    _legend(figure, axes)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _band(
+    axis: Any,
+    seeds: list[Rows],
+    value: Callable[[Mapping[str, Any]], float | None],
+    **style: Any,
+) -> None:
+    epochs = [row["epoch"] for row in min(seeds, key=len)]
+    found = [[value(rows[i]) for rows in seeds] for i in range(len(epochs))]
+    known = [[v for v in values if v is not None] for values in found]
+    if not all(known):
+        return
+    middle = [sum(values) / len(values) for values in known]
+    marker = {"marker": "o", "ms": 3} if len(epochs) == 1 else {}  # a point makes no line
+    axis.plot(epochs, middle, **marker, **style)
+    low, high = [min(values) for values in known], [max(values) for values in known]
+    axis.fill_between(epochs, low, high, color=style["color"], alpha=0.18, lw=0)
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """One for all panels, beside them."""
+    entries: dict[str, Any] = {}
+    for axis in axes[0]:
+        handles, labels = axis.get_legend_handles_labels()
+        entries |= {label: handle for handle, label in zip(handles, labels, strict=True)}
+    if entries:
+        figure.legend(
+            entries.values(),
+            entries,
+            title="mean and range over (n) seeds",
+            loc="outside lower center",
+            ncols=2,
+            frameon=False,
+        )

@@ -1,0 +1,172 @@
+"""What a training holds beside its model, made as small as the pruned model, to train on."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.gating.sparsify import unwrapped
+from l0fast.graph.capture import is_carrier
+from l0fast.layers.draw import gated_layers
+from l0fast.removal.compact import Edit, sliced
+from l0fast.removal.plan import fold
+
+OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
+
+
+class _Origin(NamedTuple):
+    """Where a tensor of the pruned model comes from."""
+
+    name: str
+    edit: Edit | None
+    whole_groups: bool
+    """See `sliced`."""
+
+    def part(self, value: Tensor) -> Tensor:
+        """What the pruned model has of it; a copy."""
+        if self.edit is None:
+            return value.detach().clone()
+        return sliced(value.detach(), self.edit, self.whole_groups)
+
+
+def _edits(model: nn.Module, small: nn.Module) -> dict[str, Edit]:
+    """Name of a layer -> the edit that `prune` made of it."""
+    reports = [getattr(module, "report", None) for module in (model, small)]
+    before, after = (report["layers"] if isinstance(report, dict) else None for report in reports)
+    if after is None or after[: len(before or [])] != (before or []):
+        _checks.refuse("small", type(small).__name__, "the model that prune made of `model`")
+    edits = [Edit.from_json(entry) for entry in after[len(before or []) :]]
+    return {edit.name: edit for edit in edits}
+
+
+def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
+    """Name of a tensor in the pruned model's state -> what it is of the model's, where it is.
+
+    Raises:
+        ValueError: `small` was not pruned from `model`.
+    """
+    edits = _edits(model, small)
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    origins: dict[str, _Origin] = {}
+    for name, tensor in small.state_dict().items():
+        holder, _, key = name.rpartition(".")
+        outer = holder.removesuffix("layer").removesuffix(".")
+        inside = holder not in edits and outer in edits and holder != outer
+        layer = outer if inside else holder
+        whole_groups = layer in edits and is_carrier(model.get_submodule(layer))
+        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(layer), whole_groups)
+        if origin.name in shapes:
+            meta = origin.part(torch.empty(shapes[origin.name], device="meta"))
+            if meta.shape == tensor.shape:
+                origins[name] = origin
+                continue
+        beside = holder.rpartition(".")  # a gather, a scatter or a scale, which the edit added
+        if not (beside[0] in edits and beside[2] in ("gather", "scatter", "scale")):
+            _checks.refuse("small", type(small).__name__, "the model that prune made of `model`")
+    return origins
+
+
+def prune_optimizer(optimizer: OptimizerT, model: nn.Module, small: nn.Module) -> OptimizerT:
+    """The optimizer of a pruned model that goes on where that of the gated model was.
+
+    Its class, options and parameter groups are the same, in the same order, for the pruned
+    model's parameters; each parameter's state is the part that belongs to what is left of it
+    (momentum, Adam's moments), and its step count stays. What belongs to gates is dropped, and
+    leaves their group empty. The optimizer passed in is not changed. A learning rate scheduler is
+    to be built anew around the result.
+
+    Where every gate that is left is fully open, the next step is exactly that of the gated model
+    (without noise); where one was in between, its factor is now part of the weights, and the
+    moments are those from before.
+
+    Args:
+        optimizer: any whose state is, for each parameter, numbers and tensors of the parameter's
+            shape.
+        model: the gated model, as it was pruned.
+        small: what `prune` made of it.
+
+    Raises:
+        ValueError: `small` was not pruned from `model`, a parameter is not the model's, or a
+            state has another shape.
+        TypeError: not an optimizer.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        expected = "a torch.optim.Optimizer"
+        _checks.refuse("optimizer", type(optimizer).__name__, expected, TypeError)
+    model = unwrapped(model)
+    origins = {origin.name: (name, origin) for name, origin in _origins(model, small).items()}
+    named = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    gates = {id(layer.log_alpha) for layer in gated_layers(model).values()}
+    after = dict(small.named_parameters(remove_duplicate=False))
+    kind = type(optimizer).__name__
+    groups: list[dict[str, Any]] = []
+    state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
+    for group in optimizer.param_groups:
+        parameters: list[Tensor] = []
+        for parameter in group["params"]:
+            if id(parameter) in gates:
+                continue
+            if id(parameter) not in named:
+                shape = tuple(parameter.shape)
+                _checks.refuse("optimizer", f"a parameter of shape {shape}", "the model's own")
+            name, origin = origins[named[id(parameter)]]
+            parameters.append(after[name])
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value = origin.part(value)
+                elif isinstance(value, Tensor) and value.numel() == 1:
+                    value = value.clone()
+                elif value is not None and not isinstance(value, (int, float)):
+                    expected = f"numbers and tensors of the parameter's shape in its state ({key})"
+                    _checks.refuse("optimizer", kind, expected)
+                state[after[name]][key] = value
+        options = {key: value for key, value in group.items() if key != "params"}
+        groups.append({"params": parameters, **options})
+    twin = copy.copy(optimizer)  # by its own getstate, which leaves hooks and schedulers behind
+    twin.defaults = dict(optimizer.defaults)
+    twin.param_groups, twin.state = groups, state
+    return twin
+
+
+def prune_state_dict(
+    state_dict: Mapping[str, Tensor], model: nn.Module, small: nn.Module
+) -> dict[str, Tensor]:
+    """The pruned model's state, of another state of the model it was pruned from.
+
+    Equals:
+        small.state_dict(), if `state_dict` is the model's own
+    For an average of the weights, for example, that was kept during training.
+
+    Args:
+        state_dict: of the gated model, or of the dense one (the gates are then the model's).
+        model: the gated model, as it was pruned.
+        small: what `prune` made of it.
+
+    Raises:
+        ValueError: `small` was not pruned from `model`, the state does not fit the model, or biases
+            hold what constant inputs gave: of another state these would be others.
+    """
+    model = unwrapped(model)
+    folded = (getattr(small, "report", None) or {}).get("folded")
+    if folded:
+        expected = "one whose biases hold no constants: load the state into a copy, and prune that"
+        _checks.refuse("small", f"a model with constants in the bias of {folded[0]!r}", expected)
+    origins = _origins(model, small)
+    twin = copy.deepcopy(model)
+    try:
+        twin.load_state_dict(dict(state_dict))
+    except RuntimeError as error:
+        expected = f"a state of the model ({' '.join(str(error).split())[:200]})"
+        _checks.refuse("state_dict", f"{len(state_dict)} tensors", expected)
+    scaled = [name for name, edit in _edits(model, small).items() if edit.scale is not None]
+    whole = fold(twin, scaled).model.state_dict()
+    return {
+        name: origins[name].part(whole[origins[name].name]) if name in origins else own.clone()
+        for name, own in small.state_dict().items()
+    }

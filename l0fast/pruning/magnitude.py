@@ -1,0 +1,162 @@
+"""Magnitude pruning with fine-tuning: the baseline that learns no gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.constraints.budget import Budget, choose
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.gating.sparsify import example_args, unwrapped
+from l0fast.layers.draw import gate_owners
+from l0fast.layers.gated import Gated
+from l0fast.measures.density import AnyMeasure
+from l0fast.measures.footprint import Latency, measure_of
+from l0fast.measures.measure import is_of_pruned
+from l0fast.measures.trial import trial
+
+RAMP = (0.1, 0.6)
+"""The gradual schedule prunes between these shares of the training."""
+AT_ONCE = 0.5
+"""The other prunes there."""
+EVENTS = 50
+"""How often the gradual schedule prunes, about."""
+OPEN, CLOSED = 40.0, -40.0
+"""log_alpha of a gate that every draw opens, and of one that every draw closes."""
+
+
+def magnitudes(layer: Gated) -> Tensor:
+    """The root mean square of the parameters that each gate controls, of log_alpha's shape.
+
+    Within a layer it ranks units as the L2 norm of their weights does; between layers it does not
+    favour those whose units have more weights. Of a single weight it is the absolute value.
+    """
+    squares = layer.weight.detach().square()
+    if layer.gates == "weight":
+        return squares.sqrt()
+    if layer.gates == "output":
+        units = squares.flatten(1).sum(1)
+        if layer.bias is not None:
+            units = units + layer.bias.detach().square()
+        return (units / layer.group_size).sqrt()
+    by_input = squares.flatten(2).sum(2) if squares.dim() > 2 else squares
+    # In each group of a convolution, the columns are the inputs of that group.
+    groups = getattr(layer, "groups", 1)
+    units = by_input.unflatten(0, (groups, -1)).sum(1).flatten()
+    return (units.view(-1, layer.units).sum(1) / layer.group_size).sqrt()
+
+
+def shared_magnitudes(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
+    """Name of each layer with gates of its own -> their magnitudes, over all that share them."""
+    squares: dict[str, Tensor] = {}
+    sizes: dict[str, int] = {}
+    for name, owner in gate_owners(layers).items():
+        layer = layers[name]
+        total = magnitudes(layer).square() * layer.group_size
+        squares[owner] = squares[owner] + total if owner in squares else total
+        sizes[owner] = sizes.get(owner, 0) + layer.group_size
+    return {owner: (total / sizes[owner]).sqrt() for owner, total in squares.items()}
+
+
+class MagnitudePruning(DensityConstraint):
+    """A constraint that is met by closing the gates of the smallest weights, for good.
+
+    Gates are open or closed, and not trained; the call adds nothing to the loss. `step()`, called
+    after the optimizer's, prunes when it is time to. Gradually, down to
+        target + (1 - target) * (1 - t)^3
+    where t goes from 0 to 1 between a tenth and six tenths of the training; or at once, in its
+    middle. What is left trains on; a closed gate's weights get no gradient.
+
+    Layers that share their gates are ranked by the mean of their squares.
+
+    Args:
+        model, target, measure, example_inputs: as of `DensityConstraint`; with one target, units
+            (or single weights) are ranked over all layers, with one for each layer within it.
+        steps: of the whole training, >= 1.
+        gradual: or at once.
+
+    Raises:
+        ValueError, TypeError: as `DensityConstraint`, and for `steps`.
+
+    Source: Zhu, Gupta, 2017 (the schedule); Han et al., 2015 (pruning, then fine-tuning).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        target: float | Mapping[str, float],
+        *,
+        steps: int,
+        gradual: bool = True,
+        measure: AnyMeasure = "gates",
+        example_inputs: Any = None,
+    ) -> None:
+        _checks.whole("steps", steps)
+        super().__init__(model, target, measure=measure, example_inputs=example_inputs)
+        groups = list(self.groups.values())
+        sized = is_of_pruned(groups[0].measure)
+        tried = trial(unwrapped(model), example_args(example_inputs)) if sized else None
+        measures = [measure_of(self.layers, [group], tried) for group in groups]
+        self.__dict__["_measures"] = measures
+        self.done = 0
+        first, last = (int(share * steps) for share in (RAMP if gradual else (AT_ONCE, AT_ONCE)))
+        self.first, self.last = max(first, 1), max(last, 1)
+        self.every = max((last - first) // EVENTS, 1)
+        with torch.no_grad():
+            for layer in self.layers.values():
+                layer.log_alpha.requires_grad_(False)
+                layer.log_alpha.fill_(OPEN)
+        self._nothing = torch.zeros((), dtype=self._dtype, device=self._device)
+
+    def forward(self) -> Tensor:
+        """0-d: nothing."""
+        return self._nothing
+
+    def step(self) -> None:
+        """Counts, and prunes where the schedule says so."""
+        self.done += 1
+        if self.first <= self.done <= self.last:
+            left = (self.last - self.done) / max(self.last - self.first, 1)
+            if (self.last - self.done) % self.every == 0:
+                self.prune_to_(left**3)
+
+    @torch.no_grad()
+    def prune_to_(self, share: float) -> None:
+        """Closes gates until each density is at most its target + share x (1 - target)."""
+        budgets = [
+            Budget(name, group.layers, target + share * (1 - target), measure)
+            for (name, group), target, measure in zip(
+                self.groups.items(), self._exact, self.__dict__["_measures"], strict=True
+            )
+        ]
+        # `choose` goes by log_alpha: the ranks, over all layers, of what is still open.
+        sizes = shared_magnitudes(self.layers)
+        flat = torch.cat([size.flatten() for size in sizes.values()])
+        ranks = torch.empty_like(flat)
+        ranks[flat.argsort()] = torch.linspace(1.0, OPEN, len(flat)).to(flat)
+        parts = ranks.split([size.numel() for size in sizes.values()])
+        for name, part in zip(sizes, parts, strict=True):
+            log_alpha = self.layers[name].log_alpha
+            gates = part.view(log_alpha.shape).to(log_alpha.dtype)
+            log_alpha.copy_(gates.where(log_alpha > 0, CLOSED))
+        kept = choose(self.layers, budgets)
+        for name, layer in self.layers.items():
+            opened = kept[name].to(layer.log_alpha.device)
+            layer.log_alpha.fill_(CLOSED).masked_fill_(opened, OPEN)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What `DensityConstraint` holds, and how many steps there have been."""
+        return {**super().get_extra_state(), "done": self.done}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes targets and steps over."""
+        super().set_extra_state(state)
+        self.done = state["done"]
+        if "latency" in state:
+            measures: list[Latency] = self.__dict__["_measures"]
+            for measure, group in zip(measures, self.groups.values(), strict=True):
+                measure.take([group])

@@ -1,0 +1,209 @@
+"""A pruned model in one .safetensors file: its tensors, and in the metadata how it was made."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast._files import write_atomically
+from l0fast.gating.attention import Unfused, unfuse_
+from l0fast.graph.capture import is_site, layer_size
+from l0fast.removal.compact import Edit, Mend, apply
+
+KEY = "l0fast"
+"""The metadata's entry."""
+FORMAT = 1
+KEYS = ("attention", "attributes", "layers")
+"""Parts of a report that are the recipe."""
+
+
+def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model that `prune` made to one .safetensors file, whole or not at all.
+
+    The metadata's entry "l0fast" is JSON: format, layers, attributes and attention (the recipe,
+    see `prune`), aliases (name -> name of the same tensor: tied weights are stored once), frozen
+    (parameters without gradient) and report (all else that `prune` reported).
+
+    Args:
+        small: the pruned model, as it was or trained further.
+        path: the file; one that is there is replaced. Its folder must exist.
+
+    Raises:
+        ValueError: the model is not pruned, holds state that is no tensor, or there is no folder.
+    """
+    report = getattr(small, "report", None)
+    if not isinstance(report, dict) or not isinstance(report.get("layers"), list):
+        _checks.refuse("small", type(small).__name__, "a model that prune returned")
+    path = Path(path)
+    if not path.parent.is_dir():
+        _checks.refuse("path", str(path), f"a file in a folder that exists, not {path.parent}")
+    if path.is_dir():
+        _checks.refuse("path", str(path), "a file, not a folder")
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    owners = _owners(small)
+    for name, tensor in small.state_dict().items():
+        if name not in owners:
+            _checks.refuse("small", name, "only parameters and buffers in its state")
+        view = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if tensor.numel() and view in seen:
+            aliases[name] = seen[view]
+        else:
+            seen[view] = name
+            tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    recipe = {
+        "format": FORMAT,
+        **{key: report[key] for key in KEYS},
+        "aliases": aliases,
+        "frozen": [name for name, p in small.named_parameters() if not p.requires_grad],
+        "report": {key: value for key, value in report.items() if key not in KEYS},
+    }
+    # One entry only: safetensors writes several in a random order, and equal models shall give
+    # equal files.
+    metadata = {KEY: json.dumps(recipe)}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+
+def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Name of a parameter or buffer -> the module that has it, and its name there."""
+    return {
+        f"{prefix}.{name}" if prefix else name: (module, name)
+        for prefix, module in model.named_modules(remove_duplicate=False)
+        for name in (*module._parameters, *module._buffers)
+    }
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the recipe of a file.
+
+    Raises:
+        ValueError: it is not there, not whole, or not ours.
+    """
+
+    def bad(what: str) -> NoReturn:
+        _checks.refuse("path", str(path), f"a file that save_pruned wrote ({what})")
+
+    if not path.is_file():
+        bad("there is no such file")
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        bad(f"it cannot be read: {error}")
+    if KEY not in metadata:
+        bad("this one has no recipe in its metadata")
+    try:
+        recipe = json.loads(metadata[KEY])
+        version = recipe["format"]
+        if version == FORMAT:
+            recipe.setdefault("attention", [])
+            recipe["calls"] = [Unfused.from_json(entry) for entry in recipe["attention"]]
+            recipe["edits"] = [Edit.from_json(entry) for entry in recipe["layers"]]
+            recipe["mends"] = [Mend.from_json(entry) for entry in recipe["attributes"]]
+            recipe["aliases"] = {str(a): str(b) for a, b in recipe["aliases"].items()}
+            if not set(recipe["aliases"].values()) <= tensors.keys():
+                raise ValueError("an alias of nothing")
+            recipe["frozen"] = [str(name) for name in recipe["frozen"]]
+            recipe["report"] = dict(recipe["report"])
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+        bad(f"its recipe is damaged: {type(error).__name__}: {error}")
+    if version != FORMAT:
+        bad(f"it has format {version!r}, this version of l0fast reads {FORMAT}")
+    return tensors, recipe
+
+
+def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
+    """The model that `save_pruned` wrote: a freshly built dense one, made as small, and filled.
+
+    Args:
+        build_fn: builds the dense model that was given gates, trained and pruned; its weights do
+            not matter.
+        path: the file.
+
+    Returns:
+        The model, on the device that build_fn's is on and in its mode, with the file's dtypes;
+        its `report` is the pruned model's.
+
+    Raises:
+        ValueError: the file is not there, not whole, not one of `save_pruned`'s, or of another
+            model.
+        TypeError: build_fn returns no module.
+    """
+    path = Path(path)
+    tensors, recipe = _read(path)
+    model = build_fn()
+    if not isinstance(model, nn.Module):
+        _checks.refuse("build_fn", type(model).__name__, "a torch.nn.Module", TypeError)
+
+    def differs(what: str) -> NoReturn:
+        _checks.refuse("build_fn", type(model).__name__, f"the model of {str(path)!r}: {what}")
+
+    def part(what: str, name: str) -> Any:
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            differs(f"it has a {what} {name!r}")
+
+    for call in recipe["calls"]:
+        attention = part("module", call.name)
+        if type(attention) is not nn.MultiheadAttention:
+            got = type(attention).__name__
+            differs(f"its {call.name!r} is a MultiheadAttention, not a {got}")
+        found, sizes = ((m.embed_dim, m.num_heads) for m in (attention, call))
+        if found != sizes:
+            differs(f"its {call.name!r} has embed_dim and num_heads {sizes}, not {found}")
+        model = unfuse_(model, {call.name: call})
+    for edit in recipe["edits"]:
+        # One by one: the recipe of a model pruned twice names layers that the first edits made.
+        layer = part("layer", edit.name)
+        if not is_site(layer) or type(layer).__name__ != edit.kind:
+            differs(f"its {edit.name!r} is a {edit.kind}, not a {type(layer).__name__}")
+        if layer_size(layer) != edit.size:
+            sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
+            differs(f"its {edit.name!r} has {sizes}")
+        model = apply(model, [edit], {})
+    for mend in recipe["mends"]:
+        module = part("module", mend.name)
+        if type(module).__name__ != mend.kind or vars(module).get(mend.attribute) != mend.value[1]:
+            wanted = f"a {mend.kind} with {mend.attribute}={mend.value[1]}"
+            differs(f"its {mend.name or 'root'!r} is {wanted}")
+        model = apply(model, [], {}, [mend])
+
+    aliases = recipe["aliases"]
+    wanted = model.state_dict()
+    have = {*tensors, *aliases}
+    if have != wanted.keys():
+        missing, surplus = sorted(wanted.keys() - have), sorted(have - wanted.keys())
+        parts = [f"it has {surplus[0]!r}"] if surplus else []
+        parts += [f"it has no {missing[0]!r}"] if missing else []
+        differs(" and ".join(parts))
+    frozen = set(recipe["frozen"])
+    owners = _owners(model)
+    for name, tensor in tensors.items():
+        if tensor.shape != wanted[name].shape:
+            shapes = tuple(tensor.shape), tuple(wanted[name].shape)
+            differs(f"its {name!r} has shape {shapes[0]}, not {shapes[1]}")
+        module, key = owners[name]
+        place = tensor.to(wanted[name].device)
+        if key in module._buffers:
+            module._buffers[key] = place
+        else:
+            module._parameters[key] = nn.Parameter(place, name not in frozen)
+    for name, other in aliases.items():
+        (module, key), (owner, owned) = owners[name], owners[other]
+        for kind in ("_parameters", "_buffers"):
+            if key in getattr(module, kind):
+                getattr(module, kind)[key] = getattr(owner, kind).get(owned, tensors[other])
+    model.report = {**recipe["report"], **{key: recipe[key] for key in KEYS}}  # type: ignore[assignment]
+    return model

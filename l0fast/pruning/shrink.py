@@ -1,0 +1,230 @@
+"""Progressive compaction: a gated model made smaller during its training, with its gates."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.graph.capture import is_carrier
+from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.measures.counts import Counts, element_size
+from l0fast.removal.compact import Edit, Mend, shrink_, sliced
+from l0fast.removal.plan import fold, make_plan, reference
+from l0fast.skipping.following import stop_following
+from l0fast.skipping.links import attach_skipping
+
+SELDOM = 0.01
+"""A gate that is open more seldom than this may go for good."""
+WORTH = 0.05
+"""A removal waits until it can take so much of the gates that are left: it costs an export."""
+
+Slice = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What is removed at one time: how the layers get smaller, and which gates stay."""
+
+    edits: list[Edit]
+    mends: list[Mend]
+    gates: dict[str, list[int]]
+    """Gated layer -> indices of its gates that stay; layers that lose none are left out."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A dict that `from_json` takes."""
+        return {
+            "edits": [edit.as_json() for edit in self.edits],
+            "mends": [mend.as_json() for mend in self.mends],
+            "gates": self.gates,
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Removal:
+        """The removal of a checkpoint."""
+        edits = [Edit.from_json(edit) for edit in entry["edits"]]
+        mends = [Mend.from_json(mend) for mend in entry["mends"]]
+        return cls(edits, mends, {name: list(kept) for name, kept in entry["gates"].items()})
+
+
+@dataclass
+class Idle:
+    """How long each gate has seldom been open, in epochs."""
+
+    patience: int
+    epochs: dict[str, Tensor] = field(default_factory=dict)
+    """Gated layer -> [num_gates] epochs."""
+    stuck: set[str] = field(default_factory=set)
+    """Gated layers found to be ones whose gates cannot go."""
+
+    @torch.no_grad()
+    def count(self, model: nn.Module) -> dict[str, Tensor]:
+        """Counts one more epoch: gated layer -> bool, the gates that may stay.
+
+        The likeliest gate of each layer always does, and so do gates on single weights.
+        """
+        kept: dict[str, Tensor] = {}
+        for name, layer in gated_layers(model).items():
+            seldom = (layer.open_probability() < SELDOM).cpu()
+            before = self.epochs.get(name, torch.zeros(seldom.shape, dtype=torch.int64))
+            self.epochs[name] = (before + 1) * seldom
+            # A gate that is closed once it is settled does not come back.
+            kept[name] = ~seldom if layer.settled else self.epochs[name] < self.patience
+            if layer.gates == "weight" or name in self.stuck:
+                kept[name].fill_(True)
+            else:
+                kept[name][layer.log_alpha.argmax().cpu()] = True
+        return kept
+
+    def as_json(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"epochs": dict(self.epochs), "stuck": sorted(self.stuck)}
+
+    def set(self, state: Mapping[str, Any]) -> None:
+        """Takes over what a checkpoint holds."""
+        self.epochs = {name: epochs.cpu() for name, epochs in state["epochs"].items()}
+        self.stuck = set(state["stuck"])
+
+    def follow(self, removal: Removal) -> None:
+        """Forgets the gates that are gone."""
+        for name, stay in removal.gates.items():
+            if name in self.epochs:
+                self.epochs[name] = self.epochs[name][stay]
+
+
+def plan_removal(
+    model: nn.Module, args: tuple[Any, ...], kept: dict[str, Tensor]
+) -> tuple[Removal | None, set[str]]:
+    """What can go, with neither gather nor scatter, if only the gates of `kept` can open; and the
+    layers that stand in the way.
+
+    A layer that would need one keeps all its gates; so do all layers, where something else stands
+    in the way (a constant that a closed unit leaves, a weight that another layer reads too).
+    """
+    layers = gated_layers(model)
+    kept = {name: mask.clone() for name, mask in kept.items()}
+    found: set[str] = set()
+    while not all(bool(mask.all()) for mask in kept.values()):
+        twin, wide, proof = reference(model, args, kept)
+        plan = make_plan(twin, layers, kept, wide, proof)
+        stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
+        stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}
+        if not stuck:
+            removal = _removal(model, plan.edits, plan.mends)
+            return removal, found if removal is not None else set(kept)
+        whole = stuck & {name for name, mask in kept.items() if not bool(mask.all())}
+        for name in whole or kept:
+            kept[name].fill_(True)
+            found.add(name)
+    return None, found
+
+
+def worthwhile(kept: Mapping[str, Tensor]) -> bool:
+    """Whether enough gates would go."""
+    gone = sum(int((~mask).sum()) for mask in kept.values())
+    return gone >= WORTH * sum(mask.numel() for mask in kept.values())
+
+
+def _removal(model: nn.Module, edits: list[Edit], mends: list[Mend]) -> Removal | None:
+    """The removal of a plan, or None if a layer would keep a part of what one gate serves."""
+    gates: dict[str, list[int]] = {}
+    by_name = {edit.name: edit for edit in edits}
+    for name, layer in gated_layers(model).items():
+        edit = by_name.get(name)
+        units = (
+            None
+            if edit is None or layer.gates == "weight"
+            else (edit.inputs if layer.gates == "input" else edit.outputs)
+        )
+        if edit is not None and layer.gates == "weight":
+            return None
+        if units is None:
+            continue
+        stay = sorted({unit // layer.units for unit in units})
+        if len(stay) * layer.units != len(units):
+            return None
+        gates[name] = stay
+    return Removal(edits, mends, gates) if edits else None
+
+
+def remove_(
+    model: nn.Module,
+    removal: Removal,
+    args: tuple[Any, ...],
+    skip: str | bool,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Carries a removal out, in place: on the layers, their gates, and the optimizer's state.
+
+    The layers are the same objects, so constraints go on; they still count against the size that
+    the model had at first. The model's `report` has the recipe, to which `prune` adds its own.
+    """
+    earlier: Any = getattr(model, "report", None)
+    if earlier is None:
+        plain = fold(copy.deepcopy(model)).model
+        dense = Counts.of(plain, args, element_size(model), {}).whole()
+        earlier = {"dense": dense, "layers": [], "attributes": []}
+    layers = gated_layers(model)
+    for layer in layers.values():
+        layer.remember_size()
+    replaced: dict[int, tuple[nn.Parameter, Slice]] = {}
+
+    def note(old: nn.Parameter, new: nn.Parameter, part: Slice) -> None:
+        replaced[id(old)] = new, part
+
+    for mend in removal.mends:
+        setattr(model.get_submodule(mend.name), mend.attribute, mend.value[0])
+    for edit in removal.edits:
+        module = model.get_submodule(edit.name)
+        log_alpha = module._parameters.pop("log_alpha", None)
+        before = dict(module._parameters)
+        carrier = is_carrier(module)
+        shrink_(module, edit)
+        for name, old in before.items():
+            if old is not None:
+                new: Any = module._parameters[name]
+                note(old, new, lambda v, e=edit, c=carrier: sliced(v, e, c))
+        if log_alpha is not None:
+            module._parameters["log_alpha"] = log_alpha
+    shared: dict[int, nn.Parameter] = {}
+    for name, stay in removal.gates.items():
+        old = layers[name].log_alpha
+        if id(old) not in shared:
+            index = torch.tensor(stay, device=old.device)
+            new = nn.Parameter(old.detach()[index].clone(), old.requires_grad)
+            shared[id(old)] = new
+            note(old, new, lambda v, i=index: v[i].clone())
+        layers[name]._parameters["log_alpha"] = shared[id(old)]
+        layers[name]._forget_draws()
+    if optimizer is not None:
+        _follow(optimizer, replaced)
+    model.report = {  # type: ignore[assignment]
+        "dense": earlier["dense"],
+        "layers": [*earlier["layers"], *(edit.as_json() for edit in removal.edits)],
+        "attributes": [*earlier["attributes"], *(mend.as_json() for mend in removal.mends)],
+    }
+    model.__dict__.pop(SKIPPING, None)
+    stop_following(model)
+    attach_skipping(model, args, skip)
+
+
+def _follow(optimizer: torch.optim.Optimizer, replaced: Mapping[int, Any]) -> None:
+    """Gives an optimizer the smaller parameters, and what of their state belongs to them."""
+    for group in optimizer.param_groups:
+        for place, old in enumerate(group["params"]):
+            if id(old) not in replaced:
+                continue
+            new, part = replaced[id(old)]
+            group["params"][place] = new
+            state = optimizer.state.pop(old, {})
+            if state:
+                optimizer.state[new] = {
+                    key: part(value)
+                    if isinstance(value, Tensor) and value.shape == old.shape
+                    else value
+                    for key, value in state.items()
+                }

@@ -1,0 +1,1 @@
+"""What may go from a model, and the smaller model."""

@@ -1,0 +1,282 @@
+"""Which gates each unit of a model hangs on, whichever of them are open."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.graph.capture import is_carrier, layer_size
+from l0fast.graph.channels import STAYS
+from l0fast.graph.walk import Walk
+from l0fast.layers.draw import gate_owners, own_gates
+from l0fast.layers.gated import Gated
+from l0fast.removal.plan import Plan
+
+
+class Ways(NamedTuple):
+    """Ways to units: each is open while all of some gates are, and one of some others.
+
+    Gates go by number, through all layers; two more follow, see `Hinges`.
+    """
+
+    all_of: Tensor
+    """[..., A]"""
+    any_of: Tensor
+    """[..., B]"""
+
+    def once_open(self, gate: Tensor, always: int) -> Ways:
+        """The same ways where one gate is known to be open; `gate` broadcasts to both."""
+        return Ways(*(part.masked_fill(part == gate, always) for part in self))
+
+
+def smallest(classes: Tensor) -> int:
+    """How many units the smallest of some classes has."""
+    return int(classes.unique(return_counts=True)[1].min())
+
+
+def _untold(layer: nn.Module) -> nn.Module:
+    """A carrier of whose constants nothing is known: what they are now is no fact of structure."""
+    twin = copy.deepcopy(layer)
+    for value in (twin._parameters.get("bias"), twin._buffers.get("running_mean")):
+        if value is not None:
+            value.detach().fill_(torch.nan)
+    return twin
+
+
+class Hinges:
+    """What each input and output of a plan's layers hangs on.
+
+    Args:
+        layers: those with gates on units.
+        plan: how closed gates are carried out.
+    """
+
+    def __init__(self, layers: Mapping[str, Gated], plan: Plan) -> None:
+        owners = gate_owners(layers)
+        self.always = sum(layers[name].num_gates for name in own_gates(layers))
+        """Number of a gate that is always open, and"""
+        self.never = self.always + 1
+        """of one that never is."""
+        self.reads: dict[str, Tensor] = {}
+        """Layer -> [in] its own gates."""
+        self.writes: dict[str, Tensor] = {}
+        """Layer -> [out] its own gates."""
+        self.carriers = {
+            name: _untold(site.layer) for name, site in plan.sites.items() if is_carrier(site.layer)
+        }
+        for name, site in plan.sites.items():
+            self.reads[name], self.writes[name] = (
+                torch.full((units,), self.always) for units in layer_size(site.layer)
+            )
+        start = 0
+        gates: dict[str, Tensor] = {}
+        for name, layer in layers.items():
+            if owners[name] == name:
+                gates[name] = torch.arange(start, start + layer.num_gates)
+                start += layer.num_gates
+            own = gates[owners[name]]
+            if name in plan.sites and name not in plan.scaled:
+                sides = self.reads if layer.gates == "input" else self.writes
+                sides[name] = layer.spread(own)
+        self.columns = {
+            name: Ways(
+                own.new_full((len(own), 1), self.always) if name in self.carriers else own[:, None],
+                torch.full_like(own, self.always)[:, None],
+            )
+            for name, own in self.reads.items()
+        }
+        """Layer -> the ways to the inputs that it computes with."""
+        self.classes = {name: torch.full_like(own, STAYS) for name, own in self.writes.items()}
+        """Layer -> the class of each output; STAYS where it does not hang on who reads it."""
+        self.viewed = torch.ones(1, dtype=torch.bool)
+        """bool, by class: its units are there, if only as zeros, whoever reads them."""
+        self._readers = torch.zeros(0, 3).long()
+        """[R, 1 + A + B] class, and the way to an input that reads units of it."""
+        if plan.live is not None:
+            self.viewed = plan.live.viewed(plan.rigid)
+            self._follow(plan.live.walk)
+
+    # --- what makes inputs zero ---------------------------------------------------------------
+
+    def _follow(self, walk: Walk) -> None:
+        followed = [
+            name
+            for name, site in walk.sites.items()
+            if not site.fixed and walk.trace.counts[name] == 1
+        ]
+        several = torch.zeros_like(walk.classes)
+        """Gates on outputs, by class."""
+        gated: list[str] = []
+        for name in followed:
+            self.classes[name] = walk.classes[walk.outputs[name]]
+            own = self.writes[name] < self.always
+            if bool(own.any()):
+                gated.append(name)
+                several += self.classes[name][own].bincount(minlength=len(several))
+        # Where a class of units has several, what each of them does is found apart.
+        shared = [n for n in gated if bool((several[self.classes[n]] > 1).any())]
+        zeros = self._zeros(walk, self._shut(gated))
+        alone = {name: self._zeros(walk, self._shut([name])) for name in shared}
+        others = {
+            name: self._zeros(walk, self._shut([n for n in gated if n != name])) for name in shared
+        }
+        readers = [name for name in followed if name in zeros]
+        gates = {name: self._gates(walk, name) for name in gated}
+        for name in readers:
+            zero, classes = zeros[name], self._arrives(walk, name)
+            all_of, any_of = [self.reads[name]], [torch.full_like(classes, self.never)]
+            for maker in gated:
+                needed, helps = zero & (several[classes] == 1), torch.zeros_like(zero)
+                if maker in shared:
+                    needed |= alone[maker][name]
+                    helps = zero & ~others[maker][name]
+                gate = gates[maker][name]
+                all_of.append(gate.masked_fill(~needed, self.always))
+                any_of.append(gate.masked_fill(~helps, self.never))
+            self.columns[name] = Ways(torch.stack(all_of, 1), torch.stack(any_of, 1))
+        self._narrow()
+        rows = (
+            torch.cat([self._arrives(walk, name)[:, None], *self.columns[name]], 1)
+            for name in readers
+        )
+        width = sum(part.shape[1] for part in next(iter(self.columns.values())))
+        self._readers = torch.cat([torch.zeros(0, 1 + width).long(), *rows]).unique(dim=0)
+
+    @staticmethod
+    def _arrives(walk: Walk, name: str) -> Tensor:
+        """[in] the classes of the units that a layer reads."""
+        units = walk.inputs[name]
+        assert units is not None
+        return walk.classes[units.labels]
+
+    def _shut(self, names: list[str]) -> dict[str, Tensor]:
+        """Layer -> bool [out]: the outputs with gates."""
+        return {name: self.writes[name] < self.always for name in names}
+
+    def _gates(self, walk: Walk, maker: str) -> dict[str, Tensor]:
+        """Layer -> [in] the maker's gate that may make each input zero, or `always`."""
+        own, classes = self.writes[maker], self.classes[maker]
+        if len(classes.unique()) == len(classes):
+            by_class = torch.full_like(walk.classes, self.always)
+            by_class[classes] = own
+            return {name: by_class[self._arrives(walk, name)] for name in self._read(walk)}
+        # With several in a class, a gate's place is read bit by bit, from what closing half does.
+        found = {name: torch.zeros_like(self.reads[name]) for name in self._read(walk)}
+        place = torch.arange(1, len(own) + 1)
+        for bit in range(len(own).bit_length()):
+            half = (own < self.always) & (place >> bit & 1 == 1)
+            for name, zero in self._zeros(walk, {maker: half}).items():
+                found[name] += zero.long() << bit
+        gates = torch.cat([own.new_tensor([self.always]), own])
+        return {name: gates[number.clamp(max=len(own))] for name, number in found.items()}
+
+    def _read(self, walk: Walk) -> list[str]:
+        """Layers whose inputs are followed to where they are made."""
+        return [
+            name
+            for name, units in walk.inputs.items()
+            if units is not None and name not in self.carriers and not walk.sites[name].fixed
+        ]
+
+    def _zeros(self, walk: Walk, shut: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Layer -> bool [in]: inputs that are zero when some outputs (bool, by layer) are closed,
+        and all others open."""
+
+        def walked(carriers: Mapping[str, nn.Module]) -> Walk:
+            sites = [
+                replace(
+                    site,
+                    layer=carriers.get(name, site.layer),
+                    writes=~shut.get(name, torch.zeros_like(site.writes)),
+                )
+                for name, site in walk.sites.items()
+            ]
+            return Walk(walk.trace, sites)
+
+        closed = walked(self.carriers)
+        # What a carrier makes of closed channels is constant, whatever the constant is.
+        told = walked({}) if any(site.folds for site in walk.sites.values()) else closed
+        zeros: dict[str, Tensor] = {}
+        for name in self._read(closed):
+            units, known = closed.inputs[name], told.inputs[name]
+            assert units is not None
+            assert known is not None
+            zeros[name] = (units.constant == 0) & ~closed.tainted[units.labels]
+            if walk.sites[name].folds:
+                zeros[name] |= ~known.constant.isnan() & ~told.restless[known.labels]
+        return zeros
+
+    def _narrow(self) -> None:
+        """Makes all ways as wide as the widest must be."""
+        widths = [1, 1]
+        for name, (all_of, any_of) in self.columns.items():
+            sides = all_of.sort(1).values, any_of.sort(1).values  # gates before the other numbers
+            sides[1][(sides[1] == self.never).all(1), 0] = self.always
+            self.columns[name] = Ways(*sides)
+            for side, part in enumerate(sides):
+                used = int((part < self.always).sum(1).max())
+                widths[side] = max(widths[side], used)
+        for name, sides in self.columns.items():
+            padded = [
+                torch.cat([part, part.new_full((len(part), width), filler)], 1)[:, :width]
+                for part, width, filler in zip(
+                    sides, widths, (self.always, self.never), strict=True
+                )
+            ]
+            self.columns[name] = Ways(*padded)
+
+    # --- what the sizes need ------------------------------------------------------------------
+
+    def inputs(self, names: list[str]) -> Ways:
+        """[inputs, ...] the ways to those of some layers, one layer after another."""
+        columns = [self.columns[name] for name in names]
+        return Ways(*(torch.cat(parts) for parts in zip(*columns, strict=True)))
+
+    def outputs(self, names: list[str], others: list[Tensor]) -> tuple[Tensor, Ways]:
+        """Of the outputs of some layers, and behind them of `others`, units by class: [outputs]
+        their own gates, and [outputs, K, ...] the ways to the inputs that read each once its own
+        gate is open. It is there while one way is open.
+        """
+        own: list[Tensor] = []
+        stays: list[Tensor] = []
+        for name in names:
+            classes = self.classes[name]
+            stays.append(classes == STAYS)
+            own.append(self.writes[name])
+            if name in self.carriers:  # they pass on what is there
+                stays[-1] = stays[-1] | self.viewed[classes]
+                own[-1] = torch.full_like(classes, self.always)
+        for classes in others:
+            stays.append((classes == STAYS) | self.viewed[classes])
+            own.append(torch.full_like(classes, self.always))
+        gate, stay = torch.cat(own), torch.cat(stays)
+        asked = torch.cat([*(self.classes[name] for name in names), *others])
+        # Behind all ways that lead to readers: one that is always open, and one that never is.
+        width = self._readers.shape[1] - 1
+        ends = (torch.full((1, width), number) for number in (self.always, self.never))
+        table = torch.cat([self._readers[:, 1:], *ends])
+        classes = self._readers[:, 0].contiguous()
+        first = torch.searchsorted(classes, asked)
+        number = torch.searchsorted(classes, asked, right=True) - first
+        first[stay], number[stay] = len(classes), 1
+        place = torch.arange(max(1, int(number.max())))
+        index = (first[:, None] + place).masked_fill(place >= number[:, None], len(classes) + 1)
+        widths = [part.shape[1] for part in self.columns[names[0]]]
+        ways = Ways(*table[index].split(widths, -1))
+        return gate, ways.once_open(gate[:, None, None], self.always)
+
+    def least_read(self, name: str) -> int:
+        """How many inputs a layer keeps in any case: one, or those of one of its gates."""
+        own = self.reads[name]
+        return smallest(own) if bool((own < self.always).any()) else 1
+
+    def least(self, name: str) -> int:
+        """How many outputs a layer keeps in any case: one, with those that only go with it."""
+        if bool((self.writes[name] < self.always).any()):
+            return 1
+        return smallest(self.classes[name])

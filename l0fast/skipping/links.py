@@ -1,0 +1,221 @@
+"""From one export of a model: the links along which closed units can be skipped."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast.graph import capture
+from l0fast.graph.channels import RIGID, STAYS, op_name, shape_of
+from l0fast.graph.proof import TOLERANCE, relative_error, tensors_of
+from l0fast.graph.sites import find_sites, light_copy, replace
+from l0fast.graph.walk import Walk
+from l0fast.layers.draw import SKIPPING, Drawn, detach_draw, gated_layers
+from l0fast.skipping import skip_on_device
+from l0fast.skipping.following import can_follow, stop_following
+from l0fast.skipping.skip import MULTIPLE, Link, Reader, Skipping
+
+SLACK = 100.0
+"""Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""
+DRAWS = 6
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """A copy in training with ordinary layers for the gated ones, of the same parameters."""
+    twin = light_copy(model)
+    replace(twin, {id(layer): layer.dense() for layer in gated_layers(twin).values()})
+    stop_following(twin)
+    detach_draw(twin)
+    for module in twin.modules():
+        if isinstance(module, capture.NORMS):
+            module.num_batches_tracked = None  # its counting would be an op that is not known
+    return twin.train()
+
+
+def _usable(layer: Any) -> bool:
+    """Whether a layer can compute with some of its rows and columns."""
+    if not isinstance(layer, Drawn) or layer.noise == "example" or layer.gates == "weight":
+        return False
+    return getattr(layer, "groups", 1) == 1
+
+
+class _Finder:
+    """The links of a model, from a walk along its graph.
+
+    Args:
+        model: with gates.
+        plain: the same without.
+        trace: its export.
+        views: follow units across ops that may have sizes written out.
+    """
+
+    def __init__(
+        self, model: nn.Module, plain: nn.Module, trace: capture.Trace, views: bool
+    ) -> None:
+        layers, modules = gated_layers(model), dict(model.named_modules())
+        # Weights are read where they are: ties, and who else reads them, do not matter here.
+        found = find_sites(plain, None, {}, {})
+        sites = {
+            # A maker of zeros: then it shows where those arrive.
+            name: dataclasses.replace(site, writes=torch.zeros_like(site.writes))
+            if name in layers and layers[name].gates == "output"
+            else site
+            for name, site in found.items()
+        }
+        self.layers: dict[str, Any] = {}
+        """The layers that can leave something out: gated, or those that follow them."""
+        for name, site in sites.items():
+            layer = layers.get(name, modules[name])
+            usable = _usable(layer) if name in layers else can_follow(layer)
+            if usable and not site.fixed and trace.counts[name] == 1:
+                self.layers[name] = layer
+        self.trace, self.walk = trace, Walk(trace, sites.values())
+        self.loose = self._loose(views)
+
+    def _loose(self, views: bool) -> Tensor:
+        """bool, by unit: whether it may be left out for its own sake."""
+        walk = self.walk
+        single = walk.classes.bincount(minlength=len(walk.classes))[walk.classes] == 1
+        loose = single & (walk.classes != walk.classes[STAYS])
+        for name, units in walk.inputs.items():
+            if name not in self.layers and units is not None:
+                loose[units.labels] = False
+        for node in () if views else self.trace.graph.nodes:
+            if op_name(node) in RIGID:
+                for source in node.all_input_nodes:
+                    for units in walk.units(source):
+                        loose[units.labels] = False
+        return loose
+
+    def _work(self, name: str) -> int:
+        """Multiply-accumulates of a layer for the example."""
+        weight = self.layers[name].weight
+        if type(self.layers[name]) in capture.NORMS:
+            return 0
+        nodes = (node for node, called in self.trace.calls.items() if called == name)
+        places = (math.prod(shape_of(node) or (0,)) for node in nodes)
+        return weight.numel() * sum(places) // max(weight.shape[0], 1)
+
+    def links(self) -> list[Link]:
+        walk, layers = self.walk, self.layers
+        readers: dict[str, list[str]] = {}
+        for name in layers:
+            units = walk.inputs.get(name)
+            makers = [] if units is None else walk.makers(units.labels)
+            for maker in makers:
+                readers.setdefault(maker, []).append(name)
+        links: list[Link] = []
+        linked: set[str] = set()
+        for maker, names in readers.items():
+            norms = [type(layers[name]) in capture.NORMS for name in names]
+            if maker not in layers or all(norms) or not bool(self.loose[walk.made[maker]].all()):
+                continue
+            inputs = [walk.inputs[name] for name in names]
+            labels = [units.labels - walk.made[maker][0] for units in inputs if units is not None]
+            size = len(walk.made[maker])
+            if any(bool(((label < 0) | (label >= size)).any()) for label in labels):
+                continue  # a reader of two makers
+            # What a norm makes of zeros changes with its parameters.
+            zeros = (
+                not any(norms)
+                and not bool(walk.tainted[walk.made[maker]].any())
+                and all(bool((units.constant == 0).all()) for units in inputs if units is not None)
+            )
+            ends = [
+                Reader(layers[name], None if torch.equal(label, torch.arange(size)) else label)
+                for name, label in zip(names, labels, strict=True)
+            ]
+            macs = self._work(maker) + sum(self._work(name) for name in names)
+            link = Link(layers[maker], ends, zeros, macs)
+            reads_all = not all(
+                end.by_gates or type(end.layer) in capture.NORMS for end in link.readers
+            )
+            if link.own or not reads_all:
+                links.append(link)
+                linked.update(names)
+        for name, layer in layers.items():
+            reader = Reader(layer, None)
+            if name not in linked and reader.by_gates and name in walk.inputs:
+                links.append(Link(None, [reader], work=self._work(name)))
+        return links
+
+
+def find_links(model: nn.Module, args: tuple[Any, ...], views: bool = True) -> list[Link]:
+    """The links between a model's gated layers, on its example.
+
+    Args:
+        model: with gates; it is not changed.
+        args: what its forward takes.
+        views: follow units across ops that may have sizes written out.
+
+    Raises:
+        Exception: whatever torch.export raises for a model that it refuses.
+    """
+    plain = _plain(model)
+    return _Finder(model, plain, capture.export(plain, args), views).links()
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [tensor.detach().clone() for tensor in tensors_of(model(*copy.deepcopy(args)))]
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    return any(parameter.is_cuda for parameter in model.parameters())
+
+
+def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
+    """The largest relative difference between masked and skipped forwards of the example."""
+    twin, own = copy.deepcopy((model, links))
+    twin.eval()
+    worst = 0.0
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
+        for layer in gated_layers(twin).values():
+            layer.training = True
+        for draw in range(DRAWS):
+            torch.manual_seed(draw)
+            for layer in gated_layers(twin).values():
+                layer.log_alpha.normal_(0.0, 2.0)
+            stop_following(twin)
+            expected = _outputs(twin, args, draw)
+            twin.__dict__[SKIPPING] = Skipping(twin, own, True, args, 1, _on_gpu(model))
+            worst = max(worst, relative_error(_outputs(twin, args, draw), expected))
+    return worst
+
+
+def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -> None:
+    """Makes the model's draw say which closed units each step leaves out.
+
+    Tried out on the example, masked against skipped. Where that fails, "auto" skips nothing.
+
+    Raises:
+        ValueError: `skip` is True, and the model cannot skip.
+    """
+    on_gpu = _on_gpu(model)
+    if skip is False or (skip == "auto" and on_gpu):
+        return  # what it saves there has not been measured
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    allowed = SLACK * max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
+    failure = ""
+    for views in (True, False):  # a model may reshape to sizes that it has written out
+        try:
+            links = find_links(model, args, views)
+            error = _error(model, args, links)
+        except Exception as problem:
+            reason = str(problem).strip().splitlines() or [""]
+            failure = f"{type(problem).__name__}: {reason[0][:200]}"
+            continue
+        if links and error <= allowed:
+            multiple = skip_on_device.MULTIPLE if on_gpu else MULTIPLE
+            model.__dict__[SKIPPING] = Skipping(model, links, skip, args, multiple, on_gpu)
+            return
+        failure = f"it differs by {error:.3g}" if links else "no units can be followed"
+    if skip is True:
+        _checks.refuse("skip", skip, f"'auto' or False for this model ({failure})")

@@ -1,0 +1,145 @@
+"""Checkpoints: all that a run needs to go on, bit for bit, in one file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast._files import write_atomically
+from l0fast.measures.latency import LatencyTable
+
+CHECKPOINT = "checkpoint.pt"
+FORMAT = 1
+OPTIONAL = {"cuda_rng", "best", "removals", "idle"}
+"""Entries that not every run has."""
+
+Row = dict[str, Any]
+
+
+def rng_state(device: torch.device) -> Row:
+    """The states of the generators that a run on that device draws from, as `Checkpoint` names
+    them."""
+    states: Row = {"rng": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda_rng"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """The state of a run between two epochs."""
+
+    format: int = FORMAT
+    identity: Row
+    """Facts about data, model and settings that a run must share to go on from here."""
+    epoch: int
+    step: int
+    seconds: float
+    history: list[Row]
+    model: Row
+    optimizer: Row
+    term: Row | None
+    """Of the constraint or penalty."""
+    rng: Tensor
+    cuda_rng: Tensor | None = None
+    removals: list[Row] | None = None
+    """What `shrink` has removed so far, in order; and"""
+    idle: Row | None = None
+    """for how many epochs each gate that is left has seldom been open."""
+    best: Row | None = None
+    """Of the epoch that `select="best"` would take: its number, and its model's state."""
+
+    @property
+    def selected(self) -> tuple[int, Row]:
+        """Number of the epoch whose model the run would prune, and that model's state."""
+        if self.best is None:
+            return self.epoch, self.model
+        return self.best["epoch"], self.best["model"]
+
+    @property
+    def table(self) -> LatencyTable | None:
+        """What the run has measured of latency, if its targets are of that."""
+        state: Row = (self.term or {}).get("_extra_state", {})
+        return LatencyTable.from_json(state["latency"]) if "latency" in state else None
+
+    def write(self, path: Path) -> None:
+        """Puts the checkpoint into a file, whole or not at all.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
+        state = {
+            name: value
+            for name, value in vars(self).items()
+            if not (name in OPTIONAL and value is None)
+        }
+
+        def write(temporary: Path) -> None:
+            with temporary.open("wb") as file:  # given a path, torch.save raises no OSError
+                torch.save(state, file)
+
+        write_atomically(path, write)
+
+    @classmethod
+    def read(cls, path: Path, device: torch.device, name: str = "resume") -> Checkpoint:
+        """The checkpoint in a file, its tensors on `device`; `name` is the option that named it.
+
+        Raises:
+            ValueError: it is not a whole checkpoint.
+        """
+        whole = "a whole checkpoint of this project"
+        try:
+            state: Row = torch.load(path, map_location=device, weights_only=True)
+            missing = {field.name for field in fields(cls)} - OPTIONAL - state.keys()
+            state["identity"] = dict(state.get("identity", {}))
+        except Exception as error:
+            _checks.refuse(name, str(path), f"{whole} ({type(error).__name__})")
+        if missing:
+            _checks.refuse(name, str(path), f"{whole} (this one has no {min(missing)!r})")
+        return cls(
+            **{field.name: state[field.name] for field in fields(cls) if field.name in state}
+        )
+
+    def refuse_other(self, path: Path, identity: Mapping[str, Any], model: nn.Module) -> None:
+        """Refuses a run of another identity or a model of other shapes.
+
+        Raises:
+            ValueError: with the first fact that differs; `path` is named in it.
+        """
+        self.refuse_other_run(path, identity)
+        self.refuse_other_model(path, model)
+
+    def refuse_other_run(self, path: Path, identity: Mapping[str, Any]) -> None:
+        """The first half of `refuse_other`."""
+        for key in sorted({*identity, *self.identity}):
+            ours, theirs = identity.get(key), self.identity.get(key)
+            if key not in self.identity:
+                expected = "a run without it (an earlier version's cannot be resumed)"
+                _checks.refuse(key, ours, f"{expected}, as in the checkpoint {path}")
+            if ours != theirs:
+                _checks.refuse(key, ours, f"{theirs!r}, as in the checkpoint {path}")
+
+    def refuse_other_model(self, path: Path, model: nn.Module) -> None:
+        """The second half of `refuse_other`: for a model made as small as the checkpoint's."""
+        shapes = [
+            {name: getattr(value, "shape", None) for name, value in state.items()}
+            for state in (model.state_dict(), self.model)
+        ]
+        for name in sorted({*shapes[0], *shapes[1]}):
+            mine, saved = (
+                "none" if name not in part else str(tuple(part[name] or ())) for part in shapes
+            )
+            if mine != saved:
+                _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
+
+    def restore_rng(self, device: torch.device) -> None:
+        """Puts the generators back to where the run had them."""
+        torch.set_rng_state(self.rng.cpu())
+        if self.cuda_rng is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.cuda_rng.cpu(), device)

@@ -1,0 +1,123 @@
+"""What a run trains under, by its settings: the term of the loss, and the optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from l0fast.constraints.constraint import DensityConstraint, L0Penalty
+from l0fast.constraints.dual import DUALS, Dual
+from l0fast.constraints.schedule import TargetSchedule
+from l0fast.gating.sparsify import param_groups
+from l0fast.measures.amounts import Asked
+from l0fast.measures.density import WHOLE_MODEL, AnyMeasure
+from l0fast.measures.latency import LatencyTable
+from l0fast.measures.timing import settled
+from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.training.settings import (
+    DUAL_DAMPING,
+    TrainerSettings,
+    default_dual_lr,
+    default_gate_lr,
+    default_target_schedule,
+)
+
+Term = DensityConstraint | L0Penalty
+
+
+def make_term(
+    model: nn.Module,
+    settings: TrainerSettings,
+    steps: int,
+    examples: int,
+    example_inputs: Any,
+    table: LatencyTable | None = None,
+) -> Term | None:
+    """The term to add to the loss, or None for a dense training.
+
+    Args:
+        model: with gates, unless the training is dense.
+        settings: of the run.
+        steps: of the whole run.
+        examples: how many there are to train on.
+        example_inputs: what the model's forward takes.
+        table: of latency, where that was measured before.
+    """
+    if settings.penalty is not None:
+        per_example = examples if settings.penalty_per_example else None
+        return L0Penalty(model, settings.penalty, per_example)
+    asked = settings.density if settings.layer_density is None else settings.layer_density
+    if asked is None:
+        return None
+    measure = settled(table or settings.measure, model, example_inputs)
+    target = _in_shares(model, asked, measure, example_inputs)
+    if settings.method != "l0":
+        return MagnitudePruning(
+            model,
+            target,
+            steps=steps,
+            gradual=settings.method == "magnitude",
+            measure=measure,
+            example_inputs=example_inputs,
+        )
+    # Without any, it is the constraint that says so.
+    least = min(target.values(), default=1.0) if isinstance(target, Mapping) else target
+    shape = settings.target_schedule
+    if shape == "auto":
+        named = settings.dual_lr is not None
+        shape = "constant" if named else default_target_schedule(steps, least)
+    warmup = math.ceil(settings.target_warmup * steps)
+    return DensityConstraint(
+        model,
+        target,
+        measure=measure,
+        example_inputs=example_inputs,
+        dual=_dual(settings, steps, least, shape),
+        schedule=None if shape == "constant" else TargetSchedule(warmup, shape),
+    )
+
+
+def _in_shares(
+    model: nn.Module,
+    asked: Asked | Mapping[str, Asked],
+    measure: AnyMeasure,
+    example_inputs: Any,
+) -> float | Mapping[str, float]:
+    """Targets as densities, by which the duals' learning rate goes; a constraint tells amounts."""
+    values = asked.values() if isinstance(asked, Mapping) else [asked]
+    if not any(isinstance(value, str) for value in values):
+        return asked  # type: ignore[return-value]
+    constraint = DensityConstraint(model, asked, measure=measure, example_inputs=example_inputs)
+    shares = constraint.targets
+    return shares if isinstance(asked, Mapping) else shares[WHOLE_MODEL]
+
+
+def _dual(settings: TrainerSettings, steps: int, least: float, shape: str) -> Dual:
+    """How the multipliers move, in a training of that many steps; `least` of its targets, which
+    come down in that shape."""
+    lr = settings.dual_lr
+    if lr is None:
+        lr = default_dual_lr(steps, least, shape)
+    options: dict[str, Any] = {"dual_first": settings.dual_first}
+    if settings.dual == "ascent":
+        options["restarts"] = settings.restarts
+    elif settings.dual == "pi":
+        options["proportional"] = DUAL_DAMPING / least
+    elif settings.dual == "augmented":
+        options["penalty"] = DUAL_DAMPING / least
+    return DUALS[settings.dual](lr, **options)
+
+
+def make_optimizer(
+    model: nn.Module, settings: TrainerSettings, steps: int
+) -> torch.optim.Optimizer:
+    """Adam on the weights, and on the gates where there are some, each at its learning rate."""
+    groups: Any = [{"params": list(model.parameters())}]
+    if settings.gated:
+        gate_lr = settings.gate_lr or default_gate_lr(steps)
+        groups = param_groups(model, settings.lr, gate_lr, weight_decay=settings.weight_decay)
+    return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)

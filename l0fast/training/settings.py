@@ -1,0 +1,219 @@
+"""How to train: the settings, and the rules for the learning rates that are not named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from l0fast import _checks
+from l0fast.constraints.dual import DUALS
+from l0fast.constraints.schedule import POWERS
+from l0fast.layers.gated import GATES
+from l0fast.measures import amounts
+from l0fast.measures.measure import MEASURES
+
+METHODS = ("l0", "magnitude", "magnitude-one-shot")
+MAX_SEED = 2**32 - 1
+DUAL_GAIN = 33.0
+DUAL_LR_MOST = 0.1
+DUAL_DAMPING = 0.3
+GATE_TRAVEL = 30.0
+GATE_LR_RANGE = (0.03, 0.1)
+
+
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How to train. The defaults are this project's own recipe.
+
+    Args:
+        density: target of the whole model, in (0, 1] or an amount ("100k params"); or
+        layer_density: layer name or pattern -> target, each its own constraint; or
+        measure: what these targets are shares or amounts of: "gates", "params", "macs",
+            "memory" or "latency" (see `DensityConstraint`).
+        method: how a density is met: "l0" (gates are learned under a constraint), or by the
+            baselines "magnitude" (gradually) and "magnitude-one-shot" (see `MagnitudePruning`).
+        gates: where they sit, as in `sparsify_`; for models that the trainer gives them.
+        penalty: coefficient of the penalised method; with none of the three the model is
+            trained as it is, dense.
+        penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
+        epochs: passes over the training examples, >= 1.
+        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
+        seed: of the order of the examples. (torch.manual_seed governs weights and gates.)
+        lr: learning rate of Adam for the weights.
+        gate_lr: of the gates; None: GATE_TRAVEL / number of steps, within GATE_LR_RANGE.
+        dual_lr: dual learning rate; None: DUAL_GAIN / (least target x number of steps), at most
+            DUAL_LR_MOST; with a schedule of targets 1 / least target.
+        restarts: dual restarts, of dual="ascent".
+        dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
+            "equality" (see `l0fast.dual`).
+        dual_first: whether they move before each step's loss is formed, rather than after it.
+        target_schedule: how targets come down to what is asked: "constant" (in force from the
+            start), "linear", "cubic", or "auto": "cubic" where the training is too short for
+            DUAL_LR_MOST, and dual_lr is not named, else "constant".
+        target_warmup: the share of the training that this takes, in (0, 1].
+        settle: the share of the epochs at the end, in [0, 1), in which the gates are decided and
+            the noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least
+            one of several; 0 for none. Not of a dense training, nor of magnitude pruning.
+        weight_decay: decoupled, of the weights.
+        schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
+        select: the epoch whose model is pruned and reported: "last", or "best": of those whose
+            evaluation gates meet every target, the one of least validation error (the latest of
+            equals); the last where none does.
+        shrink: gates that have seldom been open (less than 1 %) at the end of so many epochs on end
+            are removed for good, with their units: the model that is trained gets smaller. None
+            removes nothing. See `shrink`.
+        skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
+            models that the trainer gives their gates.
+        cuda_graph: whether a step is captured as one CUDA graph and replayed: "auto" where that can
+            be (the summary says why not), True, or False.
+    """
+
+    density: amounts.Asked | None = None
+    layer_density: Mapping[str, amounts.Asked] | None = None
+    measure: str = "gates"
+    method: str = "l0"
+    gates: str = "auto"
+    penalty: float | None = None
+    penalty_per_example: bool = False
+    epochs: int = 20
+    batch_size: int = 128
+    seed: int = 0
+    lr: float = 1e-3
+    gate_lr: float | None = None
+    dual_lr: float | None = None
+    restarts: bool = True
+    dual: str = "ascent"
+    dual_first: bool = False
+    target_schedule: str = "auto"
+    target_warmup: float = 0.5
+    settle: float = 0.1
+    weight_decay: float = 0.1
+    schedule: str = "cosine"
+    select: str = "last"
+    shrink: int | None = None
+    skip: str | bool = "auto"
+    cuda_graph: str | bool = "auto"
+
+    def __post_init__(self) -> None:
+        named = [
+            name
+            for name in ("density", "layer_density", "penalty")
+            if getattr(self, name) is not None
+        ]
+        if len(named) > 1:
+            _checks.refuse(named[1], getattr(self, named[1]), f"only one of {' and '.join(named)}")
+        _checks.one_of("measure", self.measure, MEASURES)
+        if self.measure != "gates" and self.density is None and self.layer_density is None:
+            _checks.refuse("measure", self.measure, "a density or layer_density beside it")
+        _checks.one_of("method", self.method, METHODS)
+        if self.method != "l0" and self.density is None and self.layer_density is None:
+            _checks.refuse("method", self.method, "a density or layer_density beside it")
+        _checks.one_of("gates", self.gates, ("auto", *GATES))
+        checked: dict[str, Any] = {}  # as plain numbers: a checkpoint holds no others
+        if self.density is not None:
+            checked["density"] = amounts.check("density", self.density, self.measure)
+        if self.layer_density is not None:
+            if not isinstance(self.layer_density, Mapping):
+                expected = "layer names or patterns -> densities"
+                _checks.refuse("layer_density", self.layer_density, expected, TypeError)
+            # In one order, whichever the caller's: a checkpoint's multipliers have no names.
+            checked["layer_density"] = {
+                name: amounts.check(
+                    f"layer_density[{name!r}]", self.layer_density[name], self.measure
+                )
+                for name in sorted(self.layer_density, key=str)
+            }
+        for name in ("epochs", "batch_size"):
+            checked[name] = _checks.whole(name, getattr(self, name))
+        checked["seed"] = _checks.whole("seed", self.seed, 0, MAX_SEED)
+        for name in ("lr", "gate_lr"):
+            value = getattr(self, name)
+            if value is not None or name == "lr":
+                checked[name] = _checks.number(name, value, "a number > 0", low=0.0, open_low=True)
+        for name in ("dual_lr", "penalty", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None or name == "weight_decay":
+                checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
+        name, expected = "target_warmup", "a share of the training in (0, 1]"
+        value = getattr(self, name)
+        checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_low=True)
+        name, expected = "settle", "a share of the training in [0, 1)"
+        value = getattr(self, name)
+        checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_high=True)
+        _checks.one_of("dual", self.dual, tuple(DUALS))
+        _checks.one_of("target_schedule", self.target_schedule, ("auto", "constant", *POWERS))
+        if self.shrink is not None:
+            checked["shrink"] = _checks.whole("shrink", self.shrink)
+            if not self.gated:
+                _checks.refuse("shrink", self.shrink, "a target or penalty beside it")
+            if self.measure != "gates":
+                _checks.refuse("shrink", self.shrink, "measure='gates' beside it")
+            if self.select == "best":
+                _checks.refuse("shrink", self.shrink, "select='last': earlier models are larger")
+        _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
+        _checks.one_of("select", self.select, ("last", "best"))
+        _checks.auto_or_bool("skip", self.skip)
+        _checks.auto_or_bool("cuda_graph", self.cuda_graph)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a constraint or a penalty."""
+        return not (self.density is None and self.layer_density is None and self.penalty is None)
+
+    @property
+    def settles_at(self) -> int:
+        """How many epochs there are before the gates settle; all of them where they do not."""
+        if not self.gated or self.method != "l0" or self.settle == 0:
+            return self.epochs
+        last = max(1, round(self.settle * self.epochs))
+        return max(self.epochs - last, 1)
+
+
+WITHOUT_GATES: dict[str, Any] = {
+    name: getattr(TrainerSettings, name)
+    for name in ("density", "layer_density", "penalty", "measure", "method", "gates", "shrink")
+}
+"""What a dense training has in place of all that speaks of gates."""
+
+
+def default_dual_lr(steps: int, target: float, target_schedule: str = "constant") -> float:
+    """The dual learning rate for a training of that many steps to that density.
+
+    With a schedule it is 1 / target, however long the training. The multiplier is then driven by
+    what the density lags behind the target in force, and that is over in the about 1 / gate_lr
+    steps that gates take to follow: a lag of a tenth of the target raises it by some 3 to 10 there.
+    Restarts take away what is too much.
+
+    Without one it is DUAL_GAIN / (target x steps), at most DUAL_LR_MOST.
+    The multiplier has to reach the loss's sensitivity to density (it peaked at 1.0 for the MLP and
+    2.2 for LeNet on MNIST, at 6 on digits), and the violation that drives it shrinks with the
+    target. At 33 % the target was first met after 9 % (MNIST) and 19 % (digits) of the training.
+    The upper bound keeps a short training from closing gates before the weights have learned
+    anything.
+    """
+    if target_schedule != "constant":
+        return 1 / target
+    return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
+
+
+def default_target_schedule(steps: int, target: float) -> str:
+    """How the target comes down in a training of that many steps to that density.
+
+    Where the rule of `default_dual_lr` meets its upper bound, the multiplier cannot be fast enough
+    and yet wait for the weights: LeNet 8-16-64 at 10 % on digits lost whole layers to it in every
+    run. There the target comes down, and the multiplier follows that.
+    """
+    return "cubic" if DUAL_GAIN / (target * steps) > DUAL_LR_MOST else "constant"
+
+
+def default_gate_lr(steps: int) -> float:
+    """Adam's learning rate for log_alpha in a training of that many steps.
+
+    A gate travels about 3 from its start to closed, and Adam moves it by at most one learning
+    rate a step: a short training needs larger steps.
+    """
+    least, most = GATE_LR_RANGE
+    return min(max(GATE_TRAVEL / steps, least), most)
