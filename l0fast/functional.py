@@ -260,7 +260,7 @@ def skipping_linear(
         weight: [N, K].
         bias: [N], or None.
         z: [K], gates of the columns, or None.
-        rows: which of its outputs are wanted (see `compaction`); None for all.
+        rows: which of its outputs are wanted (see `maths.compaction`); None for all.
         cols: which of its inputs are there; None for all.
         backend: as in `hard_concrete`.
 

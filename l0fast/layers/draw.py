@@ -17,7 +17,7 @@ from l0fast.maths.hard_concrete import HardConcrete
 _MEMBERS = "_l0fast_gated"
 """Attribute of a model that draws: its gated layers, so that no step has to look for them."""
 SKIPPING = "_l0fast_skipping"
-"""Attribute of a model that draws: what says which closed units a step leaves out (see `skip`)."""
+"""Attribute of a model that draws: which closed units a step leaves out (see `skipping`)."""
 
 
 def _spent(node: Any) -> bool:

@@ -46,7 +46,7 @@ class TrainerSettings:
             DUAL_LR_MOST; with a schedule of targets 1 / least target.
         restarts: dual restarts, of dual="ascent".
         dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
-            "equality" (see `l0fast.dual`).
+            "equality" (see `l0fast.constraints.dual`).
         dual_first: whether they move before each step's loss is formed, rather than after it.
         target_schedule: how targets come down to what is asked: "constant" (in force from the
             start), "linear", "cubic", or "auto": "cubic" where the training is too short for

@@ -51,7 +51,7 @@ class Trainer:
     Args:
         model: any classifier; without gates and with a target or penalty, `sparsify_` gives it
             some (the defaults), in place.
-        data: train, validation and test splits (see `l0fast.data`).
+        data: train, validation and test splits (see `l0fast.data.sets`).
         settings: how to train.
         out: folder for checkpoint.pt, metrics.jsonl, summary.json, dynamics.png and
             pruned.safetensors, and where TensorBoard is installed for tensorboard/; None writes
