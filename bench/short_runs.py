@@ -136,7 +136,7 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
         "pruned": group["density"],
         "shortfall_percent": 100 * (run.target - group["density"]) / run.target,
         "forced": summary["forced"],
-        "collapsed": " ".join(summary["collapsed"]),
+        "collapsed": " ".join(summary["collapsed"] + summary["reopened"]),
         "test_error_percent": summary["test_error_percent"],
         "met_at": met[0] / len(rows) if met else "",
         "multiplier_most": max(multipliers),

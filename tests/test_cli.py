@@ -193,7 +193,7 @@ def test_a_collapse_is_told_once_and_at_the_end(
         "constraint": ["--density", "0.1", "--dual-lr", "30", "--no-restarts"],
         "penalty": ["--penalty", "1000"],
     }[method]
-    fast = [*FAST, "--epochs", "4", "--gate-lr", "0.5", "--quiet"]
+    fast = [*FAST, "--epochs", "4", "--gate-lr", "0.5", "--settle", "0", "--quiet"]
     assert run(*fast, *options, "--out", "x") == 0
     said = capsys.readouterr()
     rows = [json.loads(line) for line in Path("x", METRICS).read_text().splitlines()]

@@ -25,7 +25,7 @@ from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
 
 BATCH = 32
-SETTINGS = TrainerSettings(density=0.4, epochs=2, batch_size=BATCH, lr=1e-2)
+SETTINGS = TrainerSettings(density=0.4, epochs=2, batch_size=BATCH, lr=1e-2, settle=0)
 MODELS = {"mlp": (32, 16), "lenet5": (4, 6, 12)}
 
 

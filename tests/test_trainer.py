@@ -50,7 +50,7 @@ METRICS_OF = {
     "always": {
         "epoch", "loss", "train_error_percent", "validation_error_percent", "test_error_percent",
     },
-    "gated": {"expected_density", "realised_density", "layers", "collapsed"},
+    "gated": {"expected_density", "realised_density", "layers", "collapsed", "settled"},
     "constrained": {"density", "aim", "lambda", "restarts", "measure", "feasible", "stalls"},
 }  # fmt: skip
 SUMMARY_OF = {
@@ -63,7 +63,8 @@ SUMMARY_OF = {
         "device", "torch", "cuda_graph",
     },
     "gated": {
-        "realised_density", "forced", "collapsed", "memory", "dense_memory", "memory_fraction",
+        "realised_density", "forced", "collapsed", "reopened",
+        "memory", "dense_memory", "memory_fraction",
     },
     "constrained": set[str](),
 }  # fmt: skip
@@ -201,7 +202,7 @@ def test_metrics(finished: Any) -> None:
     sizes = {"fc1": 64, "fc2": 32, "fc3": 16}
     for row in rows:
         assert row.keys() == wanted
-        others = {"epoch", "layers", "collapsed"} | METRICS_OF["constrained"]
+        others = {"epoch", "layers", "collapsed", "settled"} | METRICS_OF["constrained"]
         for name in wanted - others:
             assert isinstance(row[name], float), name
             assert math.isfinite(row[name])
@@ -226,7 +227,7 @@ def test_metrics(finished: Any) -> None:
 
 def test_a_collapse_is_told(digits: Data) -> None:
     """The multiplier outruns the weights: a layer has no open gate left, and the run says which."""
-    one = trainer(digits, density=0.1, epochs=3, dual_lr=30.0, restarts=False)
+    one = trainer(digits, density=0.1, epochs=3, dual_lr=30.0, restarts=False, settle=0)
     summary = one.fit()
     assert summary["feasible"] is True  # it speaks of size alone
     assert summary["collapsed"]
@@ -387,7 +388,8 @@ def test_a_stall_is_told(digits: Data) -> None:
     """A multiplier that hardly grows closes nothing; its words come with the rows and the end."""
     one = trainer(digits, epochs=8, density=0.1, dual_lr=1e-4)
     summary = one.fit()
-    words = one.history[-1]["stalls"]["model"]
+    words = one.history[-2]["stalls"]["model"]
+    assert one.history[-1]["stalls"] == {}  # its gates are decided by then
     assert summary["stalls"] == {"model": words}
     assert "still too small to close gates; try a larger dual learning rate (it is 0.0001)" in words
     assert not any(row["stalls"] for row in one.history[:5])

@@ -93,6 +93,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "cubic, or auto (cubic in trainings too short for the multiplier, else constant)",
     )
     add("--target-warmup", metavar="F", help="the share of the training that takes; default: 0.5")
+    add(
+        "--settle",
+        metavar="F",
+        help="the share of the epochs at the end in which the gates are decided, and trained on "
+        f"without noise; default: {DEFAULTS.settle:g}; 0: none",
+    )
     add("--weight-decay", metavar="W", help="decoupled, of the weights")
     add("--no-restarts", action="store_true", help="no dual restarts")
     add(
@@ -208,7 +214,10 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
     chosen: dict[str, Any] = dict(DATASET_SETTINGS[args.dataset])
     if args.recipe == "published":
         chosen.update(models.PUBLISHED_SETTINGS)
-    numbers = ("epochs", "batch_size", "lr", "gate_lr", "dual_lr", "target_warmup", "weight_decay")
+    numbers = (
+        *("epochs", "batch_size", "lr", "gate_lr", "dual_lr"),
+        *("target_warmup", "settle", "weight_decay"),
+    )
     for name in numbers:
         kind = int if name in ("epochs", "batch_size") else float
         value = number(name, getattr(args, name), kind)

@@ -98,6 +98,9 @@ def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
             print(f"{name} {summary[key]:.4f}, {words} {target}")
         if summary["collapsed"]:
             print(collapse(summary["collapsed"], trainer))
+        if summary["reopened"]:
+            names = ", ".join(summary["reopened"])
+            print(f"reopened: all gates of {names} were closed until the gates were decided")
         beside = "" if dense is None else f" (dense: {dense:.2f} %)"
         print(f"pruned model {summary['architecture']}: test error {error}{beside}")
         for unit in ("params", "macs"):

@@ -23,7 +23,8 @@ class Budget(NamedTuple):
     layers: tuple[str, ...]
     target: float
     measure: Measure
-    """Of one group."""
+    place: int = 0
+    """Of its group among those of the measure."""
     factor: float = 1.0
     """What was found to be spent, over what the measure says."""
     asked: Asked | None = None
@@ -31,15 +32,17 @@ class Budget(NamedTuple):
 
     def share(self, kept: Mapping[str, Tensor]) -> float:
         """What the kept gates cost, over what all cost."""
-        return self.measure.spent(kept)[0] * self.factor / self.measure.totals[0]
+        spent = self.measure.spent(kept)[self.place]
+        return spent * self.factor / self.measure.totals[self.place]
 
     def corrected(self, kept: Mapping[str, Tensor], spent: float) -> Budget:
         """The same where the kept gates turned out to cost that much."""
-        return self._replace(factor=max(self.factor, spent / self.measure.spent(kept)[0]))
+        reckoned = self.measure.spent(kept)[self.place]
+        return self._replace(factor=max(self.factor, spent / reckoned))
 
 
 def choose(
-    layers: Mapping[str, Gated], budgets: list[Budget], round_to: int = 1
+    layers: Mapping[str, Gated], budgets: list[Budget], round_to: int = 1, fill: bool = False
 ) -> dict[str, Tensor]:
     """The gates that stay, by layer: bool of log_alpha's shape, on the CPU.
 
@@ -48,7 +51,8 @@ def choose(
     with gates on units keeps its first block. Then blocks that begin with a gate that is open in
     evaluation are kept in the order of that gate's open probability, as long as every budget
     holds; a layer is complete with its first block that does not fit, and makes room for the
-    others'.
+    others'. With `fill` those that are closed in evaluation are kept as well where there is room,
+    in the layers that a budget is about.
 
     Raises:
         ValueError: a budget does not hold the first block of its layers, or a log_alpha is NaN.
@@ -60,6 +64,7 @@ def choose(
     place = 0
     owners = gate_owners(layers)  # shared gates stay and go together
     owning = own_gates(layers)
+    filled = {owners[name] for one in budgets for name in one.layers} if fill else set[str]()
     for name in owning:
         layer = layers[name]
         log_alpha = layer.log_alpha.detach().double().cpu().flatten()
@@ -77,6 +82,8 @@ def choose(
             reserved[order[:1]] = True
         with torch.no_grad():
             is_open = layer.evaluation_gates() > 0
+        if name in filled:
+            is_open.fill_(True)
         first.append(reserved)
         waits.append(is_open.cpu().flatten() & begins & ~reserved)
         leaders.append(leader + place)

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.constraints.budget import Budget
 from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
+from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
 from l0fast.gating.sparsify import example_args, unwrapped
 from l0fast.layers.draw import own_gates
 from l0fast.layers.gated import Gated
@@ -53,6 +55,42 @@ class _DensityTerm(nn.Module):
         self._owning = own_gates(layers)
         self._bounds = [layers[name].distribution.bound for name in self._owning]
         self._lower = [-bound for bound in self._bounds]
+        mark_(layers.values(), False)  # whatever was trained before starts with noise again
+
+    @property
+    def settled(self) -> bool:
+        """Whether the gates are decided (see `settle`)."""
+        return is_settled(self.layers.values())
+
+    def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Decides all gates, for the last part of a training; call it once, between two steps.
+
+        As many gates are kept as the targets allow, in the order of their open probability; each
+        has its mean under noise from then on, is trained on without noise, and stays open. The
+        others are closed for good. The call adds nothing to the loss any more. What is trained
+        then is what `prune` gives. The state says so: load it after a fresh start, and the training
+        goes on without noise.
+
+        Args:
+            optimizer: the one of the gates; it loses its moments of every log_alpha.
+
+        Raises:
+            ValueError, TypeError: the targets do not hold one unit of each layer, or `optimizer`
+                is none.
+        """
+        settle_(self.layers, self.budgets(), optimizer)
+
+    def budgets(self) -> list[Budget]:
+        """The targets."""
+        return []
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state holds beside tensors: whether the gates are decided."""
+        return {"settled": self.settled}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes it over, for the model's layers."""
+        mark_(self.layers.values(), state.get("settled", False))
 
     @property
     def layers(self) -> dict[str, Gated]:
@@ -60,18 +98,32 @@ class _DensityTerm(nn.Module):
         return self.__dict__["_layers"]
 
     def densities(self) -> Tensor:
-        """[C] expected densities, differentiable."""
-        measure: nn.Module = self.__dict__["_measure"]
+        """[C] expected densities, differentiable; of what is kept, once it is settled."""
+        measure: Measure = self.__dict__["_measure"]
         device = next(iter(self.layers.values())).log_alpha.device
         if self._device != device:  # the model has moved
             self._device = device
             self.to(device)
             measure.to(device)
+        if self.settled:
+            return torch.tensor(self._shares(), dtype=self._dtype, device=device)
         return measure()
+
+    @torch.no_grad()
+    def _shares(self) -> list[float]:
+        """[C] densities with the gates as they are in evaluation."""
+        measure: Measure = self.__dict__["_measure"]
+        opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
+        spent = zip(measure.spent(opened), measure.totals, strict=True)
+        return [cost / total for cost, total in spent]
 
     @torch.no_grad()
     def project_(self) -> None:
         """Puts every log_alpha back into its bounds."""
+        if self.settled:
+            for name in self._owning:
+                hold_(self.layers[name].log_alpha, self.layers[name].distribution)
+            return
         gates: list[Tensor] = [self.layers[name].log_alpha for name in self._owning]
         if self._device.type == "cpu":  # which runs a foreach tensor by tensor, and here twice
             for log_alpha, bound in zip(gates, self._bounds, strict=True):
@@ -212,18 +264,37 @@ class DensityConstraint(_DensityTerm):
         """Name of each constraint -> its target, as it was named."""
         return dict(zip(self.names, self._exact, strict=True))
 
-    @torch.no_grad()
     def realised(self) -> dict[str, float]:
         """Name of each constraint -> its density with the gates as they are in evaluation."""
+        return dict(zip(self.names, self._shares(), strict=True))
+
+    def budgets(self) -> list[Budget]:
+        """The targets, for `settle`."""
         measure: Measure = self.__dict__["_measure"]
-        opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
-        spent = zip(self.names, measure.spent(opened), measure.totals, strict=True)
-        return {name: cost / total for name, cost, total in spent}
+        return [
+            Budget(name, group.layers, target, measure, place)
+            for place, ((name, group), target) in enumerate(
+                zip(self.groups.items(), self._exact, strict=True)
+            )
+        ]
+
+    @torch.no_grad()
+    def rest_(self) -> None:
+        """Sets the multipliers to 0, and what else has grown with them."""
+        self.multiplier.zero_()
+        for name in self.dual.memory:
+            if name != "restarts":
+                self.get_buffer(name).zero_()
+        self._buffers["violation"] = self.densities() - self.target
+
+    def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        super().settle(optimizer)
+        self.rest_()
 
     @property
     def aim(self) -> Tensor:
         """[C] the targets in force: the schedule's, or `target`."""
-        if self.schedule is None:
+        if self.schedule is None or self.settled:
             return self.target
         return self.schedule.at(self.taken, self.start, self.target)
 
@@ -236,7 +307,10 @@ class DensityConstraint(_DensityTerm):
         self.dual.step_(self.multiplier, self.violation, self.dual_lr, *self._memory)
 
     def forward(self) -> Tensor:
-        """0-d: the dual's term of (density - target), summed over the constraints."""
+        """0-d: the dual's term of (density - target), summed over the constraints; 0 once the
+        gates are settled."""
+        if self.settled:
+            return torch.zeros_like(self.dual_lr)
         violation = self.densities() - self.aim
         self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
         # Once a step, however many calls accumulate their gradients in it.
@@ -246,7 +320,10 @@ class DensityConstraint(_DensityTerm):
         return self.dual.term(self.multiplier, violation, *self._memory)
 
     def ascend_(self) -> None:
-        """Ends a step of the multipliers: moves them, unless they have moved before the loss."""
+        """Ends a step of the multipliers: moves them, unless they have moved before the loss, or
+        the gates are settled."""
+        if self.settled:
+            return
         if not self.dual.dual_first:
             self._move()
         self._moved = False
@@ -278,6 +355,7 @@ class DensityConstraint(_DensityTerm):
             "targets": list(self._exact),
             "dual": type(self.dual).__name__,
             "scheduled": self.schedule is not None,
+            **super().get_extra_state(),
         }
         table = self.table
         return state if table is None else {**state, "latency": table.as_json()}
@@ -292,6 +370,7 @@ class DensityConstraint(_DensityTerm):
             measure: Latency = self.__dict__["_measure"]
             measure.take(list(self.groups.values()))
         self._set_targets(list(state["targets"]))
+        super().set_extra_state(state)
 
     @property
     def table(self) -> LatencyTable | None:
@@ -342,7 +421,9 @@ class L0Penalty(_DensityTerm):
         self.names = (WHOLE_MODEL,)
 
     def forward(self) -> Tensor:
-        """0-d: coefficient * density."""
+        """0-d: coefficient * density; 0 once the gates are settled."""
+        if self.settled:
+            return torch.zeros_like(self.coefficient)
         return self.coefficient * self.densities().squeeze(0)
 
     def step(self) -> None:

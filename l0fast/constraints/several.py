@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import EqualityAscent
+from l0fast.constraints.settle import settle_
 from l0fast.layers.gated import Gated
 from l0fast.measures.measure import measure_name
 
@@ -99,6 +100,16 @@ class Constraints(nn.Module):
         for term in self._terms:
             term.ascend_()
         self._terms[0].project_()
+
+    def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
+        settle_(
+            self._terms[0].layers,
+            [one for term in self._terms for one in term.budgets()],
+            optimizer,
+        )
+        for term in self._terms:
+            term.rest_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # All of them before the first is changed.

@@ -132,6 +132,8 @@ class Drawn:
     distribution: HardConcrete
     log_alpha: nn.Parameter
     training: bool
+    settled: bool = False
+    """Whether its gates are decided: training then has those of evaluation, without noise."""
     units: int
     """How many consecutive inputs each gate serves; 1 for gates that are not on inputs."""
     _drawn: tuple[Tensor | None, Draw]
@@ -145,7 +147,9 @@ class Drawn:
         self._drawn, self._counted, self._compact = NOT_DRAWN, NOT_DRAWN[1], None
 
     def open_probability(self) -> Tensor:
-        """P(z > 0) of each gate, of log_alpha's shape, differentiable."""
+        """P(z > 0) of each gate, of log_alpha's shape, differentiable; 0 or 1 once settled."""
+        if self.settled:
+            return (self.distribution.median(self.log_alpha) > 0).to(self.log_alpha.dtype)
         return self.distribution.open_probability(self.log_alpha)
 
     def spread(self, values: Tensor) -> Tensor:
@@ -208,7 +212,7 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
         if drawn.live and drawn.owner != id(model):
             continue  # an outer model of this one has drawn already
         log_alpha = layer.log_alpha
-        key = layer.distribution, log_alpha.device, log_alpha.dtype
+        key = layer.distribution, log_alpha.device, log_alpha.dtype, layer.settled
         if key[0] is not last[0] or key[1:] != last[1:]:  # hashing it costs more than all else here
             members, last = groups.setdefault(key, {}), key
         members.setdefault(id(log_alpha), (log_alpha, []))[1].append(layer)
@@ -217,18 +221,21 @@ def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
     draw = NOT_DRAWN[1]
     if skip is not None:
         skip.clear(model)  # a forward that was interrupted leaves its own behind
-    for (distribution, _, dtype), members in groups.items():
+    for (distribution, _, dtype, settled), members in groups.items():
         draw = Draw(id(model))
         log_alphas, layers = zip(*members.values(), strict=True)
         sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
         flat = torch.cat(log_alphas)
         work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
-        z, totals = functional.draw(work, sizes, distribution)
-        if not torch.compiler.is_compiling() and totals.grad_fn is not None:
-            for earlier in {layer._drawn[1] for sharing in layers for layer in sharing}:
-                draw.earlier += earlier.waiting()
-            draw.node = weakref.ref(totals.grad_fn)
-        draw.count(totals, layers)
+        if settled:  # the same in every forward, and with nothing to count
+            z = distribution.median(work)
+        else:
+            z, totals = functional.draw(work, sizes, distribution)
+            if not torch.compiler.is_compiling() and totals.grad_fn is not None:
+                for earlier in {layer._drawn[1] for sharing in layers for layer in sharing}:
+                    draw.earlier += earlier.waiting()
+                draw.node = weakref.ref(totals.grad_fn)
+            draw.count(totals, layers)
         for sharing, part in zip(layers, z.split(sizes), strict=True):
             for layer in sharing:
                 # Past nn.Module's own setattr, which looks for parameters: this is each step's

@@ -168,23 +168,27 @@ class Gated(Drawn):
 
     def _z(self) -> Tensor:
         """Gates that serve this whole call, one for each unit."""
-        if not self.training:
-            return self.spread(self.evaluation_gates().to(self.weight.dtype))
-        if self._drawn_here():
+        if self.training and self._drawn_here():
             z = self._drawn[0]
             assert z is not None
             return self.spread(z.to(self.weight.dtype))
+        if self.settled or not self.training:
+            return self.spread(self.evaluation_gates().to(self.weight.dtype))
         gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
         self._count_alone(gates.expected_open)
         return self.spread(gates.z.to(self.weight.dtype))
 
     def _example_z(self, x: Tensor, dim: int) -> Tensor:
-        """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it."""
-        batched = x.dim() > -dim
+        """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it; once
+        they are settled, the same for all."""
+        batched = x.dim() > -dim and not self.settled
         examples = x.shape[0] if batched else 1
-        log_alpha = self.log_alpha.expand(examples, -1)
-        z = self.spread(functional.hard_concrete(log_alpha, distribution=self.distribution).z)
         shape = [1] * x.dim()
+        if self.settled:
+            z = self.spread(self.evaluation_gates())
+        else:
+            log_alpha = self.log_alpha.expand(examples, -1)
+            z = self.spread(functional.hard_concrete(log_alpha, distribution=self.distribution).z)
         shape[dim] = z.shape[-1]
         if batched:
             shape[0] = examples
@@ -193,7 +197,7 @@ class Gated(Drawn):
     def _masked(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias with their gates multiplied in."""
         if self.gates == "weight":
-            if not self.training:
+            if self.settled or not self.training:
                 return mask(self.weight, self._z(), None), self.bias
             masked, expected_open = functional.gated_weight(
                 self.weight, self.log_alpha, distribution=self.distribution
@@ -231,7 +235,7 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "units", "distribution", "_full", *DRAWN)
+        own = ("gates", "noise", "units", "distribution", "settled", "_full", *DRAWN)
         dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
         return dense

@@ -65,9 +65,11 @@ class Measure(nn.Module):
 
     def spent(self, kept: Mapping[str, Tensor]) -> list[float]:
         """[C] costs with the gates of `kept` (bool, by layer) open and all others closed."""
-        inf = torch.tensor(torch.inf, dtype=torch.float64)
+        buffer = next(self.buffers(), None)
+        device = None if buffer is None else buffer.device
+        inf = torch.tensor(torch.inf, dtype=torch.float64, device=device)
         with torch.no_grad():
-            logits = {name: torch.where(kept[name], inf, -inf) for name in self.layers}
+            logits = {name: torch.where(kept[name].to(device), inf, -inf) for name in self.layers}
             return self.costs(logits).tolist()
 
     def lowest(self) -> list[float]:

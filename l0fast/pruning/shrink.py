@@ -72,7 +72,8 @@ class Idle:
             seldom = (layer.open_probability() < SELDOM).cpu()
             before = self.epochs.get(name, torch.zeros(seldom.shape, dtype=torch.int64))
             self.epochs[name] = (before + 1) * seldom
-            kept[name] = self.epochs[name] < self.patience
+            # A gate that is closed once it is settled does not come back.
+            kept[name] = ~seldom if layer.settled else self.epochs[name] < self.patience
             if layer.gates == "weight" or name in self.stuck:
                 kept[name].fill_(True)
             else:

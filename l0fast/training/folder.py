@@ -16,6 +16,8 @@ SUMMARY = "summary.json"
 PRUNED = "pruned.safetensors"
 PLOT = "dynamics.png"
 FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
+UNSETTLED = "unsettled.pt"
+"""Only where another run goes on from this one: its checkpoint of before its gates were decided."""
 LATENCY = "latency.json"
 """Only where latency was measured."""
 

@@ -50,10 +50,12 @@ def frontier(
     """Trains to the first target, prunes a copy, goes on to the next from where it was, and so on.
 
     Each target has `settings.epochs` epochs, a schedule and multipliers of its own; weights,
-    gates, the optimizer's moments and the noise go on from the end of the one before. Each is a
-    run as the `Trainer`'s, in the folder OUT/density-TARGET (density-0.5, density-100k-params);
-    OUT/frontier.json has the rows, and OUT/frontier.png shows them. An interrupted frontier goes on
-    in the middle of any target, bit for bit but for latencies, which are measured anew.
+    gates, the optimizer's moments and the noise go on from the end of the one before, or, where
+    its gates were decided, from the epoch before that: its last epochs are for its own model, and
+    a gate that is closed there may be open in the next. Each is a run as the `Trainer`'s, in the
+    folder OUT/density-TARGET (density-0.5, density-100k-params); OUT/frontier.json has the rows,
+    and OUT/frontier.png shows them. An interrupted frontier goes on in the middle of any target,
+    bit for bit but for latencies, which are measured anew.
 
     Args:
         model, data, out, identity, device: as of `Trainer`; the model is trained in place.
@@ -92,13 +94,13 @@ def frontier(
     before: Checkpoint | None = None
     rows: list[Row] = []
     small: list[nn.Module] = []
-    for target, place in zip(wanted, places, strict=True):
+    for number, (target, place) in enumerate(zip(wanted, places, strict=True), start=1):
         if before is not None:
             chosen = replace(settings, density=target)
             trainer = Trainer(trainer.model, data, chosen, out=place, **options)
-        trainer.open(resume, before)
+        trainer.open(resume, before, onward=number < len(wanted))
         rows.append(trainer.fit() if train is None else train(trainer))
-        before = trainer.checkpoint()
+        before = trainer.to_go_on_from()
         assert trainer.pruned is not None
         small.append(trainer.pruned)
     examples = trainer.data.test.inputs[:LATENCY_BATCH]

@@ -10,7 +10,9 @@ from torch import nn
 
 from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.settle import is_settled
 from l0fast.data.sets import Split
+from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import density
 from l0fast.pruning.magnitude import MagnitudePruning
 
@@ -61,6 +63,7 @@ def gate_metrics(model: nn.Module) -> Row:
             }
             for layer in table.layers
         },
+        "settled": is_settled(gated_layers(model).values()),
         "collapsed": [layer.name for layer in table.layers if not layer.open_gates],
     }
 

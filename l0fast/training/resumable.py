@@ -15,7 +15,7 @@ from l0fast.gating.sparsify import example_args
 from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.shrink import Idle, Removal, remove_
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint, rng_state
-from l0fast.training.folder import RunFolder
+from l0fast.training.folder import UNSETTLED, RunFolder
 from l0fast.training.method import Term, make_term
 from l0fast.training.settings import TrainerSettings
 
@@ -41,6 +41,8 @@ class Resumable:
     best: Row | None
     idle: Idle | None
     removals: list[Removal]
+    unsettled: Checkpoint | None
+    onward: bool
     _opened: bool
 
     @property
@@ -78,14 +80,18 @@ class Resumable:
         if self.idle is not None:
             self.idle.follow(removal)
 
-    def open(self, resume: bool = False, after: Checkpoint | None = None) -> None:
+    def open(
+        self, resume: bool = False, after: Checkpoint | None = None, onward: bool = False
+    ) -> None:
         """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`).
 
         Args:
             resume: as in `fit`.
             after: a new run starts with the weights, gates, moments and noise of this one.
+            onward: another will start from this one: what it was before its gates settled is kept
+                (see `to_go_on_from`), and what they leave closed is not removed.
         """
-        self._opened = True
+        self._opened, self.onward = True, onward
         path = None if self.folder is None else self.folder.open(resume)
         if path is None and after is not None:
             self.model.load_state_dict(after.model)
@@ -99,6 +105,14 @@ class Resumable:
             self._load(path)
             self.folder.write_metrics(self.history)  # the checkpoint may be an epoch ahead of them
         self.folder.sweep()
+
+    def to_go_on_from(self) -> Checkpoint:
+        """Where another run starts from, after `fit`: before the gates settled, or the end."""
+        if self.unsettled is None and self.folder is not None:
+            path = self.folder / UNSETTLED
+            if path.exists():
+                self.unsettled = Checkpoint.read(path, self.device)
+        return self.unsettled or self.checkpoint()
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run as it is; its tensors are the model's own."""

@@ -52,6 +52,9 @@ class TrainerSettings:
             start), "linear", "cubic", or "auto": "cubic" where the training is too short for
             DUAL_LR_MOST, and dual_lr is not named, else "constant".
         target_warmup: the share of the training that this takes, in (0, 1].
+        settle: the share of the epochs at the end, in [0, 1), in which the gates are decided and
+            the noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least
+            one of several; 0 for none. Not of a dense training, nor of magnitude pruning.
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose
@@ -84,6 +87,7 @@ class TrainerSettings:
     dual_first: bool = False
     target_schedule: str = "auto"
     target_warmup: float = 0.5
+    settle: float = 0.1
     weight_decay: float = 0.1
     schedule: str = "cosine"
     select: str = "last"
@@ -134,6 +138,9 @@ class TrainerSettings:
         name, expected = "target_warmup", "a share of the training in (0, 1]"
         value = getattr(self, name)
         checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_low=True)
+        name, expected = "settle", "a share of the training in [0, 1)"
+        value = getattr(self, name)
+        checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_high=True)
         _checks.one_of("dual", self.dual, tuple(DUALS))
         _checks.one_of("target_schedule", self.target_schedule, ("auto", "constant", *POWERS))
         if self.shrink is not None:
@@ -155,6 +162,14 @@ class TrainerSettings:
     def gated(self) -> bool:
         """Whether there is a constraint or a penalty."""
         return not (self.density is None and self.layer_density is None and self.penalty is None)
+
+    @property
+    def settles_at(self) -> int:
+        """How many epochs there are before the gates settle; all of them where they do not."""
+        if not self.gated or self.method != "l0" or self.settle == 0:
+            return self.epochs
+        last = max(1, round(self.settle * self.epochs))
+        return max(self.epochs - last, 1)
 
 
 WITHOUT_GATES: dict[str, Any] = {

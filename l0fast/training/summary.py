@@ -27,9 +27,14 @@ def asked(settings: TrainerSettings) -> Row:
 
 
 def of_pruned(
-    report: Mapping[str, Any], settings: TrainerSettings, last: Row, test_error: float
+    report: Mapping[str, Any],
+    settings: TrainerSettings,
+    last: Row,
+    test_error: float,
+    before: Row,
 ) -> Row:
-    """The outcome of a model that was pruned: `report` is its report, `last` the last metrics."""
+    """The outcome of a model that was pruned: `report` is its report, `last` the last metrics, and
+    `before` those of the last epoch before its gates settled (or the last)."""
     groups = report["groups"].values()
     feasible = all(group["density"] <= group["target"] for group in groups)
     return {
@@ -37,6 +42,7 @@ def of_pruned(
         "realised_density": report["density"],
         "forced": report["forced"],
         "collapsed": report["collapsed"],
+        "reopened": [name for name in before["collapsed"] if name not in report["collapsed"]],
         "architecture": report["architecture"],
         "test_error_percent": test_error,
         "feasible": feasible if settings.penalty is None else None,

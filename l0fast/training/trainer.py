@@ -27,7 +27,7 @@ from l0fast.pruning.prune import prune
 from l0fast.pruning.saving import save_pruned
 from l0fast.pruning.shrink import Idle, plan_removal, worthwhile
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
-from l0fast.training.folder import LATENCY, PLOT, PRUNED, RunFolder
+from l0fast.training.folder import LATENCY, PLOT, PRUNED, UNSETTLED
 from l0fast.training.method import make_optimizer
 from l0fast.training.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.training.resumable import Resumable, Row
@@ -125,7 +125,8 @@ class Trainer(Resumable):
         self.seconds = 0.0
         self.history: list[Row] = []
         self.pruned: nn.Module | None = None
-        self._opened = False
+        self.unsettled: Checkpoint | None = None
+        self._opened = self.onward = False
 
     def _place(self, split: Any) -> Any:
         if split is None:
@@ -216,6 +217,7 @@ class Trainer(Resumable):
         with scalar_writer(out, self.history) as write_scalars:
             for _ in range(self.epoch, self.settings.epochs):
                 started = time.perf_counter()
+                self._settle()
                 trained = self._train_epoch()
                 check_finite(self.model, trained["loss"], self.epoch + 1)
                 self.epoch += 1
@@ -233,18 +235,36 @@ class Trainer(Resumable):
         self.write_summary(summary)
         return summary
 
+    def _settle(self) -> None:
+        """Decides the gates, where the epochs begin that train without noise."""
+        if self.term is None or self.epoch != self.settings.settles_at:
+            return
+        if self.onward:
+            self.unsettled = copy.deepcopy(self.checkpoint())
+            if self.folder is not None:
+                self.unsettled.write(self.folder / UNSETTLED)
+        self.term.settle(self.optimizer)
+        if self.idle is not None and not self.onward:
+            self._remove_closed(self.idle.count(self.model))
+
     def _shrink(self, row: Row) -> None:
         """Removes the gates that have seldom been open for long enough; says what is left."""
         if self.idle is None:
             return
-        kept = self.idle.count(self.model)
-        if worthwhile(kept):
-            args = example_args(self.example_inputs)
-            removal, stuck = plan_removal(self.model, args, kept)
-            self.idle.stuck |= stuck
-            if removal is not None:
-                self._remove(removal)
+        if not (self.onward and row["settled"]):  # the next run may open them again
+            kept = self.idle.count(self.model)
+            if worthwhile(kept):
+                self._remove_closed(kept)
         row["params"] = count_params(self.model)
+
+    def _remove_closed(self, kept: dict[str, Tensor]) -> None:
+        """Removes what can go if only the gates of `kept` can open."""
+        assert self.idle is not None
+        args = example_args(self.example_inputs)
+        removal, stuck = plan_removal(self.model, args, kept)
+        self.idle.stuck |= stuck
+        if removal is not None:
+            self._remove(removal)
 
     def _keep_best(self, row: Row) -> None:
         """Keeps the model of the epoch just measured, if it is the best so far."""
@@ -288,7 +308,8 @@ class Trainer(Resumable):
                     self.term.table.save(self.folder / LATENCY)
             error = error_percent(self.pruned, self.data.test)
             report: Any = self.pruned.report
-            outcome = of_pruned(report, self.settings, selected, error)
+            before = self.history[min(epoch, self.settings.settles_at) - 1]
+            outcome = of_pruned(report, self.settings, selected, error, before)
         return {
             **self.identity,
             **asked(self.settings),

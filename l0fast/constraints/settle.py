@@ -1,0 +1,97 @@
+"""Settling: gates are decided before the end of training, and what trains on is what is pruned.
+
+While gates are drawn, those still undecided count in the expected density by their probability,
+and the pruned model has only those that are open in evaluation: it ends below its target, and is
+not the model that was trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+from l0fast.constraints.budget import Budget, choose
+from l0fast.layers.draw import gate_owners, own_gates
+from l0fast.layers.gated import Gated
+from l0fast.maths.hard_concrete import HardConcrete
+
+LEAST = 0.01
+"""A gate that is kept is never less: closed, it would have no gradient to come back by."""
+
+
+def _closed(of: HardConcrete) -> float:
+    """log_alpha of a gate that goes: its lower bound, at which it is 0."""
+    return min(-of.bound, -of.shift - 1.0)
+
+
+@torch.no_grad()
+def settle_(
+    layers: Mapping[str, Gated],
+    budgets: list[Budget],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Decides all gates, in place, and takes the noise away.
+
+    Kept are as many as the budgets allow, in the order of open probability (see `choose`), those
+    that are closed in evaluation too; in layers without a budget, those that are open. What is kept
+    gets the log_alpha whose evaluation gate is its mean under noise, LEAST at least:
+        log_alpha = location(max(mean(log_alpha), LEAST))
+    and what goes its lower bound. Layers that are settled stay as they are.
+
+    Args:
+        layers: of one model.
+        budgets: all its targets.
+        optimizer: loses what it remembers of every log_alpha.
+
+    Raises:
+        ValueError, TypeError: the budgets do not hold one unit of each layer, a log_alpha is NaN,
+            or `optimizer` is none; nothing is changed then.
+    """
+    if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer)):
+        expected = "a torch.optim.Optimizer or None"
+        _checks.refuse("optimizer", type(optimizer).__name__, expected, TypeError)
+    if is_settled(layers.values()):
+        return
+    kept = choose(layers, budgets, fill=True)
+    limited = {name for one in budgets for name in one.layers}
+    owners = gate_owners(layers)
+    for name in own_gates(layers):
+        log_alpha, of = layers[name].log_alpha, layers[name].distribution
+        z = of.mean(log_alpha.double()).clamp_(LEAST, 1.0)
+        stays = kept[name].to(log_alpha.device)
+        if limited.isdisjoint(n for n, owner in owners.items() if owner == name):
+            stays &= layers[name].evaluation_gates() > 0  # `choose` keeps one, if closed
+        log_alpha.copy_(of.location(z).where(stays, _closed(of)))
+        if optimizer is not None:
+            optimizer.state.pop(log_alpha, None)
+    mark_(layers.values(), True)
+
+
+def is_settled(layers: Iterable[Gated]) -> bool:
+    """Whether the gates of a model are decided; all of them are, or none."""
+    return all(layer.settled for layer in layers)
+
+
+def mark_(layers: Iterable[Gated], settled: bool) -> None:
+    """Says whether gates are decided; they stay as they are."""
+    for layer in layers:
+        layer.settled = settled
+        layer._forget_draws()
+
+
+@torch.no_grad()
+def hold_(log_alpha: Tensor, of: HardConcrete) -> None:
+    """Puts the gates of a settled layer back, after a step: what was kept stays open.
+
+    Equals: log_alpha = clamp(log_alpha, location(LEAST), bound) for what was kept, else its lower
+    bound. A step does not take a gate half of the way between the two.
+    """
+    lower = _closed(of)
+    s = (LEAST - of.gamma) / (of.zeta - of.gamma)
+    floor = of.temperature * math.log(s / (1 - s))
+    kept = log_alpha > (lower + floor) / 2
+    log_alpha.clamp_(floor, max(of.bound, floor)).masked_fill_(~kept, lower)
