@@ -54,7 +54,8 @@ def undecided(build: Callable[[], nn.Module] | None = None, **options: Any) -> n
     """A gated model with open probabilities from 0.1 to 1, in training."""
     torch.manual_seed(3)
     dense = models.build("lenet5", (1, 8, 8), 10, (6, 8, 20)) if build is None else build()
-    model = sparsify_(dense, **{"example_inputs": X} | options)
+    chosen: dict[str, Any] = {"example_inputs": X} | options
+    model = sparsify_(dense, **chosen)
     with torch.no_grad():
         for layer in gated_layers(model).values():
             layer.log_alpha.uniform_(-4, 3)
@@ -499,7 +500,8 @@ def test_which_epochs(settle: float, epochs: int, options: dict[str, Any], at: i
     ids=str,
 )
 def test_the_last_epochs_train_what_is_pruned(digits: Data, changes: dict[str, Any]) -> None:
-    one = trainer(digits, **{"density": 0.3, "settle": 0.25, "epochs": 8} | changes)
+    options: dict[str, Any] = {"density": 0.3, "settle": 0.25, "epochs": 8} | changes
+    one = trainer(digits, **options)
     summary = one.fit()
     assert [row["settled"] for row in one.history] == [False] * 6 + [True] * 2
     last = one.history[-1]
@@ -555,8 +557,8 @@ def test_what_is_closed_is_removed_at_once(digits: Data) -> None:
         assert (
             gated_layers(one.model)[name].num_gates == kept < one.history[0]["layers"][name]["of"]
         )
-    assert one.pruned is not None
-    (group,) = one.pruned.report["groups"].values()  # type: ignore[index,union-attr]
+    pruned: Any = one.pruned
+    (group,) = pruned.report["groups"].values()
     assert 0 <= group["target"] - group["density"] < 0.01
 
 

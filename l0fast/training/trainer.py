@@ -26,8 +26,9 @@ from l0fast.measures.density import count_params
 from l0fast.pruning.prune import prune
 from l0fast.pruning.saving import save_pruned
 from l0fast.pruning.shrink import Idle, plan_removal, worthwhile
+from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
-from l0fast.training.folder import LATENCY, PLOT, PRUNED, UNSETTLED
+from l0fast.training.folder import LATENCY, PLOT, PRUNED, UNSETTLED, RunFolder
 from l0fast.training.method import make_optimizer
 from l0fast.training.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.training.resumable import Resumable, Row
@@ -240,9 +241,9 @@ class Trainer(Resumable):
         if self.term is None or self.epoch != self.settings.settles_at:
             return
         if self.onward:
-            self.unsettled = copy.deepcopy(self.checkpoint())
+            unsettled = self.unsettled = copy.deepcopy(self.checkpoint())
             if self.folder is not None:
-                self.unsettled.write(self.folder / UNSETTLED)
+                unsettled.write(self.folder / UNSETTLED)
         self.term.settle(self.optimizer)
         if self.idle is not None and not self.onward:
             self._remove_closed(self.idle.count(self.model))
