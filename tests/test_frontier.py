@@ -66,9 +66,12 @@ def test_a_model_for_each_target(digits: Data, tmp_path: Path) -> None:
         assert image.size[0] > 800
 
 
-def test_each_target_goes_on_from_the_one_before(digits: Data, undisturbed: Any) -> None:
+def test_each_target_goes_on_from_the_one_before(digits: Data, tmp_path: Path) -> None:
+    # Unsettled: else see test_settle.
+    chosen: dict[str, Any] = {"settle": 0, "target_schedule": "cubic", "dual_lr": 2.0}
+    run(digits, tmp_path / "f", settings=chosen)
     states = [
-        torch.load(undisturbed[0] / f"density-{target:g}" / CHECKPOINT, weights_only=True)
+        torch.load(tmp_path / "f" / f"density-{target:g}" / CHECKPOINT, weights_only=True)
         for target in TARGETS
     ]
     # Adam counts the steps of all targets; the runs their own.
@@ -76,7 +79,8 @@ def test_each_target_goes_on_from_the_one_before(digits: Data, undisturbed: Any)
     assert steps == [steps[0], 2 * steps[0], 3 * steps[0]]
     assert [state["step"] for state in states] == [steps[0]] * 3
     # The second by hand: the model, moments and noise of the first's end, and a new multiplier.
-    first = Trainer(small_mlp(), digits, quick(epochs=3, density=TARGETS[0]), device="cpu")
+    chosen["density"] = TARGETS[0]
+    first = Trainer(small_mlp(), digits, quick(epochs=3, **chosen), device="cpu")
     first.fit()
     end = first.checkpoint()
     second = Trainer(small_mlp(), digits, replace(first.settings, density=TARGETS[1]), device="cpu")
@@ -86,6 +90,9 @@ def test_each_target_goes_on_from_the_one_before(digits: Data, undisturbed: Any)
     for name, value in second.model.state_dict().items():
         assert torch.equal(value, states[1]["model"][name]), name
     assert second.history[0]["lambda"] == states[1]["history"][0]["lambda"]
+    # The second target comes down from where the first has left the model.
+    left = second.history[0]["aim"]["model"], first.history[-1]["density"]["model"]
+    assert TARGETS[1] < left[0] < left[1] < 0.8
 
 
 @pytest.mark.parametrize("stop", [(0.7, 2), (0.5, 1), (0.3, 2), (0.5, 3)])

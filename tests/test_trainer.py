@@ -42,6 +42,7 @@ QUICK: dict[str, Any] = {
     "lr": 5e-3,
     "gate_lr": 0.05,
     "dual_lr": 0.1,
+    "target_schedule": "constant",
     "weight_decay": 0.0,
 }
 """A training of half a second; not this project's recipe."""
@@ -360,27 +361,27 @@ def test_the_dual_and_the_schedule_are_those_of_the_settings(digits: Data) -> No
     two = trainer(digits, dual="augmented", **options)
     assert isinstance(two.term, DensityConstraint)
     assert two.term.dual == AugmentedLagrangian(lr=4.0, penalty=1.2)
-    three = trainer(digits, density=0.25, dual_lr=0.2, restarts=False)
+    options = {"density": 0.25, "dual_lr": 0.2, "target_schedule": "constant"}
+    three = trainer(digits, restarts=False, **options)
     assert isinstance(three.term, DensityConstraint)
     assert three.term.schedule is None
     assert three.term.dual == DualAscent(0.2, restarts=False)
 
 
-def test_a_training_too_short_for_the_multiplier_has_a_schedule(digits: Data) -> None:
-    """The rule gives 33 / (target x steps) over 0.1 at a quarter of the density, not at 0.9."""
-    one = trainer(digits, dual_lr=None, epochs=10, density=0.25)
-    assert 330 / 0.9 < one.total_steps < 330 / 0.25
+def test_the_rules_for_the_multiplier(digits: Data) -> None:
+    assert TrainerSettings().target_schedule == "cubic"
+    one = trainer(digits, dual_lr=None, epochs=10, density=0.25, target_schedule="cubic")
     assert isinstance(one.term, DensityConstraint)
     assert one.term.schedule == TargetSchedule(math.ceil(0.5 * one.total_steps), "cubic")
     assert float(one.term.dual_lr) == 4.0
-    two = trainer(digits, dual_lr=None, epochs=10, density=0.9)
+    constant: dict[str, Any] = {"dual_lr": None, "target_schedule": "constant"}
+    two = trainer(digits, epochs=10, density=0.9, **constant)
     assert isinstance(two.term, DensityConstraint)
     assert two.term.schedule is None
     rate = 33 / (0.9 * two.total_steps)
     assert float(two.term.dual_lr) == pytest.approx(rate)
-    three = trainer(digits, dual_lr=None, epochs=10, density=0.25, target_schedule="constant")
+    three = trainer(digits, epochs=10, density=0.25, **constant)  # 33 / (target x steps) is 0.31
     assert isinstance(three.term, DensityConstraint)
-    assert three.term.schedule is None
     assert float(three.term.dual_lr) == pytest.approx(0.1)
 
 

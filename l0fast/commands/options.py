@@ -88,9 +88,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add("--dual-first", action="store_true", help="move them before the loss, not after the step")
     add(
         "--target-schedule",
-        default=DEFAULTS.target_schedule,
-        help="how targets come down to what is asked: constant (in force from the start), linear, "
-        "cubic, or auto (cubic in trainings too short for the multiplier, else constant)",
+        help="how targets come down to what is asked: cubic (the default), linear, or constant (in "
+        "force from the start, as in the published recipe)",
     )
     add("--target-warmup", metavar="F", help="the share of the training that takes; default: 0.5")
     add(
@@ -223,6 +222,8 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         value = number(name, getattr(args, name), kind)
         if value is not None:
             chosen[name] = value
+    if args.target_schedule is not None:
+        chosen["target_schedule"] = args.target_schedule
     density = None if args.density is None else target(args.density)
     layer_density = layer_densities(args.layer_density, layers)
     penalty = number("penalty", args.penalty)
@@ -243,7 +244,6 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         select=args.select,
         dual=args.dual,
         dual_first=args.dual_first,
-        target_schedule=args.target_schedule,
         skip=SWITCH[args.skip],
         cuda_graph=SWITCH[args.cuda_graph],
         shrink=number("shrink", args.shrink, int),

@@ -238,11 +238,9 @@ class DensityConstraint(_DensityTerm):
             self.register_buffer(name, torch.zeros(len(targets), **place))
         self.register_buffer("dual_lr", torch.tensor(self.dual.lr, **place))
         if schedule is not None:
-            with torch.no_grad():
-                now = self.densities().to(**place)
-            start = now if schedule.start is None else torch.full_like(now, schedule.start)
-            self.register_buffer("start", start)
+            self.register_buffer("start", torch.zeros(len(targets), **place))
             self.register_buffer("taken", torch.zeros((), **place))
+            self.begin_()
         self._moved = False
         # The dict itself, for targets that a loaded state brings.
         self.__dict__["_left_on_model"] = model.__dict__.setdefault(TARGETS, {})
@@ -290,6 +288,14 @@ class DensityConstraint(_DensityTerm):
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         super().settle(optimizer)
         self.rest_()
+
+    @torch.no_grad()
+    def begin_(self) -> None:
+        """Lets the targets come down from the densities that the model has now, if they come down;
+        as a constraint does when it is built. For a model whose state is loaded after that."""
+        if self.schedule is not None:
+            named = self.schedule.start
+            self.start.copy_(self.densities() if named is None else torch.tensor(named))
 
     @property
     def aim(self) -> Tensor:

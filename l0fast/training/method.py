@@ -23,7 +23,6 @@ from l0fast.training.settings import (
     TrainerSettings,
     default_dual_lr,
     default_gate_lr,
-    default_target_schedule,
 )
 
 Term = DensityConstraint | L0Penalty
@@ -67,9 +66,6 @@ def make_term(
     # Without any, it is the constraint that says so.
     least = min(target.values(), default=1.0) if isinstance(target, Mapping) else target
     shape = settings.target_schedule
-    if shape == "auto":
-        named = settings.dual_lr is not None
-        shape = "constant" if named else default_target_schedule(steps, least)
     warmup = math.ceil(settings.target_warmup * steps)
     return DensityConstraint(
         model,

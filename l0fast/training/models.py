@@ -218,6 +218,7 @@ PUBLISHED_SETTINGS: dict[str, Any] = {
     "dual_lr": 1e-4,
     "weight_decay": 0.0,
     "schedule": "constant",
+    "target_schedule": "constant",
     "settle": 0.0,
 }
 """The published optimiser: Adam for weights and gates, gradient ascent for the multiplier."""

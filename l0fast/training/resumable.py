@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import example_args
 from l0fast.measures.latency import LatencyTable
@@ -97,6 +98,8 @@ class Resumable:
             self.model.load_state_dict(after.model)
             self.optimizer.load_state_dict(after.optimizer)
             after.restore_rng(self.device)
+            if isinstance(self.term, DensityConstraint):
+                self.term.begin_()
         if self.folder is None:
             return
         if path is None:

@@ -42,15 +42,14 @@ class TrainerSettings:
         seed: of the order of the examples. (torch.manual_seed governs weights and gates.)
         lr: learning rate of Adam for the weights.
         gate_lr: of the gates; None: GATE_TRAVEL / number of steps, within GATE_LR_RANGE.
-        dual_lr: dual learning rate; None: DUAL_GAIN / (least target x number of steps), at most
-            DUAL_LR_MOST; with a schedule of targets 1 / least target.
+        dual_lr: dual learning rate; None: 1 / least target; with a constant target DUAL_GAIN /
+            (least target x number of steps), at most DUAL_LR_MOST.
         restarts: dual restarts, of dual="ascent".
         dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
             "equality" (see `l0fast.constraints.dual`).
         dual_first: whether they move before each step's loss is formed, rather than after it.
-        target_schedule: how targets come down to what is asked: "constant" (in force from the
-            start), "linear", "cubic", or "auto": "cubic" where the training is too short for
-            DUAL_LR_MOST, and dual_lr is not named, else "constant".
+        target_schedule: how targets come down to what is asked: "cubic", "linear", or "constant"
+            (in force from the start).
         target_warmup: the share of the training that this takes, in (0, 1].
         settle: the share of the epochs at the end, in [0, 1), in which the gates are decided and
             the noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least
@@ -85,7 +84,7 @@ class TrainerSettings:
     restarts: bool = True
     dual: str = "ascent"
     dual_first: bool = False
-    target_schedule: str = "auto"
+    target_schedule: str = "cubic"
     target_warmup: float = 0.5
     settle: float = 0.1
     weight_decay: float = 0.1
@@ -142,7 +141,7 @@ class TrainerSettings:
         value = getattr(self, name)
         checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_high=True)
         _checks.one_of("dual", self.dual, tuple(DUALS))
-        _checks.one_of("target_schedule", self.target_schedule, ("auto", "constant", *POWERS))
+        _checks.one_of("target_schedule", self.target_schedule, ("constant", *POWERS))
         if self.shrink is not None:
             checked["shrink"] = _checks.whole("shrink", self.shrink)
             if not self.gated:
@@ -179,7 +178,7 @@ WITHOUT_GATES: dict[str, Any] = {
 """What a dense training has in place of all that speaks of gates."""
 
 
-def default_dual_lr(steps: int, target: float, target_schedule: str = "constant") -> float:
+def default_dual_lr(steps: int, target: float, target_schedule: str = "cubic") -> float:
     """The dual learning rate for a training of that many steps to that density.
 
     With a schedule it is 1 / target, however long the training. The multiplier is then driven by
@@ -197,16 +196,6 @@ def default_dual_lr(steps: int, target: float, target_schedule: str = "constant"
     if target_schedule != "constant":
         return 1 / target
     return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
-
-
-def default_target_schedule(steps: int, target: float) -> str:
-    """How the target comes down in a training of that many steps to that density.
-
-    Where the rule of `default_dual_lr` meets its upper bound, the multiplier cannot be fast enough
-    and yet wait for the weights: LeNet 8-16-64 at 10 % on digits lost whole layers to it in every
-    run. There the target comes down, and the multiplier follows that.
-    """
-    return "cubic" if DUAL_GAIN / (target * steps) > DUAL_LR_MOST else "constant"
 
 
 def default_gate_lr(steps: int) -> float:
