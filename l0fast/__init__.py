@@ -1,8 +1,9 @@
 """Constrained L0 sparsity for PyTorch: name a density, train once, get a smaller model."""
 
 from l0fast import functional
-from l0fast.constraints.constraint import DensityConstraint, L0Penalty
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import AugmentedLagrangian, DualAscent, EqualityAscent, PIControl
+from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.several import Constraints
 from l0fast.gating.sparsify import param_groups, sparsify_

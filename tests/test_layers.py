@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import autograd, functional
-from l0fast.constraints.constraint import L0Penalty
+from l0fast.constraints.penalty import L0Penalty
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
 from l0fast.layers.gated import GATES
 from l0fast.layers.gated_types import GATED_TYPES

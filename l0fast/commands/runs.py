@@ -12,13 +12,16 @@ from typing import Any
 
 from l0fast import _checks
 from l0fast.commands import options
-from l0fast.commands.options import DEFAULTS
 from l0fast.commands.progress import run as run_trainer
 from l0fast.commands.setup import set_up
 from l0fast.training.folder import SUMMARY
 from l0fast.training.settings import MAX_SEED
 
 Row = dict[str, Any]
+
+
+BEFORE: dict[str, Any] = {"measure": "gates", "target_schedule": "constant", "settle": 0.0}
+"""How versions trained whose summaries do not say so."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +51,7 @@ class Run:
         facts["widths"] = options.widths(args.widths) or options.default_widths(args.model)
         facts["validation_fraction"] = options.validation_fraction(args)
         settings = asdict(options.settings(args, []))
-        saved = {"measure": DEFAULTS.measure, **summary.get("settings", {})}
+        saved = BEFORE | summary.get("settings", {})
         return "settings" in summary and all(
             theirs.get(name) == value
             for ours, theirs in ((facts, summary), (saved, settings))

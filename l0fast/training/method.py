@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from l0fast.constraints.constraint import DensityConstraint, L0Penalty
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import DUALS, Dual
+from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.gating.sparsify import param_groups
 from l0fast.measures.amounts import Asked

@@ -1,0 +1,118 @@
+"""What the constraint and the penalty share: densities, and the projection after a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.constraints.budget import Budget
+from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
+from l0fast.gating.sparsify import example_args
+from l0fast.layers.draw import own_gates
+from l0fast.layers.gated import Gated
+from l0fast.measures.density import (
+    Group,
+    require_gated,
+)
+from l0fast.measures.footprint import measure_of
+from l0fast.measures.measure import Measure, is_of_pruned
+from l0fast.measures.trial import trial
+
+
+class DensityTerm(nn.Module):
+    """Expected densities of groups of a model's gated layers, and the projection after a step."""
+
+    def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
+        super().__init__()
+        layers = require_gated(model)
+        sized = is_of_pruned(groups[0].measure)
+        tried = trial(model, example_args(example_inputs)) if sized else None
+        measure = measure_of(layers, groups, tried)
+        # The layers belong to the model: kept out of this module's children and state.
+        self.__dict__.update(_layers=layers, _measure=measure)
+        anchor = next(iter(layers.values())).log_alpha
+        self._dtype = torch.promote_types(anchor.dtype, torch.float32)
+        self._device = anchor.device
+        self._lowest = measure.lowest()
+        measure.to(self._device, self._dtype)
+        self._owning = own_gates(layers)
+        self._bounds = [layers[name].distribution.bound for name in self._owning]
+        self._lower = [-bound for bound in self._bounds]
+        mark_(layers.values(), False)  # whatever was trained before starts with noise again
+
+    @property
+    def settled(self) -> bool:
+        """Whether the gates are decided (see `settle`)."""
+        return is_settled(self.layers.values())
+
+    def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Decides all gates, for the last part of a training; call it once, between two steps.
+
+        As many gates are kept as the targets allow, in the order of their open probability; each
+        has its mean under noise from then on, is trained on without noise, and stays open. The
+        others are closed for good. The call adds nothing to the loss any more. What is trained
+        then is what `prune` gives. The state says so: load it after a fresh start, and the training
+        goes on without noise.
+
+        Args:
+            optimizer: the one of the gates; it loses its moments of every log_alpha.
+
+        Raises:
+            ValueError, TypeError: the targets do not hold one unit of each layer, or `optimizer`
+                is none.
+        """
+        settle_(self.layers, self.budgets(), optimizer)
+
+    def budgets(self) -> list[Budget]:
+        """The targets."""
+        return []
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What the state holds beside tensors: whether the gates are decided."""
+        return {"settled": self.settled}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Takes it over, for the model's layers."""
+        mark_(self.layers.values(), state.get("settled", False))
+
+    @property
+    def layers(self) -> dict[str, Gated]:
+        """Name -> gated layer of the model."""
+        return self.__dict__["_layers"]
+
+    def densities(self) -> Tensor:
+        """[C] expected densities, differentiable; of what is kept, once it is settled."""
+        measure: Measure = self.__dict__["_measure"]
+        device = next(iter(self.layers.values())).log_alpha.device
+        if self._device != device:  # the model has moved
+            self._device = device
+            self.to(device)
+            measure.to(device)
+        if self.settled:
+            return torch.tensor(self._shares(), dtype=self._dtype, device=device)
+        return measure()
+
+    @torch.no_grad()
+    def _shares(self) -> list[float]:
+        """[C] densities with the gates as they are in evaluation."""
+        measure: Measure = self.__dict__["_measure"]
+        opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
+        spent = zip(measure.spent(opened), measure.totals, strict=True)
+        return [cost / total for cost, total in spent]
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Puts every log_alpha back into its bounds."""
+        if self.settled:
+            for name in self._owning:
+                hold_(self.layers[name].log_alpha, self.layers[name].distribution)
+            return
+        gates: list[Tensor] = [self.layers[name].log_alpha for name in self._owning]
+        if self._device.type == "cpu":  # which runs a foreach tensor by tensor, and here twice
+            for log_alpha, bound in zip(gates, self._bounds, strict=True):
+                log_alpha.clamp_(-bound, bound)
+            return
+        torch._foreach_clamp_min_(gates, self._lower)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
