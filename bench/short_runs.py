@@ -20,7 +20,7 @@ from l0fast.training import models
 
 WIDTHS = {"mlp": ("mlp", [300, 100]), "lenet 8-16-64": ("lenet5", [8, 16, 64])}
 LATE = 3
-"""Multipliers and densities are looked at over the last third of the epochs."""
+"""Multipliers and densities are looked at over the last third of the epochs before the gates settle."""
 
 
 class _Attention(nn.Module):
@@ -126,9 +126,10 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
     report: Any = trainer.pruned
     (group,) = report.report["groups"].values()
     rows = trainer.history
-    multipliers = [row["lambda"]["model"] for row in rows]
-    densities = [row["density"]["model"] for row in rows]
-    late = len(rows) - max(1, len(rows) // LATE)
+    drawn = [row for row in rows if not row["settled"]]
+    multipliers = [row["lambda"]["model"] for row in drawn]
+    densities = [row["density"]["model"] for row in drawn]
+    late = len(drawn) - max(1, len(drawn) // LATE)
     met = [row["epoch"] for row in rows if row["density"]["model"] <= run.target]
     found: dict[str, Any] = {
         "feasible": summary["feasible"],
@@ -143,7 +144,7 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
         "multiplier_end": multipliers[-1],
         "multiplier_late_sd": statistics.pstdev(multipliers[late:]),
         "density_late_range": max(densities[late:]) - min(densities[late:]),
-        "restarts": sum(rows[-1]["restarts"].values()),
+        "restarts": sum(drawn[-1]["restarts"].values()),
         "stalled": bool(summary["stalls"]),
         "seconds": summary["seconds"],
     }
