@@ -20,7 +20,7 @@ from l0fast.training import models
 
 WIDTHS = {"mlp": ("mlp", [300, 100]), "lenet 8-16-64": ("lenet5", [8, 16, 64])}
 LATE = 3
-"""Multipliers and densities are looked at over the last third of the epochs before the gates settle."""
+"""Multipliers and densities are looked at over the last third of the epochs before settling."""
 
 
 class _Attention(nn.Module):
