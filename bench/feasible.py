@@ -57,8 +57,8 @@ def summary(rows: Sequence[dict[str, str]]) -> str:
     lines = [
         f"{len(rows)} trainings: {within} of {len(done)} pruned models are within their target; "
         f"{len(failed)} were refused. Shortfall is (target - pruned) / target, overshoot (expected "
-        "before settling - target) / target, both in percent; forced are runs in which pruning had to "
-        "close gates that were open.",
+        "before settling - target) / target, both in percent; forced are runs in which pruning "
+        "had to close gates that were open.",
         "",
         "| runs with | of them | within | mean shortfall | largest | mean overshoot | forced "
         "| collapsed |",
