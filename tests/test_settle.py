@@ -428,6 +428,19 @@ def test_it_refuses_before_it_changes() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_term_that_is_refused_leaves_them_settled() -> None:
+    model = undecided()
+    term = DensityConstraint(model, 0.4)
+    term.settle()
+    with pytest.raises(ValueError, match=r"^target: got 1e-09"):
+        DensityConstraint(model, 1e-9)
+    with pytest.raises(ValueError, match=r"^num_examples: got 0"):
+        L0Penalty(model, 0.1, 0)
+    assert term.settled
+    L0Penalty(model, 0.1)
+    assert not term.settled
+
+
 # --- a loop of one's own -------------------------------------------------------------------------
 
 

@@ -127,6 +127,7 @@ class DensityConstraint(DensityTerm):
         ):
             title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
             targets.append(share(title, asked, self.measure, total, lowest))
+        self.unsettle_()  # nothing is refused any more
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("multiplier", torch.zeros(len(targets), **place))
         self.register_buffer("target", torch.tensor(targets, **place))

@@ -40,7 +40,10 @@ class DensityTerm(nn.Module):
         self._owning = own_gates(layers)
         self._bounds = [layers[name].distribution.bound for name in self._owning]
         self._lower = [-bound for bound in self._bounds]
-        mark_(layers.values(), False)  # whatever was trained before starts with noise again
+
+    def unsettle_(self) -> None:
+        """Takes the noise up again, whatever was trained before: a new term starts with it."""
+        mark_(self.layers.values(), False)
 
     @property
     def settled(self) -> bool:
