@@ -101,6 +101,11 @@ class Constraints(nn.Module):
             term.ascend_()
         self._terms[0].project_()
 
+    @property
+    def settled(self) -> bool:
+        """Whether the gates are decided (see `settle`)."""
+        return self._terms[0].settled
+
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
         settle_(
