@@ -71,7 +71,7 @@ def test_the_best_feasible_epoch_is_pruned(
     rows: list[tuple[bool, float]],
     selected: int,
 ) -> None:
-    one = trainer(digits, density=0.6, epochs=3, select="best")
+    one = trainer(digits, density=0.6, epochs=3, select="best", settle=0)
     spoil(one, monkeypatch, rows)
     wanted: list[Any] = []
     one_example = one.example_inputs
@@ -87,6 +87,14 @@ def test_the_best_feasible_epoch_is_pruned(
     # The model itself is the last epoch's.
     last = prune(one.model, one_example).state_dict()
     assert all(torch.equal(value, last[name]) for name, value in wanted[-1].state_dict().items())
+
+
+def test_the_best_is_of_those_whose_gates_have_settled(
+    digits: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(digits, density=0.6, epochs=4, select="best", settle=0.5)
+    spoil(one, monkeypatch, [(True, 1.0), (True, 2.0), (True, 5.0), (True, 7.0)])
+    assert one.fit()["selected_epoch"] == 3
 
 
 def test_a_dense_training_selects_too(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,6 +166,23 @@ def test_no_further_gate_fits(measure: str, target: float) -> None:
         assert target - realised["model"] < 1 / sum(one.numel() for one in kept.values())
 
 
+def test_one_of_several_constraints_is_not_settled_alone() -> None:
+    model = undecided()
+    one = DensityConstraint(model, 0.5)
+    two = DensityConstraint(model, 0.3, measure="macs", example_inputs=X)
+    before = {name: value.clone() for name, value in gates(model).items()}
+    line = r"^settle: got 'conv1 conv2 fc1 fc2 by macs'; expected no other targets on the model, or"
+    with pytest.raises(ValueError, match=line):
+        one.settle()
+    with pytest.raises(ValueError, match=r"^settle: got '.* by gates'; expected no other targets"):
+        Constraints([two]).settle()
+    assert not one.settled
+    assert all(torch.equal(value, before[name]) for name, value in gates(model).items())
+    Constraints([one, two]).settle()
+    assert one.settled
+    assert two.settled
+
+
 def test_several_constraints_are_settled_together() -> None:
     model = undecided()
     one = DensityConstraint(model, 0.5)

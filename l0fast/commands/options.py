@@ -109,8 +109,8 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     add(
         "--select",
         default=DEFAULTS.select,
-        help="the epoch whose model is pruned: last, or best (the least validation error where the "
-        "evaluation gates meet the target)",
+        help="the epoch whose model is pruned: last, or best (the least validation error once the "
+        "gates have settled; with --settle 0, where the evaluation gates meet the target)",
     )
     add(
         "--shrink",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from l0fast.measures.density import (
 from l0fast.measures.footprint import Latency
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
-from l0fast.measures.timing import settled
+from l0fast.measures.timing import resolved
 
 TARGETS = "_l0fast_targets"
 """Attribute of a constrained model: `Group` -> target, so that `prune` holds them."""
@@ -37,6 +37,15 @@ def _in_words(state: Mapping[str, Any]) -> str:
     dual = state.get("dual", DualAscent.__name__)
     scheduled = " with a schedule" if state.get("scheduled") else ""
     return f"constraints on {groups} by {state['measure']}, moved by {dual}{scheduled}"
+
+
+def refuse_others(terms: Sequence[DensityConstraint]) -> None:
+    """Refuses to decide gates by some of a model's targets."""
+    others = set[Group].intersection(*(term.others() for term in terms))
+    if others:
+        found = sorted(f"{' '.join(one.layers)} by {measure_name(one.measure)}" for one in others)
+        expected = "no other targets on the model, or one Constraints that has them all"
+        _checks.refuse("settle", "; ".join(found), expected)
 
 
 class DensityConstraint(DensityTerm):
@@ -113,7 +122,7 @@ class DensityConstraint(DensityTerm):
             if not (value is None or isinstance(value, kind)):
                 _checks.refuse(name, value, f"a {kind.__name__} or None", TypeError)
         model = unwrapped(model)
-        measure = settled(measure, model, example_inputs)
+        measure = resolved(measure, model, example_inputs)
         named = target_groups(model, target, measure)
         super().__init__(model, [group for group, _ in named.values()], example_inputs)
         self.dual: Dual = dual or DualAscent()
@@ -184,8 +193,13 @@ class DensityConstraint(DensityTerm):
         self._buffers["violation"] = self.densities() - self.target
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        refuse_others([self])
         super().settle(optimizer)
         self.rest_()
+
+    def others(self) -> set[Group]:
+        """What else the model has targets of, from constraints beside this one."""
+        return self._left_on_model.keys() - set(self.groups.values())
 
     @torch.no_grad()
     def begin_(self) -> None:

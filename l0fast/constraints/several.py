@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.constraint import DensityConstraint, refuse_others
 from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.settle import settle_
 from l0fast.layers.gated import Gated
@@ -108,6 +108,7 @@ class Constraints(nn.Module):
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
+        refuse_others(self._terms)
         settle_(
             self._terms[0].layers,
             [one for term in self._terms for one in term.budgets()],

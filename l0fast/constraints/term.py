@@ -63,8 +63,8 @@ class DensityTerm(nn.Module):
             optimizer: the one of the gates; it loses its moments of every log_alpha.
 
         Raises:
-            ValueError, TypeError: the targets do not hold one unit of each layer, or `optimizer`
-                is none.
+            ValueError, TypeError: the targets do not hold one unit of each layer, the model has
+                others beside them, or `optimizer` is none.
         """
         settle_(self.layers, self.budgets(), optimizer)
 

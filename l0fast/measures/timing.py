@@ -56,7 +56,7 @@ def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
     return _table(tried, [dense.model, small], args)
 
 
-def settled(measure: AnyMeasure, model: nn.Module, example_inputs: Any) -> AnyMeasure:
+def resolved(measure: AnyMeasure, model: nn.Module, example_inputs: Any) -> AnyMeasure:
     """A checked measure; "latency" is measured now."""
     check_measure(measure, example_inputs)
     return measure_latency(model, example_inputs) if measure == "latency" else measure

@@ -31,7 +31,7 @@ from l0fast.measures.footprint import Footprint, measure_of
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import GateMeasure, is_of_pruned
 from l0fast.measures.stopwatch import whole_seconds
-from l0fast.measures.timing import settled
+from l0fast.measures.timing import resolved
 from l0fast.measures.trial import all_open, trial
 from l0fast.removal.compact import apply
 from l0fast.removal.plan import Plan, closed, fold, make_plan, reference
@@ -215,7 +215,7 @@ def prune(
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
     if target is not None:
-        measure = settled(measure, model, example_inputs)
+        measure = resolved(measure, model, example_inputs)
         asked = target_groups(model, target, measure)
     else:
         if measure != "gates":

@@ -17,7 +17,7 @@ from l0fast.gating.sparsify import param_groups
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import WHOLE_MODEL, AnyMeasure
 from l0fast.measures.latency import LatencyTable
-from l0fast.measures.timing import settled
+from l0fast.measures.timing import resolved
 from l0fast.pruning.magnitude import MagnitudePruning
 from l0fast.training.settings import (
     DUAL_DAMPING,
@@ -53,7 +53,7 @@ def make_term(
     asked = settings.density if settings.layer_density is None else settings.layer_density
     if asked is None:
         return None
-    measure = settled(table or settings.measure, model, example_inputs)
+    measure = resolved(table or settings.measure, model, example_inputs)
     target = _in_shares(model, asked, measure, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(

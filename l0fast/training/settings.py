@@ -57,8 +57,8 @@ class TrainerSettings:
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose
-            evaluation gates meet every target, the one of least validation error (the latest of
-            equals); the last where none does.
+            gates have settled (without `settle`, whose evaluation gates meet every target), the one
+            of least validation error (the latest of equals); the last where there is none.
         shrink: gates that have seldom been open (less than 1 %) at the end of so many epochs on end
             are removed for good, with their units: the model that is trained gets smaller. None
             removes nothing. See `shrink`.

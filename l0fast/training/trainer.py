@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically
-from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.constraint import TARGETS, DensityConstraint
 from l0fast.constraints.stall import find_stalls, told
 from l0fast.data.sets import Data, Split, check_data
 from l0fast.gating.sparsify import example_args, sparsify_
@@ -110,6 +110,7 @@ class Trainer(Resumable):
         self.model = model
         self.steps_per_epoch = math.ceil(len(data.train.targets) / settings.batch_size)
         self.total_steps = self.steps_per_epoch * settings.epochs
+        model.__dict__.pop(TARGETS, None)  # it is held to the settings' alone
         self.term = self._make_term()
         self.optimizer = make_optimizer(model, settings, self.total_steps)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -271,6 +272,8 @@ class Trainer(Resumable):
         """Keeps the model of the epoch just measured, if it is the best so far."""
         if self.settings.select == "last" or not row.get("feasible", True):
             return
+        if self.epoch <= self.settings.settles_at < self.settings.epochs:
+            return  # its gates are not decided
         error = row[VALIDATION]
         if self.best is None or error <= self.history[self.best["epoch"] - 1][VALIDATION]:
             state = {name: value.clone() for name, value in self.model.state_dict().items()}
