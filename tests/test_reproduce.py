@@ -47,7 +47,10 @@ def test_runs_that_were_trained_before_are_found(monkeypatch: pytest.MonkeyPatch
     every = poster.plan(range(5), shared)
     done = runs.finished(every, Path("none"), runs.found_in([str(RESULTS)]))
     wanted = {f"mlp-constrained-{r}-seed-{s}" for r in ("published", "default") for s in range(5)}
+    wanted |= {f"mlp-penalised-published-seed-{s}" for s in range(5)}
     assert done.keys() >= wanted
+    # Of an earlier default of what a penalised run has no use for.
+    assert done["mlp-penalised-published-seed-0"]["settings"]["target_schedule"] == "auto"
     for name, summary in done.items():
         assert name.endswith(f"{summary['recipe']}-seed-{summary['seed']}")
         assert name.startswith(summary["model"])

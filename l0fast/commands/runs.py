@@ -23,6 +23,9 @@ Row = dict[str, Any]
 BEFORE: dict[str, Any] = {"measure": "gates", "target_schedule": "constant", "settle": 0.0}
 """How versions trained whose summaries do not say so."""
 
+OF_TARGETS = ("dual", "dual_first", "dual_lr", "restarts", "target_schedule", "target_warmup")
+"""Settings of which a penalised run has no use."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -44,19 +47,21 @@ class Run:
         """Whether a summary is of this very training.
 
         Where closed units are skipped the steps are the same, so that does not count; nor does
-        what a summary of an earlier version does not know of.
+        what a summary of an earlier version does not know of, nor how a target would be met by a
+        run that has none.
         """
         args = self.args
         facts = {name: getattr(args, name) for name in ("dataset", "model", "recipe", "pretrained")}
         facts["widths"] = options.widths(args.widths) or options.default_widths(args.model)
         facts["validation_fraction"] = options.validation_fraction(args)
         settings = asdict(options.settings(args, []))
+        unused = {"skip"} if settings["penalty"] is None else {"skip", *OF_TARGETS}
         saved = BEFORE | summary.get("settings", {})
         return "settings" in summary and all(
             theirs.get(name) == value
             for ours, theirs in ((facts, summary), (saved, settings))
             for name, value in ours.items()
-            if name != "skip"
+            if name not in unused
         )
 
 
