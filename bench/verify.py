@@ -23,7 +23,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     ),
     "hard_concrete": ("test_hard_concrete.py", "test_kernel_hard_concrete.py", *_BINDING),
     "step": ("test_layers.py", "test_layers_in_a_model.py", "test_constraint.py", *_BINDING),
-    "skip": ("test_skip.py",),
+    "skip": ("test_skip.py", "test_skip_streams.py"),
     "skipping_linear": (
         "test_skipping_linear.py",
         "test_kernel_skipping_linear.py",
