@@ -79,8 +79,9 @@ def is_settled(layers: Iterable[Gated]) -> bool:
 def mark_(layers: Iterable[Gated], settled: bool) -> None:
     """Says whether gates are decided; they stay as they are."""
     for layer in layers:
-        layer.settled = settled
-        layer._forget_draws()
+        if layer.settled != settled:  # else what was drawn stays
+            layer.settled = settled
+            layer._forget_draws()
 
 
 @torch.no_grad()
