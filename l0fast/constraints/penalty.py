@@ -10,12 +10,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.term import DensityTerm
 from l0fast.gating.sparsify import unwrapped
-from l0fast.measures.density import (
-    WHOLE_MODEL,
-    Group,
-    gated_parameters,
-    require_gated,
-)
+from l0fast.measures.density import WHOLE_MODEL, Group, gated_parameters, require_gated
 
 
 class L0Penalty(DensityTerm):

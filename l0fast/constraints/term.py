@@ -12,10 +12,7 @@ from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
 from l0fast.gating.sparsify import example_args
 from l0fast.layers.draw import own_gates
 from l0fast.layers.gated import Gated
-from l0fast.measures.density import (
-    Group,
-    require_gated,
-)
+from l0fast.measures.density import Group, require_gated
 from l0fast.measures.footprint import measure_of
 from l0fast.measures.measure import Measure, is_of_pruned
 from l0fast.measures.trial import trial
