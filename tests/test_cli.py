@@ -16,12 +16,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from test_formats import tiny_imagefolder
+from test_latency import small_mlp_table
 
 from l0fast import Trainer, TrainerSettings, cli, load_pruned
 from l0fast.data import sets
 from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT
-from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.training.folder import FILES, LATENCY, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.tensorboard import TENSORBOARD
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,6 +184,17 @@ def test_lenet_and_the_published_recipe() -> None:
     # Gates start at droprate 0.5 and can move by 12 steps of 7e-4 at most.
     start = 1 / (1 + 11 ** (-2 / 3))
     assert summary["expected_density"] == pytest.approx(start, abs=12 * 7e-4 / 4 + 1e-3)
+
+
+def test_a_latency_table_from_before() -> None:
+    table = small_mlp_table((1, 1, 1))
+    table.save("table.json")
+    asked = [*FAST, "--widths", "32-16", "--measure", "latency", "--quiet"]
+    asked += ["--latency-table", "table.json"]
+    assert run(*asked, "--density", "0.5", "--compare-dense", "--out", "one") == 0
+    assert run(*asked, "--density", "0.8,0.5", "--out", "f") == 0
+    for folder in ("one", "f/density-0.8", "f/density-0.5"):
+        assert json.loads(Path(folder, LATENCY).read_text()) == table.as_json()
 
 
 @pytest.mark.parametrize("method", ["constraint", "penalty"])
@@ -425,6 +437,14 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (
             ("--dense", "--pretrained", "no.pt", "--recipe", "published"),
             "pretrained: got 'no.pt'; expected none: --recipe published initialises anew",
+        ),
+        (
+            ("--density", "0.5", "--latency-table", "t.json"),
+            "latency_table: got 't.json'; expected --measure latency beside it",
+        ),
+        (
+            ("--density", "0.5", "--measure", "latency", "--latency-table", "t.json"),
+            "No such file or directory: 't.json'",
         ),
         (("--dense", "--image-size", "x"), "image_size: got 'x'; expected a whole number"),
         (("--dense", "--image-size", "8"), "image_size: got 8; expected none: digits has a size"),

@@ -14,7 +14,7 @@ from counting import Counting
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, DualAscent, HardConcrete, L0Penalty, prune, sparsify_
-from l0fast.constraints.constraint import TARGETS
+from l0fast.constraints.term import TARGETS
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import Group, density
 

@@ -10,16 +10,25 @@ from typing import Any
 import pytest
 import torch
 from counting import Counting
-from test_trainer import digits, trainer
+from test_trainer import digits, quick, small_mlp, trainer
 from torch import nn
 
-from l0fast import DensityConstraint, LatencyTable, measure_latency, prune, sparsify_
+from l0fast import (
+    DensityConstraint,
+    LatencyTable,
+    Trainer,
+    frontier,
+    measure_latency,
+    prune,
+    sparsify_,
+)
 from l0fast.data.sets import Data
 from l0fast.layers.draw import gated_layers
 from l0fast.measures import timing
 from l0fast.measures.latency import Grids, LayerLatency
 from l0fast.pruning.magnitude import MagnitudePruning
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
+from l0fast.training.folder import LATENCY
 
 __all__ = ["digits"]  # a fixture
 
@@ -221,6 +230,28 @@ def test_magnitude_pruning_goes_by_the_table_of_its_state() -> None:
     assert kept[0] == kept[1]
 
 
+def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One more entry for each table of the trainer's small MLP; the first is another than the
+    rest."""
+    measured_so_far: list[int] = []
+
+    def measured(*_: Any) -> LatencyTable:
+        measured_so_far.append(1)
+        return small_mlp_table((1, 1, 1) if len(measured_so_far) == 1 else (1, 4, 4))
+
+    monkeypatch.setattr(timing, "measure_latency", measured)
+    return measured_so_far
+
+
+def small_mlp_table(costs: tuple[int, int, int]) -> LatencyTable:
+    sizes = {"fc1": (64, 32), "fc2": (32, 16), "fc3": (16, 10)}
+    layers = {
+        name: by(linear(0, 0, cost), [1, i], [1, o])
+        for (name, (i, o)), cost in zip(sizes.items(), costs, strict=True)
+    }
+    return LatencyTable(layers, 0.0, {})
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -234,19 +265,7 @@ def test_a_resumed_run_goes_by_the_first_table_alone(
     settings: dict[str, Any], digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another measurement would have other gains and ranks of what to prune: there is none."""
-    measured_so_far: list[int] = []
-
-    def measured(*_: Any) -> LatencyTable:
-        measured_so_far.append(1)
-        costs = (1, 1, 1) if len(measured_so_far) == 1 else (1, 4, 4)
-        sizes = {"fc1": (64, 32), "fc2": (32, 16), "fc3": (16, 10)}
-        layers = {
-            name: by(linear(0, 0, cost), [1, i], [1, o])
-            for (name, (i, o)), cost in zip(sizes.items(), costs, strict=True)
-        }
-        return LatencyTable(layers, 0.0, {})
-
-    monkeypatch.setattr(timing, "measure_latency", measured)
+    measured_so_far = count_measurements(monkeypatch)
     chosen = {**settings, "measure": "latency", "epochs": 4}
     whole, part = tmp_path / "whole", tmp_path / "part"
 
@@ -260,3 +279,47 @@ def test_a_resumed_run_goes_by_the_first_table_alone(
     ends = [Checkpoint.read(path / CHECKPOINT, torch.device("cpu")) for path in (whole, part)]
     assert ends[0].history == ends[1].history
     torch.testing.assert_close(ends[0].model, ends[1].model, rtol=0, atol=0)
+
+
+def test_a_training_by_a_table_measured_before(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measured(*_: Any) -> LatencyTable:
+        raise AssertionError("measured")
+
+    monkeypatch.setattr(timing, "measure_latency", measured)
+    shares: list[float] = []
+    for costs in ((1, 1, 1), (1, 9, 9)):
+        mine = small_mlp_table(costs)
+        settings = quick(density=0.6, measure="latency", epochs=2)
+        run = Trainer(small_mlp(), digits, settings, out=tmp_path / f"{costs}", table=mine)
+        summary = run.fit()
+        assert summary["feasible"]
+        assert summary["latency_fraction"] <= 0.6
+        shares.append(summary["latency_fraction"])
+        saved = LatencyTable.load(tmp_path / f"{costs}" / LATENCY)
+        assert saved.as_json() == mine.as_json()
+    assert shares[0] != shares[1]
+    with pytest.raises(ValueError, match=r"^table: got 'a latency table'; expected none for mea"):
+        Trainer(small_mlp(), digits, quick(density=0.6), table=small_mlp_table((1, 1, 1)))
+    other = LatencyTable({"other": by(linear(0, 0, 1), [1, 2], [1, 2])}, 0.0, {})
+    with pytest.raises(ValueError, match=r"^measure: .*fc"):
+        Trainer(small_mlp(), digits, quick(density=0.6, measure="latency"), table=other)
+
+
+def test_one_table_for_all_targets(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_so_far = count_measurements(monkeypatch)
+    settings = quick(density=1.0, measure="latency", epochs=2)
+    targets = (0.9, 0.6)
+    frontier(small_mlp(), digits, settings, targets, out=tmp_path / "f", device="cpu")
+    assert len(measured_so_far) == 1
+    tables = [LatencyTable.load(tmp_path / "f" / f"density-{t}" / LATENCY) for t in targets]
+    assert tables[0].as_json() == tables[1].as_json() == small_mlp_table((1, 1, 1)).as_json()
+    # A resumed one goes by the first one's too, where the second had not begun.
+    shutil.rmtree(tmp_path / "f" / "density-0.6")
+    frontier(small_mlp(), digits, settings, targets, out=tmp_path / "f", device="cpu", resume=True)
+    assert len(measured_so_far) == 1
+    again = LatencyTable.load(tmp_path / "f" / "density-0.6" / LATENCY)
+    assert again.as_json() == tables[0].as_json()

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, L0Linear, prune, sparsify_
 from l0fast.constraints.budget import Budget, choose
-from l0fast.constraints.constraint import TARGETS
+from l0fast.constraints.term import TARGETS
 from l0fast.graph import capture, channels
 from l0fast.graph.proof import relative_error
 from l0fast.layers.draw import gated_layers

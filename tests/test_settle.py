@@ -219,6 +219,20 @@ def test_a_penalty_keeps_what_is_open() -> None:
     assert density(model).total.expected == density(model).total.realised
 
 
+def test_a_penalty_does_not_settle_gates_that_have_targets() -> None:
+    model = undecided()
+    term = L0Penalty(model, 0.5)
+    constraint = DensityConstraint(model, 0.5)
+    before = {name: value.clone() for name, value in gates(model).items()}
+    with pytest.raises(ValueError, match=r"^settle: got '.* by gates'; expected no other targets"):
+        term.settle()
+    assert not term.settled
+    assert all(torch.equal(value, before[name]) for name, value in gates(model).items())
+    constraint.settle()
+    assert term.settled
+    assert term().item() == 0
+
+
 def test_a_layer_whose_gates_are_all_closed() -> None:
     """Stays so without a target; under one, the likeliest is opened: it counts anyway."""
     for target in (None, 0.3):

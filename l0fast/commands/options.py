@@ -57,6 +57,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "(of activations) or latency (on this device) of the pruned model",
     )
     add(
+        "--latency-table",
+        metavar="FILE",
+        help="latencies of this model that were measured before, perhaps on another device; "
+        "default: they are measured here",
+    )
+    add(
         "--method",
         default=DEFAULTS.method,
         help="how the density is met: l0 (the default), or by the baselines magnitude, which is "
@@ -97,6 +103,12 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="the share of the epochs at the end in which the gates are decided, and trained on "
         f"without noise; default: {DEFAULTS.settle:g}; 0: none",
+    )
+    add(
+        "--augment",
+        default=DEFAULTS.augment,
+        help="what is done to training images at random: none (the default), crop (shifts by up to "
+        "an eighth of a side) or crop-flip (and mirror images)",
     )
     add("--weight-decay", metavar="W", help="decoupled, of the weights")
     add("--no-restarts", action="store_true", help="no dual restarts")
@@ -242,6 +254,7 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
         select=args.select,
+        augment=args.augment,
         dual=args.dual,
         dual_first=args.dual_first,
         skip=SWITCH[args.skip],

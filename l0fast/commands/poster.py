@@ -24,6 +24,7 @@ class Case(NamedTuple):
     words: dict[str, str | bool]
     published: tuple[Row, ...]
     recipes: tuple[str, ...] = ("published", "default")
+    """Of `RECIPES`."""
 
     @property
     def title(self) -> str:
@@ -37,6 +38,7 @@ def _published(source: str, best: float, **values: Any) -> Row:
 
 
 PENALTY: dict[str, str | bool] = {"penalty": "0.1", "penalty_per_example": True}
+AUGMENTED = ("published", "default", "augmented")
 CASES = (
     Case(
         "mlp-penalised",
@@ -62,6 +64,7 @@ CASES = (
                 macs=0.267,
             ),
         ),
+        AUGMENTED,
     ),
     Case(
         "lenet5-penalised",
@@ -87,6 +90,7 @@ CASES = (
                 macs=0.465,
             ),
         ),
+        AUGMENTED,
     ),
 )
 """Errors of the later runs are the last epoch's mean."""
@@ -124,7 +128,20 @@ SIZES = (
 )
 """The published density counts what gates control, not what a pruned model has: the same at equal
 sizes."""
-RECIPES = {"published": "published settings", "default": "this project's recipe"}
+
+
+class Recipe(NamedTuple):
+    """How the runs of a row are trained."""
+
+    title: str
+    words: dict[str, str]
+
+
+RECIPES = {
+    "published": Recipe("published settings", {"recipe": "published"}),
+    "default": Recipe("this project's recipe", {}),
+    "augmented": Recipe("this project's recipe, images shifted", {"augment": "crop"}),
+}
 
 
 def row_name(case: Case, recipe: str) -> str:
@@ -137,7 +154,8 @@ def plan(seeds: Sequence[int], shared: Mapping[str, Any]) -> list[Run]:
     runs: list[Run] = []
     for case in (*CASES, *SIZES):
         for recipe in case.recipes:
+            asked = dict(shared) | case.words | RECIPES[recipe].words
             for seed in seeds:
-                args: argparse.Namespace = words(**shared, **case.words, recipe=recipe, seed=seed)
+                args: argparse.Namespace = words(**asked, seed=seed)
                 runs.append(Run(row_name(case, recipe), args))
     return runs

@@ -88,7 +88,7 @@ def _rows(cases: Sequence[Case], every: Sequence[Run], done: Mapping[str, Row]) 
         for recipe in case.recipes:
             summaries = found.get(row_name(case, recipe))
             if summaries:
-                rows.append(aggregate(f"{case.title}: {RECIPES[recipe]}", summaries))
+                rows.append(aggregate(f"{case.title}: {RECIPES[recipe].title}", summaries))
     return rows
 
 
@@ -135,5 +135,5 @@ def _histories(case: Case, every: Sequence[Run], out: Path) -> dict[str, list[li
                 lines = path.read_text(encoding="utf-8").splitlines()
                 if lines:
                     rows = [json.loads(line) for line in lines]
-                    found.setdefault(RECIPES[recipe], []).append(rows)
+                    found.setdefault(RECIPES[recipe].title, []).append(rows)
     return found

@@ -20,7 +20,12 @@ from l0fast.training.settings import MAX_SEED
 Row = dict[str, Any]
 
 
-BEFORE: dict[str, Any] = {"measure": "gates", "target_schedule": "constant", "settle": 0.0}
+BEFORE: dict[str, Any] = {
+    "measure": "gates",
+    "target_schedule": "constant",
+    "settle": 0.0,
+    "augment": "none",
+}
 """How versions trained whose summaries do not say so."""
 
 OF_TARGETS = ("dual", "dual_first", "dual_lr", "restarts", "target_schedule", "target_warmup")

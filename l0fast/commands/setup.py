@@ -16,6 +16,7 @@ from l0fast.data import sets
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.draw import gated_layers
+from l0fast.measures.latency import LatencyTable
 from l0fast.training import models
 from l0fast.training.settings import MAX_SEED, TrainerSettings
 from l0fast.training.trainer import Trainer
@@ -30,6 +31,7 @@ class Setup:
     widths: list[int] | None
     seed: int
     validation_fraction: float
+    table: LatencyTable | None
 
     @property
     def in_shape(self) -> tuple[int, ...]:
@@ -85,6 +87,7 @@ class Setup:
             out=out,
             identity=self.identity,
             device=self.args.device,
+            table=self.table if settings.gated else None,
         )
 
 
@@ -105,9 +108,13 @@ def set_up(args: argparse.Namespace) -> Setup:
     fraction = options.validation_fraction(args)
     if args.pretrained is not None and args.recipe == "published":
         _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
+    path = args.latency_table
+    if path is not None and args.measure != "latency":
+        _checks.refuse("latency_table", path, "--measure latency beside it")
+    table = None if path is None else LatencyTable.load(path)
     image_size = options.number("image_size", args.image_size, int)
     dataset = sets.load(args.dataset, args.data_root, fraction, seed, image_size)
     if in_colour:
         dataset = sets.in_colour(dataset)
     widths = options.widths(args.widths) or options.default_widths(args.model)
-    return Setup(args, dataset, widths, seed, fraction)
+    return Setup(args, dataset, widths, seed, fraction, table)

@@ -68,6 +68,7 @@ def _frontier(args: argparse.Namespace) -> int:
         out=out,
         identity=setup.identity,
         device=args.device,
+        table=setup.table,
         resume=args.resume,
         train=lambda trainer: run(trainer, args.quiet),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -26,9 +26,6 @@ from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
 from l0fast.measures.timing import resolved
 
-TARGETS = "_l0fast_targets"
-"""Attribute of a constrained model: `Group` -> target, so that `prune` holds them."""
-
 
 def _in_words(state: Mapping[str, Any]) -> str:
     """What the extra state of a constraint says it is of."""
@@ -37,15 +34,6 @@ def _in_words(state: Mapping[str, Any]) -> str:
     dual = state.get("dual", DualAscent.__name__)
     scheduled = " with a schedule" if state.get("scheduled") else ""
     return f"constraints on {groups} by {state['measure']}, moved by {dual}{scheduled}"
-
-
-def refuse_others(terms: Sequence[DensityConstraint]) -> None:
-    """Refuses to decide gates by some of a model's targets."""
-    others = set[Group].intersection(*(term.others() for term in terms))
-    if others:
-        found = sorted(f"{' '.join(one.layers)} by {measure_name(one.measure)}" for one in others)
-        expected = "no other targets on the model, or one Constraints that has them all"
-        _checks.refuse("settle", "; ".join(found), expected)
 
 
 class DensityConstraint(DensityTerm):
@@ -136,7 +124,7 @@ class DensityConstraint(DensityTerm):
         ):
             title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
             targets.append(share(title, asked, self.measure, total, lowest))
-        self.unsettle_()  # nothing is refused any more
+        self._take_over(model)  # nothing is refused any more
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("multiplier", torch.zeros(len(targets), **place))
         self.register_buffer("target", torch.tensor(targets, **place))
@@ -149,8 +137,6 @@ class DensityConstraint(DensityTerm):
             self.register_buffer("taken", torch.zeros((), **place))
             self.begin_()
         self._moved = False
-        # The dict itself, for targets that a loaded state brings.
-        self.__dict__["_left_on_model"] = model.__dict__.setdefault(TARGETS, {})
         self._exact: list[float] = []
         self._set_targets(targets)
 
@@ -193,13 +179,11 @@ class DensityConstraint(DensityTerm):
         self._buffers["violation"] = self.densities() - self.target
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        refuse_others([self])
         super().settle(optimizer)
         self.rest_()
 
     def others(self) -> set[Group]:
-        """What else the model has targets of, from constraints beside this one."""
-        return self._left_on_model.keys() - set(self.groups.values())
+        return super().others() - set(self.groups.values())
 
     @torch.no_grad()
     def begin_(self) -> None:

@@ -48,7 +48,7 @@ class L0Penalty(DensityTerm):
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("coefficient", torch.tensor(coefficient, **place))
         self.names = (WHOLE_MODEL,)
-        self.unsettle_()
+        self._take_over(model)
 
     def forward(self) -> Tensor:
         """0-d: coefficient * density; 0 once the gates are settled."""

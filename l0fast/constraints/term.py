@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from l0fast import _checks
 from l0fast.constraints.budget import Budget
 from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
 from l0fast.gating.sparsify import example_args
 from l0fast.layers.draw import own_gates
 from l0fast.layers.gated import Gated
-from l0fast.measures.density import Group, require_gated
+from l0fast.measures.density import Group, measure_name, require_gated
 from l0fast.measures.footprint import measure_of
 from l0fast.measures.measure import Measure, is_of_pruned
 from l0fast.measures.trial import trial
+
+TARGETS = "_l0fast_targets"
+"""Attribute of a constrained model: `Group` -> target, so that `prune` holds them."""
+
+
+def refuse_others(terms: Sequence[DensityTerm]) -> None:
+    """Refuses to decide gates by some of a model's targets."""
+    others = set[Group].intersection(*(term.others() for term in terms))
+    if others:
+        found = sorted(f"{' '.join(one.layers)} by {measure_name(one.measure)}" for one in others)
+        expected = "no other targets on the model, or one Constraints that has them all"
+        _checks.refuse("settle", "; ".join(found), expected)
 
 
 class DensityTerm(nn.Module):
@@ -38,9 +52,15 @@ class DensityTerm(nn.Module):
         self._bounds = [layers[name].distribution.bound for name in self._owning]
         self._lower = [-bound for bound in self._bounds]
 
-    def unsettle_(self) -> None:
-        """Takes the noise up again, whatever was trained before: a new term starts with it."""
+    def _take_over(self, model: nn.Module) -> None:
+        """Ends the making of a term: from here on gates have noise, whatever was trained before."""
         mark_(self.layers.values(), False)
+        # The dict itself, for targets that come later, or that a loaded state brings.
+        self.__dict__["_left_on_model"] = model.__dict__.setdefault(TARGETS, {})
+
+    def others(self) -> set[Group]:
+        """What the model has targets of, from constraints beside this one."""
+        return set(self._left_on_model)
 
     @property
     def settled(self) -> bool:
@@ -63,6 +83,7 @@ class DensityTerm(nn.Module):
             ValueError, TypeError: the targets do not hold one unit of each layer, the model has
                 others beside them, or `optimizer` is none.
         """
+        refuse_others([self])
         settle_(self.layers, self.budgets(), optimizer)
 
     def budgets(self) -> list[Budget]:

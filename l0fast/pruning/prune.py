@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._tables import aligned
 from l0fast.constraints.budget import Budget, choose
-from l0fast.constraints.constraint import TARGETS, DensityConstraint
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.penalty import L0Penalty
+from l0fast.constraints.term import TARGETS
 from l0fast.gating.attention import unfused_in
 from l0fast.gating.sparsify import example_args, unwrapped
 from l0fast.layers.draw import own_gates

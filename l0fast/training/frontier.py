@@ -19,6 +19,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.measures import amounts
 from l0fast.measures.amounts import Asked, named
+from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
 from l0fast.measures.stopwatch import whole_seconds
 from l0fast.measures.trial import all_open
@@ -44,6 +45,7 @@ def frontier(
     out: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
+    table: LatencyTable | None = None,
     resume: bool = False,
     train: Callable[[Trainer], Row] | None = None,
 ) -> list[Row]:
@@ -58,7 +60,8 @@ def frontier(
     bit for bit but for latencies, which are measured anew.
 
     Args:
-        model, data, out, identity, device: as of `Trainer`; the model is trained in place.
+        model, data, out, identity, device, table: as of `Trainer`; the model is trained in place.
+            Without a table the one of the first target serves all.
         settings: for each target; it takes the place of their density.
         targets: of the whole model by `settings.measure`, falling: densities, or amounts such as
             "100k params".
@@ -78,7 +81,7 @@ def frontier(
     wanted = _checked(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
-    options: dict[str, Any] = {"identity": identity, "device": device}
+    options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
     # A model that comes with gates has plain layers where it is timed as the dense one.
     dense = fold(all_open(model)).model
     folder = None if out is None else Path(out)
@@ -91,6 +94,7 @@ def frontier(
     trainer = Trainer(model, data, first, out=places[0], **options)
     assert isinstance(trainer.term, DensityConstraint)
     _refuse_rising(wanted, trainer.term)
+    options["table"] = trainer.term.table
     before: Checkpoint | None = None
     rows: list[Row] = []
     small: list[nn.Module] = []

@@ -29,6 +29,7 @@ class Resumable:
     model: nn.Module
     data: Data
     settings: TrainerSettings
+    table: LatencyTable | None
     identity: Row
     device: torch.device
     folder: RunFolder | None
@@ -60,7 +61,7 @@ class Resumable:
         one: rates and schedules go by shares of it, and another measurement has others."""
         examples = len(self.data.train.targets)
         steps = self.total_steps
-        table = self._known_table()
+        table = self._known_table() or self.table
         return make_term(self.model, self.settings, steps, examples, self.example_inputs, table)
 
     def _known_table(self) -> LatencyTable | None:

@@ -9,6 +9,7 @@ from typing import Any
 from l0fast import _checks
 from l0fast.constraints.dual import DUALS
 from l0fast.constraints.schedule import POWERS
+from l0fast.data.augment import AUGMENTS
 from l0fast.layers.gated import GATES
 from l0fast.measures import amounts
 from l0fast.measures.measure import MEASURES
@@ -54,6 +55,8 @@ class TrainerSettings:
         settle: the share of the epochs at the end, in [0, 1), in which the gates are decided and
             the noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least
             one of several; 0 for none. Not of a dense training, nor of magnitude pruning.
+        augment: what is done to training images at random: "none", "crop" (each is shifted by up
+            to an eighth of its side) or "crop-flip" (and every other one mirrored).
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose
@@ -87,6 +90,7 @@ class TrainerSettings:
     target_schedule: str = "cubic"
     target_warmup: float = 0.5
     settle: float = 0.1
+    augment: str = "none"
     weight_decay: float = 0.1
     schedule: str = "cosine"
     select: str = "last"
@@ -140,6 +144,7 @@ class TrainerSettings:
         name, expected = "settle", "a share of the training in [0, 1)"
         value = getattr(self, name)
         checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_high=True)
+        _checks.one_of("augment", self.augment, AUGMENTS)
         _checks.one_of("dual", self.dual, tuple(DUALS))
         _checks.one_of("target_schedule", self.target_schedule, ("constant", *POWERS))
         if self.shrink is not None:

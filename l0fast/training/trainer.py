@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically
-from l0fast.constraints.constraint import TARGETS, DensityConstraint
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.stall import find_stalls, told
+from l0fast.constraints.term import TARGETS
+from l0fast.data.augment import augmented
 from l0fast.data.sets import Data, Split, check_data
 from l0fast.gating.sparsify import example_args, sparsify_
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import count_params
+from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.prune import prune
 from l0fast.pruning.saving import save_pruned
 from l0fast.pruning.shrink import Idle, plan_removal, worthwhile
@@ -57,6 +60,8 @@ class Trainer(Resumable):
         identity: facts about model and data that a checkpoint must share to be resumed, and that
             head the summary ("dataset", "model", ...).
         device: where to train; CUDA if there is one, else the CPU.
+        table: for measure="latency", what latencies are read off (a resumed run goes by its
+            checkpoint's); None measures the model here.
 
     Attributes:
         pruned: after `fit`, the smaller plain model (None after dense training), of the epoch that
@@ -76,12 +81,18 @@ class Trainer(Resumable):
         out: str | Path | None = None,
         identity: Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
+        table: LatencyTable | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
         check_data(data)
         if settings.select == "best" and data.validation is None:
             _checks.refuse("select", settings.select, "'last' without a validation split")
+        if settings.augment != "none" and data.train.inputs.dim() != 4:
+            shape = list(data.train.inputs.shape)
+            _checks.refuse("augment", settings.augment, f"'none' for inputs {shape}: no images")
+        if table is not None and settings.measure != "latency":
+            _checks.refuse("table", "a latency table", f"none for measure={settings.measure!r}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.device = torch.zeros((), device=device).device
@@ -89,7 +100,7 @@ class Trainer(Resumable):
             reason = str(error).strip().splitlines()[0]
             _checks.refuse("device", str(device), f"a device of this machine ({reason})")
         check_asked(settings.cuda_graph, self.device)
-        self.settings = settings
+        self.settings, self.table = settings, table
         try:
             self.identity: Row = json.loads(json.dumps(dict(identity or {})))
         except TypeError:
@@ -149,7 +160,8 @@ class Trainer(Resumable):
     def _take_step(self, index: Tensor) -> None:
         """One step on the training examples at `index`; nothing is read back."""
         train = self.data.train
-        x, y = train.inputs.index_select(0, index), train.targets.index_select(0, index)
+        x = augmented(train.inputs, index, self.settings.augment)
+        y = train.targets.index_select(0, index)
         logits = self.model(x)
         loss = F.cross_entropy(logits, y)
         total = loss if self.term is None else loss + self.term()

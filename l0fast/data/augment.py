@@ -1,0 +1,50 @@
+"""Random crops and mirror images of the examples of a batch, drawn on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+AUGMENTS = ("none", "crop", "crop-flip")
+PADDING = 8
+
+
+def padding(size: int) -> int:
+    """By how many pixels an image of that height or width is shifted at most: an eighth of it."""
+    return max(1, size // PADDING)
+
+
+def augmented(images: Tensor, index: Tensor, augment: str) -> Tensor:
+    """images[index], each example cropped, and perhaps mirrored, at random.
+
+    Equals, of each example: padded by `padding` pixels that repeat its border, a crop of the
+    image's own size is taken anywhere; with "crop-flip" every other one is mirrored left to right.
+
+    Args:
+        images: [N, channels, height, width].
+        index: [B] int64, on the images' device.
+        augment: "none", "crop" or "crop-flip".
+
+    Returns:
+        [B, channels, height, width], with channels last in memory unless augment is "none".
+        Drawn from torch's generator of the device.
+
+    Source: the crops and mirror images of He et al., 2016 (CIFAR), but for the border.
+    """
+    if augment == "none":
+        return images.index_select(0, index)
+    batch, (height, width) = len(index), images.shape[-2:]
+    rows = _window(height, batch, images.device)
+    cols = _window(width, batch, images.device)
+    if augment == "crop-flip":
+        flip = torch.randint(2, (batch, 1), device=images.device, dtype=torch.bool)
+        cols = torch.where(flip, cols.flip(1), cols)
+    picked = images[index.view(-1, 1, 1), :, rows.unsqueeze(2), cols.unsqueeze(1)]
+    return picked.permute(0, 3, 1, 2)
+
+
+def _window(size: int, batch: int, device: torch.device) -> Tensor:
+    """[batch, size]: the pixels of a row or column that are seen after a random shift."""
+    most = padding(size)
+    shift = torch.randint(-most, most + 1, (batch, 1), device=device)
+    return (torch.arange(size, device=device) + shift).clamp_(0, size - 1)
