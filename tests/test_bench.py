@@ -38,7 +38,8 @@ from bench import (
 from bench.case import Goal, Variant
 from bench.report import Row
 from l0fast import functional, prune, sparsify_
-from l0fast.layers.draw import SKIPPING, OnDevice, gated_layers
+from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.layers.drawn import OnDevice
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping import links
 from l0fast.training.models import build

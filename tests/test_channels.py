@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0fast.graph.channels import IGNORED, JOINS, RULES, Units, op_name, rule_for, shape_of, unknown
+from l0fast.graph.channels import IGNORED, JOINS, RULES, rule_for
+from l0fast.graph.nodes import op_name, shape_of
+from l0fast.graph.units import Units, unknown
 
 CONSTANT = (0.0, 0.75, -1.5)
 """What the first channels are everywhere; the others vary."""

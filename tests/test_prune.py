@@ -29,7 +29,7 @@ from l0fast.graph.proof import relative_error
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import Group
 from l0fast.measures.measure import GateMeasure
-from l0fast.pruning.prune import format_report
+from l0fast.pruning.report import format_report
 from l0fast.removal.compact import Edit, edited, gather, scatter
 
 TESTS = Path(__file__).resolve().parent

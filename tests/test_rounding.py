@@ -17,7 +17,7 @@ from l0fast.constraints.budget import Budget, choose
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import Group
 from l0fast.measures.measure import GateMeasure
-from l0fast.pruning.prune import format_report
+from l0fast.pruning.report import format_report
 from l0fast.training import models
 
 X = torch.randn(3, 40, dtype=torch.float64)

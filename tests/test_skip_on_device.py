@@ -11,7 +11,8 @@ from test_skip import DENSITIES, EXACT, MODELS, assert_same_step, left_out, set_
 from torch import Tensor, nn
 
 from l0fast import sparsify_
-from l0fast.layers.draw import SKIPPING, Compact, OnDevice, gated_layers
+from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.layers.drawn import Compact, OnDevice
 from l0fast.skipping import links, skip_on_device
 from l0fast.skipping.following import Following
 

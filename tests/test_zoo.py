@@ -16,7 +16,7 @@ from zoo import ZOO
 from l0fast import DensityConstraint, load_pruned, param_groups, prune, save_pruned, sparsify_
 from l0fast.graph import capture
 from l0fast.layers.draw import gated_layers
-from l0fast.pruning.prune import format_report
+from l0fast.pruning.report import format_report
 
 
 def wide(value: Any) -> tuple[Any, ...]:

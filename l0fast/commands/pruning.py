@@ -19,8 +19,8 @@ from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import density
-from l0fast.pruning.prune import format_report
 from l0fast.pruning.prune import prune as prune_model
+from l0fast.pruning.report import format_report
 from l0fast.pruning.saving import save_pruned
 from l0fast.pruning.shrink import Removal, remove_
 from l0fast.training import models

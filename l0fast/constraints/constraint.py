@@ -13,7 +13,7 @@ from l0fast.constraints.budget import Budget
 from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.term import DensityTerm
-from l0fast.gating.sparsify import unwrapped
+from l0fast.graph.calls import unwrapped
 from l0fast.measures.amounts import Asked, share
 from l0fast.measures.density import (
     AnyMeasure,

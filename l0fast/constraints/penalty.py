@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.constraints.term import DensityTerm
-from l0fast.gating.sparsify import unwrapped
+from l0fast.graph.calls import unwrapped
 from l0fast.measures.density import WHOLE_MODEL, Group, gated_parameters, require_gated
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.budget import Budget
 from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
-from l0fast.gating.sparsify import example_args
+from l0fast.graph.calls import example_args
 from l0fast.layers.draw import own_gates
 from l0fast.layers.gated import Gated
 from l0fast.measures.density import Group, measure_name, require_gated
@@ -34,6 +34,8 @@ def refuse_others(terms: Sequence[DensityTerm]) -> None:
 
 class DensityTerm(nn.Module):
     """Expected densities of groups of a model's gated layers, and the projection after a step."""
+
+    _left_on_model: dict[Group, float]
 
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()

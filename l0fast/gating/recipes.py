@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from l0fast._tables import aligned
 from l0fast.graph.capture import Trace, is_carrier
-from l0fast.graph.channels import STAYS
 from l0fast.graph.liveness import Liveness
 from l0fast.graph.sites import Site, find_sites, tied_modules
+from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 
 

@@ -2,178 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping
-from contextlib import contextmanager
-from fnmatch import fnmatchcase
-from typing import Any, Literal, TypeVar, overload
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.gating.attention import Unfused, attention_calls, unfuse_
-from l0fast.gating.recipes import Choice, GateRow, GateTable, by_structure, without_structure
-from l0fast.graph import capture
-from l0fast.graph.sites import light_copy, replace
+from l0fast.gating.attention import Unfused, unfuse_
+from l0fast.gating.recipes import GateTable
+from l0fast.gating.selection import (
+    ModelT,
+    Selection,
+    choose,
+    eligible,
+    fused_rows,
+    gated_inside,
+    matcher,
+    per_layer,
+    row_of,
+    run_by,
+    with_ordinary_attention,
+)
+from l0fast.graph.calls import example_args
+from l0fast.graph.sites import replace
 from l0fast.layers.draw import attach_draw, gated_layers, own_gates
 from l0fast.layers.gated import DENSITY_INIT, GATES
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping.following import stop_following
 from l0fast.skipping.links import attach_skipping
-
-FUSED = "a fused op reads its weights"
-
-ModelT = TypeVar("ModelT", bound=nn.Module)
-Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
-
-
-def _fused(module: nn.Module) -> bool:
-    """Whether a module hands its layers' weights to a fused op, past the layers' own forward."""
-    if isinstance(module, nn.TransformerEncoderLayer):
-        return _fused(module.self_attn)
-    return isinstance(module, nn.MultiheadAttention)
-
-
-def example_args(example_inputs: Any) -> tuple[Any, ...]:
-    """The positional arguments of a model's forward that `example_inputs` stands for."""
-    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-
-
-_WRAPPERS = {
-    "OptimizedModule": "_orig_mod",
-    "DistributedDataParallel": "module",
-    "DataParallel": "module",
-}
-"""Classes that stand around a user's model -> where they keep it."""
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model, out of what torch.compile and data parallelism put around it."""
-    while type(model).__name__ in _WRAPPERS:
-        model = model.get_submodule(_WRAPPERS[type(model).__name__])
-    return model
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """Puts the model into evaluation, without autograd, and every module back after it."""
-    training = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in training:
-            module.training = mode
-
-
-def _matcher(option: str, selection: Selection, names: list[str]) -> Callable[..., bool]:
-    """A predicate of (name, module); patterns that match no layer are refused."""
-    if callable(selection):
-        return selection
-    patterns = [selection] if isinstance(selection, str) else selection
-    if not isinstance(patterns, Iterable):
-        _checks.refuse(option, patterns, "glob patterns or a predicate(name, layer)", TypeError)
-    patterns = list(patterns)
-    for pattern in patterns:
-        if not isinstance(pattern, str):
-            _checks.refuse(option, pattern, "glob patterns or a predicate(name, layer)", TypeError)
-        if not any(fnmatchcase(name, pattern) for name in names):
-            _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
-    return lambda name, _layer: any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _eligible(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> Linear or conv whose own forward runs, each once, in the model's order."""
-    inside_fused = {
-        id(layer) for module in model.modules() if _fused(module) for layer in module.modules()
-    }
-    return {
-        name: layer
-        for name, layer in model.named_modules()
-        if type(layer) in GATED_TYPES and id(layer) not in inside_fused
-    }
-
-
-def _row(name: str, layer: Any, choice: Choice) -> GateRow:
-    inputs, outputs = capture.layer_size(layer)
-    sizes = {"input": inputs, "output": outputs, "weight": layer.weight.numel(), "": 0}
-    gates = sizes[choice.gates] // choice.units
-    kind = type(layer).__name__
-    return GateRow(name, kind, choice.gates, choice.units, gates, choice.reason)
-
-
-def _fused_rows(model: nn.Module, reasons: Mapping[str, str]) -> list[GateRow]:
-    fused = ((name, module) for name, module in model.named_modules() if _fused(module))
-    return [
-        GateRow(name, type(module).__name__, "", 1, 0, reasons.get(name) or FUSED)
-        for name, module in fused
-    ]
-
-
-def _with_ordinary_attention(
-    model: ModelT, example_inputs: Any
-) -> tuple[ModelT, dict[str, Unfused], dict[str, str]]:
-    """A copy, with the same parameters, whose fused attentions are ordinary where they can be:
-    these, and why the others cannot."""
-    with evaluating(model):
-        found = attention_calls(model, example_args(example_inputs))
-    calls = {name: call for name, call in found.items() if isinstance(call, Unfused)}
-    reasons = {name: call for name, call in found.items() if isinstance(call, str)}
-    return (unfuse_(light_copy(model), calls) if calls else model), calls, reasons  # type: ignore[return-value]
-
-
-def _gated_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether some of `layers` are in what makes an attention fused: itself, or all around it."""
-    fused = name.removesuffix(".self_attn")
-    return any(layer.startswith(f"{fused}.") for layer in layers)
-
-
-def _reached(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) -> set[int]:
-    """The ids of the layers that run when the model is given `example_inputs`."""
-    reached: set[int] = set()
-    handles = [
-        layer.register_forward_pre_hook(lambda module, _: reached.add(id(module)))
-        for layer in layers.values()
-    ]
-    try:
-        with evaluating(model):
-            model(*example_args(example_inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
-    return reached
-
-
-def _per_layer(option: str, value: Any, names: list[str]) -> dict[str, float | None]:
-    """A number for all layers, or a mapping of name patterns to numbers, as name -> number."""
-    if not isinstance(value, Mapping):
-        return dict.fromkeys(names, value)
-    chosen: dict[str, float | None] = dict.fromkeys(names)
-    for pattern, number in value.items():
-        matches = _matcher(option, pattern, names)
-        chosen.update({name: number for name in names if matches(name, None)})
-    return chosen
-
-
-def _choices(
-    model: nn.Module, gates: str, layers: dict[str, nn.Module], example_inputs: Any
-) -> tuple[dict[str, Choice], str]:
-    """Layer -> where its gates go, and a note if the model's structure is not known."""
-    if gates != "auto":
-        return {name: Choice(gates) for name in layers}, ""
-    if example_inputs is None:
-        note = "each layer by itself: no example_inputs, so the model's structure is not known"
-        return without_structure(layers), note
-    try:
-        with evaluating(model):
-            trace = capture.export(model, example_args(example_inputs))
-    except Exception as failure:
-        reason = (str(failure).strip().splitlines() or [""])[0][:200]
-        note = f"each layer by itself: torch.export refuses the model, {reason}"
-        return without_structure(layers), note
-    return by_structure(model, trace, layers), ""
 
 
 @overload
@@ -280,26 +137,26 @@ def sparsify_(
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
     if gates == "auto" and example_inputs is not None:
-        twin, calls, fused = _with_ordinary_attention(model, example_inputs)
-    layers = _eligible(twin)
+        twin, calls, fused = with_ordinary_attention(model, example_inputs)
+    layers = eligible(twin)
     names = list(layers)
     if "" in layers:
         wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
         _checks.refuse("model", f"a single {type(model).__name__}", wanted)
     if include is not None:
-        keep = _matcher("include", include, names)
+        keep = matcher("include", include, names)
         layers = {name: layer for name, layer in layers.items() if keep(name, layer)}
     if exclude is not None:
-        drop = _matcher("exclude", exclude, names)
+        drop = matcher("exclude", exclude, names)
         layers = {name: layer for name, layer in layers.items() if not drop(name, layer)}
     if example_inputs is not None:
-        reached = _reached(twin, layers, example_inputs)
+        reached = run_by(twin, layers, example_inputs)
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
-    choices, note = _choices(twin, gates, layers, example_inputs)
+    choices, note = choose(twin, gates, layers, example_inputs)
     considered, layers = layers, {n: layer for n, layer in layers.items() if choices[n].gates}
     if dry_run:
-        rows = [_row(name, layer, choices[name]) for name, layer in considered.items()]
-        return GateTable(tuple(rows + _fused_rows(twin, fused)), note)
+        rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
+        return GateTable(tuple(rows + fused_rows(twin, fused)), note)
     if not layers and not gated_layers(model):
         if considered:
             why = next(f"{name!r}: {choices[name].reason}" for name in considered)
@@ -307,8 +164,8 @@ def sparsify_(
                 "gates", gates, f"'input', 'output' or 'weight' where no recipe fits ({why})"
             )
         _checks.refuse("model", type(model).__name__, "a model with a Linear or conv layer to gate")
-    densities = _per_layer("density_init", density_init, list(layers))
-    droprates = _per_layer("droprate_init", droprate_init, list(layers))
+    densities = per_layer("density_init", density_init, list(layers))
+    droprates = per_layer("droprate_init", droprate_init, list(layers))
     if isinstance(density_init, Mapping):
         densities = {
             name: DENSITY_INIT if value is None else value for name, value in densities.items()
@@ -322,7 +179,7 @@ def sparsify_(
                 _checks.refuse(option, [of[owner], of[name]], expected)
 
     stop_following(model)
-    unfuse_(model, {name: call for name, call in calls.items() if _gated_inside(name, layers)})
+    unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, layers)})
     layers = {name: model.get_submodule(name) for name in layers}
     gated: dict[str, Any] = {}
     for name, layer in layers.items():

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.fx import Node
 
-from l0fast.graph.channels import op_name
+from l0fast.graph.nodes import op_name
 
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 """Classes of layers that can be made smaller -> how many dimensions follow their channels."""

@@ -14,8 +14,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from l0fast.graph.capture import is_carrier
-from l0fast.graph.channels import RIGID, STAYS, Units, narrowed, op_name
+from l0fast.graph.channels import RIGID
+from l0fast.graph.nodes import op_name
 from l0fast.graph.sites import Site
+from l0fast.graph.units import STAYS, Units, narrowed
 from l0fast.graph.walk import Walk
 
 

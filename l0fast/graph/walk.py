@@ -13,19 +13,10 @@ from torch import Tensor
 from torch.fx import Node
 
 from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_norm
-from l0fast.graph.channels import (
-    IGNORED,
-    STAYS,
-    Units,
-    narrowed,
-    op_name,
-    rule_for,
-    shape_of,
-    unknown,
-    varying,
-    writes_in_place,
-)
+from l0fast.graph.channels import IGNORED, rule_for
+from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 from l0fast.graph.sites import Site
+from l0fast.graph.units import STAYS, Units, narrowed, unknown, varying
 
 
 def _along(units: Units, dim: int) -> Units | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
-from l0fast.layers.draw import DRAWN, Drawn, OnDevice
+from l0fast.layers.drawn import DRAWN, Drawn, OnDevice
 from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._tables import aligned
-from l0fast.gating.sparsify import evaluating, example_args
+from l0fast.graph.calls import evaluating, example_args
 from l0fast.layers.draw import gated_layers
 from l0fast.layers.gated import Gated
 from l0fast.measures.amounts import Asked, check

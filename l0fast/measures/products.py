@@ -11,7 +11,8 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from l0fast.graph.capture import Trace
-from l0fast.graph.channels import STAYS, narrowed, op_name, shape_of
+from l0fast.graph.nodes import op_name, shape_of
+from l0fast.graph.units import STAYS, narrowed
 from l0fast.graph.walk import Walk
 
 ATTENTION = "aten::scaled_dot_product_attention"

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l0fast.gating.sparsify import evaluating, example_args, unwrapped
+from l0fast.graph.calls import evaluating, example_args, unwrapped
 from l0fast.graph.capture import NORMS, is_carrier, layer_size
 from l0fast.graph.sites import light_copy
 from l0fast.graph.sites import replace as replace_modules

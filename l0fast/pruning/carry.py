@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.gating.sparsify import unwrapped
+from l0fast.graph.calls import unwrapped
 from l0fast.graph.capture import is_carrier
 from l0fast.layers.draw import gated_layers
 from l0fast.removal.compact import Edit, sliced

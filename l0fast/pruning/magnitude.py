@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.budget import Budget, choose
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.gating.sparsify import example_args, unwrapped
+from l0fast.graph.calls import example_args, unwrapped
 from l0fast.layers.draw import gate_owners
 from l0fast.layers.gated import Gated
 from l0fast.measures.density import AnyMeasure

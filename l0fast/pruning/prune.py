@@ -6,19 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l0fast import _checks
-from l0fast._tables import aligned
 from l0fast.constraints.budget import Budget, choose
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.term import TARGETS
 from l0fast.gating.attention import unfused_in
-from l0fast.gating.sparsify import example_args, unwrapped
+from l0fast.graph.calls import example_args, unwrapped
 from l0fast.layers.draw import own_gates
 from l0fast.layers.gated import Gated
-from l0fast.measures.amounts import Asked, share, words
+from l0fast.measures.amounts import Asked, share
 from l0fast.measures.counts import Counts, element_size, widths_left
 from l0fast.measures.density import (
     WHOLE_MODEL,
@@ -34,10 +33,9 @@ from l0fast.measures.measure import GateMeasure, is_of_pruned
 from l0fast.measures.stopwatch import whole_seconds
 from l0fast.measures.timing import resolved
 from l0fast.measures.trial import all_open, trial
+from l0fast.pruning.report import REPORT_FORMAT, site_row
 from l0fast.removal.compact import apply
-from l0fast.removal.plan import Plan, closed, fold, make_plan, reference
-
-REPORT_FORMAT = 1
+from l0fast.removal.plan import closed, fold, make_plan, reference
 
 
 def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> dict[str, tuple[Group, Asked]]:
@@ -77,62 +75,6 @@ def _at_first(model: nn.Module, dense: Counts) -> dict[str, int]:
     report = getattr(model, "report", None)
     before = report.get("dense") if isinstance(report, dict) else None
     return before or dense.whole()
-
-
-def _site(
-    name: str,
-    plan: Plan,
-    layer: Gated | None,
-    kept: Tensor | None,
-    forced: int,
-    collapsed: bool,
-) -> dict[str, Any]:
-    """One row of the report."""
-    site, extent = plan.sites[name], plan.extents[name]
-    edit = next((edit for edit in plan.edits if edit.name == name), None)
-    gates = None if layer is None else layer.gates
-    inputs = int(extent.columns.sum()), len(extent.columns)
-    outputs = int(extent.rows.sum()), len(extent.rows)
-    smaller = inputs[0] < inputs[1] or outputs[0] < outputs[1]
-    reasons: list[str] = []
-    status = "removed" if smaller else "kept"
-    if edit is not None and edit.gather is not None:
-        status = "compacted"
-        source = f" from {extent.source}" if extent.source else ""
-        reasons.append(f"gathers {inputs[0]} of the {edit.gather[1]} inputs that arrive{source}")
-    if edit is not None and edit.scatter is not None:
-        status = "compacted"
-        readers = ", ".join(extent.stops) or "an op that makes no zeros of zeros"
-        reasons.append(f"puts zeros back for {readers}" if not site.fixed else "puts zeros back")
-    if name in plan.constants:
-        folded = int((plan.constants[name] != 0).sum())
-        reasons.append(f"its bias holds what {folded} constant inputs gave")
-    reasons.append(site.fixed)
-    groups = getattr(site.layer, "groups", 1)
-    if groups > 1:
-        reasons.append(f"it has {groups} groups, which go as wholes")
-    if layer is not None and kept is not None:
-        if gates == "weight":
-            reasons.append("gates on single weights: zeros in a layer of the same shape")
-        elif bool(kept.all()) and not collapsed:
-            reasons.append("all gates are open")
-        if edit is not None and edit.scale is not None:
-            reasons.append("its gates are a factor on its units")
-    if collapsed:
-        stays = "" if gates == "weight" else ", one unit of zeros stays"
-        reasons.append(f"collapsed: all its gates are closed{stays}")
-    return {
-        "name": name,
-        "kind": type(site.layer).__name__,
-        "gates": gates,
-        "gates_open": 0 if kept is None else int(kept.sum()),
-        "gates_total": 0 if kept is None else kept.numel(),
-        "forced": forced,
-        "in": list(inputs),
-        "out": list(outputs),
-        "status": status,
-        "reason": "; ".join(reason for reason in reasons if reason),
-    }
 
 
 def prune(
@@ -268,7 +210,9 @@ def prune(
                 collapsed.append(name)
     changed = {edit.name for edit in plan.edits}
     sites = [
-        _site(name, plan, layers.get(name), kept.get(name), forced.get(name, 0), name in collapsed)
+        site_row(
+            name, plan, layers.get(name), kept.get(name), forced.get(name, 0), name in collapsed
+        )
         for name in plan.sites
         if name in layers or name in changed
     ]
@@ -313,53 +257,3 @@ def prune(
         "layers": [*earlier.get("layers", []), *(edit.as_json() for edit in plan.edits)],
     }
     return small
-
-
-def format_report(report: Mapping[str, Any]) -> str:
-    """A pruned model's report as a text with a table, one line a layer."""
-    head = ("layer", "kind", "gates", "open", "in", "out", "status", "reason")
-    rows: list[tuple[str, ...]] = [head]
-    for site in report["sites"]:
-        gates = "-" if site["gates"] is None else site["gates"]
-        opened = "-" if site["gates"] is None else f"{site['gates_open']}/{site['gates_total']}"
-        if site["forced"]:
-            opened += f" ({site['forced']} forced)"
-        sizes = (f"{site[side][0]}/{site[side][1]}" for side in ("in", "out"))
-        rows.append(
-            (site["name"], site["kind"], gates, opened, *sizes, site["status"], site["reason"])
-        )
-    lines = aligned(rows, left=len(head))
-    for name, group in report["groups"].items():
-        by = group["measure"]
-        kept, total = (words(group[key], by) for key in ("kept", "total"))
-        lines.append(
-            f"{name}: {by} {group['density']:.4f} of at most {group['target']:g} ({kept} of "
-            f"{total}), {group['forced']} gates forced closed"
-        )
-    if report["collapsed"]:
-        names = ", ".join(report["collapsed"])
-        lines.append(f"collapsed: all gates of {names} are closed, nothing passes through")
-    for what, key in (("parameters", "params"), ("MACs", "macs"), ("activation bytes", "memory")):
-        after, before = report[key]
-        share = f" ({after / before:.2%})" if before else ""
-        lines.append(f"{what}: {after:,} of {before:,}{share}")
-    if report["latency"]:
-        after, before = (words(seconds, "latency") for seconds in report["latency"])
-        lines.append(f"measured latency: {after}, dense {before}")
-    size = report["round_to"]
-    if size > 1:
-        odd = [
-            f"{site['name']} {side} {site[side][0]}"
-            for site in report["sites"]
-            for side in ("in", "out")
-            if site[side][0] % size and site[side][0] < site[side][1]
-        ]
-        but = f", but {', '.join(odd)}" if odd else ""
-        lines.append(f"widths in multiples of {size} ({report['filled']} gates filled up){but}")
-    lines.append(f"architecture: {report['architecture']} ({report['tier']})")
-    for mend in report["attributes"]:
-        name = f"{mend['name']}.{mend['attribute']}".lstrip(".")
-        lines.append(f"{name}: {mend['value'][0]} instead of {mend['value'][1]}")
-    lines.append(f"largest error: {report['max_error']:.3g} (allowed {report['tolerance']:g})")
-    lines.extend(report["notes"])
-    return "\n".join(lines)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.capture import is_carrier, layer_size
-from l0fast.graph.channels import STAYS
+from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 from l0fast.layers.draw import gate_owners, own_gates
 from l0fast.layers.gated import Gated

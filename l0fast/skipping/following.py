@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from l0fast import functional
 from l0fast.graph.capture import LAYERS, NORMS
-from l0fast.layers.draw import SKIPPING, Compact, Draw, OnDevice, in_force
+from l0fast.layers.draw import SKIPPING
+from l0fast.layers.drawn import Compact, Draw, OnDevice, in_force
 
 _CONVOLVE = {nn.Conv1d: F.conv1d, nn.Conv2d: F.conv2d, nn.Conv3d: F.conv3d}
 

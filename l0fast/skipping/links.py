@@ -12,11 +12,14 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.graph import capture
-from l0fast.graph.channels import RIGID, STAYS, op_name, shape_of
+from l0fast.graph.channels import RIGID
+from l0fast.graph.nodes import op_name, shape_of
 from l0fast.graph.proof import TOLERANCE, relative_error, tensors_of
 from l0fast.graph.sites import find_sites, light_copy, replace
+from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
-from l0fast.layers.draw import SKIPPING, Drawn, detach_draw, gated_layers
+from l0fast.layers.draw import SKIPPING, detach_draw, gated_layers
+from l0fast.layers.drawn import Drawn
 from l0fast.skipping import skip_on_device
 from l0fast.skipping.following import can_follow, passes_on, stop_following
 from l0fast.skipping.link import End, Link

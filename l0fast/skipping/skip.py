@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from l0fast.graph.proof import tensors_of
-from l0fast.layers.draw import Compact, Draw, Drawn, OnDevice
+from l0fast.layers.drawn import Compact, Draw, Drawn, OnDevice
 from l0fast.skipping import skip_on_device
 from l0fast.skipping.following import Following, can_follow
 from l0fast.skipping.link import Link

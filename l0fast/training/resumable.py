@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
-from l0fast.gating.sparsify import example_args
+from l0fast.graph.calls import example_args
 from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.shrink import Idle, Removal, remove_
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint, rng_state

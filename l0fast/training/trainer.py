@@ -22,7 +22,8 @@ from l0fast.constraints.stall import find_stalls, told
 from l0fast.constraints.term import TARGETS
 from l0fast.data.augment import augmented
 from l0fast.data.sets import Data, Split, check_data
-from l0fast.gating.sparsify import example_args, sparsify_
+from l0fast.gating.sparsify import sparsify_
+from l0fast.graph.calls import example_args
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import count_params
 from l0fast.measures.latency import LatencyTable

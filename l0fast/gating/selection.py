@@ -1,0 +1,139 @@
+"""Which of a model's layers take part, and where each has its gates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+from torch import nn
+
+from l0fast import _checks
+from l0fast.gating.attention import Unfused, attention_calls, unfuse_
+from l0fast.gating.recipes import Choice, GateRow, by_structure, without_structure
+from l0fast.graph import capture
+from l0fast.graph.calls import evaluating, example_args
+from l0fast.graph.sites import light_copy
+from l0fast.layers.gated_types import GATED_TYPES
+
+FUSED = "a fused op reads its weights"
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
+
+
+def _fused(module: nn.Module) -> bool:
+    """Whether a module hands its layers' weights to a fused op, past the layers' own forward."""
+    if isinstance(module, nn.TransformerEncoderLayer):
+        return _fused(module.self_attn)
+    return isinstance(module, nn.MultiheadAttention)
+
+
+def matcher(option: str, selection: Selection, names: list[str]) -> Callable[..., bool]:
+    """A predicate of (name, module); patterns that match no layer are refused."""
+    if callable(selection):
+        return selection
+    patterns = [selection] if isinstance(selection, str) else selection
+    if not isinstance(patterns, Iterable):
+        _checks.refuse(option, patterns, "glob patterns or a predicate(name, layer)", TypeError)
+    patterns = list(patterns)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            _checks.refuse(option, pattern, "glob patterns or a predicate(name, layer)", TypeError)
+        if not any(fnmatchcase(name, pattern) for name in names):
+            _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
+    return lambda name, _layer: any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def eligible(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> Linear or conv whose own forward runs, each once, in the model's order."""
+    inside_fused = {
+        id(layer) for module in model.modules() if _fused(module) for layer in module.modules()
+    }
+    return {
+        name: layer
+        for name, layer in model.named_modules()
+        if type(layer) in GATED_TYPES and id(layer) not in inside_fused
+    }
+
+
+def row_of(name: str, layer: Any, choice: Choice) -> GateRow:
+    """What the table says of a layer."""
+    inputs, outputs = capture.layer_size(layer)
+    sizes = {"input": inputs, "output": outputs, "weight": layer.weight.numel(), "": 0}
+    gates = sizes[choice.gates] // choice.units
+    kind = type(layer).__name__
+    return GateRow(name, kind, choice.gates, choice.units, gates, choice.reason)
+
+
+def fused_rows(model: nn.Module, reasons: Mapping[str, str]) -> list[GateRow]:
+    """What it says of the modules that hand their layers to a fused op, and why they do."""
+    fused = ((name, module) for name, module in model.named_modules() if _fused(module))
+    return [
+        GateRow(name, type(module).__name__, "", 1, 0, reasons.get(name) or FUSED)
+        for name, module in fused
+    ]
+
+
+def with_ordinary_attention(
+    model: ModelT, example_inputs: Any
+) -> tuple[ModelT, dict[str, Unfused], dict[str, str]]:
+    """A copy, with the same parameters, whose fused attentions are ordinary where they can be:
+    these, and why the others cannot."""
+    with evaluating(model):
+        found = attention_calls(model, example_args(example_inputs))
+    calls = {name: call for name, call in found.items() if isinstance(call, Unfused)}
+    reasons = {name: call for name, call in found.items() if isinstance(call, str)}
+    return (unfuse_(light_copy(model), calls) if calls else model), calls, reasons  # type: ignore[return-value]
+
+
+def gated_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether some of `layers` are in what makes an attention fused: itself, or all around it."""
+    fused = name.removesuffix(".self_attn")
+    return any(layer.startswith(f"{fused}.") for layer in layers)
+
+
+def run_by(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) -> set[int]:
+    """The ids of the layers that run when the model is given `example_inputs`."""
+    reached: set[int] = set()
+    handles = [
+        layer.register_forward_pre_hook(lambda module, _: reached.add(id(module)))
+        for layer in layers.values()
+    ]
+    try:
+        with evaluating(model):
+            model(*example_args(example_inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return reached
+
+
+def per_layer(option: str, value: Any, names: list[str]) -> dict[str, float | None]:
+    """A number for all layers, or a mapping of name patterns to numbers, as name -> number."""
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    chosen: dict[str, float | None] = dict.fromkeys(names)
+    for pattern, number in value.items():
+        matches = matcher(option, pattern, names)
+        chosen.update({name: number for name in names if matches(name, None)})
+    return chosen
+
+
+def choose(
+    model: nn.Module, gates: str, layers: dict[str, nn.Module], example_inputs: Any
+) -> tuple[dict[str, Choice], str]:
+    """Layer -> where its gates go, and a note if the model's structure is not known."""
+    if gates != "auto":
+        return {name: Choice(gates) for name in layers}, ""
+    if example_inputs is None:
+        note = "each layer by itself: no example_inputs, so the model's structure is not known"
+        return without_structure(layers), note
+    try:
+        with evaluating(model):
+            trace = capture.export(model, example_args(example_inputs))
+    except Exception as failure:
+        reason = (str(failure).strip().splitlines() or [""])[0][:200]
+        note = f"each layer by itself: torch.export refuses the model, {reason}"
+        return without_structure(layers), note
+    return by_structure(model, trace, layers), ""
