@@ -116,7 +116,7 @@ def _write(every: Sequence[Run], done: Mapping[str, Row], out: Path, epochs: int
     numbers = {"tables": tables, "runs": dict(done), "missing": missing}
     write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     histories = {(case.model, case.what): _histories(case, every, out) for case in CASES}
-    if any(histories.values()):
+    if any(seeds for by_settings in histories.values() for seeds in by_settings.values()):
         from l0fast.plots.poster import plot_poster
 
         targets = {
@@ -127,7 +127,7 @@ def _write(every: Sequence[Run], done: Mapping[str, Row], out: Path, epochs: int
 
 def _histories(case: Case, every: Sequence[Run], out: Path) -> dict[str, list[list[Row]]]:
     """Recipe -> the metrics of each of its runs that has some."""
-    found: dict[str, list[list[Row]]] = {}
+    found: dict[str, list[list[Row]]] = {RECIPES[recipe].title: [] for recipe in case.recipes}
     for recipe in case.recipes:
         for run in every:
             path = run.folder(out) / METRICS
@@ -135,5 +135,5 @@ def _histories(case: Case, every: Sequence[Run], out: Path) -> dict[str, list[li
                 lines = path.read_text(encoding="utf-8").splitlines()
                 if lines:
                     rows = [json.loads(line) for line in lines]
-                    found.setdefault(RECIPES[recipe].title, []).append(rows)
+                    found[RECIPES[recipe].title].append(rows)
     return found

@@ -99,11 +99,13 @@ def absent(axis: Any, words: str) -> None:
 
 
 def logarithmic(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5."""
+    """A logarithmic y axis with plain numbers at 1, 2 and 5, or at more where it is short."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
-    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axis.get_ylim()
+    subs = (1, 2, 5) if high > 10 * low else (1, 1.5, 2, 3, 4, 5, 6, 7, 8)
+    axis.yaxis.set_major_locator(LogLocator(subs=subs))
     axis.yaxis.set_minor_locator(NullLocator())
     axis.yaxis.set_major_formatter("{x:g}")
 

@@ -6,13 +6,23 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from l0fast.plots.dynamics import BLACK, BLUE, ORANGE, SKY, VERMILLION, absent, canvas, logarithmic
+from l0fast.plots.dynamics import (
+    BLACK,
+    BLUE,
+    GREEN,
+    ORANGE,
+    SKY,
+    VERMILLION,
+    absent,
+    canvas,
+    logarithmic,
+)
 
 Rows = list[dict[str, Any]]
 
 # Colour says the settings, the line's style the method.
 METHODS = {"constrained": "-", "penalised": "--"}
-COLORS = {"constrained": (SKY, BLUE), "penalised": (ORANGE, VERMILLION)}
+COLORS = {"constrained": (SKY, BLUE, GREEN), "penalised": (ORANGE, VERMILLION)}
 
 
 def _multiplier(row: Mapping[str, Any]) -> float | None:
@@ -38,23 +48,26 @@ def plot_poster(
     epochs, as far as all are.
 
     Args:
-        histories: (model, method) -> settings -> metrics of each seed; the method is
-            "constrained" or "penalised".
+        histories: (model, method) -> settings -> metrics of each seed, perhaps of none; the
+            method is "constrained" or "penalised".
         targets: (model, method) -> target density, if it has one.
         path: of the PNG file.
     """
     models = list(dict.fromkeys(model for model, _ in histories))
     figure = canvas(5.2 * len(models) + 2.2, 9)
+    counts: dict[str, dict[str, int]] = {}
     axes = figure.subplots(len(PANELS), len(models), sharex="col", squeeze=False)
     for (model, method), by_settings in histories.items():
         column = axes[:, models.index(model)]
         for (_, value), axis in zip(PANELS, column, strict=True):
-            for index, (settings, seeds) in enumerate(by_settings.items()):
-                color = COLORS[method][index % 2]
-                label = f"{method}, {settings} ({len(seeds)})"
+            for color, (settings, seeds) in zip(COLORS[method], by_settings.items(), strict=False):
+                if not seeds:
+                    continue
+                label = f"{method}, {settings}"
                 _band(axis, seeds, value, color=color, ls=METHODS[method], label=label)
+                counts.setdefault(label, {})[model] = len(seeds)
         target = targets[model, method]
-        if target is not None and by_settings:
+        if target is not None and any(by_settings.values()):
             column[0].axhline(target, color=BLACK, ls="-.", lw=1.2, label="target")
     for row, (title, _) in enumerate(PANELS):
         for column, model in enumerate(models):
@@ -73,7 +86,7 @@ def plot_poster(
                 absent(axis, "no run yet" if row != 1 else "no constrained run yet")
             elif row == 1:
                 axis.set_ylim(bottom=0)
-    _legend(figure, axes)
+    _legend(figure, axes, counts)
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -95,17 +108,18 @@ def _band(
     axis.fill_between(epochs, low, high, color=style["color"], alpha=0.18, lw=0)
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    """One for all panels, beside them."""
+def _legend(figure: Any, axes: Any, counts: Mapping[str, Mapping[str, int]]) -> None:
+    """One for all panels, beside them; `counts` are the seeds of each label, by model."""
     entries: dict[str, Any] = {}
     for axis in axes[0]:
         handles, labels = axis.get_legend_handles_labels()
         entries |= {label: handle for handle, label in zip(handles, labels, strict=True)}
     if entries:
+        seeds = {label: ", ".join(map(str, counts[label].values())) for label in counts}
         figure.legend(
             entries.values(),
-            entries,
-            title="mean and range over (n) seeds",
+            [f"{label} ({seeds[label]})" if label in seeds else label for label in entries],
+            title="mean and range over seeds (so many, by model)",
             loc="outside lower center",
             ncols=2,
             frameon=False,
