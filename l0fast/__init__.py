@@ -6,7 +6,8 @@ from l0fast.constraints.dual import AugmentedLagrangian, DualAscent, EqualityAsc
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.several import Constraints
-from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.gating.param_groups import param_groups
+from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete

@@ -13,7 +13,18 @@ import torch.nn.functional as F
 from counting import Counting
 from torch import Tensor, nn
 
-from l0fast import DensityConstraint, DualAscent, HardConcrete, L0Penalty, prune, sparsify_
+from l0fast import (
+    DensityConstraint,
+    DualAscent,
+    HardConcrete,
+    L0Penalty,
+    PIControl,
+    TargetSchedule,
+    param_groups,
+    prune,
+    sparsify_,
+)
+from l0fast.constraints.dual import Dual
 from l0fast.constraints.term import TARGETS
 from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import Group, density
@@ -548,3 +559,73 @@ def test_bad_penalties(arguments: Any, error: type[Exception], message: str) -> 
     with pytest.raises(error) as caught:
         L0Penalty(mlp(), *arguments)
     assert str(caught.value) == message
+
+
+# --- the defaults --------------------------------------------------------------------------------
+
+
+def test_with_steps_it_needs_no_tuning() -> None:
+    plain = DensityConstraint(mlp(), 0.4)
+    assert plain.dual == DualAscent(1e-3)
+    assert plain.schedule is None
+    one = DensityConstraint(mlp(), {"0": 0.5, "2": 0.2}, steps=101)
+    assert one.dual == DualAscent(5.0)
+    assert one.schedule == TargetSchedule(51, "cubic")
+    assert float(one.dual_lr) == 5.0
+    named = DensityConstraint(mlp(), 0.4, steps=100, dual=PIControl(0.1))
+    assert named.dual == PIControl(0.1)
+    assert named.schedule == TargetSchedule(50)
+    named = DensityConstraint(mlp(), 0.4, steps=100, schedule=TargetSchedule(7, "linear"))
+    assert named.dual == DualAscent(2.5)
+    assert named.schedule == TargetSchedule(7, "linear")
+
+
+def test_the_dual_of_an_amount_goes_by_its_share() -> None:
+    """The gated parameters are 72."""
+    assert DensityConstraint(mlp(), "18 gates", steps=10).dual == DualAscent(4.0)
+    seen: list[float] = []
+
+    def dual(least: float) -> Dual:
+        seen.append(least)
+        return PIControl(least)
+
+    one = DensityConstraint(mlp(), {"0": "36 gates", "2": 0.25}, dual=dual)
+    assert seen == [0.25]
+    assert one.dual == PIControl(0.25)
+    assert one.schedule is None
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, r"^steps: got 0; expected a whole number >= 1"),
+        ({"steps": 1.5}, ValueError, r"^steps: got 1\.5; expected a whole number"),
+        ({"dual": 0.1}, TypeError, r"^dual: got 0\.1; expected a Dual, a function that returns"),
+        ({"dual": lambda least: least}, TypeError, r"^dual: got 0\.4; expected a function that"),
+        ({"schedule": 50}, TypeError, r"^schedule: got 50; expected a TargetSchedule or None"),
+    ],
+)
+def test_what_they_refuse(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = mlp()
+    with pytest.raises(error, match=message):
+        DensityConstraint(model, 0.4, **options)
+    assert TARGETS not in model.__dict__
+
+
+def test_a_loop_of_ones_own_reaches_its_target() -> None:
+    """200 steps; without `steps` hardly a gate has closed by then."""
+    ends: list[float] = []
+    for steps in (200, None):
+        torch.manual_seed(0)
+        model = sparsify_(nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4)))
+        constraint = DensityConstraint(model, 0.3, steps=steps)
+        optimizer = torch.optim.AdamW(param_groups(model, 1e-3, steps=steps))
+        x, y = torch.randn(256, 8), torch.randint(4, (256,))
+        for _ in range(200):
+            (F.cross_entropy(model(x), y) + constraint()).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            constraint.step()
+        ends.append(constraint.densities().item())
+    assert ends[0] < 0.33
+    assert ends[1] > 0.8

@@ -14,7 +14,8 @@ from torch import nn
 
 import l0fast
 from l0fast import functional
-from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.gating.param_groups import param_groups
+from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.linear import L0Linear

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from l0fast import functional
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.gating.param_groups import param_groups
+from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.draw import attach_draw, detach_draw, expected_open, gated_layers
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from l0fast import TrainerSettings
-from l0fast.training.settings import default_dual_lr, default_gate_lr
+from l0fast.constraints.defaults import default_dual_lr
+from l0fast.gating.param_groups import default_gate_lr
 
 
 @pytest.mark.parametrize(
@@ -82,12 +83,12 @@ def test_gated(options: dict[str, Any], gated: bool) -> None:
 
 def test_the_dual_learning_rate() -> None:
     """33 / (target x steps), at most 0.1."""
-    assert default_dual_lr(10_000, 0.33, "constant") == pytest.approx(0.01)
-    assert default_dual_lr(86_000, 0.1, "constant") == pytest.approx(33 / 8600)
-    assert default_dual_lr(100, 0.33, "constant") == 0.1
-    assert default_dual_lr(1, 0.001, "constant") == 0.1
+    assert default_dual_lr(0.33, 10_000) == pytest.approx(0.01)
+    assert default_dual_lr(0.1, 86_000) == pytest.approx(33 / 8600)
+    assert default_dual_lr(0.33, 100) == 0.1
+    assert default_dual_lr(0.001, 1) == 0.1
     # Where the target comes down, 1 / target.
-    assert default_dual_lr(100, 0.25) == default_dual_lr(10_000, 0.25, "linear") == 4.0
+    assert default_dual_lr(0.25) == 4.0
 
 
 def test_the_gates_learning_rate() -> None:

@@ -47,6 +47,8 @@ from l0fast.training.folder import UNSETTLED
 
 __all__ = ["digits", "one_thread"]  # fixtures
 
+pytestmark = pytest.mark.filterwarnings("ignore:settle. the expected density")
+
 X = torch.randn(6, 1, 8, 8)
 
 
@@ -217,6 +219,23 @@ def test_a_penalty_keeps_what_is_open() -> None:
     assert term().item() == 0
     assert term.settled
     assert density(model).total.expected == density(model).total.realised
+
+
+@pytest.mark.filterwarnings("error")
+def test_it_warns_where_much_is_closed_at_once() -> None:
+    line = r"^settle: the expected density of 'model' is 0\.\d+, far above its target 0\.3: "
+    model = undecided()
+    assert 0.6 < float(density(model).total.expected) < 0.7
+    term = DensityConstraint(model, 0.3)
+    with pytest.warns(UserWarning, match=line):
+        term.settle()
+    term.settle()  # nothing is closed any more
+    both = Constraints([DensityConstraint(undecided(), 0.3)])
+    with pytest.warns(UserWarning, match=line) as caught:
+        both.settle()
+    assert len(caught) == 1
+    assert both.settled
+    DensityConstraint(undecided(), 0.6).settle()
 
 
 def test_a_penalty_does_not_settle_gates_that_have_targets() -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from l0fast.gating.sparsify import param_groups, sparsify_
+from l0fast.gating.param_groups import param_groups
+from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
 from l0fast.layers.draw import draw_gates, gated_layers
 from l0fast.layers.linear import L0Linear
@@ -271,4 +272,8 @@ def test_param_groups() -> None:
     assert (weights["lr"], weights["weight_decay"]) == (0.1, 0.3)
     assert (gates["lr"], gates["weight_decay"]) == (0.2, 0.0)
     assert param_groups(model, 0.1)[1]["lr"] == 0.1
+    assert param_groups(model, 0.1, steps=500)[1]["lr"] == pytest.approx(0.06)
+    assert param_groups(model, 0.1, 0.2, steps=500)[1]["lr"] == 0.2
+    with pytest.raises(ValueError, match=r"^steps: got 0; expected a whole number >= 1"):
+        param_groups(model, 0.1, steps=0)
     torch.optim.SGD(param_groups(model, 0.1))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.constraints.budget import Budget
+from l0fast.constraints.defaults import default_dual_lr, default_schedule
 from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.term import DensityTerm
@@ -26,6 +28,9 @@ from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
 from l0fast.measures.timing import resolved
 
+LAG = 0.1
+"""A density that is further above its target when the gates are decided is worth a warning."""
+
 
 def _in_words(state: Mapping[str, Any]) -> str:
     """What the extra state of a constraint says it is of."""
@@ -34,6 +39,20 @@ def _in_words(state: Mapping[str, Any]) -> str:
     dual = state.get("dual", DualAscent.__name__)
     scheduled = " with a schedule" if state.get("scheduled") else ""
     return f"constraints on {groups} by {state['measure']}, moved by {dual}{scheduled}"
+
+
+def _default_dual(least: float) -> Dual:
+    return DualAscent(default_dual_lr(least))
+
+
+def _made(dual: Dual | Callable[[float], Dual] | None, least: float) -> Dual:
+    """The rule for targets of which `least` is the least."""
+    if dual is None or isinstance(dual, Dual):
+        return dual or DualAscent()
+    made = dual(least)
+    if not isinstance(made, Dual):
+        _checks.refuse("dual", made, "a function that returns a Dual", TypeError)
+    return made
 
 
 class DensityConstraint(DensityTerm):
@@ -69,10 +88,14 @@ class DensityConstraint(DensityTerm):
             as target.
         example_inputs: what the model's forward takes (a tuple for several arguments); needed by
             all measures of the pruned model, to see which layer feeds which.
-        dual: how the multipliers move: `DualAscent` (the default), `PIControl`,
-            `AugmentedLagrangian` or `EqualityAscent`.
-        schedule: how the targets come down to what is asked; None: they are in force from the
-            start.
+        steps: of the whole training, >= 1. With it, what is not named below is as it serves every
+            model here: the targets come down in a cubic over the first half, and the multipliers
+            move by ascent with restarts, at a dual learning rate of 1 / least target.
+        dual: how the multipliers move: `DualAscent` (the default, at 0.001 without `steps`),
+            `PIControl`, `AugmentedLagrangian` or `EqualityAscent`; or a function that is given the
+            least of the targets, as a share, and returns one.
+        schedule: how the targets come down to what is asked; None, without `steps`: they are in
+            force from the start.
 
     Attributes:
         multiplier, target, violation: [C] tensors, one entry a constraint, in `names`' order.
@@ -103,17 +126,25 @@ class DensityConstraint(DensityTerm):
         *,
         measure: AnyMeasure = "gates",
         example_inputs: Any = None,
-        dual: Dual | None = None,
+        steps: int | None = None,
+        dual: Dual | Callable[[float], Dual] | None = None,
         schedule: TargetSchedule | None = None,
     ) -> None:
-        for name, value, kind in (("dual", dual, Dual), ("schedule", schedule, TargetSchedule)):
-            if not (value is None or isinstance(value, kind)):
-                _checks.refuse(name, value, f"a {kind.__name__} or None", TypeError)
+        if steps is not None:
+            _checks.whole("steps", steps)
+            if schedule is None:
+                schedule = default_schedule(steps)
+            if dual is None:
+                dual = _default_dual
+        if not (schedule is None or isinstance(schedule, TargetSchedule)):
+            _checks.refuse("schedule", schedule, "a TargetSchedule or None", TypeError)
+        if not (dual is None or isinstance(dual, Dual) or callable(dual)):
+            expected = "a Dual, a function that returns one, or None"
+            _checks.refuse("dual", dual, expected, TypeError)
         model = unwrapped(model)
         measure = resolved(measure, model, example_inputs)
         named = target_groups(model, target, measure)
         super().__init__(model, [group for group, _ in named.values()], example_inputs)
-        self.dual: Dual = dual or DualAscent()
         self.schedule = schedule
         self.measure = measure_name(measure)
         self.groups = {name: group for name, (group, _) in named.items()}
@@ -124,6 +155,7 @@ class DensityConstraint(DensityTerm):
         ):
             title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
             targets.append(share(title, asked, self.measure, total, lowest))
+        self.dual = _made(dual, min(targets))
         self._take_over(model)  # nothing is refused any more
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("multiplier", torch.zeros(len(targets), **place))
@@ -179,8 +211,25 @@ class DensityConstraint(DensityTerm):
         self._buffers["violation"] = self.densities() - self.target
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        lag = self.lag()
         super().settle(optimizer)
+        if lag:
+            warnings.warn(lag, stacklevel=2)
         self.rest_()
+
+    @torch.no_grad()
+    def lag(self) -> str | None:
+        """What to say where settling closes much at once, or None."""
+        if self.settled:
+            return None
+        for name, density in zip(self.names, self.densities().tolist(), strict=True):
+            if density > self.targets[name] + LAG:
+                return (
+                    f"settle: the expected density of {name!r} is {density:.3g}, far above its "
+                    f"target {self.targets[name]:.3g}: what is closed now was trained with. Give "
+                    "the constraint the `steps` of the training, or a larger dual learning rate"
+                )
+        return None
 
     def others(self) -> set[Group]:
         return super().others() - set(self.groups.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -110,6 +111,7 @@ class Constraints(nn.Module):
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
         refuse_others(self._terms)
+        lags = [term.lag() for term in self._terms]
         settle_(
             self._terms[0].layers,
             [one for term in self._terms for one in term.budgets()],
@@ -117,6 +119,8 @@ class Constraints(nn.Module):
         )
         for term in self._terms:
             term.rest_()
+        for lag in filter(None, lags):
+            warnings.warn(lag, stacklevel=2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # All of them before the first is changed.

@@ -76,7 +76,7 @@ class DensityTerm(nn.Module):
         has its mean under noise from then on, is trained on without noise, and stays open. The
         others are closed for good. The call adds nothing to the loss any more. What is trained
         then is what `prune` gives. The state says so: load it after a fresh start, and the training
-        goes on without noise.
+        goes on without noise. Where the density is still far above a target there is a warning.
 
         Args:
             optimizer: the one of the gates; it loses its moments of every log_alpha.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
-from torch import Tensor, nn
+from torch import nn
 
 from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
@@ -25,7 +25,7 @@ from l0fast.gating.selection import (
 )
 from l0fast.graph.calls import example_args
 from l0fast.graph.sites import replace
-from l0fast.layers.draw import attach_draw, gated_layers, own_gates
+from l0fast.layers.draw import attach_draw, gated_layers
 from l0fast.layers.gated import DENSITY_INIT, GATES
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.maths.hard_concrete import HardConcrete
@@ -198,40 +198,3 @@ def sparsify_(
     if example_inputs is not None:
         attach_skipping(model, example_args(example_inputs), skip)
     return model
-
-
-def param_groups(
-    model: nn.Module,
-    lr: float,
-    gate_lr: float | None = None,
-    *,
-    weight_decay: float = 0.0,
-) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer: the model's own parameters, and its gates.
-
-    Args:
-        model: a model with gates.
-        lr: learning rate of the weights, > 0.
-        gate_lr: learning rate of every log_alpha, > 0; `lr` by default.
-        weight_decay: of the weights, >= 0; the gates have none.
-
-    Returns:
-        Two groups, {"params", "lr", "weight_decay"}: weights first, gates second.
-
-    Raises:
-        ValueError, TypeError: the model has no gates, or a number is out of range.
-    """
-    _checks.number("lr", lr, "a number > 0", low=0.0, open_low=True)
-    if gate_lr is not None:
-        _checks.number("gate_lr", gate_lr, "a number > 0", low=0.0, open_low=True)
-    _checks.number("weight_decay", weight_decay, "a number >= 0", low=0.0)
-    layers = gated_layers(model)
-    if not layers:
-        _checks.refuse("model", type(model).__name__, "a model with gates (see sparsify_)")
-    gates: list[Tensor] = [layers[name].log_alpha for name in own_gates(layers)]
-    ids = {id(gate) for gate in gates}
-    weights = [parameter for parameter in model.parameters() if id(parameter) not in ids]
-    return [
-        {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": gates, "lr": lr if gate_lr is None else gate_lr, "weight_decay": 0.0},
-    ]

@@ -9,15 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.budget import Budget, choose
+from l0fast.constraints.budget import choose
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.graph.calls import example_args, unwrapped
 from l0fast.layers.draw import gate_owners
 from l0fast.layers.gated import Gated
+from l0fast.measures.amounts import Asked
 from l0fast.measures.density import AnyMeasure
-from l0fast.measures.footprint import Latency, measure_of
-from l0fast.measures.measure import is_of_pruned
-from l0fast.measures.trial import trial
 
 RAMP = (0.1, 0.6)
 """The gradual schedule prunes between these shares of the training."""
@@ -108,7 +105,7 @@ class MagnitudePruning(DensityConstraint):
     def __init__(
         self,
         model: nn.Module,
-        target: float | Mapping[str, float],
+        target: Asked | Mapping[str, Asked],
         *,
         steps: int,
         gradual: bool = True,
@@ -117,11 +114,6 @@ class MagnitudePruning(DensityConstraint):
     ) -> None:
         _checks.whole("steps", steps)
         super().__init__(model, target, measure=measure, example_inputs=example_inputs)
-        groups = list(self.groups.values())
-        sized = is_of_pruned(groups[0].measure)
-        tried = trial(unwrapped(model), example_args(example_inputs)) if sized else None
-        measures = [measure_of(self.layers, [group], tried) for group in groups]
-        self.__dict__["_measures"] = measures
         self.done = 0
         first, last = (int(share * steps) for share in (RAMP if gradual else (AT_ONCE, AT_ONCE)))
         self.first, self.last = max(first, 1), max(last, 1)
@@ -148,10 +140,7 @@ class MagnitudePruning(DensityConstraint):
     def prune_to_(self, share: float) -> None:
         """Closes gates until each density is at most its target + share x (1 - target)."""
         budgets = [
-            Budget(name, group.layers, target + share * (1 - target), measure)
-            for (name, group), target, measure in zip(
-                self.groups.items(), self._exact, self.__dict__["_measures"], strict=True
-            )
+            one._replace(target=one.target + share * (1 - one.target)) for one in self.budgets()
         ]
         # `choose` goes by log_alpha: the ranks, over all layers, of what is still open.
         sizes = {
@@ -179,7 +168,3 @@ class MagnitudePruning(DensityConstraint):
         """Takes targets and steps over."""
         super().set_extra_state(state)
         self.done = state["done"]
-        if "latency" in state:
-            measures: list[Latency] = self.__dict__["_measures"]
-            for measure, group in zip(measures, self.groups.values(), strict=True):
-                measure.take([group])

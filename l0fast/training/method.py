@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.defaults import default_dual_lr
 from l0fast.constraints.dual import DUALS, Dual
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
-from l0fast.gating.sparsify import param_groups
-from l0fast.measures.amounts import Asked
-from l0fast.measures.density import WHOLE_MODEL, AnyMeasure
+from l0fast.gating.param_groups import param_groups
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.timing import resolved
 from l0fast.pruning.magnitude import MagnitudePruning
-from l0fast.training.settings import (
-    DUAL_DAMPING,
-    TrainerSettings,
-    default_dual_lr,
-    default_gate_lr,
-)
+from l0fast.training.settings import TrainerSettings
 
+DUAL_DAMPING = 0.3
+"""The gain of what damps a multiplier, over the least target."""
 Term = DensityConstraint | L0Penalty
 
 
@@ -54,51 +49,32 @@ def make_term(
     if asked is None:
         return None
     measure = resolved(table or settings.measure, model, example_inputs)
-    target = _in_shares(model, asked, measure, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(
             model,
-            target,
+            asked,
             steps=steps,
             gradual=settings.method == "magnitude",
             measure=measure,
             example_inputs=example_inputs,
         )
-    # Without any, it is the constraint that says so.
-    least = min(target.values(), default=1.0) if isinstance(target, Mapping) else target
     shape = settings.target_schedule
     warmup = math.ceil(settings.target_warmup * steps)
     return DensityConstraint(
         model,
-        target,
+        asked,
         measure=measure,
         example_inputs=example_inputs,
-        dual=_dual(settings, steps, least, shape),
+        dual=lambda least: _dual(settings, steps, least),
         schedule=None if shape == "constant" else TargetSchedule(warmup, shape),
     )
 
 
-def _in_shares(
-    model: nn.Module,
-    asked: Asked | Mapping[str, Asked],
-    measure: AnyMeasure,
-    example_inputs: Any,
-) -> float | Mapping[str, float]:
-    """Targets as densities, by which the duals' learning rate goes; a constraint tells amounts."""
-    values = asked.values() if isinstance(asked, Mapping) else [asked]
-    if not any(isinstance(value, str) for value in values):
-        return asked  # type: ignore[return-value]
-    constraint = DensityConstraint(model, asked, measure=measure, example_inputs=example_inputs)
-    shares = constraint.targets
-    return shares if isinstance(asked, Mapping) else shares[WHOLE_MODEL]
-
-
-def _dual(settings: TrainerSettings, steps: int, least: float, shape: str) -> Dual:
-    """How the multipliers move, in a training of that many steps; `least` of its targets, which
-    come down in that shape."""
+def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
+    """How the multipliers move, in a training of that many steps; `least` of its targets."""
     lr = settings.dual_lr
     if lr is None:
-        lr = default_dual_lr(steps, least, shape)
+        lr = default_dual_lr(least, steps if settings.target_schedule == "constant" else None)
     options: dict[str, Any] = {"dual_first": settings.dual_first}
     if settings.dual == "ascent":
         options["restarts"] = settings.restarts
@@ -115,6 +91,7 @@ def make_optimizer(
     """Adam on the weights, and on the gates where there are some, each at its learning rate."""
     groups: Any = [{"params": list(model.parameters())}]
     if settings.gated:
-        gate_lr = settings.gate_lr or default_gate_lr(steps)
-        groups = param_groups(model, settings.lr, gate_lr, weight_decay=settings.weight_decay)
+        groups = param_groups(
+            model, settings.lr, settings.gate_lr, steps=steps, weight_decay=settings.weight_decay
+        )
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)

@@ -1,4 +1,4 @@
-"""How to train: the settings, and the rules for the learning rates that are not named."""
+"""How to train: the settings."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l0fast import _checks
+from l0fast.constraints.defaults import WARMUP
 from l0fast.constraints.dual import DUALS
 from l0fast.constraints.schedule import POWERS
 from l0fast.data.augment import AUGMENTS
@@ -16,11 +17,6 @@ from l0fast.measures.measure import MEASURES
 
 METHODS = ("l0", "magnitude", "magnitude-one-shot")
 MAX_SEED = 2**32 - 1
-DUAL_GAIN = 33.0
-DUAL_LR_MOST = 0.1
-DUAL_DAMPING = 0.3
-GATE_TRAVEL = 30.0
-GATE_LR_RANGE = (0.03, 0.1)
 
 
 @dataclass(frozen=True)
@@ -42,9 +38,9 @@ class TrainerSettings:
         batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
         seed: of the order of the examples. (torch.manual_seed governs weights and gates.)
         lr: learning rate of Adam for the weights.
-        gate_lr: of the gates; None: GATE_TRAVEL / number of steps, within GATE_LR_RANGE.
-        dual_lr: dual learning rate; None: 1 / least target; with a constant target DUAL_GAIN /
-            (least target x number of steps), at most DUAL_LR_MOST.
+        gate_lr: of the gates; None: by the number of steps (see `param_groups`).
+        dual_lr: dual learning rate; None: by the least target, and with a constant target by the
+            number of steps (see `default_dual_lr`).
         restarts: dual restarts, of dual="ascent".
         dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
             "equality" (see `l0fast.constraints.dual`).
@@ -88,7 +84,7 @@ class TrainerSettings:
     dual: str = "ascent"
     dual_first: bool = False
     target_schedule: str = "cubic"
-    target_warmup: float = 0.5
+    target_warmup: float = WARMUP
     settle: float = 0.1
     augment: str = "none"
     weight_decay: float = 0.1
@@ -181,33 +177,3 @@ WITHOUT_GATES: dict[str, Any] = {
     for name in ("density", "layer_density", "penalty", "measure", "method", "gates", "shrink")
 }
 """What a dense training has in place of all that speaks of gates."""
-
-
-def default_dual_lr(steps: int, target: float, target_schedule: str = "cubic") -> float:
-    """The dual learning rate for a training of that many steps to that density.
-
-    With a schedule it is 1 / target, however long the training. The multiplier is then driven by
-    what the density lags behind the target in force, and that is over in the about 1 / gate_lr
-    steps that gates take to follow: a lag of a tenth of the target raises it by some 3 to 10 there.
-    Restarts take away what is too much.
-
-    Without one it is DUAL_GAIN / (target x steps), at most DUAL_LR_MOST.
-    The multiplier has to reach the loss's sensitivity to density (it peaked at 1.0 for the MLP and
-    2.2 for LeNet on MNIST, at 6 on digits), and the violation that drives it shrinks with the
-    target. At 33 % the target was first met after 9 % (MNIST) and 19 % (digits) of the training.
-    The upper bound keeps a short training from closing gates before the weights have learned
-    anything.
-    """
-    if target_schedule != "constant":
-        return 1 / target
-    return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
-
-
-def default_gate_lr(steps: int) -> float:
-    """Adam's learning rate for log_alpha in a training of that many steps.
-
-    A gate travels about 3 from its start to closed, and Adam moves it by at most one learning
-    rate a step: a short training needs larger steps.
-    """
-    least, most = GATE_LR_RANGE
-    return min(max(GATE_TRAVEL / steps, least), most)

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -22,6 +23,7 @@ from l0fast.constraints.stall import find_stalls, told
 from l0fast.constraints.term import TARGETS
 from l0fast.data.augment import augmented
 from l0fast.data.sets import Data, Split, check_data
+from l0fast.gating.param_groups import default_gate_lr
 from l0fast.gating.sparsify import sparsify_
 from l0fast.graph.calls import example_args
 from l0fast.layers.draw import gated_layers
@@ -36,7 +38,7 @@ from l0fast.training.folder import LATENCY, PLOT, PRUNED, UNSETTLED, RunFolder
 from l0fast.training.method import make_optimizer
 from l0fast.training.metrics import check_finite, constraint_metrics, error_percent, gate_metrics
 from l0fast.training.resumable import Resumable, Row
-from l0fast.training.settings import TrainerSettings, default_gate_lr
+from l0fast.training.settings import TrainerSettings
 from l0fast.training.summary import asked, of_dense, of_pruned
 from l0fast.training.tensorboard import scalar_writer
 
@@ -258,7 +260,9 @@ class Trainer(Resumable):
             unsettled = self.unsettled = copy.deepcopy(self.checkpoint())
             if self.folder is not None:
                 unsettled.write(self.folder / UNSETTLED)
-        self.term.settle(self.optimizer)
+        with warnings.catch_warnings():  # the metrics say how far the density has come
+            warnings.filterwarnings("ignore", message="settle: ")
+            self.term.settle(self.optimizer)
         if self.idle is not None and not self.onward:
             self._remove_closed(self.idle.count(self.model))
 
