@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         "reproduce",
         help="train what a published table reports, and write it beside this project's",
         description="Trains the MLP and LeNet of the 2021 paper, penalised and constrained, with "
-        "the published settings and this project's, and again at equal sizes; each run has a "
+        "the published settings and this project's, on shifted images too, and again by parameters "
+        "and MACs; each run has a "
         "folder of its own in --out, done ones are skipped and interrupted ones go on. Writes "
         "poster.md, poster.json and poster.png. Several processes may share --out, each with its "
         "own --only.",

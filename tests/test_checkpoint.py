@@ -83,6 +83,17 @@ def test_another_run_is_refused(identity: Any, model: nn.Module, message: str) -
     assert str(caught.value).startswith(message)
 
 
+def test_what_an_earlier_version_did_without_saying_so(tmp_path: Path) -> None:
+    """Its runs go on, where the settings that it did not know are at what it did."""
+    saved = checkpoint(nn.Linear(3, 2))
+    ours = {"dataset": "digits", "lr": 0.1, "augment": "none", "settle": 0.0}
+    saved.refuse_other_run(Path("where"), ours)
+    with pytest.raises(ValueError, match=r"^augment: got 'crop'; expected 'none', as in the check"):
+        saved.refuse_other_run(Path("where"), ours | {"augment": "crop"})
+    with pytest.raises(ValueError, match=r"^settle: got 0\.1; expected 0\.0, as in the check"):
+        saved.refuse_other_run(Path("where"), ours | {"settle": 0.1})
+
+
 @pytest.mark.parametrize("content", [[1, 2], {"identity": {}}, {"identity": [1]}, None], ids=repr)
 def test_what_is_no_checkpoint_is_refused(tmp_path: Path, content: Any) -> None:
     path = tmp_path / CHECKPOINT

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from test_cli import a_folder_of_its_own, refused, run
+from test_latency import small_mlp_table
 
 from l0fast.training.checkpoint import CHECKPOINT
-from l0fast.training.folder import SUMMARY
+from l0fast.training.folder import LATENCY, SUMMARY
 
 __all__ = ["a_folder_of_its_own"]  # a fixture
 
@@ -62,9 +63,22 @@ def test_what_belongs_to_a_target_is_none_of_the_dense_runs() -> None:
     assert shrink == {"dense": None, "constrained": 1}
 
 
+def test_a_latency_table_is_none_of_what_has_no_target() -> None:
+    small_mlp_table((1, 1, 1)).save("t.json")
+    words = ["--widths", "32-16", "--density", "0.5", "--measure", "latency", "--penalty", "0.1"]
+    words += ["--latency-table", "t.json", "--methods", "dense,penalised,constrained"]
+    assert run(*SHORT, *words, "--seeds", "0") == 0
+    table = json.loads(Path("c/constrained-seed-0", LATENCY).read_text())
+    assert table == small_mlp_table((1, 1, 1)).as_json()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("--density", "0.5", "--latency-table", "t.json"),
+            "latency_table: got 't.json'; expected --measure latency beside it",
+        ),
         (("--methods", "x"), "methods: got 'x'; expected one of 'dense', 'penalised'"),
         (("--methods", "dense,dense"), "methods: got 'dense,dense'; expected each method once"),
         (("--methods", "penalised"), "penalty: got None; expected a --penalty if penalised is"),

@@ -600,7 +600,8 @@ def test_the_dual_of_an_amount_goes_by_its_share() -> None:
     [
         ({"steps": 0}, ValueError, r"^steps: got 0; expected a whole number >= 1"),
         ({"steps": 1.5}, ValueError, r"^steps: got 1\.5; expected a whole number"),
-        ({"dual": 0.1}, TypeError, r"^dual: got 0\.1; expected a Dual, a function that returns"),
+        ({"dual": 0.1}, TypeError, r"^dual: got 0\.1; expected a Dual, such as"),
+        ({"dual": PIControl}, TypeError, r"^dual: got <class .*PIControl'>; expected a Dual, such"),
         ({"dual": lambda least: least}, TypeError, r"^dual: got 0\.4; expected a function that"),
         ({"schedule": 50}, TypeError, r"^schedule: got 50; expected a TargetSchedule or None"),
     ],

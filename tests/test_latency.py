@@ -99,9 +99,10 @@ def test_what_is_no_table_is_refused(change: Any, tmp_path: Path) -> None:
     path.write_text(json.dumps(table().as_json() | change))
     with pytest.raises(ValueError, match=r"^path: got .*latency.json'; expected a latency table"):
         LatencyTable.load(path)
-    path.write_text("[]")
-    with pytest.raises(ValueError, match=r"^path: got "):
-        LatencyTable.load(path)
+    for content in (b"[]", b"", b"\xff\x00{"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"^option: got .*; expected a latency table that was"):
+            LatencyTable.load(path, "option")
 
 
 def test_interpolation() -> None:
@@ -303,6 +304,8 @@ def test_a_training_by_a_table_measured_before(
     with pytest.raises(ValueError, match=r"^table: got 'a latency table'; expected none for mea"):
         Trainer(small_mlp(), digits, quick(density=0.6), table=small_mlp_table((1, 1, 1)))
     other = LatencyTable({"other": by(linear(0, 0, 1), [1, 2], [1, 2])}, 0.0, {})
+    with pytest.raises(TypeError, match=r"^table: got 't\.json'; expected a LatencyTable or None"):
+        Trainer(small_mlp(), digits, quick(measure="latency", density=0.6), table="t.json")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^measure: .*fc"):
         Trainer(small_mlp(), digits, quick(density=0.6, measure="latency"), table=other)
 
@@ -323,3 +326,22 @@ def test_one_table_for_all_targets(
     assert len(measured_so_far) == 1
     again = LatencyTable.load(tmp_path / "f" / "density-0.6" / LATENCY)
     assert again.as_json() == tables[0].as_json()
+
+
+def test_a_resumed_run_takes_no_other_table(
+    digits: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "measure_latency", None)  # never
+    settings = quick(density=0.6, measure="latency", epochs=2)
+    first, second = small_mlp_table((1, 1, 1)), small_mlp_table((1, 9, 9))
+    options: dict[str, Any] = {"out": tmp_path / "run", "device": "cpu"}
+    Trainer(small_mlp(), digits, settings, table=first, **options).open()
+    line = r"^table: got 'another latency table'; expected the one of .*checkpoint\.pt, or none"
+    with pytest.raises(ValueError, match=line):
+        Trainer(small_mlp(), digits, settings, table=second, **options)
+    for same in (small_mlp_table((1, 1, 1)), None):
+        again = Trainer(small_mlp(), digits, settings, table=same, **options)
+        again.open(resume=True)
+        assert isinstance(again.term, DensityConstraint)
+        assert again.term.table is not None
+        assert again.term.table.as_json() == first.as_json()

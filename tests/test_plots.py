@@ -222,10 +222,10 @@ def test_the_poster_has_a_colour_for_each_settings_and_counts_their_seeds(
     texts = [text.get_text() for text in figure.legends[0].get_texts()]
     assert texts == [
         "constrained, ours (3, 2)",
-        "constrained, shifted (1)",
+        "constrained, shifted (1, 0)",
         "target",
-        "constrained, published (1)",
-        "penalised, ours (1)",
+        "constrained, published (0, 1)",
+        "penalised, ours (0, 1)",
     ]
     columns = np.array(figure.axes, dtype=object).reshape(-1, 2)
     colors = {

@@ -71,9 +71,9 @@ def test_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(numbers["runs"]) == 14
     assert numbers["missing"] == []
     text = Path("p/poster.md").read_text()
-    for row in numbers["tables"]["The published table"] + numbers["tables"]["At equal sizes"]:
+    for row in numbers["tables"]["The published table"] + numbers["tables"]["By size"]:
         assert f"| {row['name']} |" in text
-    ours = [row for row in numbers["tables"]["At equal sizes"] if "recipe" in row["name"]]
+    ours = [row for row in numbers["tables"]["By size"] if "recipe" in row["name"]]
     assert [row["within"] for row in ours] == [1, 1, 1, 1]
     with Image.open("p/poster.png") as image:
         assert image.size[0] > 800

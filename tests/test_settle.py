@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -221,21 +222,40 @@ def test_a_penalty_keeps_what_is_open() -> None:
     assert density(model).total.expected == density(model).total.realised
 
 
-@pytest.mark.filterwarnings("error")
 def test_it_warns_where_much_is_closed_at_once() -> None:
     line = r"^settle: the expected density of 'model' is 0\.\d+, far above its target 0\.3: "
     model = undecided()
     assert 0.6 < float(density(model).total.expected) < 0.7
     term = DensityConstraint(model, 0.3)
+    before = {name: value.clone() for name, value in gates(model).items()}
+    with warnings.catch_warnings(), pytest.raises(UserWarning, match=line):
+        warnings.simplefilter("error")
+        term.settle()  # nothing has changed
+    assert not term.settled
+    assert all(torch.equal(value, before[name]) for name, value in gates(model).items())
     with pytest.warns(UserWarning, match=line):
         term.settle()
-    term.settle()  # nothing is closed any more
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        term.settle()  # nothing is closed any more
     both = Constraints([DensityConstraint(undecided(), 0.3)])
     with pytest.warns(UserWarning, match=line) as caught:
         both.settle()
     assert len(caught) == 1
     assert both.settled
-    DensityConstraint(undecided(), 0.6).settle()
+
+
+@pytest.mark.parametrize(("target", "most"), [(0.5, 0.6), (0.1, 0.15)])
+def test_what_much_is(target: float, most: float) -> None:
+    """A tenth of all, or half of the target."""
+    for density_init, warns in ((most - 0.005, False), (most + 0.005, True)):
+        model = undecided(density_init=density_init)
+        with torch.no_grad():
+            for layer in gated_layers(model).values():
+                layer.log_alpha.fill_(layer.distribution.log_alpha(density_init))
+        term = DensityConstraint(model, target)
+        assert float(term.densities().detach()) == pytest.approx(density_init, abs=1e-3)
+        assert (term.lag() is not None) == warns
 
 
 def test_a_penalty_does_not_settle_gates_that_have_targets() -> None:

@@ -17,9 +17,11 @@ from l0fast.training.settings import WITHOUT_GATES
 
 Row = dict[str, Any]
 
+WITHOUT_TARGET = {"density": None, "layer_density": None, "measure": "gates", "latency_table": None}
+
 METHODS: dict[str, dict[str, Any]] = {
-    "dense": {"dense": True, **WITHOUT_GATES},
-    "penalised": {"density": None, "layer_density": None, "measure": "gates"},
+    "dense": {"dense": True, **WITHOUT_TARGET, **WITHOUT_GATES},
+    "penalised": WITHOUT_TARGET,
     "magnitude": {"method": "magnitude"},
     "magnitude-one-shot": {"method": "magnitude-one-shot"},
     "constrained": {"method": "l0"},
@@ -98,5 +100,6 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for seed in runs.seeds(args.seeds):
             every.append(Run(name, runs.words(**shared | given | {"seed": seed, "resume": True})))
     for run in every:
+        options.check(run.args)
         options.settings(run.args, [])
     return every

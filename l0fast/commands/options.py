@@ -60,7 +60,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--latency-table",
         metavar="FILE",
         help="latencies of this model that were measured before, perhaps on another device; "
-        "default: they are measured here",
+        "default: they are measured here, and a resumed run goes by the first",
     )
     add(
         "--method",
@@ -108,7 +108,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         "--augment",
         default=DEFAULTS.augment,
         help="what is done to training images at random: none (the default), crop (shifts by up to "
-        "an eighth of a side) or crop-flip (and mirror images)",
+        "an eighth of a side) or crop-flip (mirror images, too)",
     )
     add("--weight-decay", metavar="W", help="decoupled, of the weights")
     add("--no-restarts", action="store_true", help="no dual restarts")
@@ -165,6 +165,8 @@ def check(args: argparse.Namespace) -> None:
     _checks.one_of("skip", args.skip, tuple(SWITCH))
     _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
     _checks.one_of("dataset", args.dataset, sets.DATASETS)
+    if args.latency_table is not None and args.measure != "latency":
+        _checks.refuse("latency_table", args.latency_table, "--measure latency beside it")
 
 
 def number(name: str, text: Any, kind: type = float) -> Any:

@@ -73,7 +73,7 @@ def reproduce(args: argparse.Namespace) -> int:
         runs.train_all(chosen, out, done, args.quiet, write)
     write()
     print(text_table(_rows(CASES, every, done)))
-    print(f"\nat equal sizes:\n\n{text_table(_rows(SIZES, every, done))}")
+    print(f"\nby size:\n\n{text_table(_rows(SIZES, every, done))}")
     print(f"\n{len(done)} of {len(every)} runs are done; {out / TABLE}, {out / NUMBERS}", end="")
     print(f", {out / FIGURE}" if (out / FIGURE).exists() else "")
     return 0
@@ -95,7 +95,7 @@ def _rows(cases: Sequence[Case], every: Sequence[Run], done: Mapping[str, Row]) 
 def _write(every: Sequence[Run], done: Mapping[str, Row], out: Path, epochs: int) -> None:
     tables = {
         "The published table": _rows(CASES, every, done),
-        "At equal sizes": _rows(SIZES, every, done),
+        "By size": _rows(SIZES, every, done),
     }
     missing = [run.name for run in every if run.name not in done]
     dataset = every[0].args.dataset

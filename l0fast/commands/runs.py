@@ -15,18 +15,10 @@ from l0fast.commands import options
 from l0fast.commands.progress import run as run_trainer
 from l0fast.commands.setup import set_up
 from l0fast.training.folder import SUMMARY
-from l0fast.training.settings import MAX_SEED
+from l0fast.training.settings import BEFORE, MAX_SEED
 
 Row = dict[str, Any]
 
-
-BEFORE: dict[str, Any] = {
-    "measure": "gates",
-    "target_schedule": "constant",
-    "settle": 0.0,
-    "augment": "none",
-}
-"""How versions trained whose summaries do not say so."""
 
 OF_TARGETS = ("dual", "dual_first", "dual_lr", "restarts", "target_schedule", "target_warmup")
 """Settings of which a penalised run has no use."""

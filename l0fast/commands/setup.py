@@ -109,9 +109,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     if args.pretrained is not None and args.recipe == "published":
         _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
     path = args.latency_table
-    if path is not None and args.measure != "latency":
-        _checks.refuse("latency_table", path, "--measure latency beside it")
-    table = None if path is None else LatencyTable.load(path)
+    table = None if path is None else LatencyTable.load(path, "latency_table")
     image_size = options.number("image_size", args.image_size, int)
     dataset = sets.load(args.dataset, args.data_root, fraction, seed, image_size)
     if in_colour:

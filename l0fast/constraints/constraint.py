@@ -14,7 +14,7 @@ from l0fast.constraints.budget import Budget
 from l0fast.constraints.defaults import default_dual_lr, default_schedule
 from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
-from l0fast.constraints.term import DensityTerm
+from l0fast.constraints.term import DensityTerm, refuse_others
 from l0fast.graph.calls import unwrapped
 from l0fast.measures.amounts import Asked, share
 from l0fast.measures.density import (
@@ -29,7 +29,9 @@ from l0fast.measures.measure import Measure
 from l0fast.measures.timing import resolved
 
 LAG = 0.1
-"""A density that is further above its target when the gates are decided is worth a warning."""
+LAG_OF_TARGET = 0.5
+"""A density that is further above its target when the gates are decided, or by this share of the
+target, is worth a warning."""
 
 
 def _in_words(state: Mapping[str, Any]) -> str:
@@ -39,6 +41,12 @@ def _in_words(state: Mapping[str, Any]) -> str:
     dual = state.get("dual", DualAscent.__name__)
     scheduled = " with a schedule" if state.get("scheduled") else ""
     return f"constraints on {groups} by {state['measure']}, moved by {dual}{scheduled}"
+
+
+def warn_of(lag: str | None) -> None:
+    """Warns the caller of a `settle`."""
+    if lag is not None:
+        warnings.warn(lag, stacklevel=3)
 
 
 def _default_dual(least: float) -> Dual:
@@ -112,7 +120,6 @@ class DensityConstraint(DensityTerm):
 
     multiplier: Tensor
     target: Tensor
-    _left_on_model: dict[Group, float]
     violation: Tensor
     restarts: Tensor
     dual_lr: Tensor
@@ -138,8 +145,9 @@ class DensityConstraint(DensityTerm):
                 dual = _default_dual
         if not (schedule is None or isinstance(schedule, TargetSchedule)):
             _checks.refuse("schedule", schedule, "a TargetSchedule or None", TypeError)
-        if not (dual is None or isinstance(dual, Dual) or callable(dual)):
-            expected = "a Dual, a function that returns one, or None"
+        known = dual is None or isinstance(dual, Dual)
+        if isinstance(dual, type) or not (known or callable(dual)):
+            expected = "a Dual, such as DualAscent(), a function that returns one, or None"
             _checks.refuse("dual", dual, expected, TypeError)
         model = unwrapped(model)
         measure = resolved(measure, model, example_inputs)
@@ -211,10 +219,9 @@ class DensityConstraint(DensityTerm):
         self._buffers["violation"] = self.densities() - self.target
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        lag = self.lag()
+        refuse_others([self])
+        warn_of(self.lag())
         super().settle(optimizer)
-        if lag:
-            warnings.warn(lag, stacklevel=2)
         self.rest_()
 
     @torch.no_grad()
@@ -223,7 +230,7 @@ class DensityConstraint(DensityTerm):
         if self.settled:
             return None
         for name, density in zip(self.names, self.densities().tolist(), strict=True):
-            if density > self.targets[name] + LAG:
+            if density > self.targets[name] + min(LAG, LAG_OF_TARGET * self.targets[name]):
                 return (
                     f"settle: the expected density of {name!r} is {density:.3g}, far above its "
                     f"target {self.targets[name]:.3g}: what is closed now was trained with. Give "

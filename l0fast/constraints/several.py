@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.constraint import DensityConstraint, warn_of
 from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.settle import settle_
 from l0fast.constraints.term import refuse_others
@@ -111,7 +110,8 @@ class Constraints(nn.Module):
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
         refuse_others(self._terms)
-        lags = [term.lag() for term in self._terms]
+        for term in self._terms:
+            warn_of(term.lag())
         settle_(
             self._terms[0].layers,
             [one for term in self._terms for one in term.budgets()],
@@ -119,8 +119,6 @@ class Constraints(nn.Module):
         )
         for term in self._terms:
             term.rest_()
-        for lag in filter(None, lags):
-            warnings.warn(lag, stacklevel=2)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # All of them before the first is changed.

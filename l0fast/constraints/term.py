@@ -28,7 +28,7 @@ def refuse_others(terms: Sequence[DensityTerm]) -> None:
     others = set[Group].intersection(*(term.others() for term in terms))
     if others:
         found = sorted(f"{' '.join(one.layers)} by {measure_name(one.measure)}" for one in others)
-        expected = "no other targets on the model, or one Constraints that has them all"
+        expected = "no other targets on the model, or one constraint (or Constraints) with them all"
         _checks.refuse("settle", "; ".join(found), expected)
 
 

@@ -18,10 +18,10 @@ def augmented(images: Tensor, index: Tensor, augment: str) -> Tensor:
     """images[index], each example cropped, and perhaps mirrored, at random.
 
     Equals, of each example: padded by `padding` pixels that repeat its border, a crop of the
-    image's own size is taken anywhere; with "crop-flip" every other one is mirrored left to right.
+    image's own size is taken anywhere; with "crop-flip" half of them are mirrored left to right.
 
     Args:
-        images: [N, channels, height, width].
+        images: [N, channels, height, width], with channels last in memory (else they are copied).
         index: [B] int64, on the images' device.
         augment: "none", "crop" or "crop-flip".
 
@@ -39,8 +39,11 @@ def augmented(images: Tensor, index: Tensor, augment: str) -> Tensor:
     if augment == "crop-flip":
         flip = torch.randint(2, (batch, 1), device=images.device, dtype=torch.bool)
         cols = torch.where(flip, cols.flip(1), cols)
-    picked = images[index.view(-1, 1, 1), :, rows.unsqueeze(2), cols.unsqueeze(1)]
-    return picked.permute(0, 3, 1, 2)
+    # Pixel by pixel, with all channels at once: half the time of indexing by three tensors.
+    pixels = images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
+    places = (index.view(-1, 1, 1) * height + rows.unsqueeze(2)) * width + cols.unsqueeze(1)
+    picked = pixels.index_select(0, places.view(-1))
+    return picked.view(batch, height, width, -1).permute(0, 3, 1, 2)
 
 
 def _window(size: int, batch: int, device: torch.device) -> Tensor:

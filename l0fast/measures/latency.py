@@ -77,19 +77,19 @@ class LatencyTable:
         write_text(Path(path), json.dumps(self.as_json(), indent=1) + "\n")
 
     @classmethod
-    def load(cls, path: str | Path) -> LatencyTable:
-        """The table in a file that `save` wrote.
+    def load(cls, path: str | Path, name: str = "path") -> LatencyTable:
+        """The table in a file that `save` wrote; `name` is the option that named it.
 
         Raises:
             ValueError: it holds none.
             OSError: it cannot be read.
         """
-        text = Path(path).read_text(encoding="utf-8")
+        data = Path(path).read_bytes()
         try:
-            return cls.from_json(json.loads(text))
+            return cls.from_json(json.loads(data))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             reason = f"a latency table that was saved ({type(error).__name__}: {error})"
-            _checks.refuse("path", str(path), reason)
+            _checks.refuse(name, str(path), reason)
 
     def under(self, prefix: str) -> LatencyTable:
         """The same table for a model that has this one's as the part `prefix` (with its dot)."""

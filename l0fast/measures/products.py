@@ -17,7 +17,7 @@ from l0fast.graph.walk import Walk
 
 ATTENTION = "aten::scaled_dot_product_attention"
 PRODUCTS = ("aten::matmul", "aten::bmm", ATTENTION)
-"""Ops that are reckoned. What they sum over vanishes with what they give (see `channels`), so
+"""Ops that are reckoned. What they sum over vanishes with what they give (see `rules`), so
 that each element of the result costs the same, however many are left."""
 
 

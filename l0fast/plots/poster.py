@@ -60,7 +60,8 @@ def plot_poster(
     for (model, method), by_settings in histories.items():
         column = axes[:, models.index(model)]
         for (_, value), axis in zip(PANELS, column, strict=True):
-            for color, (settings, seeds) in zip(COLORS[method], by_settings.items(), strict=False):
+            colors = COLORS[method][: len(by_settings)]
+            for color, (settings, seeds) in zip(colors, by_settings.items(), strict=True):
                 if not seeds:
                     continue
                 label = f"{method}, {settings}"
@@ -86,7 +87,7 @@ def plot_poster(
                 absent(axis, "no run yet" if row != 1 else "no constrained run yet")
             elif row == 1:
                 axis.set_ylim(bottom=0)
-    _legend(figure, axes, counts)
+    _legend(figure, axes, models, counts)
     figure.savefig(path, format="png", dpi=120)
 
 
@@ -108,14 +109,19 @@ def _band(
     axis.fill_between(epochs, low, high, color=style["color"], alpha=0.18, lw=0)
 
 
-def _legend(figure: Any, axes: Any, counts: Mapping[str, Mapping[str, int]]) -> None:
-    """One for all panels, beside them; `counts` are the seeds of each label, by model."""
+def _legend(
+    figure: Any, axes: Any, models: list[str], counts: Mapping[str, Mapping[str, int]]
+) -> None:
+    """One for all panels, beside them; `counts` are the seeds of each label, for each model."""
     entries: dict[str, Any] = {}
     for axis in axes[0]:
         handles, labels = axis.get_legend_handles_labels()
         entries |= {label: handle for handle, label in zip(handles, labels, strict=True)}
     if entries:
-        seeds = {label: ", ".join(map(str, counts[label].values())) for label in counts}
+        seeds = {
+            label: ", ".join(str(of.get(model, 0)) for model in models)
+            for label, of in counts.items()
+        }
         figure.legend(
             entries.values(),
             [f"{label} ({seeds[label]})" if label in seeds else label for label in entries],

@@ -160,6 +160,9 @@ class MagnitudePruning(DensityConstraint):
             opened = kept[name].to(layer.log_alpha.device)
             layer.log_alpha.fill_(CLOSED).masked_fill_(opened, OPEN)
 
+    def lag(self) -> None:
+        """Nothing: its gates are decided all along."""
+
     def get_extra_state(self) -> dict[str, Any]:
         """What `DensityConstraint` holds, and how many steps there have been."""
         return {**super().get_extra_state(), "done": self.done}

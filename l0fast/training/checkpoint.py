@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.measures.latency import LatencyTable
+from l0fast.training.settings import BEFORE
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 1
@@ -117,9 +118,10 @@ class Checkpoint:
 
     def refuse_other_run(self, path: Path, identity: Mapping[str, Any]) -> None:
         """The first half of `refuse_other`."""
-        for key in sorted({*identity, *self.identity}):
-            ours, theirs = identity.get(key), self.identity.get(key)
-            if key not in self.identity:
+        known = {key: BEFORE[key] for key in BEFORE.keys() & identity.keys()} | self.identity
+        for key in sorted({*identity, *known}):
+            ours, theirs = identity.get(key), known.get(key)
+            if key not in known:
                 expected = "a run without it (an earlier version's cannot be resumed)"
                 _checks.refuse(key, ours, f"{expected}, as in the checkpoint {path}")
             if ours != theirs:

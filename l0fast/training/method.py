@@ -48,7 +48,7 @@ def make_term(
     asked = settings.density if settings.layer_density is None else settings.layer_density
     if asked is None:
         return None
-    measure = resolved(table or settings.measure, model, example_inputs)
+    measure = resolved(settings.measure if table is None else table, model, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(
             model,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.graph.calls import example_args
@@ -61,7 +62,13 @@ class Resumable:
         one: rates and schedules go by shares of it, and another measurement has others."""
         examples = len(self.data.train.targets)
         steps = self.total_steps
-        table = self._known_table() or self.table
+        table = self._known_table()
+        if table is None:
+            table = self.table
+        elif self.table is not None and self.table.as_json() != table.as_json():
+            assert self.folder is not None
+            expected = f"the one of {self.folder / CHECKPOINT}, or none"
+            _checks.refuse("table", "another latency table", expected)
         return make_term(self.model, self.settings, steps, examples, self.example_inputs, table)
 
     def _known_table(self) -> LatencyTable | None:

@@ -36,7 +36,7 @@ class TrainerSettings:
         penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
         epochs: passes over the training examples, >= 1.
         batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
-        seed: of the order of the examples. (torch.manual_seed governs weights and gates.)
+        seed: of the order of the examples. (torch.manual_seed governs all else that is drawn.)
         lr: learning rate of Adam for the weights.
         gate_lr: of the gates; None: by the number of steps (see `param_groups`).
         dual_lr: dual learning rate; None: by the least target, and with a constant target by the
@@ -52,7 +52,7 @@ class TrainerSettings:
             the noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least
             one of several; 0 for none. Not of a dense training, nor of magnitude pruning.
         augment: what is done to training images at random: "none", "crop" (each is shifted by up
-            to an eighth of its side) or "crop-flip" (and every other one mirrored).
+            to an eighth of its side, a pixel at least) or "crop-flip" (and half of them mirrored).
         weight_decay: decoupled, of the weights.
         schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
         select: the epoch whose model is pruned and reported: "last", or "best": of those whose
@@ -171,6 +171,14 @@ class TrainerSettings:
         last = max(1, round(self.settle * self.epochs))
         return max(self.epochs - last, 1)
 
+
+BEFORE: dict[str, Any] = {
+    "measure": "gates",
+    "target_schedule": "constant",
+    "settle": 0.0,
+    "augment": "none",
+}
+"""How versions trained whose summaries and checkpoints do not say so."""
 
 WITHOUT_GATES: dict[str, Any] = {
     name: getattr(TrainerSettings, name)

@@ -63,8 +63,8 @@ class Trainer(Resumable):
         identity: facts about model and data that a checkpoint must share to be resumed, and that
             head the summary ("dataset", "model", ...).
         device: where to train; CUDA if there is one, else the CPU.
-        table: for measure="latency", what latencies are read off (a resumed run goes by its
-            checkpoint's); None measures the model here.
+        table: for measure="latency", what latencies are read off; None measures the model here,
+            or takes the checkpoint's that is resumed.
 
     Attributes:
         pruned: after `fit`, the smaller plain model (None after dense training), of the epoch that
@@ -94,6 +94,8 @@ class Trainer(Resumable):
         if settings.augment != "none" and data.train.inputs.dim() != 4:
             shape = list(data.train.inputs.shape)
             _checks.refuse("augment", settings.augment, f"'none' for inputs {shape}: no images")
+        if not (table is None or isinstance(table, LatencyTable)):
+            _checks.refuse("table", table, "a LatencyTable or None", TypeError)
         if table is not None and settings.measure != "latency":
             _checks.refuse("table", "a latency table", f"none for measure={settings.measure!r}")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
