@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0fast import Trainer, TrainerSettings, sparsify_
+from l0fast import Trainer, TrainerSettings, measure_latency, sparsify_
 from l0fast.data import sets
 from l0fast.training import models
 
 WIDTHS = {"mlp": ("mlp", [300, 100]), "lenet 8-16-64": ("lenet5", [8, 16, 64])}
+LATENCY_BATCH = 1024
 LATE = 3
 """Multipliers and densities are looked at over the last third of the epochs before settling."""
 
@@ -121,7 +122,10 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
     settings = TrainerSettings(
         density=run.target, epochs=run.epochs, seed=run.seed, **size, **run.options
     )
-    trainer = Trainer(model, dataset, settings, device="cpu")
+    table = None
+    if settings.measure == "latency":  # of one image it is all overhead
+        table = measure_latency(model, dataset.train.inputs[:LATENCY_BATCH])
+    trainer = Trainer(model, dataset, settings, device="cpu", table=table)
     summary = trainer.fit()
     report: Any = trainer.pruned
     (group,) = report.report["groups"].values()
