@@ -29,13 +29,9 @@ from l0fast.data.sets import Data, load
 BATCH = 128
 LR = 1e-3
 GATE_LR = 0.1
-"""A gate that starts all but certainly open has a long way to go."""
-DUAL_LR = 0.3
-"""So large that the target is met in the first third of the training, and the weights have the rest
-of it to make up for what is gone."""
-BETAS = (0.9, 0.99)
-"""Of Adam, whose usual memory for squared gradients, 1,000 steps, is a third of such a training:
-gates that were pulled hard once would hardly move for the rest of it."""
+"""For gates that all start open, in so short a training, the most of the default's range."""
+SETTLED = 0.1
+"""The share of the constrained training whose gates are decided."""
 
 
 def net(channels: int, width: int, classes: int) -> nn.Sequential:
@@ -84,6 +80,11 @@ class Outcome:
     seconds: float = 0.0
 
 
+def _steps(data: Split) -> int:
+    """Of an epoch."""
+    return math.ceil(len(data.targets) / BATCH)
+
+
 def _train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -93,12 +94,17 @@ def _train(
     say: Callable[[str], None] = print,
 ) -> None:
     """Trains; the weights' learning rate falls to 0 along a cosine, the gates' stays."""
-    steps = epochs * math.ceil(len(data.targets) / BATCH)
+    steps = epochs * _steps(data)
+    settle_at = steps - math.ceil(SETTLED * steps)
     falls = [lambda step: (1 + math.cos(math.pi * step / steps)) / 2, lambda _: 1.0]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, falls[: len(optimizer.param_groups)])
     model.train()
+    step = 0
     for epoch in range(epochs):
         for batch in torch.randperm(len(data.targets)).split(BATCH):
+            if constraint is not None and step == settle_at:
+                constraint.settle(optimizer)
+            step += 1
             loss = F.cross_entropy(model(data.inputs[batch]), data.targets[batch])
             if constraint is not None:
                 loss = loss + constraint()
@@ -153,11 +159,11 @@ def finetune(
     l0fast.sparsify_(model, example_inputs=example, density_init=1.0)
     outcome.change_by_gates = float((_logits(model, data.test.inputs) - before).abs().max())
     say(f"with gates, all open: outputs changed by {outcome.change_by_gates:g}")
+    steps = epochs.constrained * _steps(data.train)
     constraint = l0fast.DensityConstraint(
-        model, target, measure="macs", dual=l0fast.DualAscent(lr=DUAL_LR), example_inputs=example
+        model, target, measure="macs", example_inputs=example, steps=steps
     )
-    groups = l0fast.param_groups(model, lr=LR, gate_lr=GATE_LR)
-    optimizer = torch.optim.Adam(groups, betas=BETAS)
+    optimizer = torch.optim.Adam(l0fast.param_groups(model, LR, GATE_LR))
     _train(model, optimizer, data.train, epochs.constrained, constraint, say)
     outcome.gated_error = _error(model, data.test)
     outcome.expected_macs = float(constraint.densities().detach())
