@@ -57,7 +57,9 @@ def test_runs_that_were_trained_before_are_found(monkeypatch: pytest.MonkeyPatch
     # Of an earlier default of what a penalised run has no use for.
     assert done["mlp-penalised-published-seed-0"]["settings"]["target_schedule"] == "auto"
     for name, summary in done.items():
-        assert name.endswith(f"{summary['recipe']}-seed-{summary['seed']}")
+        shifted = summary["settings"].get("augment", "none") != "none"
+        recipe = "augmented" if shifted else summary["recipe"]
+        assert name.endswith(f"{recipe}-seed-{summary['seed']}")
         assert name.startswith(summary["model"])
     other = poster.plan(range(5), shared | {"epochs": 100})
     assert runs.finished(other, Path("none"), runs.found_in([str(RESULTS)])) == {}
