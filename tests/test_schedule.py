@@ -131,10 +131,3 @@ def test_bad_schedules(arguments: Any, error: type[Exception], message: str) -> 
     with pytest.raises(error) as caught:
         TargetSchedule(*arguments)
     assert str(caught.value) == message
-
-
-@pytest.mark.parametrize("name", ["dual", "schedule"])
-def test_what_is_neither_is_refused(name: str) -> None:
-    options: Any = {name: "cubic"}
-    with pytest.raises(TypeError, match=rf"^{name}: got 'cubic'; expected a \w+ or None$"):
-        DensityConstraint(model(), 0.2, **options)
