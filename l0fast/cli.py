@@ -66,10 +66,9 @@ def _parser() -> argparse.ArgumentParser:
         help="train what a published table reports, and write it beside this project's",
         description="Trains the MLP and LeNet of the 2021 paper, penalised and constrained, with "
         "the published settings and this project's, on shifted images too, and again by parameters "
-        "and MACs; each run has a "
-        "folder of its own in --out, done ones are skipped and interrupted ones go on. Writes "
-        "poster.md, poster.json and poster.png. Several processes may share --out, each with its "
-        "own --only.",
+        "and MACs; each run has a folder of its own in --out, done ones are skipped and "
+        "interrupted ones go on. Writes poster.md, poster.json and poster.png. Several processes "
+        "may share --out, each with its own --only.",
     )
     reproduction.set_defaults(run=reproduce.reproduce)
     reproduce.add_options(reproduction)

@@ -14,6 +14,7 @@ from l0fast.constraints.budget import Budget
 from l0fast.constraints.defaults import default_dual_lr, default_schedule
 from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
+from l0fast.constraints.settle import settle_
 from l0fast.constraints.term import DensityTerm, refuse_others
 from l0fast.graph.calls import unwrapped
 from l0fast.measures.amounts import Asked, share
@@ -221,7 +222,7 @@ class DensityConstraint(DensityTerm):
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         refuse_others([self])
         warn_of(self.lag())
-        super().settle(optimizer)
+        settle_(self.layers, self.budgets(), optimizer)
         self.rest_()
 
     @torch.no_grad()

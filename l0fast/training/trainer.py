@@ -23,7 +23,6 @@ from l0fast.constraints.stall import find_stalls, told
 from l0fast.constraints.term import TARGETS
 from l0fast.data.augment import augmented
 from l0fast.data.sets import Data, Split, check_data
-from l0fast.gating.param_groups import default_gate_lr
 from l0fast.gating.sparsify import sparsify_
 from l0fast.graph.calls import example_args
 from l0fast.layers.draw import gated_layers
@@ -211,8 +210,7 @@ class Trainer(Resumable):
         if "lambda" in row and isinstance(self.term, DensityConstraint):
             targets = dict(zip(self.term.names, self.term.target.tolist(), strict=True))
             stalls = find_stalls([*self.history, row], targets, self.settings.epochs)
-            gate_lr = self.settings.gate_lr or default_gate_lr(self.total_steps)
-            rates = float(self.term.dual_lr), gate_lr
+            rates = float(self.term.dual_lr), self.base_lrs[1]  # of the gates
             row["stalls"] = {name: stall.words(*rates) for name, stall in stalls.items()}
         return row
 
