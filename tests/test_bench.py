@@ -38,8 +38,8 @@ from bench import (
 from bench.case import Goal, Variant
 from bench.report import Row
 from l0fast import functional, prune, sparsify_
-from l0fast.layers.draw import SKIPPING, gated_layers
-from l0fast.layers.drawn import OnDevice
+from l0fast.layers.draw import OnDevice
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping import links
 from l0fast.training.models import build
@@ -682,7 +682,7 @@ def test_the_large_steps_are_rehearsed_small(make: Callable[[], nn.Module], dens
     assert {layer.gates for layer in layers.values()} == {"input"}
     if make is tiny_vit:
         assert [(one.num_gates, one.units) for one in layers.values()] == [(3, 4), (16, 1)] * 2
-    assert model.__dict__[SKIPPING].links
+    assert gates(model).skipping.links
 
 
 def test_the_gpu_run_has_the_rows_of_the_goals() -> None:
@@ -702,7 +702,7 @@ def test_every_net_can_be_skipped_and_compacted() -> None:
     model = bench_skip._resnet(widths)
     x = torch.randn(2, 3, 8, 8)
     sparsify_(model, example_inputs=x, skip=True)
-    makers = sorted(len(link.makers) for link in model.__dict__[SKIPPING].links)
+    makers = sorted(len(link.makers) for link in gates(model).skipping.links)
     assert makers == [1, 1, 1, 1, 3, 3]
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import l0fast
 from l0fast.data.sets import Data, Split
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.pruning import shrink
 from l0fast.skipping import links
 from l0fast.training import cuda_graph

@@ -16,7 +16,7 @@ from test_trainer import digits, evaluate, one_thread, quick, small_mlp
 
 from l0fast import Trainer, frontier, load_pruned, sparsify_
 from l0fast.data.sets import Data
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import PRUNED, SUMMARY
 from l0fast.training.frontier import FRONTIER, PLOT, format_frontier

@@ -13,8 +13,8 @@ from tolerance import assert_no_more_wrong
 from torch import Tensor, nn
 
 from l0fast import functional, sparsify_
-from l0fast.layers.draw import gated_layers
-from l0fast.layers.drawn import OnDevice
+from l0fast.layers.draw import OnDevice
+from l0fast.layers.handle import gated_layers
 from l0fast.maths.compaction import Order, bound
 from l0fast.skipping import links
 

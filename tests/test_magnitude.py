@@ -10,8 +10,7 @@ from test_trainer import digits, one_thread, quick, small_mlp, trainer
 from torch import nn
 
 from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
-from l0fast.data.sets import Data
-from l0fast.pruning.magnitude import (
+from l0fast.constraints.magnitude import (
     CLOSED,
     OPEN,
     MagnitudePruning,
@@ -19,6 +18,7 @@ from l0fast.pruning.magnitude import (
     scores,
     shared_magnitudes,
 )
+from l0fast.data.sets import Data
 
 __all__ = ["digits", "one_thread"]  # fixtures
 

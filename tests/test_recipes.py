@@ -14,7 +14,7 @@ from zoo import ZOO
 
 from l0fast import prune, sparsify_
 from l0fast.gating.recipes import GateTable
-from l0fast.layers.draw import gate_owners, gated_layers
+from l0fast.layers.handle import gate_owners, gated_layers
 
 
 def placed(model: nn.Module, x: Any, **options: Any) -> dict[str, tuple[str, int]]:

@@ -21,7 +21,7 @@ import l0fast
 from bench.counting import dispatched
 from l0fast import sparsify_
 from l0fast.data.sets import load
-from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.skipping.following import stop_following
 from l0fast.skipping.link import End, Link
 from l0fast.skipping.skip import MULTIPLE, OVERHEAD, PER_WEIGHT, Skipping
@@ -219,7 +219,7 @@ def left_out(model: nn.Module) -> int:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_links_that_are_found(name: str) -> None:
     model, _ = prepared(name, True)
-    assert len(model.__dict__[SKIPPING].links) == MODELS[name][3]
+    assert len(gates(model).skipping.links) == MODELS[name][3]
 
 
 @pytest.mark.parametrize("multiple", [1, MULTIPLE])
@@ -230,7 +230,7 @@ def test_loss_and_gradients_are_those_of_the_masked_step(
 ) -> None:
     masked, x = prepared(name, False)
     skipped, _ = prepared(name, True)
-    skipped.__dict__[SKIPPING].multiple = multiple
+    gates(skipped).skipping.multiple = multiple
     for model in (masked, skipped):
         set_density(model, density)
     assert_same_step(masked, skipped, x, EXACT)
@@ -552,7 +552,7 @@ def test_an_interrupted_step_leaves_nothing_behind() -> None:
         raise KeyboardInterrupt("stopped")
 
     handle = nn.Module.register_forward_hook(skipped.b, stop)
-    skipped.__dict__[SKIPPING].holds = lambda *_: True  # the hook alone would make it masked
+    gates(skipped).skipping.holds = lambda *_: True  # the hook alone would make it masked
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         skipped(x)
     handle.remove()
@@ -685,12 +685,12 @@ def test_auto_reckons_with_the_weights_it_picks() -> None:
 
 def test_auto_knows_how_much_work_a_layer_does() -> None:
     model, x = prepared("lenet", "auto")
-    found = [link.work for link in model.__dict__[SKIPPING].links]
+    found = [link.work for link in gates(model).skipping.links]
     conv1, conv2 = 8 * 8 * 8 * 5 * 9, 8 * 4 * 4 * 6 * 5 * 9
     fc1, fc2 = 8 * 9 * 24, 8 * 5 * 9
     assert found == [conv1 + conv2, conv2 + fc1, fc1 + fc2]
     seen: list[float] = []
-    model.__dict__[SKIPPING].pays = lambda _l, _k, _o, examples: bool(seen.append(examples))
+    gates(model).skipping.pays = lambda _l, _k, _o, examples: bool(seen.append(examples))
     model(torch.cat([x, x, x]))
     assert seen == [3.0] * 3
 
@@ -699,8 +699,8 @@ def test_what_is_left_out_does_not_depend_on_the_steps_before() -> None:
     def compact(history: list[int]) -> list[bool]:
         model, x = prepared("mlp", "auto")
         set_density(model, 0.3)
-        model.__dict__[SKIPPING].size = 1  # so that it just pays for the whole batch
-        for link in model.__dict__[SKIPPING].links:
+        gates(model).skipping.size = 1  # so that it just pays for the whole batch
+        for link in gates(model).skipping.links:
             link.work = round(OVERHEAD / 50)
         for examples in history:
             model(x[:examples])
@@ -739,7 +739,7 @@ def test_auto_takes_the_masked_step_where_nothing_pays(name: str) -> None:
 )
 def test_a_model_that_cannot_skip(make: Make, gates: str) -> None:
     x = torch.randn(2, 6)
-    assert SKIPPING not in sparsify_(make(), gates=gates, example_inputs=x).__dict__
+    assert l0fast.gates(sparsify_(make(), gates=gates, example_inputs=x)).skipping is None
     with pytest.raises(ValueError, match=r"^skip: got True; expected 'auto' or False for this mod"):
         sparsify_(make(), gates=gates, example_inputs=x, skip=True)
 
@@ -758,7 +758,7 @@ class ReadsItsWidth(nn.Module):
 
 def test_a_model_that_would_compute_something_else() -> None:
     x = torch.randn(2, 6)
-    assert SKIPPING not in sparsify_(ReadsItsWidth(), example_inputs=x).__dict__
+    assert gates(sparsify_(ReadsItsWidth(), example_inputs=x)).skipping is None
     with pytest.raises(ValueError, match=r"expected 'auto' or False .*\(it differs by"):
         sparsify_(ReadsItsWidth(), example_inputs=x, skip=True)
 

@@ -11,8 +11,8 @@ from test_skip import DENSITIES, EXACT, MODELS, assert_same_step, left_out, set_
 from torch import Tensor, nn
 
 from l0fast import sparsify_
-from l0fast.layers.draw import SKIPPING, gated_layers
-from l0fast.layers.drawn import Compact, OnDevice
+from l0fast.layers.draw import Compact, OnDevice
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.skipping import links, skip_on_device
 from l0fast.skipping.following import Following
 
@@ -112,7 +112,7 @@ def test_convolutions_are_read_once_a_step(name: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(skip_on_device, "read_back", reading)
     monkeypatch.setattr(skip_on_device, "send", sending)
-    model.__dict__[SKIPPING].mode = True
+    gates(model).skipping.mode = True
     step(model, x)
     assert len(asked) == len(sent) == 1
     assert len(asked[0]) == len(gated_layers(model))
@@ -147,7 +147,7 @@ def test_a_layer_between_two_links_leaves_out_on_both_sides(reverse: bool) -> No
 def test_auto_masks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = prepared("mlp", monkeypatch, "auto")  # type: ignore[arg-type]
     step(model, x)
-    assert SKIPPING not in model.__dict__
+    assert gates(model).skipping is None
 
 
 def test_a_second_forward_before_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import l0fast
 from l0fast import sparsify_
-from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.skipping.following import stop_following
 from l0fast.skipping.skip import MULTIPLE
 
@@ -215,7 +215,7 @@ def prepared(name: str, skip: Any, dtype: torch.dtype = torch.float64) -> tuple[
 @pytest.mark.parametrize("name", MODELS)
 def test_the_links_that_are_found(name: str) -> None:
     model, _ = prepared(name, True)
-    assert sorted(len(link.makers) for link in model.__dict__[SKIPPING].links) == MODELS[name][3]
+    assert sorted(len(link.makers) for link in gates(model).skipping.links) == MODELS[name][3]
 
 
 @pytest.mark.parametrize("multiple", [1, MULTIPLE])
@@ -226,7 +226,7 @@ def test_loss_and_gradients_are_those_of_the_masked_step(
 ) -> None:
     masked, x = prepared(name, False)
     skipped, _ = prepared(name, True)
-    skipped.__dict__[SKIPPING].multiple = multiple
+    gates(skipped).skipping.multiple = multiple
     for model in (masked, skipped):
         set_density(model, density)
     assert_same_step(masked, skipped, x, EXACT)
@@ -277,7 +277,7 @@ def test_statistics_of_absent_channels_stay_as_they_are() -> None:
         for layer in gated_layers(model).values():
             layer.log_alpha.fill_(40.0)
         stream.log_alpha[1:5] = -40.0
-    model.__dict__[SKIPPING].multiple = 1
+    gates(model).skipping.multiple = 1
     masked = copy.deepcopy(model)
     stop_following(masked)
     for one in (masked, model):

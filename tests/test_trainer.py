@@ -30,7 +30,7 @@ from l0fast import (
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data import sets
 from l0fast.data.sets import Data, Split
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
@@ -152,12 +152,12 @@ def test_it_reaches_its_targets(finished: Any) -> None:
     if kind == "params":
         assert last["density"]["model"] == pytest.approx(0.4, abs=0.03)
         assert 0.3 < summary["params_fraction"] <= 0.4
-        assert list(report["groups"]) == ["model (params)"]
-        assert report["groups"]["model (params)"]["density"] == summary["params_fraction"]
+        assert list(report.groups) == ["model (params)"]
+        assert report.groups["model (params)"]["density"] == summary["params_fraction"]
         return
     targets = {"model": 0.5} if kind == "density" else KINDS["layers"][0]["layer_density"]
-    assert {name: group["target"] for name, group in report["groups"].items()} == targets
-    for group in report["groups"].values():
+    assert {name: group["target"] for name, group in report.groups.items()} == targets
+    for group in report.groups.values():
         assert group["density"] <= group["target"]
     if kind == "density":
         assert last["expected_density"] == pytest.approx(0.5, abs=0.03)
@@ -233,7 +233,7 @@ def test_a_collapse_is_told(digits: Data) -> None:
     assert summary["feasible"] is True  # it speaks of size alone
     assert summary["collapsed"]
     small: Any = one.pruned
-    assert summary["collapsed"] == small.report["collapsed"]
+    assert summary["collapsed"] == small.report.collapsed
     for row in one.history:
         closed = [name for name, layer in row["layers"].items() if layer["kept"] == 0]
         assert row["collapsed"] == closed

@@ -27,8 +27,8 @@ import l0fast
 from bench.timing import Effort, cpu_sample, interleaved, paired_ratios, quartiles
 from bench.zoo.models import ZOO, Entry
 from l0fast.graph.capture import is_carrier
-from l0fast.graph.proof import in_float64, relative_error, tensors_of
-from l0fast.layers.draw import gated_layers
+from l0fast.graph.compare import in_float64, relative_error, tensors_of
+from l0fast.layers.handle import gated_layers
 
 PROBES = 16
 """How many inputs and weights tell which parameters are dead with the gates as they are."""
@@ -136,7 +136,7 @@ def _left_out(report: dict[str, Any], model: nn.Module, name: str, shape: torch.
     gone = torch.zeros(shape, dtype=torch.bool)
     gathered = gone.clone()
     module, _, _ = name.rpartition(".")
-    edit = next((edit for edit in report["layers"] if edit["name"] == module), None)
+    edit = next((edit for edit in report.layers if edit["name"] == module), None)
     if edit is None or not shape:
         return gone, gathered
     sides = [(0, edit["outputs"], edit["scatter"])]
@@ -193,13 +193,13 @@ def _time(result: Result, dense: nn.Module, small: nn.Module, args: tuple[Any, .
 
 
 def _read_report(result: Result, report: dict[str, Any]) -> None:
-    status = Counter(site["status"] for site in report["sites"])
+    status = Counter(site["status"] for site in report.sites)
     result.removed, result.compacted, result.kept = (
         status[word] for word in ("removed", "compacted", "kept")
     )
-    result.tier, result.notes = report["tier"], report["notes"]
-    result.params, result.macs = tuple(report["params"]), tuple(report["macs"])
-    for site in report["sites"]:
+    result.tier, result.notes = report.tier, report.notes
+    result.params, result.macs = tuple(report.params), tuple(report.macs)
+    for site in report.sites:
         if site["status"] != "removed":
             result.not_removed.setdefault(site["reason"], []).append(site["name"])
 

@@ -15,7 +15,7 @@ from l0fast.commands import options
 from l0fast.data import sets
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.latency import LatencyTable
 from l0fast.training import models
 from l0fast.training.settings import MAX_SEED, TrainerSettings

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.layers.draw import SKIPPING
+from l0fast.layers.handle import handle_of
 
 ORDINARY = 3
 """Steps before a capture: they choose algorithms, make tables and fill the optimizer's state."""
@@ -28,7 +28,8 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
     """Why a step of this model cannot be a CUDA graph, in words; None where it can."""
     if device.type != "cuda":
         return f"the model is on the device {device.type!r}"
-    skipping = model.__dict__.get(SKIPPING)
+    handle = handle_of(model)
+    skipping = None if handle is None else handle.skipping
     if skipping is not None and not skipping.unread:
         return "skip=True reads the gates of convolutions back to the host"
     return None

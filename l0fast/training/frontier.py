@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,13 +18,13 @@ from l0fast._files import write_atomically, write_text
 from l0fast._tables import aligned
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
+from l0fast.layers.handle import gated_layers
 from l0fast.measures import amounts
 from l0fast.measures.amounts import Asked, named
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
-from l0fast.measures.stopwatch import whole_seconds
-from l0fast.measures.trial import all_open
-from l0fast.removal.plan import fold
+from l0fast.pruning.draft import opened
+from l0fast.pruning.stopwatch import whole_seconds
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
@@ -83,7 +84,7 @@ def frontier(
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
     options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
     # A model that comes with gates has plain layers where it is timed as the dense one.
-    dense = fold(all_open(model)).model
+    dense = opened(model) if gated_layers(model) else copy.deepcopy(model)
     folder = None if out is None else Path(out)
     places = [None if folder is None else folder / place_of(target) for target in wanted]
     if not resume:  # before the first is trained, for all of them

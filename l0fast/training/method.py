@@ -11,12 +11,12 @@ from torch import nn
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.defaults import default_dual_lr
 from l0fast.constraints.dual import DUALS, Dual
+from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.gating.param_groups import param_groups
 from l0fast.measures.latency import LatencyTable
-from l0fast.measures.timing import resolved
-from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.pruning.timing import with_table
 from l0fast.training.settings import TrainerSettings
 
 DUAL_DAMPING = 0.3
@@ -48,7 +48,7 @@ def make_term(
     asked = settings.density if settings.layer_density is None else settings.layer_density
     if asked is None:
         return None
-    measure = resolved(settings.measure if table is None else table, model, example_inputs)
+    measure = with_table(settings.measure if table is None else table, model, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(
             model,

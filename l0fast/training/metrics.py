@@ -10,11 +10,11 @@ from torch import nn
 
 from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.settle import is_settled
 from l0fast.data.sets import Split
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.density import density
-from l0fast.pruning.magnitude import MagnitudePruning
 
 EVALUATION_BATCH = 1000
 
@@ -76,7 +76,7 @@ def constraint_metrics(term: DensityConstraint) -> Row:
         by_constraint = {"density": term.densities()}
         if not isinstance(term, MagnitudePruning):
             by_constraint |= {
-                "aim": term.aim,
+                "aim": term.current_target,
                 "lambda": term.multiplier,
                 "restarts": term.restarts.long(),
             }

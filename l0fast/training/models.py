@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
 
 MODELS = ("mlp", "lenet5")

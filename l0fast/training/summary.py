@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from l0fast.measures.density import count_macs, count_params
+from l0fast.measures.flops import count_macs, count_params
+from l0fast.pruning.report import Report
 from l0fast.training.settings import TrainerSettings
 
 Row = dict[str, Any]
@@ -27,7 +27,7 @@ def asked(settings: TrainerSettings) -> Row:
 
 
 def of_pruned(
-    report: Mapping[str, Any],
+    report: Report,
     settings: TrainerSettings,
     last: Row,
     test_error: float,
@@ -35,29 +35,29 @@ def of_pruned(
 ) -> Row:
     """The outcome of a model that was pruned: `report` is its report, `last` the last metrics, and
     `before` those of the last epoch before its gates settled (or the last)."""
-    groups = report["groups"].values()
+    groups = report.groups.values()
     feasible = all(group["density"] <= group["target"] for group in groups)
     return {
         "expected_density": last["expected_density"],
-        "realised_density": report["density"],
-        "forced": report["forced"],
-        "collapsed": report["collapsed"],
-        "reopened": [name for name in before["collapsed"] if name not in report["collapsed"]],
-        "architecture": report["architecture"],
+        "realised_density": report.density,
+        "forced": report.forced,
+        "collapsed": report.collapsed,
+        "reopened": [name for name in before["collapsed"] if name not in report.collapsed],
+        "architecture": report.architecture,
         "test_error_percent": test_error,
         "feasible": feasible if settings.penalty is None else None,
-        **_sizes(report["params"], report["macs"]),
+        **_sizes(report.params, report.macs),
         **_of_measure(report),
     }
 
 
-def _of_measure(report: Mapping[str, Any]) -> Row:
+def _of_measure(report: Report) -> Row:
     """Memory; and latency, if it was measured: by the table for one target, else as measured."""
-    after, before = report["memory"]
+    after, before = report.memory
     row: Row = {"memory": after, "dense_memory": before, "memory_fraction": after / before}
-    if report["latency"]:
-        after, before = report["latency"]
-        shares = [group["density"] for group in report["groups"].values()]
+    if report.latency:
+        after, before = report.latency
+        shares = [group["density"] for group in report.groups.values()]
         row |= {"latency": after, "dense_latency": before}
         row["latency_fraction"] = shares[0] if len(shares) == 1 else after / before
     return row

@@ -20,15 +20,15 @@ from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.stall import find_stalls, told
-from l0fast.constraints.term import TARGETS
 from l0fast.data.augment import augmented
 from l0fast.data.sets import Data, Split, check_data
 from l0fast.gating.sparsify import sparsify_
 from l0fast.graph.calls import example_args
-from l0fast.layers.draw import gated_layers
-from l0fast.measures.density import count_params
+from l0fast.layers.handle import gated_layers
+from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.prune import prune
+from l0fast.pruning.report import report_of
 from l0fast.pruning.saving import save_pruned
 from l0fast.pruning.shrink import Idle, plan_removal, worthwhile
 from l0fast.training.checkpoint import Checkpoint
@@ -125,7 +125,6 @@ class Trainer(Resumable):
         self.model = model
         self.steps_per_epoch = math.ceil(len(data.train.targets) / settings.batch_size)
         self.total_steps = self.steps_per_epoch * settings.epochs
-        model.__dict__.pop(TARGETS, None)  # it is held to the settings' alone
         self.term = self._make_term()
         self.optimizer = make_optimizer(model, settings, self.total_steps)
         self.base_lrs = [group["lr"] for group in self.optimizer.param_groups]
@@ -322,15 +321,14 @@ class Trainer(Resumable):
         if self.term is None:
             outcome = of_dense(model, self.example_inputs, selected)
         else:
-            self.pruned = prune(model, self.example_inputs)
+            self.pruned = prune(model, self.example_inputs, self.term)
             if self.folder is not None:
                 save_pruned(self.pruned, self.folder / PRUNED)
                 if isinstance(self.term, DensityConstraint) and self.term.table is not None:
                     self.term.table.save(self.folder / LATENCY)
             error = error_percent(self.pruned, self.data.test)
-            report: Any = self.pruned.report
             before = self.history[min(epoch, self.settings.settles_at) - 1]
-            outcome = of_pruned(report, self.settings, selected, error, before)
+            outcome = of_pruned(report_of(self.pruned), self.settings, selected, error, before)
         return {
             **self.identity,
             **asked(self.settings),
