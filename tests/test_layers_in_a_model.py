@@ -23,7 +23,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.draw import expected_open
-from l0fast.layers.handle import attach_draw, detach, gated_layers
+from l0fast.layers.handle import attach_draw, detach, gated_layers, gates
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
 
@@ -276,6 +276,7 @@ def test_the_count_of_a_step_is_not_computed_again(gates: str) -> None:
     layers = list(gated_layers(model).values())
     model(example())
     alone = L0Linear(6, 4)
+    gates(alone)  # as a constraint on it does
     alone(torch.ones(1, 6))
     for group in (layers, [alone]):
         with Count() as count:
