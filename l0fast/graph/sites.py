@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0fast.graph.capture import Trace, is_carrier, is_site, layer_size
 from l0fast.layers.draw import gated_layers
+from l0fast.layers.hooks import foreign_hooks
 
 
 @dataclass(frozen=True)
@@ -30,14 +31,6 @@ class Site:
     """Whether it may nevertheless compute less inside, with a gather and a scatter around."""
     folds: bool = False
     """Whether an input that is constant can be made part of its bias."""
-
-
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
 
 
 def light_copy(model: nn.Module) -> nn.Module:
@@ -103,7 +96,7 @@ def find_sites(
             fixed = tied[name]
         elif trace is not None and name in trace.read_outside:
             fixed = "its weight is also read outside of its own call"
-        elif any(getattr(layer, hooks) for hooks in _HOOKS):
+        elif foreign_hooks(layer):
             fixed = "it has hooks"
         else:
             local = not is_carrier(layer)

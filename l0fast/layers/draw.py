@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0fast import functional
 from l0fast.layers.drawn import NOT_DRAWN, Draw, Drawn
+from l0fast.layers.hooks import remove_hooks
 from l0fast.layers.ties import attach_ties, detach_ties
 
 _MEMBERS = "_l0fast_gated"
@@ -116,13 +117,7 @@ def detach_draw(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(_MEMBERS, None)
         detach_ties(module)
-        for hooks, ours in (
-            (module._forward_pre_hooks, draw_gates),
-            (module._forward_hooks, release_gates),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        remove_hooks(module, lambda hook: hook is draw_gates or hook is release_gates)
 
 
 @functools.lru_cache(maxsize=64)
