@@ -40,8 +40,8 @@ def prepared(
 def found(model: nn.Module) -> list[Any]:
     """What the model's layers left out in the last step, where they did."""
     own = [layer._compact for layer in gated_layers(model).values()]
-    forwards = [module.__dict__.get("forward") for module in model.modules()]
-    own += [forward.compact for forward in forwards if isinstance(forward, Following)]
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    own += [hook.compact for hook in hooks if isinstance(hook, Following)]
     return [one for one in own if one is not None]
 
 
