@@ -48,7 +48,7 @@ $(OLDEST)/.installed: $(STAMP)
 
 test-triton36: $(OLDEST)/.installed
 	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)", triton.__file__'
-	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -m pytest -m "not gpu" tests/test_kernel_*.py
+	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -m pytest -m "not gpu" tests/kernels
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -13,27 +13,36 @@ from xml.etree import ElementTree
 
 from bench import ROOT, environment
 
-_BINDING = ("test_autograd.py", "test_functional.py")
+_BINDING = ("autograd/test_autograd.py", "autograd/test_functional.py")
 TESTS: dict[str, tuple[str, ...]] = {
     "gated_weight": (
-        "test_gated_weight.py",
-        "test_kernel_gated_weight.py",
-        "test_kernel_scaled_weight.py",
+        "maths/test_gated_weight.py",
+        "kernels/test_kernel_gated_weight.py",
+        "kernels/test_kernel_scaled_weight.py",
         *_BINDING,
     ),
-    "hard_concrete": ("test_hard_concrete.py", "test_kernel_hard_concrete.py", *_BINDING),
-    "step": ("test_layers.py", "test_layers_in_a_model.py", "test_constraint.py", *_BINDING),
-    "skip": ("test_skip.py", "test_skip_streams.py"),
-    "skipping_linear": (
-        "test_skipping_linear.py",
-        "test_kernel_skipping_linear.py",
-        "test_compaction.py",
-        "test_kernel_compaction.py",
-        "test_skip_on_device.py",
-        "test_cuda_graph.py",
+    "hard_concrete": (
+        "maths/test_hard_concrete.py",
+        "kernels/test_kernel_hard_concrete.py",
+        *_BINDING,
     ),
-    "prune": ("test_prune.py",),
-    "latency": ("test_latency.py", "test_timing.py"),
+    "step": (
+        "layers/test_layers.py",
+        "layers/test_layers_in_a_model.py",
+        "constraints/test_constraint.py",
+        *_BINDING,
+    ),
+    "skip": ("skipping/test_skip.py", "skipping/test_skip_streams.py"),
+    "skipping_linear": (
+        "autograd/test_skipping_linear.py",
+        "kernels/test_kernel_skipping_linear.py",
+        "maths/test_compaction.py",
+        "kernels/test_kernel_compaction.py",
+        "skipping/test_skip_on_device.py",
+        "training/test_cuda_graph.py",
+    ),
+    "prune": ("pruning/test_prune.py",),
+    "latency": ("measures/test_latency.py", "measures/test_timing.py"),
 }
 """What is timed -> the files in tests/ that say it is right."""
 ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")
@@ -43,10 +52,10 @@ ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")
 def on_the_chip(folder: Path) -> list[str]:
     """The test files that use the GPU, the kernels' first: all of each, since kernel tests run
     there unmarked."""
-    paths = sorted(folder.glob("test_*.py"))
+    paths = sorted(folder.glob("**/test_*.py"))
     paths.sort(key=lambda path: not path.name.startswith("test_kernel"))
     return [
-        path.name
+        path.relative_to(folder).as_posix()
         for path in paths
         if any(sign in path.read_text(encoding="utf-8") for sign in ON_THE_CHIP)
         and path.name != "test_bench.py"
@@ -59,10 +68,12 @@ def red_files(report: Path) -> dict[str, list[str]]:
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         if case.find("failure") is None and case.find("error") is None:
             continue
-        # classname is tests.test_x or tests.test_x.Class; empty where collecting test_x failed.
-        dotted = case.get("classname") or case.get("name", "")
-        module = next((p for p in dotted.split(".") if p.startswith("test_")), dotted)
-        red.setdefault(f"{module}.py", []).append(case.get("name", "?"))
+        # classname is tests.room.test_x or tests.room.test_x.Class; empty where collecting it
+        # failed, which is named by its module.
+        parts = (case.get("classname") or case.get("name", "")).split(".")
+        last = next((at for at, part in enumerate(parts) if part.startswith("test_")), len(parts))
+        file = "/".join(parts[parts[0] == "tests" : last + 1]) + ".py"
+        red.setdefault(file, []).append(case.get("name", "?"))
     return red
 
 

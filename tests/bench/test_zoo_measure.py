@@ -1,0 +1,140 @@
+"""The zoo's measurement, on small models: what is dead and what is gone; several seeds of each."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision.models as tv
+from torch import Tensor, nn
+from torchvision.models.mobilenetv3 import InvertedResidualConfig
+
+from bench import environment
+from bench.zoo import measure as zoo
+from bench.zoo.models import Entry
+from l0fast import prune
+from tests import ROOT
+from tests.helpers.zoo import ZOO, image
+
+
+def squeezenet() -> nn.Module:
+    model = tv.SqueezeNet("1_1", num_classes=5, dropout=0.0)
+    fires = [
+        tv.squeezenet.Fire(12, 4, 6, 6), nn.MaxPool2d(3, 2, ceil_mode=True),
+        tv.squeezenet.Fire(12, 4, 8, 8),
+    ]  # fmt: skip
+    model.features = nn.Sequential(nn.Conv2d(3, 12, 3, 2), nn.ReLU(True), *fires)
+    model.classifier = nn.Sequential(nn.Conv2d(16, 5, 1), nn.AdaptiveAvgPool2d(1))
+    return model
+
+
+def shufflenet() -> nn.Module:
+    return tv.ShuffleNetV2([1, 1, 1], [8, 12, 16, 24, 32], num_classes=5)
+
+
+def mobilenet_v3() -> nn.Module:
+    rows = [
+        (8, 3, 12, 8, True, "RE", 2, 1),
+        (8, 3, 24, 12, True, "HS", 2, 1),
+        (12, 3, 24, 12, False, "HS", 1, 1),
+    ]
+    setting = [InvertedResidualConfig(*row, 1.0) for row in rows]
+    return tv.MobileNetV3(setting, last_channel=20, num_classes=5)
+
+
+def efficientnet() -> nn.Module:
+    rows = [(1, 3, 1, 8, 8, 1), (4, 3, 2, 8, 16, 1), (4, 5, 2, 16, 16, 2)]
+    setting = [tv.efficientnet.MBConvConfig(*row) for row in rows]
+    return tv.EfficientNet(setting, dropout=0.0, last_channel=24, num_classes=5)
+
+
+def regnet() -> nn.Module:
+    parameters = tv.regnet.BlockParams([1, 1], [8, 16], [4, 8], [1.0, 1.0], [2, 2], 0.25)
+    return tv.RegNet(parameters, num_classes=5, stem_width=8)
+
+
+def swin() -> nn.Module:
+    return tv.SwinTransformer([2, 2], 12, [2, 2], [2, 4], [4, 4], num_classes=5)
+
+
+ENTRIES: dict[str, Entry] = {
+    name: Entry("torchvision", build, lambda: (image(32),))
+    for name, build in {
+        "squeezenet": squeezenet,
+        "shufflenet": shufflenet,
+        "mobilenet v3": mobilenet_v3,
+        "efficientnet": efficientnet,
+        "regnet y": regnet,
+        "swin": swin,
+    }.items()
+} | {
+    name: Entry("torchvision", build, lambda example=example: (example(),))
+    for name in ("vgg", "gpt2 with attributes")
+    for build, example in [ZOO[name]]
+}
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("name", ENTRIES)
+def test_equal_and_smaller_whatever_the_weights_and_statistics(name: str, seed: int) -> None:
+    row = zoo.measure(name, ENTRIES[name], seed, timed=False)
+    assert row.failure == ""
+    assert row.error_float64 <= 1e-10
+    assert row.error_float32 <= 1e-5
+    assert row.params[0] < row.params[1]
+    assert row.macs[0] < row.macs[1]
+    assert 0 < row.gone <= row.dead
+
+
+class Bottle(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(torch.relu(self.first(x)))
+
+
+def test_dead_and_gone_written_out() -> None:
+    """Linears 6-8-5, half of both layers' gates closed: 3 of 6 inputs, 4 of 8 hidden units."""
+    row = zoo.measure("it", Entry("", Bottle, lambda: (torch.randn(16, 6),)), timed=False)
+    assert (row.gated, row.gates) == (2, 14)
+    columns, rows, bias, reader = 8 * 3, 3 * 4, 4, 5 * 4
+    assert row.dead == columns + rows + bias + reader
+    # The pixels that `first` does not read are gathered: only its closed rows are gone.
+    assert row.gathered == 3 * 4
+    assert row.gone == row.dead - row.gathered
+    assert row.dead_but_there == {"first.weight": 12}
+    assert (row.removed, row.compacted, row.kept) == (1, 1, 0)
+
+
+def test_a_pruned_model_of_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(model: nn.Module, args: Any) -> nn.Module:
+        small: Any = prune(model, args)
+        with torch.no_grad():
+            small.second.bias[0] += 1e-3
+        return small
+
+    monkeypatch.setattr(zoo.l0fast, "prune", wrong)
+    row = zoo.measure("it", Entry("", Bottle, lambda: (torch.randn(16, 6),)), timed=False)
+    assert row.error_float64 > 1e-5
+
+
+def test_the_command_writes_a_table_and_tells_what_is_missing(tmp_path: Path) -> None:
+    code = (
+        "import importlib.util, sys; from bench.zoo import __main__ as main;"
+        "importlib.util.find_spec = lambda name: None;"
+        f"sys.exit(main.main(['timm', '--out', {str(tmp_path)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment(1),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert "timm is not installed (pip install .[zoo])" in done.stdout
+    assert "timm/resnet10t | timm is not installed" in (tmp_path / "zoo.md").read_text()
+    assert (tmp_path / "zoo.csv").read_text().count("\n") > 10

@@ -1,0 +1,137 @@
+"""`l0fast reproduce poster`: what it plans, skips, and writes; short, on digits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from l0fast.commands import poster, runs
+from l0fast.training import models
+from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.folder import METRICS, SUMMARY
+from tests import ROOT
+from tests.commands.test_cli import a_folder_of_its_own, refused, run
+
+__all__ = ["a_folder_of_its_own"]  # a fixture
+
+RESULTS = ROOT / "bench" / "results" / "mnist"
+SHORT = ["reproduce", "poster", "--dataset", "digits", "--epochs", "1", "--device", "cpu"]
+SHORT += ["--threads", "1", "--quiet", "--out", "p"]
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The widths of the paper would take long."""
+    monkeypatch.setattr(models, "WIDTHS", {"mlp": (24, 16), "lenet5": (8, 12, 24)})
+
+
+def test_the_plan_is_that_of_the_paper() -> None:
+    every = poster.plan([0, 1, 2, 3, 4], {"dataset": "mnist", "epochs": 200})
+    assert len({one.name for one in every}) == len(every) == 5 * (4 * 2 + 2 + 4)
+    asked = {one.row: (one.args.density, one.args.penalty, one.args.measure) for one in every}
+    assert asked["mlp-constrained-published"] == ("0.33", None, "gates")
+    assert asked["lenet5-constrained-default"] == ("0.1", None, "gates")
+    assert asked["mlp-penalised-default"] == (None, "0.1", "gates")
+    assert asked["lenet5-params-default"] == ("0.0775", None, "params")
+    assert asked["lenet5-macs-default"] == ("0.465", None, "macs")
+    assert asked["lenet5-few-macs-default"] == ("0.155", None, "macs")
+    assert {one.row for one in every if one.args.augment == "crop"} == {
+        "mlp-constrained-augmented",
+        "lenet5-constrained-augmented",
+    }
+    assert all(one.args.penalty_per_example for one in every if one.args.penalty)
+
+
+def test_runs_that_were_trained_before_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The committed summaries, by what they say of themselves; those of other epochs are not."""
+    monkeypatch.undo()
+    shared = {"dataset": "mnist", "epochs": 200}
+    every = poster.plan(range(5), shared)
+    done = runs.finished(every, Path("none"), runs.found_in([str(RESULTS)]))
+    wanted = {f"mlp-constrained-{r}-seed-{s}" for r in ("published", "default") for s in range(5)}
+    wanted |= {f"mlp-penalised-published-seed-{s}" for s in range(5)}
+    assert done.keys() >= wanted
+    # Of an earlier default of what a penalised run has no use for.
+    assert done["mlp-penalised-published-seed-0"]["settings"]["target_schedule"] == "auto"
+    for name, summary in done.items():
+        shifted = summary["settings"].get("augment", "none") != "none"
+        recipe = "augmented" if shifted else summary["recipe"]
+        assert name.endswith(f"{recipe}-seed-{summary['seed']}")
+        assert name.startswith(summary["model"])
+    other = poster.plan(range(5), shared | {"epochs": 100})
+    assert runs.finished(other, Path("none"), runs.found_in([str(RESULTS)])) == {}
+
+
+def test_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(*SHORT, "--seeds", "0") == 0
+    said = capsys.readouterr().out
+    assert "14 of 14 runs are done" in said
+    numbers = json.loads(Path("p/poster.json").read_text())
+    assert len(numbers["runs"]) == 14
+    assert numbers["missing"] == []
+    text = Path("p/poster.md").read_text()
+    for row in numbers["tables"]["The published table"] + numbers["tables"]["By size"]:
+        assert f"| {row['name']} |" in text
+    ours = [row for row in numbers["tables"]["By size"] if "recipe" in row["name"]]
+    assert [row["within"] for row in ours] == [1, 1, 1, 1]
+    with Image.open("p/poster.png") as image:
+        assert image.size[0] > 800
+    # Nothing is trained twice.
+    before = {p: p.read_bytes() for p in Path("p").glob(f"*/{CHECKPOINT}")}
+    assert run(*SHORT, "--seeds", "0") == 0
+    assert " of 14: " not in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in Path("p").glob(f"*/{CHECKPOINT}")} == before
+
+
+def test_only_some_and_interrupted_ones_go_on(capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--only", "mlp-*-default-seed-1,lenet5-macs-*-seed-0"]
+    assert run(*SHORT, "--seeds", "0-1", *only) == 0
+    folders = {path.name for path in Path("p").iterdir() if path.is_dir()}
+    names = ("mlp-penalised", "mlp-constrained", "mlp-params")
+    assert folders == {f"{n}-default-seed-1" for n in names} | {"lenet5-macs-default-seed-0"}
+    assert "Missing: mlp-penalised-published-seed-0" in Path("p/poster.md").read_text()
+    one = Path("p/mlp-constrained-default-seed-1")
+    summary = json.loads((one / SUMMARY).read_text())
+    (one / SUMMARY).unlink()
+    capsys.readouterr()
+    assert run(*SHORT, "--seeds", "0-1", *only) == 0
+    assert "mlp-constrained-default-seed-1" in capsys.readouterr().out
+    again = json.loads((one / SUMMARY).read_text())
+    assert again.pop("seconds") == summary.pop("seconds")
+    assert again == summary
+    assert len((one / METRICS).read_text().splitlines()) == 1
+
+
+def test_done_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    only = ["--only", "mlp-constrained-default-seed-0"]
+    assert run(*SHORT, *only) == 0
+    Path("p").rename("earlier")
+    assert run(*SHORT, *only, "--have", "earlier", "--list") == 0
+    assert "done   mlp-constrained-default-seed-0" in capsys.readouterr().out
+    assert not Path("p/mlp-constrained-default-seed-0").exists()
+    numbers: Any = json.loads(Path("p/poster.json").read_text())
+    assert list(numbers["runs"]) == ["mlp-constrained-default-seed-0"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("reproduce", "postr"), "what: got 'postr'; expected one of 'poster'"),
+        ((*SHORT, "--only", "x*"), "only: got 'x*'; expected a pattern of names ROW-seed-N"),
+        ((*SHORT, "--seeds", "0-x"), "seeds: got '0-x'; expected seeds such as 0-4 or 0,1,2"),
+        ((*SHORT, "--seeds", "4-0"), "seeds: got '4-0'; expected seeds such as"),
+        ((*SHORT, "--seeds", "1,1"), "seeds: got '1,1'; expected seeds such as"),
+        ((*SHORT, "--epochs", "0"), "epochs: got 0; expected a whole number >= 1"),
+        ((*SHORT, "--have", "no"), "have: got 'no'; expected a folder with summaries of runs"),
+        ((*SHORT, "--skip", "no"), "skip: got 'no'; expected one of 'auto', 'on', 'off'"),
+        ((*SHORT, "--dataset", "no"), "dataset: got 'no'; expected one of 'digits'"),
+    ],
+)
+def test_bad_words(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refused(capsys, *arguments)

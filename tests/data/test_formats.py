@@ -1,0 +1,227 @@
+"""torchvision's files: tiny ones in each format are read as they are, damaged ones are named."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from l0fast.data import formats, sets
+from tests.data.test_data import idx, no_network
+
+__all__ = ["no_network"]
+
+CIFAR = {
+    "cifar10": (
+        "cifar-10-batches-py",
+        "labels",
+        [*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"],
+    ),
+    "cifar100": ("cifar-100-python", "fine_labels", ["train", "test"]),
+}
+
+
+def tiny_cifar(root: Path, dataset: str, count: int = 3) -> dict[str, Any]:
+    """A data root in CIFAR's layout; file -> its batch."""
+    folder, key, names = CIFAR[dataset]
+    (root / folder).mkdir(parents=True)
+    batches: dict[str, Any] = {}
+    generator = np.random.default_rng(0)
+    for name in names:
+        pixels = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+        batches[name] = {"data": pixels, key: generator.integers(0, 10, count).tolist()}
+        (root / folder / name).write_bytes(pickle.dumps(batches[name], protocol=2))
+    return batches
+
+
+def tiny_imagefolder(root: Path, held: str = "val", sizes: Any = ((8, 6),)) -> None:
+    """Two images of two classes in train/ and in `held`, of the sizes (width, height) in turn."""
+    index = 0
+    for part in ("train", held):
+        for name in ("cat", "dog"):
+            (root / part / name).mkdir(parents=True)
+            for number in range(2):
+                colour = (30 * index, 255, number)
+                Image.new("RGB", sizes[index % len(sizes)], colour).save(
+                    root / part / name / f"{number}.png"
+                )
+                index += 1
+
+
+def normalised(pixels: torch.Tensor, mean: Any, std: Any) -> torch.Tensor:
+    scale = [torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (mean, std)]
+    return (pixels.double() / 255 - scale[0]) / scale[1]
+
+
+def test_fashionmnist(tmp_path: Path) -> None:
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    images = torch.randint(256, (5, 28, 28), dtype=torch.uint8)
+    targets = torch.tensor([1, 9, 0, 3, 3], dtype=torch.uint8)
+    for part in ("train", "t10k"):
+        for kind, values in zip(formats.MNIST_KINDS, (images, targets), strict=True):
+            (raw / f"{part}-{kind}.gz").write_bytes(gzip.compress(idx(values)))
+    loaded = sets.load("fashionmnist", str(tmp_path))
+    assert (loaded.num_classes, tuple(loaded.train.inputs.shape)) == (10, (5, 1, 28, 28))
+    wanted = normalised(images[:, None], (0.2860,), (0.3530,))
+    torch.testing.assert_close(loaded.train.inputs.double(), wanted, rtol=1e-6, atol=1e-6)
+    assert loaded.test.targets.tolist() == [1, 9, 0, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("dataset", "mean", "std"),
+    [
+        ("cifar10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        ("cifar100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    ],
+)
+def test_cifar(tmp_path: Path, dataset: str, mean: Any, std: Any) -> None:
+    batches = tiny_cifar(tmp_path, dataset)
+    _, key, names = CIFAR[dataset]
+    before = sorted(tmp_path.rglob("*"))
+    loaded = sets.load(dataset, str(tmp_path))
+    assert sorted(tmp_path.rglob("*")) == before
+    assert loaded.num_classes == int(dataset.removeprefix("cifar"))
+    for split, part in ((loaded.train, names[:-1]), (loaded.test, names[-1:])):
+        assert split.targets.tolist() == [t for name in part for t in batches[name][key]]
+        pixels = np.concatenate([batches[name]["data"] for name in part]).reshape(-1, 3, 32, 32)
+        wanted = normalised(torch.from_numpy(pixels), mean, std)
+        torch.testing.assert_close(split.inputs.double(), wanted, rtol=1e-6, atol=1e-6)
+        assert split.inputs.dtype == torch.float32
+
+
+@pytest.mark.parametrize("protocol", [2, 5])
+def test_a_batch_may_have_been_pickled_by_any_python(tmp_path: Path, protocol: int) -> None:
+    batch: dict[str, Any] = {
+        "data": np.arange(3072, dtype=np.int64).astype(np.uint8)[None],
+        "labels": [7],
+    }
+    path = tmp_path / "batch"
+    content = pickle.dumps(batch, protocol=protocol)
+    path.write_bytes(content)
+    images, targets = formats._cifar_batch(path)
+    assert images.flatten().tolist() == batch["data"].flatten().tolist()
+    assert targets.tolist() == [7]
+    # The published files name NumPy's modules as they were called before NumPy 2.
+    path.write_bytes(content.replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    if protocol == 2:
+        assert torch.equal(formats._cifar_batch(path)[0], images)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return exec, ("import sys; sys.l0fast_was_here = True",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps({"data": Evil(), "labels": [1]}),
+        b"",
+        b"<html>",
+        pickle.dumps([1, 2]),
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8)}),
+        pickle.dumps({"data": np.zeros((2, 3072), np.uint8), "labels": [1]}),
+        pickle.dumps({"data": np.zeros((2, 100), np.uint8), "labels": [1, 2]}),
+    ],
+    ids=["code", "empty", "html", "list", "no targets", "lengths", "pixels"],
+)
+def test_a_damaged_batch_is_named(tmp_path: Path, content: bytes) -> None:
+    tiny_cifar(tmp_path, "cifar10")
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"^data_root: .* a whole batch of CIFAR") as caught:
+        sets.load("cifar10", str(tmp_path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not hasattr(sys, "l0fast_was_here")
+
+
+@pytest.mark.parametrize("held", ["val", "test"])
+def test_imagefolder(tmp_path: Path, held: str) -> None:
+    tiny_imagefolder(tmp_path, held)
+    loaded = sets.load("imagefolder", str(tmp_path))
+    assert loaded.num_classes == 2
+    assert loaded.train.targets.tolist() == loaded.test.targets.tolist() == [0, 0, 1, 1]
+    assert loaded.train.inputs.shape == loaded.test.inputs.shape == (4, 3, 6, 8)
+    for split, first in ((loaded.train, 0), (loaded.test, 4)):
+        pixels = torch.tensor([[30 * (first + i), 255, i % 2] for i in range(4)])
+        wanted = normalised(pixels[:, :, None, None], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+        torch.testing.assert_close(
+            split.inputs.double(), wanted.expand(-1, -1, 6, 8), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_images_of_several_sizes_need_one(tmp_path: Path) -> None:
+    tiny_imagefolder(tmp_path, sizes=((8, 6), (5, 9)))
+    with pytest.raises(ValueError, match=r"^image_size: got None; expected a number: .*1\.png is"):
+        sets.load("imagefolder", str(tmp_path))
+    assert sets.load("imagefolder", str(tmp_path), image_size=4).train.inputs.shape == (4, 3, 4, 4)
+
+
+def add_a_class(root: Path) -> None:
+    (root / "val" / "cow").mkdir()
+    Image.new("RGB", (8, 6)).save(root / "val" / "cow" / "0.png")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda r: (r / "val").rename(r / "validation"), "expected a folder with train/ and val/"),
+        (lambda r: (r / "train").rename(r / "training"), "expected a folder with train/ and val/"),
+        (lambda r: (r / "val" / "dog").rename(r / "dog"), "('dog' is in one only)"),
+        (add_a_class, "('cow' is in one only)"),
+        (lambda r: (r / "train" / "cat" / "1.png").write_bytes(b"\x89PNG"), "expected an image"),
+        (lambda r: [p.unlink() for p in (r / "val" / "dog").iterdir()], "expected a folder with"),
+    ],
+    ids=["val", "train", "class", "surplus", "image", "empty"],
+)
+def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
+    tiny_imagefolder(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(ValueError, match=r"^data_root: got .*; expected") as caught:
+        sets.load("imagefolder", str(tmp_path))
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("no_network")
+@pytest.mark.parametrize("dataset", ["fashionmnist", "cifar10", "cifar100"])
+def test_an_empty_root_without_a_network(tmp_path: Path, dataset: str) -> None:
+    with pytest.raises(ValueError, match=r"^data_root: .*could not be downloaded: ") as caught:
+        sets.load(dataset, str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dataset", sets.DATASETS[1:])
+def test_no_root(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(formats.DATA_ROOT_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match=r"^data_root: got None; expected a .*--data-root or L0F"):
+        sets.load(dataset)
+    with pytest.raises(ValueError, match=r"^data_root: got 'no'; expected .*no such folder$"):
+        sets.load(dataset, "no")
+
+
+def test_only_an_imagefolder_has_an_image_size() -> None:
+    with pytest.raises(ValueError, match=r"^image_size: got 16; expected none: digits has a size"):
+        sets.load("digits", image_size=16)
+    with pytest.raises(ValueError, match=r"^image_size: got 0; expected a whole number >= 1"):
+        sets.load("imagefolder", image_size=0)
+
+
+def test_in_colour() -> None:
+    grey: Any = sets.load("digits", validation_fraction=0.1)
+    colour: Any = sets.in_colour(grey)
+    for one, three in zip(grey[:3], colour[:3], strict=True):
+        assert three.inputs.shape == (len(one.inputs), 3, 8, 8)
+        for channel in range(3):
+            assert torch.equal(three.inputs[:, channel], one.inputs[:, 0])
+        assert torch.equal(three.targets, one.targets)
+    assert sets.in_colour(sets.load("digits")).validation is None

@@ -1,0 +1,105 @@
+"""Where a kernel's tests run: on the GPU if there is one, else in Triton's interpreter.
+
+Triton decides at its import whether kernels are compiled or interpreted, so the interpreter needs
+a process of its own. Without a GPU the ``kernel_test``s of a file therefore run together in a child
+with TRITON_INTERPRET=1, and each reports here how it fared there.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import inspect
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from tests import ROOT
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+RUNS_HERE = INTERPRETED or DEVICE == "cuda"
+
+if INTERPRETED:
+    # Triton 3.6's interpreter takes a bound that a kernel has loaded for a number by a conversion
+    # that numpy has since given up; later ones do as here.
+    from triton.runtime import interpreter as _triton
+
+    _patch_tensor = _triton._patch_lang_tensor
+
+    def _patched(tensor: Any, scope: Any) -> None:
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    _triton._patch_lang_tensor = _patched
+
+TestFunction = Callable[..., None]
+
+_kernel_tests: dict[Path, list[str]] = {}
+
+
+def kernel_test(test: TestFunction) -> TestFunction:
+    """Marks a test that launches kernels: runs it here if they run here, else in the child."""
+    file = Path(inspect.getfile(test))
+    _kernel_tests.setdefault(file, []).append(test.__name__)
+
+    @functools.wraps(test)
+    def run(request: pytest.FixtureRequest, **arguments: object) -> None:
+        if RUNS_HERE:
+            test(**arguments)
+            return
+        try:
+            kind, text = outcomes(file)[request.node.name]
+        except KeyError:
+            pytest.fail(f"{file.name} in the interpreter: {request.node.name} was not run")
+        if kind == "skipped":
+            pytest.skip(text)
+        if kind != "passed":
+            pytest.fail(f"in the interpreter:\n{text}", pytrace=False)
+
+    signature = inspect.signature(test)
+    request = inspect.Parameter("request", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [request, *signature.parameters.values()]
+    run.__dict__["__signature__"] = signature.replace(parameters=parameters)
+    return run
+
+
+@functools.cache
+def outcomes(file: Path) -> dict[str, tuple[str, str]]:
+    """What each kernel test of a file did in the interpreter: (kind, text), by the test's name."""
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        try:
+            done = subprocess.run(
+                [*command, f"--junitxml={report}", "-k", " or ".join(_kernel_tests[file]), file],
+                cwd=ROOT,
+                env={**os.environ, "TRITON_INTERPRET": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=600,
+            )
+        except subprocess.TimeoutExpired:
+            return collections.defaultdict(lambda: ("failed", "it did not return"))
+        if not report.is_file():
+            # A kernel that writes out of bounds may take its process along.
+            text = f"exit code {done.returncode} and no report:\n{done.stdout}{done.stderr}"
+            return collections.defaultdict(lambda: ("failed", text))
+        root = ElementTree.parse(report).getroot()
+    found: dict[str, tuple[str, str]] = {}
+    for case in root.iter("testcase"):
+        kind, text = "passed", ""
+        for child in case:
+            if child.tag in ("failure", "error", "skipped"):
+                kind, text = child.tag, child.text or child.get("message", "")
+        found[case.get("name", "")] = (kind, text)
+    return found

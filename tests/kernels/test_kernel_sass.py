@@ -1,0 +1,84 @@
+"""The instruction budget: what makes the kernels memory-bound, held without a GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests import ROOT
+from tests.kernels.sass import ARCHITECTURES, BUDGETS, FLOOR, NAIVE, VARIANTS, Count
+
+GATED = [name for name in BUDGETS if name.startswith("gated_weight")]
+EVERYWHERE = [(name, arch) for name in GATED for arch in ARCHITECTURES]
+CASES = EVERYWHERE + [(name, 90) for name in BUDGETS if name not in GATED]
+
+
+def counted(program: str) -> list[dict[str, Any]]:
+    """What a program of this folder counts, in a child whose Triton compiles even if this
+    process's interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.kernels.{program}", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
+
+
+@functools.cache
+def counts() -> dict[tuple[str, int], Count]:
+    """By kernel and architecture."""
+    found = (Count(**record) for record in counted("sass"))
+    return {(count.kernel, count.architecture): count for count in found}
+
+
+@pytest.mark.parametrize(("kernel", "architecture"), CASES)
+def test_kernel_is_within_its_budget(kernel: str, architecture: int) -> None:
+    budget, count = BUDGETS[kernel], counts()[kernel, architecture]
+    assert budget.over(count) == []
+
+
+@pytest.mark.parametrize("kernel", list(VARIANTS))
+def test_variant_compiles_and_does_not_spill(kernel: str) -> None:
+    count = counts()[kernel, 90]
+    assert (count.stack, count.local) == (0, 0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_naive_kernel_is_over_every_budget(architecture: int) -> None:
+    naive = counts()[NAIVE, architecture]
+    assert naive.instructions > FLOOR
+    # A fault of each kind is found: it converts integers, multiplies in halves, loads word by word.
+    over = BUDGETS["gated_weight fp32"].over(naive)
+    kinds = {line.split(":")[0] for line in over}
+    assert kinds >= {"instructions", "int_to_float", "high_products", "wide loads", "wide stores"}
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        ("mufu", 7.0, "mufu"),
+        ("registers", 65, "registers"),
+        ("stack", 8, "stack"),
+        ("local", 2, "local"),
+        ("narrow_loads", 9, "narrow loads"),
+        ("narrow_stores", 9, "narrow stores"),
+    ],
+)
+def test_each_limit_can_fail(field: str, value: float, kind: str) -> None:
+    good = counts()["gated_weight fp32", 90]
+    worse = dataclasses.replace(good, **{field: value})
+    assert [line.split(":")[0] for line in BUDGETS["gated_weight fp32"].over(worse)] == [kind]

@@ -1,0 +1,279 @@
+"""What breaks other pruners, one test each: still the same function, and really smaller."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import tests.helpers.plain_models as plain
+from l0fast import DensityConstraint, param_groups, prune, prune_optimizer, sparsify_
+from l0fast.layers.handle import gated_layers
+from tests.helpers.zoo import GPT2, FusedAttention, Llama, SplitAttention, tokens
+
+
+def image(channels: int = 3, size: int = 8) -> Tensor:
+    return torch.randn(2, channels, size, size, dtype=torch.float64)
+
+
+def live(model: nn.Module) -> nn.Module:
+    """Batch norms with statistics and an affine part as after training."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2.0)  # type: ignore[union-attr]
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+    return model
+
+
+def half_closed(model: nn.Module, x: Any, **options: Any) -> Any:
+    """With gates, half of each layer's closed, the others partly open."""
+    args = x if isinstance(x, tuple) else (x,)
+    model = sparsify_(model.double().eval(), example_inputs=args, **options)
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.uniform_(-1.2, 1.4)
+            layer.log_alpha.view(-1)[: layer.log_alpha.numel() // 2] = -4.0
+    return model
+
+
+def assert_same(small: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
+    with torch.no_grad():
+        got, expected = small(*inputs), model(*inputs)
+    assert expected.abs().max() > 0
+    assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def assert_merged(small: Any) -> None:
+    """Without a gather or scatter, and without anything undone."""
+    report = small.report
+    assert report.tier == "merged"
+    assert report.notes == []
+    assert {site["status"] for site in report.sites} == {"removed"}
+
+
+class Shuffled(nn.Module):
+    """Convolutions in two groups, with a channel shuffle in between, as in ShuffleNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 12, 1)
+        self.first = nn.Conv2d(12, 12, 1, groups=2)
+        self.second = nn.Conv2d(12, 12, 3, padding=1)
+        self.head = nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(torch.relu(self.stem(x))))
+        batch, channels, height, width = x.shape
+        x = x.view(batch, 2, channels // 2, height, width).transpose(1, 2).reshape(x.shape)
+        return self.head(torch.relu(self.second(x)))
+
+
+def test_channel_shuffle() -> None:
+    """A unit is followed to its new place: `second` reads channel 0, 6, 1, 7, ... of `first`."""
+    model = half_closed(Shuffled(), image(), gates="output", include=["stem", "second"])
+    with torch.no_grad():
+        model.stem.log_alpha.copy_(torch.tensor([4.0] * 6 + [-4.0] * 6))
+    small: Any = prune(model, image())
+    assert_same(small, model, image())
+    assert small.head.in_channels == 6
+
+    model = half_closed(Shuffled(), image(), gates="input", include="second")
+    with torch.no_grad():  # both channels of a pair, so that the view by two halves still fits
+        model.second.log_alpha.copy_(torch.tensor([4.0, 4.0, -4.0, -4.0] * 3))
+    small = prune(model, image())
+    assert_same(small, model, image())
+    second: Any = small.second
+    layer = second.get_submodule("layer") if isinstance(second, nn.Sequential) else second
+    assert layer.in_channels == 6
+
+
+NOT_ZERO_AT_ZERO: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "cos": torch.cos,
+    "hardsigmoid": F.hardsigmoid,
+    "exp": torch.exp,
+    "x + 1": lambda x: x + 1.0,
+}
+
+
+class Through(nn.Module):
+    def __init__(self, between: Callable[[Tensor], Tensor], norm: bool = False) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3)
+        self.norm = nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.last = nn.Conv2d(8, 4, 3, padding=1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.between(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("name", NOT_ZERO_AT_ZERO)
+@pytest.mark.parametrize("gates", ["auto", "output"])
+def test_activations_that_are_not_zero_at_zero(name: str, gates: str) -> None:
+    """A closed channel is f(0) where it is read, and zero where the next layer pads."""
+    model = half_closed(Through(NOT_ZERO_AT_ZERO[name]), image(), gates=gates, include=["*st"])
+    small: Any = prune(model, image())
+    for _ in range(3):
+        assert_same(small, model, image())
+    if gates == "auto":  # the gates are where the channels are read
+        assert_merged(small)
+        assert small.first.out_channels == small.last.in_channels == 4
+
+
+@pytest.mark.parametrize("gates", ["auto", "output"])
+def test_a_live_batch_norm(gates: str) -> None:
+    """A closed channel leaves the norm as a constant, which padding turns into an edge."""
+    options = {} if gates == "auto" else {"include": "first"}
+    model = half_closed(live(Through(torch.relu, norm=True)), image(), gates=gates, **options)
+    small: Any = prune(model, image())
+    for _ in range(3):
+        assert_same(small, model, image())
+    if gates == "auto":
+        assert_merged(small)
+        assert small.first.out_channels == small.norm.num_features == small.last.in_channels == 4
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("attention", [FusedAttention, SplitAttention])
+def test_fused_queries_keys_and_values(attention: Any, seed: int) -> None:
+    """Whole heads go, from the three thirds of one Linear."""
+    torch.manual_seed(seed)
+    model = half_closed(GPT2(attention), tokens())
+    small: Any = prune(model, tokens())
+    assert_same(small, model, tokens())
+    for block in small.h:
+        if attention is SplitAttention:
+            assert block.attn.num_heads == 2
+            assert block.attn.qkv.out_features == 3 * block.attn.proj.in_features == 24
+        else:  # its sizes come from the input's, so that zeros stand for the heads
+            assert block.attn.c_attn.layer.out_features == 24
+
+
+def test_tied_embeddings() -> None:
+    """The head stays the embedding, the file has it once, and the model does not grow."""
+    model = half_closed(GPT2(SplitAttention), tokens())
+    small: Any = prune(model, tokens())
+    assert_same(small, model, tokens())
+    assert small.lm_head.weight is small.wte.weight
+    assert torch.equal(small.wte.weight, model.wte.weight)
+    untied = sum(parameter.numel() for parameter in small.parameters())
+    assert untied == small.report.params[0] < small.report.params[1]
+
+
+def test_grouped_query_attention() -> None:
+    """A key head goes with all the query heads that read it, and with no others."""
+    model = half_closed(Llama(), tokens())
+    small: Any = prune(model, tokens())
+    assert_same(small, model, tokens())
+    assert_merged(small)
+    assert (small.q_proj.out_features, small.o_proj.in_features) == (8, 8)
+    assert (small.k_proj.out_features, small.v_proj.out_features) == (4, 4)
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    """What the user does not train is not trained by gates, pruning or what comes after."""
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 4, 1),
+    )  # fmt: skip
+    live(model)
+    frozen = ["0.weight", "0.bias", "1.weight", "3.weight"]
+    for name in frozen:
+        model.get_parameter(name).requires_grad = False
+    x = image()
+    model = half_closed(model, x)
+    before = {name: model.get_parameter(name).detach().clone() for name in frozen}
+    constraint = DensityConstraint(model, 0.5)
+    optimizer = torch.optim.Adam(param_groups(model, lr=0.1, gate_lr=0.01))
+    model.train()
+    gates = [layer.log_alpha.detach().clone() for layer in gated_layers(model).values()]
+    for _ in range(3):
+        (model(x).square().mean() + constraint()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        constraint.step()
+    for name, value in before.items():
+        assert torch.equal(model.get_parameter(name), value), name
+    moved = zip(gates, gated_layers(model).values(), strict=True)
+    assert all(not torch.equal(gate, layer.log_alpha) for gate, layer in moved)
+    model.eval()
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.report.params[0] < small.report.params[1]
+    left = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
+    assert left == set(frozen)
+    after = {name: parameter.detach().clone() for name, parameter in small.named_parameters()}
+    carried = prune_optimizer(optimizer, model, small)
+    small.train()(x).square().mean().backward()
+    carried.step()
+    changed = {n for n, p in small.named_parameters() if not torch.equal(p, after[n])}
+    assert changed == set(after) - set(frozen)
+
+
+def test_a_fully_closed_layer() -> None:
+    """One unit of zeros stands for it, the rest of the model goes on, and the report says so."""
+    model: Any = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 1),
+    )  # fmt: skip
+    model = half_closed(live(model), image())
+    with torch.no_grad():
+        model[3].log_alpha.fill_(-9.0)
+    small: Any = prune(model, image())
+    assert_same(small, model, image())
+    assert small.report.collapsed == ["3"]
+    assert small[0].out_channels == small[1].num_features == small[3].in_channels == 1
+    assert not bool(small[3].weight.any())
+    assert small[6].in_channels == 3  # what comes behind it, from its bias, is as before
+
+
+@pytest.mark.parametrize("gates", ["input", "output"])
+def test_a_module_called_twice(gates: str) -> None:
+    """It gets smaller inside, and its weight stays one."""
+
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 6, 1)
+            self.block = nn.Sequential(
+                nn.Conv2d(6, 10, 3, padding=1), nn.BatchNorm2d(10), nn.ReLU(), nn.Conv2d(10, 6, 1)
+            )
+            self.head = nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.stem(x))
+            return self.head(x + self.block(x + self.block(x)))
+
+    model = half_closed(live(Twice()), image(), gates=gates)
+    small: Any = prune(model, image())
+    assert_same(small, model, image())
+    assert "called 2 times" in next(
+        row["reason"] for row in small.report.sites if row["name"] == "block.0"
+    )
+    kept, dense = small.report.params
+    assert kept < 0.75 * dense
+
+
+@pytest.mark.parametrize("gates", ["auto", "input", "output", "weight"])
+def test_a_model_that_export_refuses(gates: str) -> None:
+    """Each layer by itself, on either path; and the table says why beforehand."""
+    x = torch.rand(4, 6, dtype=torch.float64)
+    if gates == "auto":
+        table = sparsify_(plain.DataDependent().double(), example_inputs=x, dry_run=True)
+        assert "torch.export refuses the model" in table.note
+    model = half_closed(plain.DataDependent(), x, gates=gates)
+    small: Any = prune(model, x)
+    for example in (x, -x):
+        assert_same(small, model, example)
+    assert small.report.tier == "each layer by itself"
+    assert "torch.export refuses" in small.report.notes[0]
+    if gates != "weight":
+        assert small.report.params[0] < small.report.params[1]
