@@ -20,7 +20,7 @@ from l0fast.measures.groups import Group, measure_name
 from l0fast.measures.latency import Grids, LatencyTable
 from l0fast.measures.measure import GateMeasure, Measure, OwnMeasure
 from l0fast.measures.products import products, unreckoned
-from l0fast.pruning.trial import Trial
+from l0fast.measures.trial import Trial
 
 
 class Footprint(Measure):

@@ -18,7 +18,7 @@ from l0fast.layers.handle import gates
 from l0fast.measures.groups import AnyMeasure
 from l0fast.measures.latency import Grids, LatencyTable, LayerLatency
 from l0fast.measures.measure import check_measure
-from l0fast.pruning.trial import Trial
+from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import opened
 from l0fast.pruning.edits import Edit, apply, channel_dim, edited
 from l0fast.pruning.plan import Plan

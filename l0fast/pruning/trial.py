@@ -19,7 +19,7 @@ from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, gates
 from l0fast.measures.counts import Counts, element_size
-from l0fast.pruning.trial import Trial
+from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.plan import Plan, make_plan, new_draft
 
