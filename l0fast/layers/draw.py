@@ -73,8 +73,12 @@ class Counted(NamedTuple):
     counts: OpenCounts
     index: int
     """Its place in the counts."""
-    version: int
-    """Of log_alpha, when it was counted."""
+    of: tuple[int, int]
+    """Id and version of the log_alpha that was counted."""
+
+    def holds(self, log_alpha: Tensor) -> bool:
+        """Whether a layer still has that log_alpha, unchanged."""
+        return self.of == (id(log_alpha), log_alpha._version)
 
 
 class Draw:
@@ -179,7 +183,8 @@ class Drawn:
     def _count(self, counts: OpenCounts, index: int = 0) -> None:
         """Leaves what a draw counted of this layer for whoever asks `expected_open`."""
         for board, place in self._places:
-            board.counted[place] = Counted(counts, index, self.log_alpha._version)
+            of = id(self.log_alpha), self.log_alpha._version
+            board.counted[place] = Counted(counts, index, of)
 
     def _forget_draws(self) -> None:
         """Nothing that was drawn for this layer holds any more."""
@@ -216,7 +221,7 @@ def expected_open(layers: Sequence[Any]) -> Tensor:
     draws = {counted.counts for counted in found if counted is not None}
     taken = {counts: counts.take() for counts in draws}
     usable = [
-        None if c is None or c.version != layer.log_alpha._version else c
+        None if c is None or not c.holds(layer.log_alpha) else c
         for c, layer in zip(found, layers, strict=True)
     ]
     places = [None if c is None else c.index for c in usable]

@@ -36,7 +36,7 @@ def skip_closed(model: nn.Module, inputs: Any, options: Any) -> None:
     Raises:
         RuntimeError: `model` is a replica of the one whose layers these are.
     """
-    handle: ModelGates = gates_of(model)
+    handle: ModelGates = _gates_of(model)
     if handle.skipping is None or torch.compiler.is_compiling():
         return
     if getattr(model, "_is_replica", False):
@@ -52,7 +52,7 @@ def skip_closed(model: nn.Module, inputs: Any, options: Any) -> None:
         draw.parts = []
 
 
-def gates_of(model: nn.Module) -> ModelGates:
+def _gates_of(model: nn.Module) -> ModelGates:
     """The handle of a model that has one."""
     handle = handle_of(model)
     assert handle is not None
@@ -71,7 +71,7 @@ def stop_skipping(model: nn.Module) -> None:
 
 def _start(model: nn.Module, skipping: Skipping) -> None:
     """Lets a model skip; undone by `stop_skipping`."""
-    gates_of(model).skipping = skipping
+    _gates_of(model).skipping = skipping
     model.register_forward_pre_hook(skip_closed, with_kwargs=True)
 
 
@@ -112,7 +112,7 @@ def _in_training(plain: nn.Module) -> None:
             module.eval()
 
 
-def _training_trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
+def training_trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
     """The graph of a forward in training: that of the model's structure, where training computes
     the same, or else one of its own.
 
@@ -154,7 +154,7 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
 
     It is the model itself that runs, with other gates; afterwards all is as it was.
     """
-    layers, worst = gates_of(model).layers, 0.0
+    layers, worst = _gates_of(model).layers, 0.0
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=list(devices)), evaluating(model):
@@ -170,9 +170,9 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
                     for name in own_gates(layers)
                 }
                 with with_log_alpha(layers, values):
-                    gates_of(model).skipping = None
+                    _gates_of(model).skipping = None
                     expected = _outputs(model, args, draw)
-                    gates_of(model).skipping = skipping
+                    _gates_of(model).skipping = skipping
                     worst = max(worst, relative_error(_outputs(model, args, draw), expected))
         finally:
             stop_skipping(model)
@@ -182,6 +182,11 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
                 if not torch.equal(buffer, before):
                     buffer.copy_(before)
     return worst
+
+
+def _in_words(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0][:200]}"
 
 
 def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -> None:
@@ -200,13 +205,17 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
     dtypes = {parameter.dtype for parameter in model.parameters()}
     allowed = SLACK * max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
     failure = ""
-    for views in (True, False):  # a model may reshape to sizes that it has written out
+    try:
+        trace = training_trace(model, args)
+    except Exception as problem:
+        trace, failure = None, _in_words(problem)
+    # A model may reshape to sizes that it has written out: the second time units stop there.
+    for views in (True, False) if trace is not None else ():
         try:
-            links = find_links(model, _training_trace(model, args), views)
+            links = find_links(model, trace, views)
             error = _error(model, args, links) if links else 0.0
         except Exception as problem:
-            reason = str(problem).strip().splitlines() or [""]
-            failure = f"{type(problem).__name__}: {reason[0][:200]}"
+            failure = _in_words(problem)
             continue
         if links and error <= allowed:
             multiple = skip_on_device.MULTIPLE if on_gpu else MULTIPLE

@@ -23,8 +23,8 @@ from l0fast import (
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.data.sets import Data
 from l0fast.layers.handle import gated_layers
-from l0fast.measures import timing
 from l0fast.measures.latency import Grids, LayerLatency
+from l0fast.pruning import timing
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.folder import LATENCY
 from tests.helpers.counting import Counting

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, measure_latency, prune, sparsify_
 from l0fast.layers.handle import gated_layers
-from l0fast.measures import stopwatch
+from l0fast.pruning import stopwatch
 from l0fast.pruning.stopwatch import quartiles, whole_seconds
 from tests.helpers.zoo import ZOO
 

@@ -17,10 +17,11 @@ from torch.utils.checkpoint import checkpoint
 
 from l0fast import sparsify_
 from l0fast.graph.sites import find_sites
-from l0fast.layers.draw import DRAWN
-from l0fast.layers.handle import SKIPPING, gated_layers
-from l0fast.skipping import links
+from l0fast.layers.handle import gates
+from l0fast.skipping import attach
+from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.following import Following, follow, stop_following
+from l0fast.skipping.links import find_links
 from tests.skipping.test_skip import (
     EXACT,
     assert_same_step,
@@ -293,21 +294,21 @@ def test_the_trial_leaves_the_model_as_it_was(
     torch.manual_seed(0)
     x = torch.randn(8, 6).double()
     model: Any = sparsify_(Counted().double(), include="b", gates="input", example_inputs=x)
-    stop_following(model)
+    stop_skipping(model)
     model(x)
     model.norm.eval()
-    found = links.find_links(model, (x,))
+    found = find_links(model, attach.training_trace(model, (x,)))
     called: list[bool] = []
 
     def outputs(*args: Any) -> list[Tensor]:
         given = _outputs(*args)
-        called.append(SKIPPING in vars(model))
+        called.append(gates(model).skipping is not None)
         if len(called) == failing:
             raise ValueError("failing")
         return given
 
-    _outputs = links._outputs
-    monkeypatch.setattr(links, "_outputs", outputs)
+    _outputs = attach._outputs
+    monkeypatch.setattr(attach, "_outputs", outputs)
 
     def state() -> list[Any]:
         modules = [
@@ -317,19 +318,18 @@ def test_the_trial_leaves_the_model_as_it_was(
             (list(module._forward_pre_hooks.items()), list(module._forward_hooks.items()))
             for module in model.modules()
         ]
-        drawn = [id(vars(layer)[key]) for layer in gated_layers(model).values() for key in DRAWN]
         tensors = [(name, id(one)) for name, one in model.named_parameters()]
-        return [modules, hooks, drawn, tensors, x.tolist(), torch.get_rng_state().tolist()]
+        return [modules, hooks, tensors, x.tolist(), torch.get_rng_state().tolist()]
 
     before = state(), {name: value.clone() for name, value in model.state_dict().items()}
     if failing > 0:
         with pytest.raises(ValueError, match="failing"):
-            links._error(model, (x,), found)
+            attach._error(model, (x,), found)
     else:
-        assert links._error(model, (x,), found) <= EXACT
+        assert attach._error(model, (x,), found) <= EXACT
     assert any(called)
     assert state() == before[0]
-    assert SKIPPING not in vars(model)
+    assert gates(model).skipping is None
     after = model.state_dict()
     assert after.keys() == before[1].keys()
     assert all(torch.equal(after[name], value) for name, value in before[1].items())
@@ -339,6 +339,6 @@ def test_the_trial_takes_no_copy_of_the_model(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     x = torch.randn(8, 6).double()
     model: Any = sparsify_(Counted().double(), include="b", gates="input", example_inputs=x)
-    found = links.find_links(model, (x,))
+    found = find_links(model, attach.training_trace(model, (x,)))
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", None)
-    assert links._error(model, (x,), found) <= EXACT
+    assert attach._error(model, (x,), found) <= EXACT
