@@ -41,8 +41,9 @@ from l0fast import functional, prune, sparsify_
 from l0fast.layers.draw import OnDevice
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.maths.hard_concrete import HardConcrete
-from l0fast.skipping import links
+from l0fast.skipping import attach
 from l0fast.training.models import build
+from tests.helpers.draws import compact
 from tests.skipping.test_skip import following
 
 LITTLE = timing.Effort(rounds=3, warmup=1, sample_ms=0.0, quick=True)
@@ -647,16 +648,16 @@ def test_the_skipping_block_is_rehearsed_small(
     density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, by the reference: what it times computes, and skips."""
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     rows = bench_skipping_linear.ffn("x", (16, 96, 8), density, LITTLE, "cpu")
     assert [row.variant for row in rows] == ["dense", "masked", "skipped"]
     assert {row.status for row in rows} == {report.MEASURED}, rows
     block = bench_skipping_linear._block((16, 96, 8), density, True, "cpu")
     block(torch.randn(8, 16, dtype=torch.bfloat16))
     reader: Any = block.get_submodule("2")
-    assert isinstance(reader._compact, OnDevice)
+    assert isinstance(compact(reader), OnDevice)
     maker: Any = following(block.get_submodule("0")).compact
-    assert maker.rows is reader._compact.cols
+    assert maker.rows is compact(reader).cols
 
 
 def tiny_vit() -> nn.Module:

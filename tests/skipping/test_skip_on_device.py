@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from l0fast import sparsify_
 from l0fast.layers.draw import Compact, OnDevice
 from l0fast.layers.handle import gated_layers, gates
-from l0fast.skipping import links, skip_on_device
+from l0fast.skipping import attach, skip_on_device
 from l0fast.skipping.following import Following
 from tests.helpers.counting import CaptureSafe
+from tests.helpers.draws import compact
 from tests.skipping.test_skip import (
     DENSITIES,
     EXACT,
@@ -38,7 +39,7 @@ READ = ("lenet", "batch norms", "mlp, output gates", "conv2d, strides")
 def prepared(
     name: str, monkeypatch: pytest.MonkeyPatch, skip: bool, dtype: torch.dtype = torch.float64
 ) -> tuple[nn.Module, Tensor]:
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     torch.manual_seed(0)
     make, shape, options, _ = MODELS[name]
     x = torch.randn(shape, dtype=dtype)
@@ -47,7 +48,7 @@ def prepared(
 
 def found(model: nn.Module) -> list[Any]:
     """What the model's layers left out in the last step, where they did."""
-    own = [layer._compact for layer in gated_layers(model).values()]
+    own = [compact(layer) for layer in gated_layers(model).values()]
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     own += [hook.compact for hook in hooks if isinstance(hook, Following)]
     return [one for one in own if one is not None]
@@ -71,7 +72,7 @@ def test_loss_and_gradients_are_those_of_the_masked_step(
 def test_nothing_that_is_closed_enters_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units beyond the rounded counts are left out, not multiplied by zero."""
     torch.manual_seed(0)
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     x = torch.randn(4, 8).double()
     model: Any = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 3)).double()
     sparsify_(model, example_inputs=x, skip=True)

@@ -17,6 +17,7 @@ from l0fast import sparsify_
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.skipping.following import stop_following
 from l0fast.skipping.skip import MULTIPLE
+from tests.helpers.draws import compact
 from tests.skipping.test_skip import EXACT, assert_same_step, following, set_density, step
 
 
@@ -264,9 +265,9 @@ def test_each_maker_of_a_concatenation_rounds_up() -> None:
     step(model, x)
     rows: list[int] = []
     for name in ("a.0", "b.0"):
-        rows.append(len(model.get_submodule(name).__dict__["_compact"].rows))
+        rows.append(len(compact(model.get_submodule(name)).rows))
     assert rows == [7, 4]
-    assert len(by_reader._compact.cols) == 11
+    assert len(compact(by_reader).cols) == 11
 
 
 def test_statistics_of_absent_channels_stay_as_they_are() -> None:
