@@ -10,10 +10,10 @@ from typing import Any
 
 from l0fast import _checks
 from l0fast._files import write_atomically, write_text
-from l0fast.commands import options, runs
-from l0fast.commands.options import number
+from l0fast.commands import runs, values
 from l0fast.commands.poster import CASES, RECIPES, SIZES, Case, plan, row_name
 from l0fast.commands.runs import Run
+from l0fast.commands.values import number
 from l0fast.training.folder import METRICS
 from l0fast.training.results import aggregate, markdown_table, text_table
 
@@ -57,7 +57,7 @@ def reproduce(args: argparse.Namespace) -> int:
     }
     epochs = _checks.whole("epochs", number("epochs", args.epochs, int))
     every = plan(runs.seeds(args.seeds), shared | {"epochs": epochs})
-    options.check(every[0].args)
+    values.check(every[0].args)
     chosen = runs.select(every, args.only)
     done = runs.finished(every, Path(args.out), runs.found_in(args.have))
     out = Path(args.out)

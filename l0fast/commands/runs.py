@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
-from l0fast.commands import options
+from l0fast.commands import options, values
 from l0fast.commands.progress import run as run_trainer
 from l0fast.commands.setup import set_up
 from l0fast.training.folder import SUMMARY
@@ -49,9 +49,9 @@ class Run:
         """
         args = self.args
         facts = {name: getattr(args, name) for name in ("dataset", "model", "recipe", "pretrained")}
-        facts["widths"] = options.widths(args.widths) or options.default_widths(args.model)
-        facts["validation_fraction"] = options.validation_fraction(args)
-        settings = asdict(options.settings(args, []))
+        facts["widths"] = values.widths(args.widths) or values.default_widths(args.model)
+        facts["validation_fraction"] = values.validation_fraction(args)
+        settings = asdict(values.settings(args, []))
         unused = {"skip"} if settings["penalty"] is None else {"skip", *OF_TARGETS}
         saved = BEFORE | summary.get("settings", {})
         return "settings" in summary and all(
