@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.commands.options import layer_densities
-from l0fast.commands.options import target as one_target
+from l0fast.commands.values import layer_densities
+from l0fast.commands.values import target as one_target
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.settle import mark_
 from l0fast.data import sets

@@ -14,7 +14,6 @@ from PIL import Image
 
 from l0fast._files import write_atomically
 from l0fast.plots import dynamics
-from l0fast.plots.poster import plot_poster
 
 LAYERS = {"conv1": 20, "conv2": 50, "fc1": 800, "fc2": 500}
 
@@ -201,40 +200,3 @@ def test_colours_and_line_styles_tell_curves_apart(figures: list[Figure]) -> Non
         curves = [line for line in axis.lines if np.size(line.get_xdata()) == 30]
         styles = [(line.get_color(), line.get_linestyle()) for line in curves]
         assert len(set(styles)) == len(styles), axis.get_title()
-
-
-def test_the_poster_has_a_colour_for_each_settings_and_counts_their_seeds(
-    figures: list[Figure],
-) -> None:
-    runs = [history(epochs, "model") for epochs in (5, 4, 6)]
-    by_settings: list[dict[str, Any]] = [
-        {"published": [], "ours": runs, "shifted": runs[:1]},
-        {"published": runs[:1], "ours": runs[:2], "shifted": []},
-    ]
-    histories = {
-        ("MLP", "constrained"): by_settings[0],
-        ("LeNet", "constrained"): by_settings[1],
-        ("LeNet", "penalised"): {"published": [], "ours": [history(4, "penalty")]},
-    }
-    stream: Any = io.BytesIO()
-    plot_poster(histories, dict.fromkeys(histories, 0.3), stream)
-    (figure,) = figures
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [
-        "constrained, ours (3, 2)",
-        "constrained, shifted (1, 0)",
-        "target",
-        "constrained, published (0, 1)",
-        "penalised, ours (0, 1)",
-    ]
-    columns = np.array(figure.axes, dtype=object).reshape(-1, 2)
-    colors = {
-        line.get_label(): line.get_color() for axis in columns.flat for line in axis.get_lines()
-    }
-    assert len(set(colors.values())) == len(colors)
-    # Means over the seeds, as far as all of them are.
-    (line, *_) = columns[0, 0].get_lines()
-    x, y = line.get_data()
-    assert list(x) == [1, 2, 3, 4]
-    wanted = [sum(rows[i]["expected_density"] for rows in runs) / 3 for i in range(4)]
-    assert np.allclose(y, wanted)

@@ -712,7 +712,7 @@ def test_auto_knows_how_much_work_a_layer_does() -> None:
 
 
 def test_what_is_left_out_does_not_depend_on_the_steps_before() -> None:
-    def compact(history: list[int]) -> list[bool]:
+    def compacted(history: list[int]) -> list[bool]:
         model, x = prepared("mlp", "auto")
         set_density(model, 0.3)
         gates(model).skipping.size = 1  # so that it just pays for the whole batch
@@ -723,9 +723,9 @@ def test_what_is_left_out_does_not_depend_on_the_steps_before() -> None:
         step(model, x)
         return [compact(layer) is not None for layer in gated_layers(model).values()]
 
-    fresh = compact([])
+    fresh = compacted([])
     assert any(fresh)
-    assert compact([1, 8, 2]) == fresh
+    assert compacted([1, 8, 2]) == fresh
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet"])
