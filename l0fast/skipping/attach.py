@@ -72,7 +72,8 @@ def stop_skipping(model: nn.Module) -> None:
 def _start(model: nn.Module, skipping: Skipping) -> None:
     """Lets a model skip; undone by `stop_skipping`."""
     _gates_of(model).skipping = skipping
-    model.register_forward_pre_hook(skip_closed, with_kwargs=True)
+    if skip_closed not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(skip_closed, with_kwargs=True)
 
 
 # --- the graph of a training step ---------------------------------------------------------------

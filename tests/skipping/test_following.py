@@ -20,7 +20,7 @@ from l0fast.graph.sites import find_sites
 from l0fast.layers.handle import gates
 from l0fast.skipping import attach
 from l0fast.skipping.attach import stop_skipping
-from l0fast.skipping.following import Following, follow, stop_following
+from l0fast.skipping.following import Following, follow
 from l0fast.skipping.links import find_links
 from tests.skipping.test_skip import (
     EXACT,
@@ -90,7 +90,7 @@ def test_a_hook_is_all_that_is_left_on_a_users_layer() -> None:
     assert left_out(model) == 1
     for name in plain:
         assert set(vars(model.get_submodule(name))) == attributes[name]
-    stop_following(model)
+    stop_skipping(model)
     for name in plain:
         module = model.get_submodule(name)
         assert not module._forward_pre_hooks
@@ -212,7 +212,7 @@ def test_the_hooks_of_a_copy_are_its_own(how: str) -> None:
     with torch.no_grad():
         twin.a.weight.mul_(-2.0)
     masked = copy.deepcopy(twin)
-    stop_following(masked)
+    stop_skipping(masked)
     of_the_first = following(model.a).compact
     assert_same_step(masked, twin, x, EXACT)
     assert following(twin.a).compact is not None
@@ -243,7 +243,7 @@ def test_a_model_is_compiled_whole_with_every_unit() -> None:
     model, x = prepared("batch norms", True, torch.float32)
     set_density(model, 0.3)
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     step(model, x)  # leaves something out, which must not be compiled in
     model.load_state_dict(masked.state_dict())
     graphs: list[Tensor] = []

@@ -22,7 +22,8 @@ from bench.counting import dispatched
 from l0fast import sparsify_
 from l0fast.data.sets import load
 from l0fast.layers.handle import gated_layers, gates
-from l0fast.skipping.following import Following, stop_following
+from l0fast.skipping.attach import stop_skipping
+from l0fast.skipping.following import Following
 from l0fast.skipping.link import End, Link
 from l0fast.skipping.skip import MULTIPLE, OVERHEAD, PER_WEIGHT, Skipping
 from l0fast.training.models import build
@@ -324,7 +325,7 @@ def test_evaluation_and_a_layer_by_itself_are_whole() -> None:
     assert layer(torch.randn(2, 12).double()).shape == (2, 7)
     model.eval()
     whole = copy.deepcopy(model)
-    stop_following(whole)
+    stop_skipping(whole)
     assert torch.equal(model(x), whole(x))
 
 
@@ -333,7 +334,7 @@ def test_a_part_in_evaluation_is_whole() -> None:
     set_density(model, 0.3)
     model.get_submodule("fc2").eval()
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     assert_same_step(masked, model, x, EXACT)
 
 
@@ -406,7 +407,7 @@ def test_a_norm_leaves_the_statistics_of_absent_channels_alone() -> None:
         reader.log_alpha.fill_(40.0)
         reader.log_alpha[2:4] = -40.0
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     norm: Any = model.get_submodule("1")
     for one in (masked, model):
         step(one, x)
@@ -457,7 +458,7 @@ def pair() -> tuple[Any, nn.Module, Tensor]:
     sparsify_(skipped, include="b", gates="input", example_inputs=x, skip=True)
     set_density(skipped, 0.3)
     masked = copy.deepcopy(skipped)
-    stop_following(masked)
+    stop_skipping(masked)
     return skipped, masked, x
 
 
@@ -471,7 +472,7 @@ def test_norms_that_learn_make_no_zeros() -> None:
     set_density(model, 0.3)
     nn.init.normal_(model.get_submodule("1").bias)  # type: ignore[arg-type]
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     assert_same_step(masked, model, x, EXACT)
 
 

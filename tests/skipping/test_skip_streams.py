@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import l0fast
 from l0fast import sparsify_
 from l0fast.layers.handle import gated_layers, gates
-from l0fast.skipping.following import stop_following
+from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.skip import MULTIPLE
 from tests.helpers.draws import compact
 from tests.skipping.test_skip import EXACT, assert_same_step, following, set_density, step
@@ -280,7 +280,7 @@ def test_statistics_of_absent_channels_stay_as_they_are() -> None:
         stream.log_alpha[1:5] = -40.0
     gates(model).skipping.multiple = 1
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     for one in (masked, model):
         step(one, x)
     there = torch.tensor([0, 5, 6, 7, 8])
@@ -300,7 +300,7 @@ def test_a_single_example_with_one_pixel_left_can_be_followed() -> None:
     sparsify_(model, example_inputs=torch.randn(1, 3, 3, 3).double(), skip=True)
     set_density(model, 0.3)
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     x, outputs = torch.randn(6, 3, 3, 3).double(), list[Tensor]()
     for one in (masked, model):
         torch.manual_seed(1)
