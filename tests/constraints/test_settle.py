@@ -672,7 +672,7 @@ def test_a_frontier_goes_on_from_before(digits: Data, tmp_path: Path, shrink: in
         return
     # The second by hand, from there.
     second = Trainer(small_mlp(), digits, quick(epochs=6, settle=0.34, density=0.3), device="cpu")
-    second.open(after=before)
+    second.open(start_from=before)
     second.fit()
     wanted = Checkpoint.read(tmp_path / "f" / "density-0.3" / CHECKPOINT, torch.device("cpu"))
     for name, value in second.model.state_dict().items():

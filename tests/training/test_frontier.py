@@ -85,7 +85,7 @@ def test_each_target_goes_on_from_the_one_before(digits: Data, tmp_path: Path) -
     end = first.checkpoint()
     second = Trainer(small_mlp(), digits, replace(first.settings, density=TARGETS[1]), device="cpu")
     torch.manual_seed(99)
-    second.open(after=end)
+    second.open(start_from=end)
     second.fit()
     for name, value in second.model.state_dict().items():
         assert torch.equal(value, states[1]["model"][name]), name
