@@ -130,6 +130,9 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
         path, _, attribute = name.rpartition(".")
         return modules[path], attribute
 
+    def tensors(module: nn.Module) -> dict[str, Any]:
+        return {**module._parameters, **module._buffers}
+
     calls: dict[Node, str] = {}
     callers: dict[Node, str] = {}
     for node in program.graph.nodes:
@@ -139,9 +142,12 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
         callers[node] = names[id(caller)]
         if op_name(node) not in _CALLS or not is_site(caller):
             continue
-        held = (3, "running_mean") if is_norm(caller) else (1, "weight")
-        if holder(node.args[held[0]]) == (caller, held[1]):
-            calls[node] = names[id(caller)]
+        place, key = (3, "running_mean") if is_norm(caller) else (1, "weight")
+        held = holder(node.args[place])
+        if held is not None and held[1] == key:  # perhaps another layer's, which is the same
+            mine, its = (tensors(one).get(key) for one in (caller, held[0]))
+            if mine is its:
+                calls[node] = names[id(caller)]
     read_outside: set[str] = set()
     for node in program.graph.nodes:
         held_by = holder(node)

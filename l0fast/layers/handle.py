@@ -104,6 +104,10 @@ class ModelGates:
         """Notes a constraint, by a weak reference: one that is deleted is gone."""
         self._constraints.append(weakref.ref(constraint))
 
+    def forget_constraints(self) -> None:
+        """From here on no target of before holds, whether its constraint is alive or not."""
+        self._constraints = []
+
     # --- the gates ----------------------------------------------------------------------------
 
     @property

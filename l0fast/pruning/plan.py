@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from l0fast import _checks
 from l0fast.graph.capture import Trace, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
-from l0fast.graph.sites import Site, find_sites
+from l0fast.graph.sites import Site, find_sites, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.pruning.draft import Draft, GateValues
@@ -124,7 +124,13 @@ def new_draft(
     model: nn.Module, values: GateValues, structure: Structure, fake: FakeTensorMode | None = None
 ) -> Draft:
     """The draft of a model whose structure is known."""
-    raw = structure.raw(values.layers)
+    tied = tied_modules(model)
+    raw = {
+        name
+        for name in structure.raw(values.layers)
+        # Single weights with gates become a copy: who shares them reads on what there was.
+        if not (name in tied and values.layers[name].gates == "weight")
+    }
     draft = Draft(model, values, raw, fake)
     for name in raw:
         if structure.trace is not None and not structure.trace.counts[name]:

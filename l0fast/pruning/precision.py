@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
 Maker = Callable[[torch.dtype | None], nn.Module]
@@ -77,6 +78,10 @@ class _Swap:
         self._depth += 1
         if self._depth > 1:
             return
+        with _disable_current_modes():  # they are to see what the model computes
+            self._widen()
+
+    def _widen(self) -> None:
         for module in self.modules:
             wide = {
                 key: nn.Parameter(value.data.to(self.dtype), requires_grad=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from l0fast.pruning.plan import Plan
 REPORT_FORMAT = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """What `prune` has done; see `prune` for its fields. It holds what JSON knows."""
 
@@ -53,6 +54,19 @@ class Report:
         """A dict that `from_json` takes."""
         return asdict(self)
 
+    def __eq__(self, other: object) -> bool:
+        names = [one.name for one in fields(self)]
+        return all(hasattr(other, n) and getattr(self, n) == getattr(other, n) for n in names)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Report:
+        return self  # frozen
+
+    def __reduce__(self) -> Any:
+        # A pruned model is pickled, and loaded where there is no l0fast.
+        return SimpleNamespace, (), vars(self)
+
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> Report:
         """The report of such a dict.
@@ -75,20 +89,26 @@ class Recipe:
     folded: list[str] = field(default_factory=list)
 
 
+_FIELDS = {one.name for one in fields(Report)}
 _OURS, _BESIDE = "report", "l0fast_report"
 """Attribute of a pruned model that holds its report, and that where it has one of its own."""
 
 
 def report_of(model: nn.Module) -> Report | None:
     """The report that `prune` left on a model, if it did."""
-    found = (vars(model).get(name) for name in (_OURS, _BESIDE))
-    return next((report for report in found if isinstance(report, Report)), None)
+    for name in (_OURS, _BESIDE):
+        found = vars(model).get(name)
+        if isinstance(found, SimpleNamespace) and vars(found).keys() == _FIELDS:  # unpickled
+            return Report(**vars(found))
+        if isinstance(found, Report):
+            return found
+    return None
 
 
 def attach_report(model: nn.Module, report: Report) -> None:
     """Leaves a report on a model, beside an attribute of the user's that has its name."""
-    own = not isinstance(vars(model).get(_OURS), Report) and hasattr(model, _OURS)
-    setattr(model, _BESIDE if own else _OURS, report)
+    earlier = report_of(model) is not None and _BESIDE not in vars(model)
+    setattr(model, _BESIDE if hasattr(model, _OURS) and not earlier else _OURS, report)
 
 
 def recipe_of(model: nn.Module) -> Recipe:
@@ -317,11 +337,11 @@ def format_report(report: Report) -> str:
             if site[side][0] % size and site[side][0] < site[side][1]
         ]
         but = f", but {', '.join(odd)}" if odd else ""
-        lines.append(f"widths in multiples of {size} ({report['filled']} gates filled up){but}")
-    lines.append(f"architecture: {report['architecture']} ({report['tier']})")
+        lines.append(f"widths in multiples of {size} ({report.filled} gates filled up){but}")
+    lines.append(f"architecture: {report.architecture} ({report.tier})")
     for patch in report.attributes:
         name = f"{patch['name']}.{patch['attribute']}".lstrip(".")
         lines.append(f"{name}: {patch['value'][0]} instead of {patch['value'][1]}")
-    lines.append(f"largest error: {report['max_error']:.3g} (allowed {report['tolerance']:g})")
+    lines.append(f"largest error: {report.max_error:.3g} (allowed {report.tolerance:g})")
     lines.extend(report.notes)
     return "\n".join(lines)

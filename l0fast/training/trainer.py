@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from l0fast.data.augment import augmented
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.handle import gated_layers
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.prune import prune
@@ -93,10 +93,12 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * settings.epochs
         place_model_(model, data, self.device)
         if settings.gated and not gated_layers(model):
-            gates, skip = settings.gates, settings.skip
-            sparsify_(model, gates=gates, example_inputs=self.example_inputs, skip=skip)
+            where, skip = settings.gates, settings.skip
+            sparsify_(model, gates=where, example_inputs=self.example_inputs, skip=skip)
         if settings.measure == "latency":
             table = self.folder.latency_table(table, self._run_identity, self.device)
+        if settings.gated:
+            gates(model).forget_constraints()  # only the settings' targets hold
         self.model = model
         self.term = make_term(
             model, settings, self.total_steps, examples, self.example_inputs, table

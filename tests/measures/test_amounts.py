@@ -98,12 +98,12 @@ def test_every_door_takes_them_alike(measure: str) -> None:
     left: Any = prune(gated, X).report
     named: Any = prune(model(), X, text, measure=measure).report
     ratio: Any = prune(model(), X, half / DENSE[measure], measure=measure).report
-    assert left["layers"] == named["layers"] == ratio["layers"] != []
+    assert left.layers == named.layers == ratio.layers != []
     for report in (left, named, ratio):
         (group,) = report.groups.values()
         assert group["total"] == DENSE[measure]
         assert group["kept"] <= half
-        if measure in report:
+        if hasattr(report, measure):
             assert getattr(report, measure) == [group["kept"], group["total"]]
     again = DensityConstraint(model(), 1.0, measure=measure, example_inputs=X)
     again.load_state_dict(constraint.state_dict())
@@ -114,7 +114,7 @@ def test_an_amount_is_met_to_the_unit() -> None:
     """Rounding must not take away what is just allowed."""
     for amount in (150, 187, 201):
         small: Any = prune(model(), X, f"{amount} params", measure="params").report
-        fits = small["params"][0]
+        fits = small.params[0]
         assert fits <= amount
         exact: Any = prune(model(), X, f"{fits} params", measure="params").report
         assert exact.params[0] == fits

@@ -319,7 +319,7 @@ def test_what_no_pruning_can_reach_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^target: got 0.04; expected a density in") as caught:
         constrained(model, "params", FLAT, 0.04)
     assert f"[{least:.6g}, 1]" in str(caught.value)
-    constrained(model, "params", FLAT, least)
+    _held = constrained(model, "params", FLAT, least)
     small: Any = prune(model, FLAT)
     assert small.report.architecture == "1-1-1"
     # Single weights are zeros in a layer of the same shape.

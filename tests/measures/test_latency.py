@@ -164,7 +164,7 @@ def test_prune_holds_the_tables_prediction_and_says_what_it_measured(target: Any
     assert 0 < after < 1
     assert 0 < before < 1
     named: Any = prune(gated, X, target, measure=own).report
-    assert named["layers"] == small.report.layers
+    assert named.layers == small.report.layers
     assert prune(gated, X, 0.9).report.latency is None  # type: ignore[index]
     # As a part of another model, whose names are longer.
     outer: Any = prune(nn.Sequential(nn.Identity(), gated), X).report
@@ -200,7 +200,7 @@ def test_a_state_brings_its_table() -> None:
     one: Any = prune(gated, X).report
     two: Any = prune(again, X).report
     assert one.groups == two.groups
-    assert one["layers"] == two["layers"]
+    assert one.layers == two.layers
 
 
 def test_tables_of_another_model_are_refused() -> None:
