@@ -14,9 +14,10 @@ from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import METRICS, SUMMARY
 from tests import ROOT
-from tests.commands.test_cli import a_folder_of_its_own, refused, run
+from tests.helpers.command import refused, run
 
-__all__ = ["a_folder_of_its_own"]  # a fixture
+pytestmark = pytest.mark.usefixtures("a_folder_of_its_own")
+
 
 RESULTS = ROOT / "bench" / "results" / "mnist"
 SHORT = ["reproduce", "poster", "--dataset", "digits", "--epochs", "1", "--device", "cpu"]

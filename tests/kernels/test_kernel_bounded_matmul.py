@@ -7,9 +7,8 @@ import functools
 
 import pytest
 
-from tests.kernels.sass import ARCHITECTURES
+from tests.kernels.sass import ARCHITECTURES, counted
 from tests.kernels.sass_skipping import GATHERING, UNITS, Work, over
-from tests.kernels.test_kernel_sass import counted
 
 PRODUCTS = [(f"{product} bf16", arch) for product in UNITS for arch in ARCHITECTURES]
 VARIANTS = [

@@ -14,7 +14,7 @@ from l0fast.layers.draw import gated_layers
 from l0fast.measures.density import Group, require_gated
 from l0fast.measures.measure import GateMeasure
 from l0fast.training.models import mlp
-from tests.measures.test_density import gated
+from tests.helpers.gated import gated
 
 EVERYTHING = ("conv", "fc1", "fc2")
 

@@ -14,7 +14,7 @@ from l0fast.layers.drawn import Compact, OnDevice
 from l0fast.skipping import links, skip_on_device
 from l0fast.skipping.following import Following
 from tests.helpers.counting import CaptureSafe
-from tests.skipping.test_skip import (
+from tests.helpers.steps import (
     DENSITIES,
     EXACT,
     MODELS,
