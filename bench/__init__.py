@@ -1,6 +1,7 @@
 """Measurements: `python -m bench` tests, then times, then says what was reached.
 
 One `bench_x` for each op, whole training steps and pruned models; `published` holds the baselines.
+`poster` trains what the paper reports.
 Not part of the installed package: it runs from a checkout, installed or not.
 """
 

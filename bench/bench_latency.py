@@ -15,7 +15,7 @@ import l0fast
 from bench.case import Case, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.training.models import build
 
 DENSITIES = (0.75, 0.5, 0.25)
@@ -84,13 +84,13 @@ def _run(name: str, model: str, effort: Effort) -> list[Row]:
         report: Any = small.report
         title = f"pruned to density {density:g}"
         variants.append(Variant(title, call(small)))
-        (group,) = report["groups"].values()
+        (group,) = report.groups.values()
         foretold[title] = 1e3 * group["kept"]
         foretold[DENSE] = 1e3 * group["total"]
-        memory = report["memory"][0] / report["memory"][1]
+        memory = report.memory[0] / report.memory[1]
         by_autograd = kept_by_autograd(small, x) / before
         notes[title] = (
-            f"; kept {report['architecture']}; activations {memory:.1%} by the measure, "
+            f"; kept {report.architecture}; activations {memory:.1%} by the measure, "
             f"{by_autograd:.1%} by autograd"
         )
     rows = measure(name, "cpu", variants, effort, baseline=DENSE)

@@ -15,7 +15,7 @@ import l0fast
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.training.models import build
 
 SHAPE = (1, 28, 28)
@@ -161,8 +161,8 @@ def _compare(
 
         return lambda: rotating(forward, inputs)
 
-    share = report["params"][0] / report["params"][1]
-    note = f"kept {report['architecture']}, {share:.0%} of the parameters"
+    share = report.params[0] / report.params[1]
+    note = f"kept {report.architecture}, {share:.0%} of the parameters"
     return measure(
         name,
         device,

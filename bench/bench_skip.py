@@ -20,7 +20,7 @@ from bench.bench_step import STILL, dense_step
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.pruning.shrink import plan_removal, remove_
 from l0fast.training.models import build
 

@@ -169,11 +169,11 @@ def finetune(
     outcome.expected_macs = float(constraint.densities().detach())
 
     small: Any = l0fast.prune(model, example)
-    after, dense = small.report["macs"]
+    after, dense = small.report.macs
     outcome.pruned_macs = after / dense
-    outcome.pruned_params = small.report["params"][0] / small.report["params"][1]
-    outcome.forced, outcome.architecture = small.report["forced"], small.report["architecture"]
-    outcome.max_error = small.report["max_error"]
+    outcome.pruned_params = small.report.params[0] / small.report.params[1]
+    outcome.forced, outcome.architecture = small.report.forced, small.report.architecture
+    outcome.max_error = small.report.max_error
     outcome.pruned_error = _error(small, data.test)
     say(
         f"pruned: {outcome.pruned_error:.2f} % error with {outcome.pruned_macs:.2%} of the MACs, "

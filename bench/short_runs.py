@@ -128,7 +128,7 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
     trainer = Trainer(model, dataset, settings, device="cpu", table=table)
     summary = trainer.fit()
     report: Any = trainer.pruned
-    (group,) = report.report["groups"].values()
+    (group,) = report.report.groups.values()
     rows = trainer.history
     drawn = [row for row in rows if not row["settled"]]
     multipliers = [row["lambda"]["model"] for row in drawn]

@@ -9,14 +9,15 @@ from l0fast.constraints.several import Constraints
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
+from l0fast.layers.handle import gates
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.measures.density import density
 from l0fast.measures.latency import LatencyTable
-from l0fast.measures.timing import measure_latency
 from l0fast.pruning.carry import prune_optimizer, prune_state_dict
 from l0fast.pruning.prune import prune
 from l0fast.pruning.saving import load_pruned, save_pruned
+from l0fast.pruning.timing import measure_latency
 from l0fast.training.frontier import frontier
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
@@ -44,6 +45,7 @@ __all__ = [
     "density",
     "frontier",
     "functional",
+    "gates",
     "load_pruned",
     "measure_latency",
     "param_groups",

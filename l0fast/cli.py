@@ -1,25 +1,18 @@
-"""The command's words: `l0fast train`, `l0fast prune`, `l0fast report`."""
+"""The command: `l0fast train`, `l0fast prune`, `l0fast report`, `l0fast compare`."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from typing import NoReturn
 
-from l0fast.commands import compare, pruning, reproduce, training
+from l0fast.commands import compare, pruning, training
 from l0fast.commands.options import add_training
+from l0fast.commands.shell import Parser, answer
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import PRUNED
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, exit code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="l0fast", description="Constrained L0 sparsity for PyTorch.")
+    parser = Parser(prog="l0fast", description="Constrained L0 sparsity for PyTorch.")
     subcommands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     train = subcommands.add_parser(
         "train",
@@ -61,28 +54,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     comparison.set_defaults(run=compare.compare)
     compare.add_options(comparison)
-    reproduction = subcommands.add_parser(
-        "reproduce",
-        help="train what a published table reports, and write it beside this project's",
-        description="Trains the MLP and LeNet of the 2021 paper, penalised and constrained, with "
-        "the published settings and this project's, on shifted images too, and again by parameters "
-        "and MACs; each run has a folder of its own in --out, done ones are skipped and "
-        "interrupted ones go on. Writes poster.md, poster.json and poster.png. Several processes "
-        "may share --out, each with its own --only.",
-    )
-    reproduction.set_defaults(run=reproduce.reproduce)
-    reproduce.add_options(reproduction)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     """The entry point: 0 on success, 2 with one line on stderr for bad input."""
     args = _parser().parse_args(argv)
-    try:
-        return args.run(args)
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        print(f"l0fast {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("l0fast: interrupted; --resume goes on from the last epoch", file=sys.stderr)
-        return 130
+    return answer(
+        lambda: args.run(args),
+        name=f"l0fast {args.command}",
+        interrupted="l0fast: interrupted; --resume goes on from the last epoch",
+    )

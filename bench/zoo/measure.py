@@ -27,8 +27,9 @@ import l0fast
 from bench.timing import Effort, cpu_sample, interleaved, paired_ratios, quartiles
 from bench.zoo.models import ZOO, Entry
 from l0fast.graph.capture import is_carrier
-from l0fast.graph.proof import in_float64, relative_error, tensors_of
-from l0fast.layers.draw import gated_layers
+from l0fast.graph.compare import relative_error, tensors_of
+from l0fast.layers.handle import gated_layers
+from l0fast.pruning.precision import widened
 
 PROBES = 16
 """How many inputs and weights tell which parameters are dead with the gates as they are."""
@@ -120,7 +121,7 @@ def influential(model: nn.Module, entry: Entry, probes: int) -> dict[str, Tensor
             for parameter in parameters.values():
                 size = parameter.square().mean().sqrt()
                 parameter.copy_(size * torch.randn_like(parameter))
-        outputs = tensors_of(model(*in_float64(entry.example())))
+        outputs = tensors_of(model(*widened(entry.example(), torch.float64)))
         score = torch.stack(
             [(t * torch.randn_like(t)).sum() for t in outputs if t.is_floating_point()]
         ).sum()
@@ -136,7 +137,7 @@ def _left_out(report: dict[str, Any], model: nn.Module, name: str, shape: torch.
     gone = torch.zeros(shape, dtype=torch.bool)
     gathered = gone.clone()
     module, _, _ = name.rpartition(".")
-    edit = next((edit for edit in report["layers"] if edit["name"] == module), None)
+    edit = next((edit for edit in report.layers if edit["name"] == module), None)
     if edit is None or not shape:
         return gone, gathered
     sides = [(0, edit["outputs"], edit["scatter"])]
@@ -193,13 +194,13 @@ def _time(result: Result, dense: nn.Module, small: nn.Module, args: tuple[Any, .
 
 
 def _read_report(result: Result, report: dict[str, Any]) -> None:
-    status = Counter(site["status"] for site in report["sites"])
+    status = Counter(site["status"] for site in report.sites)
     result.removed, result.compacted, result.kept = (
         status[word] for word in ("removed", "compacted", "kept")
     )
-    result.tier, result.notes = report["tier"], report["notes"]
-    result.params, result.macs = tuple(report["params"]), tuple(report["macs"])
-    for site in report["sites"]:
+    result.tier, result.notes = report.tier, report.notes
+    result.params, result.macs = tuple(report.params), tuple(report.macs)
+    for site in report.sites:
         if site["status"] != "removed":
             result.not_removed.setdefault(site["reason"], []).append(site["name"])
 
@@ -223,7 +224,7 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
         if not row.gates:
             result.without_gates.setdefault(row.reason, []).append(row.name)
     result.notes += [table.note] if table.note else []
-    args = in_float64(example)
+    args = widened(example, torch.float64)
     model = copy.deepcopy(dense).double()
     l0fast.sparsify_(model, example_inputs=args, density_init=0.7, skip=False)
     set_gates(model)
@@ -239,7 +240,7 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
     result.notes = notes + result.notes
 
     fresh = [entry.example() for _ in range(FRESH)]
-    wide = [in_float64(one) for one in fresh]
+    wide = [widened(one, torch.float64) for one in fresh]
     model.eval()
     result.error_float64 = _largest_error(small, model, wide)
     _count_dead(result, model, small, entry)

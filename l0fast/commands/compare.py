@@ -9,7 +9,7 @@ from typing import Any
 
 from l0fast import _checks
 from l0fast._files import write_text
-from l0fast.commands import options, runs
+from l0fast.commands import options, runs, values
 from l0fast.commands.options import DEFAULTS
 from l0fast.commands.runs import Run
 from l0fast.training.results import aggregate, markdown_table, text_table
@@ -49,7 +49,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def compare(args: argparse.Namespace) -> int:
     """Trains what is not done yet, and writes the table."""
-    options.check(args)
+    values.check(args)
     every = plan(args)
     chosen = runs.select(every, args.only)
     out = Path(args.out)
@@ -100,6 +100,6 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for seed in runs.seeds(args.seeds):
             every.append(Run(name, runs.words(**shared | given | {"seed": seed, "resume": True})))
     for run in every:
-        options.check(run.args)
-        options.settings(run.args, [])
+        values.check(run.args)
+        values.settings(run.args, [])
     return every

@@ -6,7 +6,7 @@ import sys
 from typing import Any
 
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
 

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.commands.options import layer_densities
-from l0fast.commands.options import target as one_target
+from l0fast.commands.values import layer_densities
+from l0fast.commands.values import target as one_target
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.settle import mark_
 from l0fast.data import sets
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import density
 from l0fast.pruning.prune import prune as prune_model
-from l0fast.pruning.report import format_report
+from l0fast.pruning.report import Report, format_report, report_of
 from l0fast.pruning.saving import save_pruned
 from l0fast.pruning.shrink import Removal, remove_
 from l0fast.training import models
@@ -75,10 +75,16 @@ def _pruned(
     asked: Asked | Mapping[str, Asked] | None = (
         checkpoint.identity["density"] or checkpoint.identity["layer_density"]
     )
-    if asked is not None:
-        # It leaves its targets on the model.
-        DensityConstraint(model, asked, measure=measure, example_inputs=example)
-    return prune_model(model, example)
+    if asked is None:
+        return prune_model(model, example)
+    constraint = DensityConstraint(model, asked, measure=measure, example_inputs=example)
+    return prune_model(model, example, constraint)
+
+
+def _report(small: nn.Module) -> Report:
+    found = report_of(small)
+    assert found is not None  # prune left it
+    return found
 
 
 def prune(args: argparse.Namespace) -> int:
@@ -89,7 +95,7 @@ def prune(args: argparse.Namespace) -> int:
         _checks.refuse("out", str(out), "a file that is not there yet (--force replaces it)")
     small = _pruned(*_rebuilt(path), args.target)
     save_pruned(small, out)
-    print(format_report(small.report))  # type: ignore[arg-type]
+    print(format_report(_report(small)))
     print(f"saved {out}")
     return 0
 
@@ -109,5 +115,5 @@ def report(args: argparse.Namespace) -> int:
     if feasible is not None:
         words = "meet the target" if feasible else "do not meet the target: pruning closes more"
         print(f"\nthe gates {words}")
-    print(f"\npruned, it would be:\n\n{format_report(small.report)}")  # type: ignore[arg-type]
+    print(f"\npruned, it would be:\n\n{format_report(_report(small))}")
     return 0

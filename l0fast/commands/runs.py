@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
-from l0fast.commands import options
+from l0fast.commands import options, values
 from l0fast.commands.progress import run as run_trainer
 from l0fast.commands.setup import set_up
 from l0fast.training.folder import SUMMARY
@@ -43,15 +43,14 @@ class Run:
     def is_of(self, summary: Mapping[str, Any]) -> bool:
         """Whether a summary is of this very training.
 
-        Where closed units are skipped the steps are the same, so that does not count; nor does
-        what a summary of an earlier version does not know of, nor how a target would be met by a
-        run that has none.
+        Not compared: whether closed units were skipped (the steps are the same); settings newer
+        than the summary, unless `BEFORE` has them; how a target is met, where a run has none.
         """
         args = self.args
         facts = {name: getattr(args, name) for name in ("dataset", "model", "recipe", "pretrained")}
-        facts["widths"] = options.widths(args.widths) or options.default_widths(args.model)
-        facts["validation_fraction"] = options.validation_fraction(args)
-        settings = asdict(options.settings(args, []))
+        facts["widths"] = values.widths(args.widths) or values.default_widths(args.model)
+        facts["validation_fraction"] = values.validation_fraction(args)
+        settings = asdict(values.settings(args, []))
         unused = {"skip"} if settings["penalty"] is None else {"skip", *OF_TARGETS}
         saved = BEFORE | summary.get("settings", {})
         return "settings" in summary and all(
@@ -99,7 +98,8 @@ def select(runs: Sequence[Run], only: str | None) -> list[Run]:
     return [run for run in runs if any(fnmatchcase(run.name, one) for one in patterns)]
 
 
-def _read(path: Path) -> Row:
+def read_summary(path: Path) -> Row:
+    """A run's summary; empty if there is none, or none that can be read."""
     try:
         summary = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -107,30 +107,13 @@ def _read(path: Path) -> Row:
     return summary if isinstance(summary, dict) else {}
 
 
-def found_in(folders: Iterable[str]) -> list[Row]:
-    """The summaries that lie in folders, as NAME.json or NAME/summary.json.
-
-    Raises:
-        ValueError: there is no such folder.
-    """
-    summaries: list[Row] = []
-    for name in folders:
-        if not Path(name).is_dir():
-            _checks.refuse("have", name, "a folder with summaries of runs")
-        for path in sorted([*Path(name).glob("*.json"), *Path(name).glob(f"*/{SUMMARY}")]):
-            summaries.append(_read(path))
-    return summaries
-
-
-def finished(runs: Iterable[Run], out: Path, elsewhere: Sequence[Row] = ()) -> dict[str, Row]:
-    """Name -> summary of the runs that are done, in `out` or `elsewhere`."""
+def finished(runs: Iterable[Run], out: Path) -> dict[str, Row]:
+    """Name -> summary of the runs that are done in `out`."""
     done: dict[str, Row] = {}
     for run in runs:
-        own = _read(run.folder(out) / SUMMARY)
-        for summary in (own, *elsewhere):
-            if run.is_of(summary):
-                done[run.name] = summary
-                break
+        summary = read_summary(run.folder(out) / SUMMARY)
+        if run.is_of(summary):
+            done[run.name] = summary
     return done
 
 

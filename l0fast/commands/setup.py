@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from l0fast import _checks
-from l0fast.commands import options
+from l0fast.commands import values
 from l0fast.data import sets
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.latency import LatencyTable
 from l0fast.training import models
 from l0fast.training.settings import MAX_SEED, TrainerSettings
@@ -63,7 +63,7 @@ class Setup:
             models.load_pretrained_(model, Path(args.pretrained))
         if gated and args.recipe == "published":
             example = self.data.train.inputs[:1]
-            models.sparsify_published_(model, example, options.SWITCH[args.skip])
+            models.sparsify_published_(model, example, values.SWITCH[args.skip])
         return model
 
     def settings(self) -> TrainerSettings:
@@ -76,7 +76,7 @@ class Setup:
                     sparsify_(self.build(False), gates=self.args.gates, example_inputs=example)
                 )
             )
-        return options.settings(self.args, layers)
+        return values.settings(self.args, layers)
 
     def trainer(self, settings: TrainerSettings, out: Path) -> Trainer:
         """A new trainer, which has written nothing yet."""
@@ -97,22 +97,22 @@ def set_up(args: argparse.Namespace) -> Setup:
     Raises:
         ValueError, TypeError: a word that stands for nothing.
     """
-    options.check(args)
+    values.check(args)
     in_colour = models.from_torchvision(args.model)
     if args.threads is not None:
-        threads = _checks.whole("threads", options.number("threads", args.threads, int))
+        threads = _checks.whole("threads", values.number("threads", args.threads, int))
         torch.set_num_threads(threads)
     # Moments of closed gates' weights decay into denormals, which CPUs add very slowly.
     torch.set_flush_denormal(True)
-    seed = _checks.whole("seed", options.number("seed", args.seed, int), 0, MAX_SEED)
-    fraction = options.validation_fraction(args)
+    seed = _checks.whole("seed", values.number("seed", args.seed, int), 0, MAX_SEED)
+    fraction = values.validation_fraction(args)
     if args.pretrained is not None and args.recipe == "published":
         _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
     path = args.latency_table
     table = None if path is None else LatencyTable.load(path, "latency_table")
-    image_size = options.number("image_size", args.image_size, int)
+    image_size = values.number("image_size", args.image_size, int)
     dataset = sets.load(args.dataset, args.data_root, fraction, seed, image_size)
     if in_colour:
         dataset = sets.in_colour(dataset)
-    widths = options.widths(args.widths) or options.default_widths(args.model)
+    widths = values.widths(args.widths) or values.default_widths(args.model)
     return Setup(args, dataset, widths, seed, fraction, table)

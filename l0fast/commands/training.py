@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
-from l0fast.commands.options import target
 from l0fast.commands.progress import collapse, run
 from l0fast.commands.setup import set_up
+from l0fast.commands.values import target
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.frontier import FRONTIER, format_frontier, frontier

@@ -10,29 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.budget import Budget
-from l0fast.constraints.defaults import default_dual_lr, default_schedule
+from l0fast.constraints.defaults import default_dual, default_schedule, dual_for
 from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
-from l0fast.constraints.settle import settle_
+from l0fast.constraints.settle import lag_in_words, settle_
 from l0fast.constraints.term import DensityTerm, refuse_others
 from l0fast.graph.calls import unwrapped
+from l0fast.layers.handle import gates
 from l0fast.measures.amounts import Asked, share
-from l0fast.measures.density import (
-    AnyMeasure,
-    Group,
-    measure_name,
-    target_groups,
-)
 from l0fast.measures.footprint import Latency
+from l0fast.measures.groups import AnyMeasure, Group, measure_name, target_groups
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
-from l0fast.measures.timing import resolved
-
-LAG = 0.1
-LAG_OF_TARGET = 0.5
-"""A density that is further above its target when the gates are decided, or by this share of the
-target, is worth a warning."""
+from l0fast.pruning.choose import Budget
+from l0fast.pruning.timing import with_table
 
 
 def _in_words(state: Mapping[str, Any]) -> str:
@@ -48,20 +39,6 @@ def warn_of(lag: str | None) -> None:
     """Warns the caller of a `settle`."""
     if lag is not None:
         warnings.warn(lag, stacklevel=3)
-
-
-def _default_dual(least: float) -> Dual:
-    return DualAscent(default_dual_lr(least))
-
-
-def _made(dual: Dual | Callable[[float], Dual] | None, least: float) -> Dual:
-    """The rule for targets of which `least` is the least."""
-    if dual is None or isinstance(dual, Dual):
-        return dual or DualAscent()
-    made = dual(least)
-    if not isinstance(made, Dual):
-        _checks.refuse("dual", made, "a function that returns a Dual", TypeError)
-    return made
 
 
 class DensityConstraint(DensityTerm):
@@ -143,7 +120,7 @@ class DensityConstraint(DensityTerm):
             if schedule is None:
                 schedule = default_schedule(steps)
             if dual is None:
-                dual = _default_dual
+                dual = default_dual
         if not (schedule is None or isinstance(schedule, TargetSchedule)):
             _checks.refuse("schedule", schedule, "a TargetSchedule or None", TypeError)
         known = dual is None or isinstance(dual, Dual)
@@ -151,8 +128,8 @@ class DensityConstraint(DensityTerm):
             expected = "a Dual, such as DualAscent(), a function that returns one, or None"
             _checks.refuse("dual", dual, expected, TypeError)
         model = unwrapped(model)
-        measure = resolved(measure, model, example_inputs)
-        named = target_groups(model, target, measure)
+        measure = with_table(measure, model, example_inputs)
+        named = target_groups(gates(model).layers, target, measure)
         super().__init__(model, [group for group, _ in named.values()], example_inputs)
         self.schedule = schedule
         self.measure = measure_name(measure)
@@ -164,8 +141,7 @@ class DensityConstraint(DensityTerm):
         ):
             title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
             targets.append(share(title, asked, self.measure, total, lowest))
-        self.dual = _made(dual, min(targets))
-        self._take_over(model)  # nothing is refused any more
+        self.dual = dual_for(dual, min(targets))
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("multiplier", torch.zeros(len(targets), **place))
         self.register_buffer("target", torch.tensor(targets, **place))
@@ -178,13 +154,13 @@ class DensityConstraint(DensityTerm):
             self.register_buffer("taken", torch.zeros((), **place))
             self.begin_()
         self._moved = False
-        self._exact: list[float] = []
-        self._set_targets(targets)
+        self._exact = targets  # as they were named: `target` holds them rounded
+        self._take_over()
 
-    def _set_targets(self, targets: list[float]) -> None:
-        """Leaves the targets on the model, as they were named: `target` holds them rounded."""
-        self._exact = targets
-        self._left_on_model.update(zip(self.groups.values(), targets, strict=True))
+    def asked(self) -> dict[str, tuple[Group, Asked]]:
+        """Name of each constraint -> what it is about, and its target."""
+        pairs = zip(self.groups.values(), self._exact, strict=True)
+        return dict(zip(self.names, pairs, strict=True))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -211,7 +187,7 @@ class DensityConstraint(DensityTerm):
         ]
 
     @torch.no_grad()
-    def rest_(self) -> None:
+    def reset_multipliers_(self) -> None:
         """Sets the multipliers to 0, and what else has grown with them."""
         self.multiplier.zero_()
         for name in self.dual.memory:
@@ -223,24 +199,15 @@ class DensityConstraint(DensityTerm):
         refuse_others([self])
         warn_of(self.lag())
         settle_(self.layers, self.budgets(), optimizer)
-        self.rest_()
+        self.reset_multipliers_()
 
     @torch.no_grad()
     def lag(self) -> str | None:
         """What to say where settling closes much at once, or None."""
         if self.settled:
             return None
-        for name, density in zip(self.names, self.densities().tolist(), strict=True):
-            if density > self.targets[name] + min(LAG, LAG_OF_TARGET * self.targets[name]):
-                return (
-                    f"settle: the expected density of {name!r} is {density:.3g}, far above its "
-                    f"target {self.targets[name]:.3g}: what is closed now was trained with. Give "
-                    "the constraint the `steps` of the training, or a larger dual learning rate"
-                )
-        return None
-
-    def others(self) -> set[Group]:
-        return super().others() - set(self.groups.values())
+        densities = dict(zip(self.names, self.densities().tolist(), strict=True))
+        return lag_in_words(densities, self.targets)
 
     @torch.no_grad()
     def begin_(self) -> None:
@@ -251,7 +218,7 @@ class DensityConstraint(DensityTerm):
             self.start.copy_(self.densities() if named is None else torch.tensor(named))
 
     @property
-    def aim(self) -> Tensor:
+    def current_target(self) -> Tensor:
         """[C] the targets in force: the schedule's, or `target`."""
         if self.schedule is None or self.settled:
             return self.target
@@ -270,7 +237,7 @@ class DensityConstraint(DensityTerm):
         gates are settled."""
         if self.settled:
             return torch.zeros_like(self.dual_lr)
-        violation = self.densities() - self.aim
+        violation = self.densities() - self.current_target
         self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
         # Once a step, however many calls accumulate their gradients in it.
         if self.dual.dual_first and not self._moved and torch.is_grad_enabled():
@@ -323,12 +290,10 @@ class DensityConstraint(DensityTerm):
         """Takes the targets over, for `prune` too, and the table they are shares of."""
         if "latency" in state:
             table = LatencyTable.from_json(state["latency"])
-            for group in self.groups.values():
-                self._left_on_model.pop(group, None)
             self.groups = {n: g._replace(measure=table) for n, g in self.groups.items()}
             measure: Latency = self.__dict__["_measure"]
             measure.take(list(self.groups.values()))
-        self._set_targets(list(state["targets"]))
+        self._exact = list(state["targets"])
         super().set_extra_state(state)
 
     @property

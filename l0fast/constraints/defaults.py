@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
+from l0fast import _checks
+from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
 
 WARMUP = 0.5
@@ -35,3 +38,18 @@ def default_dual_lr(target: float, steps: int | None = None) -> float:
     if steps is None:
         return 1 / target
     return min(DUAL_GAIN / (target * steps), DUAL_LR_MOST)
+
+
+def default_dual(least: float) -> Dual:
+    """The rule for a target that comes down, of which `least` is the least."""
+    return DualAscent(default_dual_lr(least))
+
+
+def dual_for(dual: Dual | Callable[[float], Dual] | None, least: float) -> Dual:
+    """The rule that a caller named, for targets of which `least` is the least."""
+    if dual is None or isinstance(dual, Dual):
+        return dual or DualAscent()
+    made = dual(least)
+    if not isinstance(made, Dual):
+        _checks.refuse("dual", made, "a function that returns a Dual", TypeError)
+    return made

@@ -1,4 +1,4 @@
-"""How the multipliers of the constraints move: one small interface, four rules."""
+"""Duals: how the multipliers of the constraints move. One interface, four rules."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ from l0fast import _checks
 
 @dataclass(frozen=True)
 class Dual:
-    """What every rule has: a term of the loss, and a step for the multipliers after it.
+    """The base of all rules: a term of the loss, and a step for the multipliers.
 
-    A rule of your own derives from this. It holds numbers only: the multipliers, and whatever
-    `memory` names, are buffers of the constraint, so that they move, and are saved, with it.
+    Derive your own rule from this class. A rule holds numbers only. The multipliers, and the
+    tensors that `memory` names, are buffers of the constraint: they are moved and saved with it.
 
     Args:
         lr: dual learning rate, >= 0.
-        limit: the highest multiplier, > 0; none by default. A multiplier that has grown while the
-            gates could not follow goes on closing them after the target is met, unless a restart
-            takes it away. All rules here move the multiplier itself, with no integral behind it,
-            so that a bound on it is all the anti-windup there is to do. A place to start: above
-            (loss of a model that knows nothing) / target even a perfect model within its target
-            has a higher Lagrangian than one with all gates closed. (Gates that are far open feel
-            little of it, and have taken more than ten times that on their way.)
+        limit: the highest multiplier, > 0; no limit by default. A multiplier grows as long as the
+            gates have not followed it. Unless a restart then sets it to 0, it closes further gates
+            after the target is met. All rules here move the multiplier itself, with no integral
+            behind it, so a limit is all the anti-windup they need. A value to start from: (loss of
+            an untrained model) / target. Above it even a perfect model within its target has a
+            higher Lagrangian than a model with all gates closed. (Multipliers have gone to more
+            than ten times that value on their way, since gates that are far open have small
+            gradients.)
         dual_first: alternating updates: the multipliers move by the violation of the current step
-            as its term is formed, and not by `step()` after it. No further forward is needed: the
-            expected densities hang on the gates' parameters alone.
+            when its term is formed, rather than in `step()`. This needs no further forward: the
+            expected densities depend on the gates' parameters alone.
 
     Raises:
         ValueError, TypeError: a number is out of its range.
@@ -55,8 +56,8 @@ class Dual:
         return torch.dot(multiplier, violation)
 
     def step_(self, multiplier: Tensor, violation: Tensor, lr: Tensor, *memory: Tensor) -> None:
-        """Moves `multiplier` [C] and the memory, in place, by `lr` (0-d); called without autograd,
-        and without a host sync."""
+        """Moves `multiplier` [C] and the memory in place, by `lr` (0-d). It is called without
+        autograd, and must not wait for the device."""
         raise NotImplementedError
 
 
@@ -83,15 +84,14 @@ class DualAscent(Dual):
     memory: ClassVar[tuple[str, ...]] = ("restarts",)
 
     def step_(self, multiplier: Tensor, violation: Tensor, lr: Tensor, *memory: Tensor) -> None:
-        """One ascent step; a multiplier that a restart sets from above 0 to 0 counts one in
-        `memory`, the restarts so far."""
+        """One ascent step; `memory` counts the restarts that set a multiplier > 0 to 0."""
         if not self.restarts:
             multiplier.addcmul_(violation, lr).clamp_(0.0, self.limit)
             return
         (restarts,) = memory
         satisfied = violation < 0
         restarts.addcmul_(satisfied, multiplier.sign())
-        # Never below 0: what is not satisfied adds to it.
+        # It stays >= 0: where the constraint is not satisfied, the violation is >= 0.
         multiplier.addcmul_(violation, lr).masked_fill_(satisfied, 0.0)
         if self.limit < math.inf:
             multiplier.clamp_max_(self.limit)
@@ -105,8 +105,8 @@ class PIControl(Dual):
         before, smoothed = smoothed, smoothing * smoothed + (1 - smoothing) * violation
         multiplier = multiplier + lr * violation + proportional * (smoothed - before)
         multiplier = min(max(0, multiplier), limit)
-    The proportional part takes pressure away while the violation still falls, before the
-    integral could: less overshoot. proportional = 0 is `DualAscent` without restarts.
+    The proportional part lowers the multiplier as soon as the violation falls, before the integral
+    does: less overshoot. proportional = 0 is `DualAscent` without restarts.
 
     Args:
         lr, limit, dual_first: see `Dual`; lr is the integral gain, kappa_i.
@@ -145,9 +145,9 @@ class AugmentedLagrangian(Dual):
     Equals:
         term = (max(0, multiplier + penalty * violation)^2 - multiplier^2).sum() / (2 * penalty)
         multiplier = min(max(0, multiplier + lr * violation), limit)
-    so that the gates feel max(0, multiplier + penalty * violation). The textbook's step has
-    lr = penalty, after the loss has been minimised; here there is one a training step, and lr is
-    smaller.
+    so that the weight of the density in the loss is max(0, multiplier + penalty * violation). The
+    textbook takes a step with lr = penalty each time the loss has been minimised; here there is one
+    each training step, and lr is smaller.
 
     Args:
         lr, limit, dual_first: see `Dual`; `limit` bounds the multiplier alone.
@@ -181,8 +181,8 @@ class EqualityAscent(Dual):
         term = (multiplier * violation + quadratic * violation^2).sum()
         multiplier = multiplier + lr * violation            # of either sign
         quadratic = quadratic + lr * violation^2            # which only grows
-    both within `limit`. A density below its target is pushed up again. (`prune` still takes the
-    target as the most there may be.)
+    both within `limit`. A density below its target is pushed up again. (`prune` still holds the
+    density to at most the target.)
 
     Args:
         lr, limit, dual_first: see `Dual`.
@@ -211,4 +211,4 @@ DUALS: dict[str, type[Dual]] = {
     "augmented": AugmentedLagrangian,
     "equality": EqualityAscent,
 }
-"""The rules by the names that settings and the command have for them."""
+"""The rules by their names in the settings and in the command."""

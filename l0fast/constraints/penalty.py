@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.term import DensityTerm
 from l0fast.graph.calls import unwrapped
-from l0fast.measures.density import WHOLE_MODEL, Group, gated_parameters, require_gated
+from l0fast.layers.handle import gates
+from l0fast.measures.groups import WHOLE_MODEL, Group, gated_parameters
 
 
 class L0Penalty(DensityTerm):
@@ -40,7 +41,7 @@ class L0Penalty(DensityTerm):
     ) -> None:
         coefficient = _checks.number("coefficient", coefficient, "a number >= 0", low=0.0)
         model = unwrapped(model)
-        layers = require_gated(model)
+        layers = gates(model).layers
         super().__init__(model, [Group(tuple(layers))])
         if num_examples is not None:
             _checks.whole("num_examples", num_examples)
@@ -48,7 +49,7 @@ class L0Penalty(DensityTerm):
         place: dict[str, Any] = {"dtype": self._dtype, "device": self._device}
         self.register_buffer("coefficient", torch.tensor(coefficient, **place))
         self.names = (WHOLE_MODEL,)
-        self._take_over(model)
+        self._take_over()
 
     def forward(self) -> Tensor:
         """0-d: coefficient * density; 0 once the gates are settled."""

@@ -14,13 +14,31 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
-from l0fast.constraints.budget import Budget, choose
-from l0fast.layers.draw import gate_owners, own_gates
 from l0fast.layers.gated import Gated
+from l0fast.layers.handle import gate_owners, own_gates
 from l0fast.maths.hard_concrete import HardConcrete
+from l0fast.pruning.choose import Budget, choose
 
 LEAST = 0.01
 """A gate that is kept is never less: closed, it would have no gradient to come back by."""
+
+
+LAG = 0.1
+LAG_OF_TARGET = 0.5
+"""A density that is further above its target when the gates are decided, or by this share of the
+target, is worth a warning."""
+
+
+def lag_in_words(densities: Mapping[str, float], targets: Mapping[str, float]) -> str | None:
+    """What to say where settling closes much at once, or None."""
+    for name, density in densities.items():
+        if density > targets[name] + min(LAG, LAG_OF_TARGET * targets[name]):
+            return (
+                f"settle: the expected density of {name!r} is {density:.3g}, far above its "
+                f"target {targets[name]:.3g}: what is closed now was trained with. Give "
+                "the constraint the `steps` of the training, or a larger dual learning rate"
+            )
+    return None
 
 
 def _closed(of: HardConcrete) -> float:

@@ -15,7 +15,8 @@ from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.settle import settle_
 from l0fast.constraints.term import refuse_others
 from l0fast.layers.gated import Gated
-from l0fast.measures.measure import measure_name
+from l0fast.measures.amounts import Asked
+from l0fast.measures.groups import Asking, Group, measure_name
 
 
 def _least(layer: Gated) -> float:
@@ -43,7 +44,7 @@ def _check_reachable(equal: DensityConstraint, other: DensityConstraint) -> None
             _checks.refuse(f"constraints: density of {name!r}", wanted, expected)
 
 
-class Constraints(nn.Module):
+class Constraints(Asking, nn.Module):
     """Several constraints on one model as one: add its call to the loss.
 
     Equals:
@@ -92,6 +93,16 @@ class Constraints(nn.Module):
     def _terms(self) -> list[DensityConstraint]:
         return list(self.constraints)  # pyright: ignore[reportReturnType]
 
+    @property
+    def layers(self) -> dict[str, Gated]:
+        """Name -> gated layer of the model."""
+        return self._terms[0].layers
+
+    def asked(self) -> dict[str, tuple[Group, Asked]]:
+        """What each target is about, and the target."""
+        found = [one for term in self._terms for one in term.asked().values()]
+        return {str(place): one for place, one in enumerate(found)}
+
     def forward(self) -> Tensor:
         """0-d: the sum of the constraints' terms."""
         return torch.stack([term() for term in self._terms]).sum()
@@ -118,7 +129,7 @@ class Constraints(nn.Module):
             optimizer,
         )
         for term in self._terms:
-            term.rest_()
+            term.reset_multipliers_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # All of them before the first is changed.

@@ -1,4 +1,4 @@
-"""Stalls, in words: a multiplier that grows while its density comes no nearer to its target."""
+"""Stalls: a multiplier grows, but its density comes no nearer to its target."""
 
 from __future__ import annotations
 
@@ -17,52 +17,55 @@ FALL = 0.05
 SLACK = 0.01
 """Share of a target; a density within it is where it should be."""
 WEAK = 0.5
-"""A multiplier times its target below that is a weak one: the largest that closing all gates could
-save, beside the loss of a model that knows nothing (log(10) = 2.3 with ten classes)."""
+"""A multiplier is weak where multiplier x target is below this. Closing all gates can save no more
+than that product, but costs up to the loss of an untrained model (log(10) = 2.3 with ten
+classes)."""
 
 
 @dataclass(frozen=True)
 class Stall:
-    """One constraint over the epochs in which nothing happened to its density."""
+    """One constraint whose density comes no nearer to its target."""
 
     name: str
     target: float
     since: int
-    """The epoch from which on it has come no nearer."""
+    """The first epoch of the stall."""
     densities: tuple[float, float]
     """Then and now."""
     multipliers: tuple[float, float]
+    """Then and now."""
 
-    def words(self, dual_lr: float, gate_lr: float) -> str:
-        """One line: what, since when, and what to change."""
+    def message(self, dual_lr: float, gate_lr: float) -> str:
+        """One line: what stalls, since when, and what to change."""
         low, high = self.multipliers
         if high * self.target < WEAK:
             cause = "the multiplier is still too small to close gates"
-            first = f"a larger dual learning rate (it is {dual_lr:.3g})"
+            remedy = f"a larger dual learning rate (it is {dual_lr:.3g})"
         else:
-            cause = "the gates do not follow it"
-            first = f"a larger gate learning rate (it is {gate_lr:.3g})"
+            cause = "the gates do not follow the multiplier"
+            remedy = f"a larger gate learning rate (it is {gate_lr:.3g})"
+        before, now = self.densities
         return (
-            f"stalled: {self.name} is at density {self.densities[1]:.4f}, {self.densities[0]:.4f} "
-            f"in epoch {self.since}, and has come no nearer to its target {self.target:g} since, "
-            f"while its multiplier went from {low:.3g} to {high:.3g}: {cause}; "
-            f"try {first}, more epochs or a higher target"
+            f"stalled: the density of {self.name} is {now:.4f}; it was {before:.4f} in epoch "
+            f"{self.since} and has come no nearer to its target {self.target:g} since. Its "
+            f"multiplier went from {low:.3g} to {high:.3g}: {cause}; "
+            f"try {remedy}, more epochs or a higher target"
         )
 
 
 def find_stalls(
     history: Sequence[Row], targets: Mapping[str, float], epochs: int
 ) -> dict[str, Stall]:
-    """The constraints that are stalled as of the last row, by name.
+    """Name of each constraint that stalls in the last row -> its stall.
 
     Equals, over the last max(LEAST_WINDOW, WINDOW x epochs) epochs, all of:
-        density > aim * (1 + SLACK) in each, where aim is the target in force
+        density > aim * (1 + SLACK) in each, where aim is the current target
         (density - target) at the end >= (1 - FALL) * (density - target) at the start
         the multiplier has grown
 
     Args:
         history: rows of metrics, one an epoch, with "density", "aim" and "lambda" by constraint.
-        targets: what is asked in the end.
+        targets: by constraint, the final ones.
         epochs: of the whole training.
     """
     window = max(LEAST_WINDOW, math.ceil(WINDOW * epochs))
@@ -94,9 +97,9 @@ def find_stalls(
     return found
 
 
-def told(history: Sequence[Row]) -> dict[str, str]:
-    """What a whole training had to say of stalls: the last words on each constraint."""
-    words: dict[str, str] = {}
+def last_messages(history: Sequence[Row]) -> dict[str, str]:
+    """Name of each constraint that has stalled in a training -> its last message."""
+    messages: dict[str, str] = {}
     for row in history:
-        words |= row.get("stalls", {})
-    return words
+        messages |= row.get("stalls", {})
+    return messages

@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.budget import Budget
 from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
 from l0fast.graph.calls import example_args
-from l0fast.layers.draw import own_gates
 from l0fast.layers.gated import Gated
-from l0fast.measures.density import Group, measure_name, require_gated
+from l0fast.layers.handle import ModelGates, gates, own_gates
 from l0fast.measures.footprint import measure_of
+from l0fast.measures.groups import Asking, Group, measure_name
 from l0fast.measures.measure import Measure, is_of_pruned
-from l0fast.measures.trial import trial
+from l0fast.pruning.choose import Budget
+from l0fast.pruning.trial import tried
 
-TARGETS = "_l0fast_targets"
-"""Attribute of a constrained model: `Group` -> target, so that `prune` holds them."""
+
+def _groups(terms: Iterable[Asking]) -> set[Group]:
+    return {group for term in terms for group, _ in term.asked().values()}
 
 
 def refuse_others(terms: Sequence[DensityTerm]) -> None:
-    """Refuses to decide gates by some of a model's targets."""
-    others = set[Group].intersection(*(term.others() for term in terms))
+    """Refuses to decide gates by some of the targets of the constraints that are alive."""
+    others = _groups(terms[0].handle.constraints) - _groups(terms)
     if others:
         found = sorted(f"{' '.join(one.layers)} by {measure_name(one.measure)}" for one in others)
         expected = "no other targets on the model, or one constraint (or Constraints) with them all"
         _checks.refuse("settle", "; ".join(found), expected)
 
 
-class DensityTerm(nn.Module):
+class DensityTerm(Asking, nn.Module):
     """Expected densities of groups of a model's gated layers, and the projection after a step."""
 
-    _left_on_model: dict[Group, float]
+    handle: ModelGates
+    """Of the model; it holds this term by a weak reference."""
 
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()
-        layers = require_gated(model)
+        handle = gates(model)
+        layers = dict(handle.layers)
         sized = is_of_pruned(groups[0].measure)
-        tried = trial(model, example_args(example_inputs)) if sized else None
-        measure = measure_of(layers, groups, tried)
+        trial = tried(model, example_args(example_inputs))[0] if sized else None
+        measure = measure_of(layers, groups, trial)
         # The layers belong to the model: kept out of this module's children and state.
-        self.__dict__.update(_layers=layers, _measure=measure)
+        self.__dict__.update(handle=handle, _layers=layers, _measure=measure)
         anchor = next(iter(layers.values())).log_alpha
         self._dtype = torch.promote_types(anchor.dtype, torch.float32)
         self._device = anchor.device
@@ -54,15 +57,14 @@ class DensityTerm(nn.Module):
         self._bounds = [layers[name].distribution.bound for name in self._owning]
         self._lower = [-bound for bound in self._bounds]
 
-    def _take_over(self, model: nn.Module) -> None:
+    def _take_over(self) -> None:
         """Ends the making of a term: from here on gates have noise, whatever was trained before."""
         mark_(self.layers.values(), False)
-        # The dict itself, for targets that come later, or that a loaded state brings.
-        self.__dict__["_left_on_model"] = model.__dict__.setdefault(TARGETS, {})
+        self.handle.add_constraint(self)
 
-    def others(self) -> set[Group]:
-        """What the model has targets of, from constraints beside this one."""
-        return set(self._left_on_model)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.handle.add_constraint(self)  # that of a model which was copied with it
 
     @property
     def settled(self) -> bool:

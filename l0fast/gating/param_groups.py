@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.layers.draw import gated_layers, own_gates
+from l0fast.layers.handle import gated_layers, own_gates
 
 GATE_TRAVEL = 30.0
 GATE_LR_RANGE = (0.03, 0.1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from l0fast.gating.recipes import Choice, GateRow, by_structure, without_structu
 from l0fast.graph import capture
 from l0fast.graph.calls import evaluating, example_args
 from l0fast.graph.sites import light_copy
+from l0fast.graph.structure import Structure
 from l0fast.layers.gated_types import GATED_TYPES
 
 FUSED = "a fused op reads its weights"
@@ -87,7 +88,7 @@ def with_ordinary_attention(
     return (unfuse_(light_copy(model), calls) if calls else model), calls, reasons  # type: ignore[return-value]
 
 
-def gated_inside(name: str, layers: Mapping[str, nn.Module]) -> bool:
+def gated_inside(name: str, layers: Iterable[str]) -> bool:
     """Whether some of `layers` are in what makes an attention fused: itself, or all around it."""
     fused = name.removesuffix(".self_attn")
     return any(layer.startswith(f"{fused}.") for layer in layers)
@@ -120,20 +121,27 @@ def per_layer(option: str, value: Any, names: list[str]) -> dict[str, float | No
     return chosen
 
 
+class Chosen(NamedTuple):
+    """Where the gates of a model go."""
+
+    choices: dict[str, Choice]
+    structure: Structure | None = None
+    """What they were chosen by; None if nothing was asked."""
+    note: str = ""
+    """Why the structure is not known, where it is not."""
+
+
 def choose(
     model: nn.Module, gates: str, layers: dict[str, nn.Module], example_inputs: Any
-) -> tuple[dict[str, Choice], str]:
-    """Layer -> where its gates go, and a note if the model's structure is not known."""
+) -> Chosen:
+    """Where the gates of some layers go."""
     if gates != "auto":
-        return {name: Choice(gates) for name in layers}, ""
+        return Chosen({name: Choice(gates) for name in layers})
     if example_inputs is None:
         note = "each layer by itself: no example_inputs, so the model's structure is not known"
-        return without_structure(layers), note
-    try:
-        with evaluating(model):
-            trace = capture.export(model, example_args(example_inputs))
-    except Exception as failure:
-        reason = (str(failure).strip().splitlines() or [""])[0][:200]
-        note = f"each layer by itself: torch.export refuses the model, {reason}"
-        return without_structure(layers), note
-    return by_structure(model, trace, layers), ""
+        return Chosen(without_structure(layers), note=note)
+    structure = Structure.of(model, example_args(example_inputs))
+    if structure.trace is None:
+        note = f"each layer by itself: torch.export refuses the model, {structure.failure}"
+        return Chosen(without_structure(layers), structure, note)
+    return Chosen(by_structure(model, structure.trace, layers), structure)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, overload
+from typing import Any, Literal, NoReturn, overload
 
 from torch import nn
 
 from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.gating.recipes import GateTable
+from l0fast.gating.recipes import Choice, GateTable
 from l0fast.gating.selection import (
     ModelT,
     Selection,
@@ -25,12 +25,11 @@ from l0fast.gating.selection import (
 )
 from l0fast.graph.calls import example_args
 from l0fast.graph.sites import replace
-from l0fast.layers.draw import attach_draw, gated_layers
 from l0fast.layers.gated import DENSITY_INIT, GATES
 from l0fast.layers.gated_types import GATED_TYPES
+from l0fast.layers.handle import attach_draw, gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
-from l0fast.skipping.following import stop_following
-from l0fast.skipping.links import attach_skipping
+from l0fast.skipping.attach import attach_skipping, stop_skipping
 
 
 @overload
@@ -126,23 +125,75 @@ def sparsify_(
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
+    _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
+    calls: dict[str, Unfused] = {}
+    twin, fused = model, dict[str, str]()
+    if gates == "auto" and example_inputs is not None:
+        twin, calls, fused = with_ordinary_attention(model, example_inputs)
+    considered = _considered(twin, include, exclude, example_inputs)
+    chosen = choose(twin, gates, considered, example_inputs)
+    choices = chosen.choices
+    if dry_run:
+        rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
+        return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
+    names = [name for name in considered if choices[name].gates]
+    if not names and not gated_layers(model):
+        _refuse_none(model, gates, choices, considered)
+    initial = _initial(names, choices, density_init, droprate_init)
+
+    stop_skipping(model)
+    unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
+    layers = {name: model.get_submodule(name) for name in names}
+    gated: dict[str, Any] = {}
+    for name, layer in layers.items():
+        density, droprate = initial[name]
+        gated[name] = GATED_TYPES[type(layer)].from_dense(
+            layer,
+            gates=choices[name].gates,
+            units=choices[name].units,
+            shared=gated.get(choices[name].shared),
+            density_init=density,
+            droprate_init=droprate,
+            distribution=distribution,
+            noise=noise,
+        )
+    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+    handle = attach_draw(model)
+    if chosen.structure is not None:
+        handle.structure = chosen.structure
+    if example_inputs is not None:
+        attach_skipping(model, example_args(example_inputs), skip)
+    return model
+
+
+def _check_call(
+    model: object,
+    gates: object,
+    density_init: object,
+    droprate_init: object,
+    example_inputs: object,
+    skip: object,
+) -> None:
+    """Refuses what is wrong whatever the model is made of."""
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
+    if type(model) in GATED_TYPES:
+        wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
+        _checks.refuse("model", f"a single {type(model).__name__}", wanted)
     _checks.one_of("gates", gates, ("auto", *GATES))
     _checks.auto_or_bool("skip", skip)
     if skip is True and example_inputs is None:
         _checks.refuse("skip", skip, "'auto' or False without example_inputs")
     if density_init is not None and droprate_init is not None:
         _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
-    calls: dict[str, Unfused] = {}
-    twin, fused = model, dict[str, str]()
-    if gates == "auto" and example_inputs is not None:
-        twin, calls, fused = with_ordinary_attention(model, example_inputs)
-    layers = eligible(twin)
+
+
+def _considered(
+    model: nn.Module, include: Selection | None, exclude: Selection | None, example_inputs: Any
+) -> dict[str, nn.Module]:
+    """Name -> layer that may have gates: named by the caller, and run by the example."""
+    layers = eligible(model)
     names = list(layers)
-    if "" in layers:
-        wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
-        _checks.refuse("model", f"a single {type(model).__name__}", wanted)
     if include is not None:
         keep = matcher("include", include, names)
         layers = {name: layer for name, layer in layers.items() if keep(name, layer)}
@@ -150,51 +201,40 @@ def sparsify_(
         drop = matcher("exclude", exclude, names)
         layers = {name: layer for name, layer in layers.items() if not drop(name, layer)}
     if example_inputs is not None:
-        reached = run_by(twin, layers, example_inputs)
+        reached = run_by(model, layers, example_inputs)
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
-    choices, note = choose(twin, gates, layers, example_inputs)
-    considered, layers = layers, {n: layer for n, layer in layers.items() if choices[n].gates}
-    if dry_run:
-        rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
-        return GateTable(tuple(rows + fused_rows(twin, fused)), note)
-    if not layers and not gated_layers(model):
-        if considered:
-            why = next(f"{name!r}: {choices[name].reason}" for name in considered)
-            _checks.refuse(
-                "gates", gates, f"'input', 'output' or 'weight' where no recipe fits ({why})"
-            )
-        _checks.refuse("model", type(model).__name__, "a model with a Linear or conv layer to gate")
-    densities = per_layer("density_init", density_init, list(layers))
-    droprates = per_layer("droprate_init", droprate_init, list(layers))
-    if isinstance(density_init, Mapping):
-        densities = {
-            name: DENSITY_INIT if value is None else value for name, value in densities.items()
-        }
+    return layers
 
-    for name in layers:
+
+def _refuse_none(
+    model: nn.Module,
+    gates: str,
+    choices: Mapping[str, Choice],
+    considered: Mapping[str, nn.Module],
+) -> NoReturn:
+    """Says why no layer is left to gate."""
+    if considered:
+        why = next(f"{name!r}: {choices[name].reason}" for name in considered)
+        expected = f"'input', 'output' or 'weight' where no recipe fits ({why})"
+        _checks.refuse("gates", gates, expected)
+    _checks.refuse("model", type(model).__name__, "a model with a Linear or conv layer to gate")
+
+
+def _initial(
+    names: list[str],
+    choices: Mapping[str, Choice],
+    density_init: float | Mapping[str, float] | None,
+    droprate_init: float | Mapping[str, float] | None,
+) -> dict[str, tuple[float | None, float | None]]:
+    """Name -> (density_init, droprate_init) of a layer; one for those that share their gates."""
+    densities = per_layer("density_init", density_init, names)
+    droprates = per_layer("droprate_init", droprate_init, names)
+    if isinstance(density_init, Mapping):
+        densities = {n: DENSITY_INIT if value is None else value for n, value in densities.items()}
+    for name in names:
         owner = choices[name].shared
         for option, of in (("density_init", densities), ("droprate_init", droprates)):
             if owner and of[name] != of[owner]:
                 expected = f"one number for {owner!r} and {name!r}, which share their gates"
                 _checks.refuse(option, [of[owner], of[name]], expected)
-
-    stop_following(model)
-    unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, layers)})
-    layers = {name: model.get_submodule(name) for name in layers}
-    gated: dict[str, Any] = {}
-    for name, layer in layers.items():
-        gated[name] = GATED_TYPES[type(layer)].from_dense(
-            layer,
-            gates=choices[name].gates,
-            units=choices[name].units,
-            shared=gated.get(choices[name].shared),
-            density_init=densities[name],
-            droprate_init=droprates[name],
-            distribution=distribution,
-            noise=noise,
-        )
-    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
-    attach_draw(model)
-    if example_inputs is not None:
-        attach_skipping(model, example_args(example_inputs), skip)
-    return model
+    return {name: (densities[name], droprates[name]) for name in names}

@@ -32,12 +32,18 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """Puts the model into evaluation, without autograd, and every module back after it."""
-    training = [(module, module.training) for module in model.modules()]
+    """Puts the model into evaluation, without autograd, and every module back after it.
+
+    Back are also plain attributes that a forward has set, such as a cache or a counter.
+    """
+    before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad():
             yield
     finally:
-        for module, mode in training:
-            module.training = mode
+        for module, attributes in before:
+            now = vars(module)
+            for key in [key for key in now if key not in attributes]:
+                del now[key]
+            now.update(attributes)

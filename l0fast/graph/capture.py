@@ -25,6 +25,11 @@ NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _CALLS = {"aten::linear", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::batch_norm"}
 
 
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer; of a gated one, the dense class that it stands for."""
+    return getattr(module, "dense_type", type(module))
+
+
 def is_norm(module: nn.Module) -> bool:
     """Whether a module is a batch norm; classes that add an activation to it count, too."""
     return isinstance(module, NORMS)
@@ -34,7 +39,7 @@ def is_site(module: nn.Module) -> bool:
     """Whether a module is one that can be made smaller."""
     if is_norm(module):
         return module._buffers.get("running_mean") is not None
-    return type(module) in LAYERS and module._parameters.get("weight") is not None
+    return kind_of(module) in LAYERS and module._parameters.get("weight") is not None
 
 
 def is_carrier(layer: nn.Module) -> bool:

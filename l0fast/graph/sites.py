@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from l0fast.graph.capture import Trace, is_carrier, is_site, layer_size
-from l0fast.layers.draw import gated_layers
+from l0fast.graph.capture import Trace, is_carrier, is_site, kind_of, layer_size
+from l0fast.layers.handle import gated_layers
+from l0fast.layers.hooks import foreign_hooks
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class Site:
 
     name: str
     layer: nn.Module
+    """Gated or plain; its weights may change, its sizes do not."""
     reads: Tensor
     """bool [in]: inputs that its gates leave open."""
     writes: Tensor
@@ -30,19 +33,38 @@ class Site:
     """Whether it may nevertheless compute less inside, with a gather and a scatter around."""
     folds: bool = False
     """Whether an input that is constant can be made part of its bias."""
+    gate: Tensor | None = None
+    """[out] the gates on its outputs, which multiply its bias."""
 
+    @property
+    def kind(self) -> str:
+        """The name of its (dense) class."""
+        return kind_of(self.layer).__name__
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
+    def bias(self) -> Tensor:
+        """float64 [out], or 0-d: the bias with its gates."""
+        bias = self.layer._parameters.get("bias")
+        if bias is None:
+            return torch.zeros((), dtype=torch.float64)
+        found = bias.detach().cpu().double()
+        return found if self.gate is None else found * self.gate.cpu().double()
 
 
 def light_copy(model: nn.Module) -> nn.Module:
     """A copy whose modules may be replaced: it has the same parameters, not copies of them."""
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
+@contextmanager
+def without_gates(model: nn.Module) -> Generator[nn.Module]:
+    """The model with ordinary layers for its gated ones, of the very parameters; after it, the
+    gated ones are back."""
+    layers = list(gated_layers(model).values())
+    plain = [layer.dense() for layer in layers]
+    try:
+        yield replace(model, {id(layer): one for layer, one in zip(layers, plain, strict=True)})
+    finally:
+        replace(model, {id(one): layer for layer, one in zip(layers, plain, strict=True)})
 
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
@@ -86,7 +108,7 @@ def find_sites(
     """Every Linear, convolution and batch norm of a model, all of it open.
 
     Args:
-        model: without gates.
+        model: with or without gates, which do not matter here.
         trace: its export, if there is one.
         tied: layer -> what it shares its weight with, in words.
         full: layers that must not get smaller -> why.
@@ -103,7 +125,7 @@ def find_sites(
             fixed = tied[name]
         elif trace is not None and name in trace.read_outside:
             fixed = "its weight is also read outside of its own call"
-        elif any(getattr(layer, hooks) for hooks in _HOOKS):
+        elif foreign_hooks(layer):
             fixed = "it has hooks"
         else:
             local = not is_carrier(layer)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_norm
+from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_norm, kind_of
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 from l0fast.graph.sites import Site
@@ -150,7 +150,7 @@ class Walk:
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
         source: Any = node.args[0]
-        inner = LAYERS.get(type(site.layer), 0)
+        inner = LAYERS.get(kind_of(site.layer), 0)
         shape, made = shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
         calls = self.trace.counts[site.name]
@@ -201,8 +201,7 @@ class Walk:
         repeats = size // layer.groups
         # Outputs of silent inputs are their biases.
         silent = (units.constant == 0).view(layer.groups, -1).all(1).repeat_interleave(repeats)
-        bias = torch.zeros(()) if layer.bias is None else layer.bias.detach().cpu()
-        constant = torch.where(silent, bias.double(), nothing)
+        constant = torch.where(silent, site.bias(), nothing)
         return groups[:, 0].repeat_interleave(repeats), torch.where(site.writes, constant, 0.0)
 
     def _op(self, node: Node) -> None:

@@ -68,9 +68,9 @@ class _GatedConv(Gated):
         }
         return shapes[self.gates]
 
-    def _mask_inputs(self, z: Tensor) -> Tensor:
+    def _mask_inputs(self, weight: Tensor, z: Tensor) -> Tensor:
         # Input channel c is column c % (in / groups) of the filters of group c // (in / groups).
-        weight = self.weight.unflatten(0, (self.groups, -1))
+        weight = weight.unflatten(0, (self.groups, -1))
         gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
         return (weight * gate).flatten(0, 1)
 

@@ -1,128 +1,201 @@
-"""One draw for a whole model: all its gates are sampled, and counted, as its forward starts."""
+"""What one forward of a model has drawn: gates, expected counts, and what is left out.
+
+The handle of a model (see `handle`) keeps one `Board`. Each gated layer knows its places on the
+boards of the models that it belongs to; a board holds no layer, so that a model is freed without
+the garbage collector.
+"""
 
 from __future__ import annotations
 
 import functools
-import weakref
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from l0fast import functional
-from l0fast.layers.drawn import NOT_DRAWN, Draw, Drawn
-from l0fast.layers.ties import attach_ties, detach_ties
-
-_MEMBERS = "_l0fast_gated"
-"""Attribute of a model that draws: its gated layers, so that no step has to look for them."""
-SKIPPING = "_l0fast_skipping"
-"""Attribute of a model that draws: which closed units a step leaves out (see `skipping`)."""
+from l0fast.maths.compaction import Order
+from l0fast.maths.hard_concrete import HardConcrete
 
 
-def gated_layers(model: nn.Module) -> dict[str, Any]:
-    """Name -> gated layer, in the model's order, each layer once."""
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, Drawn)}
+class Compact(NamedTuple):
+    """What a layer computes with in one step; None stands for all."""
+
+    rows: Tensor | None
+    """Outputs that it makes."""
+    cols: Tensor | None
+    """Inputs that it reads."""
+    gather: Tensor | None
+    """Where those lie in what arrives, if more arrives."""
 
 
-def gate_owners(layers: Mapping[str, Any]) -> dict[str, str]:
-    """Name of each gated layer -> the first of those that share its gates, perhaps itself."""
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(layer.log_alpha), name) for name, layer in layers.items()}
+EVERYTHING = Compact(None, None, None)
 
 
-def own_gates(layers: Mapping[str, Any]) -> list[str]:
-    """The names of the gated layers whose gates are not those of an earlier one."""
-    return list(dict.fromkeys(gate_owners(layers).values()))
+class OnDevice(NamedTuple):
+    """The same where the host does not know what is open, in the shapes of all units."""
+
+    rows: Order | None
+    cols: Order | None
 
 
-def _members(model: nn.Module) -> list[Drawn]:
-    """The layers that the model draws for; one put into it since then draws its own gates."""
-    return model.__dict__.get(_MEMBERS, [])
+def _spent(node: Any) -> bool:
+    """Whether a backward pass has gone through this node of autograd (see `autograd.functions`)."""
+    spent = getattr(node, "spent", None)
+    if spent is not None:
+        return spent
+    try:  # a compiled forward's node does not say so; asking it is slow only where it raises
+        getattr(node, "_raw_saved_tensors", None)
+    except RuntimeError:
+        return True
+    return False
 
 
-def draw_gates(model: nn.Module, inputs: Any = (), options: Any = None) -> None:
-    """Forward pre-hook: samples the gates of all the model's layers in one op."""
-    # By distribution, device and dtype: each log_alpha, and the layers that share it.
-    groups: dict[Any, dict[int, tuple[Tensor, list[Drawn]]]] = {}
-    members: dict[int, tuple[Tensor, list[Drawn]]] = {}
-    last: Any = None, None, None
-    for layer in _members(model):
-        if not layer.training or layer.noise == "example" or layer.gates == "weight":
-            continue
-        drawn = layer._drawn[1]
-        if drawn.live and drawn.owner != id(model):
-            continue  # an outer model of this one has drawn already
-        log_alpha = layer.log_alpha
-        key = layer.distribution, log_alpha.device, log_alpha.dtype, layer.settled
-        if key[0] is not last[0] or key[1:] != last[1:]:  # hashing it costs more than all else here
-            members, last = groups.setdefault(key, {}), key
-        members.setdefault(id(log_alpha), (log_alpha, []))[1].append(layer)
-    opened: dict[int, Tensor] = {}
-    skip = None if torch.compiler.is_compiling() else model.__dict__.get(SKIPPING)
-    draw = NOT_DRAWN[1]
-    if skip is not None:
-        skip.clear(model)  # a forward that was interrupted leaves its own behind
-    for (distribution, _, dtype, settled), members in groups.items():
-        draw = Draw(id(model))
-        log_alphas, layers = zip(*members.values(), strict=True)
-        sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
-        flat = torch.cat(log_alphas)
-        work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
-        if settled:  # the same in every forward, and with nothing to count
-            z = distribution.median(work)
-        else:
-            z, totals = functional.draw(work, sizes, distribution)
-            if not torch.compiler.is_compiling() and totals.grad_fn is not None:
-                for earlier in {layer._drawn[1] for sharing in layers for layer in sharing}:
-                    draw.earlier += earlier.waiting()
-                draw.node = weakref.ref(totals.grad_fn)
-            draw.count(totals, layers)
-        for sharing, part in zip(layers, z.split(sizes), strict=True):
-            for layer in sharing:
-                # Past nn.Module's own setattr, which looks for parameters: this is each step's
-                # cost.
-                layer.__dict__["_drawn"] = part, draw
-                layer.__dict__["_counted"] = draw
-                layer.__dict__["_compact"] = None
-        if skip is not None:
-            parts = (z > 0).split(sizes)
-            for sharing, part in zip(layers, parts, strict=True):
-                for layer in sharing:
-                    opened[id(layer)] = layer.spread(part)
-    if skip is not None and opened:
-        skip.assign(opened, inputs, options or {}, draw)
+class OpenCounts:
+    """How many gates of each of some layers one draw expects to be open."""
+
+    __slots__ = ("totals",)
+
+    def __init__(self, totals: Tensor) -> None:
+        self.totals: Tensor | None = totals
+
+    def take(self) -> Tensor | None:
+        """The counts, handed out once, or None if they cannot be used any more."""
+        totals, self.totals = self.totals, None
+        if totals is None or _spent(totals.grad_fn):
+            return None
+        return totals if totals.requires_grad or not torch.is_grad_enabled() else None
 
 
-def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
-    """Forward hook: the model's draw is over; a layer called outside a forward draws its own."""
-    for layer in _members(model):
-        draw = layer._drawn[1]
-        if draw.owner == id(model):
-            draw.live = False
+class Counted(NamedTuple):
+    """The latest count of one layer's open gates."""
+
+    counts: OpenCounts
+    index: int
+    """Its place in the counts."""
+    of: tuple[int, int]
+    """Id and version of the log_alpha that was counted."""
+
+    def holds(self, log_alpha: Tensor) -> bool:
+        """Whether a layer still has that log_alpha, unchanged."""
+        return self.of == (id(log_alpha), log_alpha._version)
 
 
-def attach_draw(model: nn.Module) -> None:
-    """Makes `model` draw the gates of all its layers at the start of its forward."""
-    model.__dict__[_MEMBERS] = list(gated_layers(model).values())
-    if draw_gates not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(draw_gates, with_kwargs=True)
-        model.register_forward_hook(release_gates, always_call=True)
-    attach_ties(model)
+class Draw:
+    """The gates that one forward of a model uses."""
+
+    __slots__ = ("compacts", "earlier", "live", "nodes", "parts", "z")
+
+    def __init__(self, places: int, live: bool, earlier: list[Any]) -> None:
+        self.live = live
+        """Whether that forward is still running."""
+        self.z: list[Tensor | None] = [None] * places
+        """By place: the gates [num_gates] of a layer, if this draw has any for it."""
+        self.parts: list[tuple[Tensor, tuple[int, ...], list[list[Any]]]] = []
+        """Gates drawn by one op, their number by log_alpha, and the layers that share each; only
+        as long as the forward starts."""
+        self.compacts: dict[int, Compact | OnDevice] = {}
+        """Id of a layer -> what it leaves out."""
+        self.nodes: list[Any] = []
+        """Weak references to the autograd nodes of the counts."""
+        self.earlier = earlier
+        """The same of draws before, which waited for their backward."""
+
+    def waiting(self) -> list[Any]:
+        """References to the nodes, of this draw and earlier, that wait for their backward."""
+        found = [(reference, reference()) for reference in (*self.earlier, *self.nodes)]
+        return [ref for ref, node in found if node is not None and not _spent(node)]
 
 
-def detach_draw(model: nn.Module) -> None:
-    """Undoes `attach_draw`, on the model and all inside it."""
-    for module in model.modules():
-        module.__dict__.pop(_MEMBERS, None)
-        detach_ties(module)
-        for hooks, ours in (
-            (module._forward_pre_hooks, draw_gates),
-            (module._forward_hooks, release_gates),
-        ):
-            for key in [key for key, hook in hooks.items() if hook is ours]:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+def in_force(draw: Draw) -> bool:
+    """Whether a draw is this call's: in its model's forward, or replayed in a backward.
+
+    Raises:
+        RuntimeError: replayed, after a later forward has drawn other gates.
+    """
+    # Activation checkpointing runs a layer again while the graph is walked backward, when
+    # the model's forward is over: the gates it must see are those it saw then.
+    if draw.live or torch.compiler.is_compiling():
+        return draw.live
+    replayed = torch._C._current_graph_task_id() != -1
+    if replayed and any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
+        raise RuntimeError(
+            "activation checkpointing: got several forward passes before a backward; expected "
+            "a backward after each (its gates are gone), or noise='example'"
+        )
+    return replayed
+
+
+class Board:
+    """Where the layers of a model find its draw, and leave counts of draws of their own."""
+
+    __slots__ = ("counted", "latest")
+
+    def __init__(self, places: int) -> None:
+        self.latest = Draw(places, False, [])
+        self.counted: list[Counted | None] = [None] * places
+        """By place: the latest count of a layer."""
+
+
+class Drawn:
+    """A layer whose gates are drawn for it, and where it finds them."""
+
+    gates: str
+    noise: str
+    distribution: HardConcrete
+    log_alpha: nn.Parameter
+    training: bool
+    settled: bool = False
+    """Whether its gates are decided: training then has those of evaluation, without noise."""
+    units: int
+    """How many consecutive inputs each gate serves; 1 for gates that are not on inputs."""
+    _places: tuple[tuple[Board, int], ...] = ()
+    """The boards of the models that it belongs to, and its place on each."""
+
+    def open_probability(self) -> Tensor:
+        """P(z > 0) of each gate, of log_alpha's shape, differentiable; 0 or 1 once settled."""
+        if self.settled:
+            return (self.distribution.median(self.log_alpha) > 0).to(self.log_alpha.dtype)
+        return self.distribution.open_probability(self.log_alpha)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """What each gate has, [..., num_gates], for each of the units that it serves."""
+        return values if self.units == 1 else values.repeat_interleave(self.units, -1)
+
+    def _given(self) -> Tensor | None:
+        """The gates that a model's draw has for this call, or None."""
+        for board, place in self._places:
+            z = board.latest.z[place]
+            if z is not None and in_force(board.latest):
+                return z
+        return None
+
+    def _compact_here(self) -> Compact | OnDevice | None:
+        """What this call leaves out: a model's draw, which says so, holds in its forward alone."""
+        if not self.training:
+            return None
+        for board, _ in self._places:
+            compact = board.latest.compacts.get(id(self))
+            if compact is not None and in_force(board.latest):
+                return compact
+        return None
+
+    def _count(self, counts: OpenCounts, index: int = 0) -> None:
+        """Leaves what a draw counted of this layer for whoever asks `expected_open`."""
+        for board, place in self._places:
+            of = id(self.log_alpha), self.log_alpha._version
+            board.counted[place] = Counted(counts, index, of)
+
+    def _forget_draws(self) -> None:
+        """Nothing that was drawn for this layer holds any more."""
+        for board, place in self._places:
+            board.counted[place] = board.latest.z[place] = None
+            board.latest.compacts.pop(id(self), None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The boards belong to a model: its copy gives its layers places of their own.
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return {key: value for key, value in state.items() if key != "_places"}
 
 
 @functools.lru_cache(maxsize=64)
@@ -130,30 +203,40 @@ def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(places, device=device)
 
 
-def expected_open(layers: list[Any]) -> Tensor:
+def _latest_count(layer: Any) -> Counted | None:
+    """The count of a layer's latest draw, unless its log_alpha has changed since."""
+    for board, place in layer._places:
+        counted = board.counted[place]
+        if counted is not None:
+            return counted
+    return None
+
+
+def expected_open(layers: Sequence[Any]) -> Tensor:
     """[L] expected number of open gates of each layer, differentiable.
 
-    The counts that came with this training step's draw are handed out once, so that their
-    gradient joins the gates' own backward; any other is computed from log_alpha.
+    What the last draw has counted is handed out once; else it is computed from log_alpha.
     """
-    draws = [layer._counted for layer in layers]
-    taken = {draw: draw.take() for draw in set(draws)}
-    places = [
-        None if taken[draw] is None else draw.place(layer)
-        for layer, draw in zip(layers, draws, strict=True)
+    found = [_latest_count(layer) for layer in layers]
+    draws = {counted.counts for counted in found if counted is not None}
+    taken = {counts: counts.take() for counts in draws}
+    usable = [
+        None if c is None or not c.holds(layer.log_alpha) else c
+        for c, layer in zip(found, layers, strict=True)
     ]
+    places = [None if c is None else c.index for c in usable]
     if len(taken) == 1 and None not in places:
         (totals,) = taken.values()
-        assert totals is not None
-        if places == list(range(totals.numel())):
-            return totals.view(-1)
-        return totals.view(-1).index_select(0, _index(tuple(places), totals.device))
+        if totals is not None:
+            if places == list(range(totals.numel())):
+                return totals.view(-1)
+            return totals.view(-1).index_select(0, _index(tuple(places), totals.device))  # type: ignore[arg-type]
     parts: list[Tensor] = []
-    for layer, draw, place in zip(layers, draws, places, strict=True):
-        totals = taken[draw]
-        if totals is None or place is None:
+    for layer, counted in zip(layers, usable, strict=True):
+        totals = None if counted is None else taken[counted.counts]
+        if totals is None or counted is None:
             dtype = torch.promote_types(layer.log_alpha.dtype, torch.float32)
             parts.append(layer.open_probability().sum(dtype=dtype))
         else:
-            parts.append(totals.view(-1)[place])
+            parts.append(totals.view(-1)[counted.index])
     return torch.stack(parts)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
-from l0fast.layers.drawn import DRAWN, Drawn, OnDevice
+from l0fast.layers.draw import Drawn, OnDevice, OpenCounts
 from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
 
@@ -67,7 +67,6 @@ class Gated(Drawn):
     ) -> None:
         self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
-        self._forget_draws()
         if shared is not None:
             self.distribution, self.log_alpha = shared.distribution, shared.log_alpha
             return
@@ -168,14 +167,13 @@ class Gated(Drawn):
 
     def _z(self) -> Tensor:
         """Gates that serve this whole call, one for each unit."""
-        if self.training and self._drawn_here():
-            z = self._drawn[0]
-            assert z is not None
+        z = self._given() if self.training else None
+        if z is not None:
             return self.spread(z.to(self.weight.dtype))
         if self.settled or not self.training:
             return self.spread(self.evaluation_gates().to(self.weight.dtype))
         gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
-        self._count_alone(gates.expected_open)
+        self._count(OpenCounts(gates.expected_open))
         return self.spread(gates.z.to(self.weight.dtype))
 
     def _example_z(self, x: Tensor, dim: int) -> Tensor:
@@ -202,16 +200,16 @@ class Gated(Drawn):
             masked, expected_open = functional.gated_weight(
                 self.weight, self.log_alpha, distribution=self.distribution
             )
-            self._count_alone(expected_open)
+            self._count(OpenCounts(expected_open))
             return masked, self.bias
         z = self._z()
         if self.gates == "output":
             bias = None if self.bias is None else self.bias * z
             return mask(self.weight, z, 0), bias
-        return self._mask_inputs(z), self.bias
+        return self._mask_inputs(self.weight, z), self.bias
 
-    def _mask_inputs(self, z: Tensor) -> Tensor:
-        return mask(self.weight, z, 1)
+    def _mask_inputs(self, weight: Tensor, z: Tensor) -> Tensor:
+        return mask(weight, z, 1)
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, masked weight and bias of this call: all of them, or what its gates leave open.
@@ -235,29 +233,34 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "units", "distribution", "settled", "_full", *DRAWN)
+        own = ("gates", "noise", "units", "distribution", "settled", "_full", "_places")
         dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
         return dense
 
-    def folded(self, z: Tensor) -> nn.Module:
+    def folded(self, z: Tensor, dtype: torch.dtype | None = None) -> nn.Module:
         """The ordinary layer with `z` (of log_alpha's shape) multiplied into its parameters.
 
-        Its parameters are new; nothing is shared with this layer.
+        Parameters that no gate multiplies are the very ones of this layer; the others are new.
+
+        Args:
+            z: the gates.
+            dtype: of all its parameters; this layer's by default.
         """
         dense = self.dense()
-        z = self.spread(z.detach().to(self.weight.dtype))
-        weight, bias = self.weight.detach(), None if self.bias is None else self.bias.detach()
+        weight = self.weight.detach().to(dtype or self.weight.dtype)
+        bias = None if self.bias is None else self.bias.detach().to(weight.dtype)
+        z = self.spread(z.detach().to(weight.dtype))
         if self.gates == "weight":
             weight = mask(weight, z, None)
         elif self.gates == "output":
             weight = mask(weight, z, 0)
             bias = None if bias is None else bias * z
         else:
-            weight = self._mask_inputs(z).detach()
-        dense.weight = nn.Parameter(weight.clone(), self.weight.requires_grad)
-        if bias is not None and self.bias is not None:
-            dense.bias = nn.Parameter(bias.clone(), self.bias.requires_grad)
+            weight = self._mask_inputs(weight, z)
+        dense.weight = nn.Parameter(weight, self.weight.requires_grad)
+        if self.bias is not None and (dtype is not None or self.gates == "output"):
+            dense.bias = nn.Parameter(bias, self.bias.requires_grad)
         return dense
 
     # --- what a module must do ------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import autograd, functional
-from l0fast.layers.drawn import EVERYTHING, OnDevice
+from l0fast.layers.draw import EVERYTHING, OnDevice
 from l0fast.layers.gated import Gated, check_options
 from l0fast.maths.hard_concrete import HardConcrete
 

@@ -7,9 +7,8 @@ from typing import Any
 from torch import nn
 
 GATES = "log_alpha"
-_SHARING = "_l0fast_sharing"
-"""Attribute of a model while a state is loaded into it: name of each layer that shares its gates ->
-the first that has them, perhaps itself."""
+ATTRIBUTE = "_l0fast"
+"""The one attribute that l0fast puts on a user's module: its handle (see `handle`)."""
 
 
 def _sharing(model: nn.Module) -> dict[str, str]:
@@ -30,7 +29,7 @@ def _before(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) 
     be missing. A state without any gates is a dense model's: there they stay as they are.
     """
     missing: list[str] = others[2]
-    model.__dict__[_SHARING] = sharing = _sharing(model)
+    model.__dict__[ATTRIBUTE].sharing = sharing = _sharing(model)
     keys = {name: f"{prefix}{name}.{GATES}" for name in sharing}
     held = {sharing[name]: state[key] for name, key in keys.items() if key in state}
     for name, key in keys.items():
@@ -41,7 +40,9 @@ def _before(model: nn.Module, state: dict[str, Any], prefix: str, *others: Any) 
 
 def _after(model: nn.Module, _keys: Any) -> None:
     """Post-hook of loading: with assign=True, each layer was given a parameter of its own."""
-    for name, owner in model.__dict__.pop(_SHARING, {}).items():
+    handle = model.__dict__[ATTRIBUTE]
+    sharing, handle.sharing = handle.sharing, {}
+    for name, owner in sharing.items():
         gates = model.get_submodule(owner)._parameters[GATES]
         model.get_submodule(name)._parameters[GATES] = gates
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_map
 
-from l0fast.measures.density import Group, count_activations, count_macs, count_params
-from l0fast.removal.plan import Plan
+from l0fast.graph.compare import tensors_of
+from l0fast.measures.flops import count_activations, count_macs, count_params
+from l0fast.measures.groups import Group
 
 
 def element_size(model: nn.Module) -> int:
@@ -16,12 +19,22 @@ def element_size(model: nn.Module) -> int:
     return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
 
 
-def widths_left(plan: Plan) -> dict[str, tuple[int, int]]:
-    """Layer -> (inputs, outputs) that it computes with, as a plan leaves it."""
-    return {
-        name: (int(extent.columns.sum()), int(extent.rows.sum()))
-        for name, extent in plan.extents.items()
-    }
+def _ops(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, int], dict[str, int]]:
+    return count_macs(model, args), count_activations(model, args)
+
+
+def _without_numbers(
+    model: nn.Module, args: tuple[Any, ...]
+) -> tuple[dict[str, int], dict[str, int]]:
+    """(MACs, activations) by module, of forwards for the shapes alone where the model runs so."""
+    if any(isinstance(p, FakeTensor) for p in (*model.parameters(), *tensors_of(args))):
+        return _ops(model, args)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+            like = tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, args)
+            return _ops(model, like)
+    except Exception:  # its forward asks for values
+        return _ops(model, args)
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,10 @@ class Counts:
             size: bytes of a number, which is not that of `model` where it was widened.
             widths: its own.
         """
-        elements = count_activations(model, args)
+        macs, elements = _without_numbers(model, args)
         return cls(
             params={name: count_params(module) for name, module in model.named_modules()},
-            macs=count_macs(model, args),
+            macs=macs,
             memory={name: size * number for name, number in elements.items()},
             widths=widths,
         )

@@ -1,153 +1,16 @@
-"""How dense a model is: expected and realised, by layer and in all; parameters and MACs."""
+"""How dense a model is: expected and realised, by layer and in all."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from l0fast import _checks
 from l0fast._tables import aligned
-from l0fast.graph.calls import evaluating, example_args
-from l0fast.layers.draw import gated_layers
-from l0fast.layers.gated import Gated
-from l0fast.measures.amounts import Asked, check
-from l0fast.measures.latency import LatencyTable
-
-WHOLE_MODEL = "model"
-"""The name of the one group that holds every gated layer."""
-
-
-def require_gated(model: nn.Module) -> dict[str, Gated]:
-    """Name -> gated layer; refused if the model has none."""
-    layers = gated_layers(model)
-    if not layers:
-        _checks.refuse("model", type(model).__name__, "a model with gates (see sparsify_)")
-    return layers
-
-
-Cost = Callable[[Mapping[str, Tensor]], Tensor]
-"""A cost of the user's own: open probabilities of each layer's gates, by name -> 0-d."""
-
-
-AnyMeasure = str | Cost | LatencyTable
-"""The name of a measure, a cost of the user's own, or a table of seconds."""
-
-
-def measure_name(measure: AnyMeasure) -> str:
-    """What reports and messages call a measure."""
-    if isinstance(measure, LatencyTable):
-        return "latency"
-    return measure if isinstance(measure, str) else getattr(measure, "__name__", "cost")
-
-
-class Group(NamedTuple):
-    """What one target is about."""
-
-    layers: tuple[str, ...]
-    """The gated layers."""
-    measure: AnyMeasure = "gates"
-    whole: str | None = None
-    """The module that is measured as a whole, with all in it that has no gates ("" is the model);
-    None: the layers alone."""
-
-
-def target_groups(
-    model: nn.Module, target: Asked | Mapping[str, Asked], measure: AnyMeasure = "gates"
-) -> dict[str, tuple[Group, Asked]]:
-    """Group name -> (group, target as asked): one group for a number, or one for each key.
-
-    A key is a layer's name or a glob pattern. Refused: an unknown key, a layer in two groups, a
-    number that is no density, an amount of something else.
-    """
-    layers, by = require_gated(model), measure_name(measure)
-    if not isinstance(target, Mapping):
-        whole = None if measure == "gates" else ""
-        group = Group(tuple(layers), measure, whole)
-        return {WHOLE_MODEL: (group, check("target", target, by))}
-    if callable(measure):
-        _checks.refuse("target", target, "one number, for a cost of your own", TypeError)
-    if not target:
-        _checks.refuse("target", target, "at least one layer or pattern")
-    groups: dict[str, tuple[Group, Asked]] = {}
-    owner: dict[str, str] = {}
-    for key, value in target.items():
-        if not isinstance(key, str):
-            _checks.refuse("target", key, "layer names or patterns as keys", TypeError)
-        matched = tuple(name for name in layers if fnmatchcase(name, key))
-        if not matched:
-            _checks.refuse("target", key, f"a pattern that matches one of {list(layers)}")
-        for name in matched:
-            if name in owner:
-                _checks.refuse(
-                    "target", key, f"layers of one group only ({name!r} is in {owner[name]!r})"
-                )
-            owner[name] = key
-        groups[key] = Group(matched, measure), check(f"target[{key!r}]", value, by)
-    return groups
-
-
-def gated_parameters(layers: list[Gated]) -> int:
-    """How many parameters the gates of `layers` control."""
-    return sum(layer.all_gates * layer.group_size for layer in layers)
-
-
-def count_params(model: nn.Module) -> int:
-    """Parameters of a model, each tensor once; the gates' log_alpha do not count."""
-    gates = {id(layer.log_alpha) for layer in gated_layers(model).values()}
-    return sum(p.numel() for p in model.parameters() if id(p) not in gates)
-
-
-def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """Multiply-accumulates of one forward on `example_inputs`, by module name ("" is all).
-
-    Matrix products and convolutions count, as `torch.utils.flop_counter` does.
-    """
-    return {name: flops // 2 for name, flops in _counted(model, example_inputs).items()}
-
-
-def count_activations(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """Elements that the layers of a model give in one forward on `example_inputs`, by module name
-    ("" is all): the outputs of Linears, convolutions, batch norms and products of matrices.
-
-    Source: Radosavovic et al., 2020 (activations: the size of the output tensors of layers).
-    """
-    from torch.utils.flop_counter import flop_registry
-
-    def elements(*_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
-        return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
-
-    norms = (op for name in BATCH_NORMS if (op := getattr(torch.ops.aten, name, None)))
-    return _counted(model, example_inputs, dict.fromkeys([*flop_registry, *norms], elements))
-
-
-BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
-
-
-def _counted(model: nn.Module, example_inputs: Any, formulas: Any = None) -> dict[str, int]:
-    """What the ops of one forward sum up to, by module name; by default their FLOPs."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode  # it loads Triton
-
-    fused = torch.backends.mha.get_fastpath_enabled()
-    names = {id(module): name for name, module in model.named_modules()}
-    root = type(model).__name__
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
-    try:
-        # Attention in one fused op would count for nothing.
-        torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
-            model(*example_args(example_inputs))
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-    counts = counter.get_flop_counts()
-    found = {name: sum(counts.get(f"{root}.{name}", {}).values()) for name in names.values()}
-    return found | {"": counter.get_total_flops()}
+from l0fast.layers.handle import gates
+from l0fast.measures.flops import count_macs
 
 
 @dataclass(frozen=True)
@@ -199,7 +62,7 @@ def density(model: nn.Module, example_inputs: Any = None) -> DensityTable:
     Raises:
         ValueError: the model has no gates.
     """
-    layers = require_gated(model)
+    layers = gates(model).layers
     macs = None if example_inputs is None else count_macs(model, example_inputs)
     rows: list[LayerDensity] = []
     with torch.no_grad():

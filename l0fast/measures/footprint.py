@@ -11,16 +11,16 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.graph.capture import layer_size
-from l0fast.layers.draw import own_gates
+from l0fast.graph.dependencies import GateDependencies, smallest
 from l0fast.layers.gated import Gated
+from l0fast.layers.handle import own_gates
 from l0fast.measures.amounts import words
 from l0fast.measures.counts import Counts
-from l0fast.measures.density import Group, measure_name
+from l0fast.measures.groups import Group, measure_name
 from l0fast.measures.latency import Grids, LatencyTable
 from l0fast.measures.measure import GateMeasure, Measure, OwnMeasure
 from l0fast.measures.products import products, unreckoned
 from l0fast.measures.trial import Trial
-from l0fast.removal.hinges import Hinges, smallest
 
 
 class Footprint(Measure):
@@ -40,7 +40,7 @@ class Footprint(Measure):
 
     Args:
         layers: the model's gated layers.
-        tried: how closed gates are carried out; which unit has which gates.
+        tried: how closed gates are carried out; which unit depends on which gates.
         groups: of one measure: "params", "macs", "memory" or a latency table.
 
     Raises:
@@ -68,14 +68,13 @@ class Footprint(Measure):
         super().__init__(layers)
         on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
         self.gated = own_gates(on_units)
-        hinges = Hinges(on_units, tried.plan)
         self.groups, self.measure = groups, measure_name(groups[0].measure)
         # A layer that cannot get smaller is part of the rest, which is added as it is.
-        self.names = tried.shrinking
-        live = tried.plan.live
+        self.names = list(tried.shrinking)
+        live = tried.live
         counted = self.measure in ("macs", "memory")
         self.products = products(live.walk) if counted and live is not None else []
-        for name, tensor in (self._units(hinges) | self._sizes(tried)).items():
+        for name, tensor in (self._units(tried.dependencies) | self._sizes(tried)).items():
             self.register_buffer(name, tensor, persistent=False)
         self.totals = self.left(tried.dense)
         sums = zip(self.spent(tried.kept), self.left(tried.left), self.totals, strict=True)
@@ -90,18 +89,18 @@ class Footprint(Measure):
                 )
                 _checks.refuse("measure", self.measure, expected)
 
-    def _units(self, hinges: Hinges) -> dict[str, Tensor]:
-        """Which gates the units of the layers, and of the products, hang on."""
-        inputs = hinges.inputs(self.names)
+    def _units(self, needs: GateDependencies) -> dict[str, Tensor]:
+        """Which gates the units of the layers, and of the products, depend on."""
+        inputs = needs.inputs(self.names)
         others = [product.units for product in self.products]
-        first, outputs = hinges.outputs(self.names, others)
+        first, outputs = needs.outputs(self.names, others)
         shifts = [torch.full((0,), 0.0, dtype=torch.float64)]
         for name in self.gated:
             layer = self.layers[name]
             shifts.append(shifts[0].new_full((layer.num_gates,), layer.distribution.shift))
         certain = shifts[0].new_tensor([torch.inf, -torch.inf])  # always open, and never
-        sides = [len(side[name]) for side in (hinges.reads, hinges.writes) for name in self.names]
-        least = [count(name) for count in (hinges.least_read, hinges.least) for name in self.names]
+        sides = [len(side[name]) for side in (needs.reads, needs.writes) for name in self.names]
+        least = [count(name) for count in (needs.least_read, needs.least) for name in self.names]
         return {
             "shift": torch.cat([*shifts, certain]),
             "inputs_all": inputs.all_of,
@@ -129,7 +128,7 @@ class Footprint(Measure):
         weight: list[float] = []
         bias: list[float] = []
         for name in self.names:
-            layer = tried.plan.sites[name].layer
+            layer = tried.sites[name].layer
             inputs, outputs = layer_size(layer)
             alone = 0.0
             if self.measure == "memory":

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.layers.draw import expected_open
 from l0fast.layers.gated import Gated
-from l0fast.measures.density import AnyMeasure, Group, measure_name
+from l0fast.measures.groups import AnyMeasure, Group, measure_name
 from l0fast.measures.latency import LatencyTable
 
 SIZES = ("params", "macs", "memory")

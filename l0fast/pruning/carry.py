@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.graph.calls import unwrapped
 from l0fast.graph.capture import is_carrier
-from l0fast.layers.draw import gated_layers
-from l0fast.removal.compact import Edit, sliced
-from l0fast.removal.plan import fold
+from l0fast.layers.handle import gated_layers, gates
+from l0fast.pruning.draft import Draft, GateValues, all_gates
+from l0fast.pruning.edits import Edit, sliced
+from l0fast.pruning.report import recipe_of, report_of
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
 
@@ -37,11 +38,10 @@ class _Origin(NamedTuple):
 
 def _edits(model: nn.Module, small: nn.Module) -> dict[str, Edit]:
     """Name of a layer -> the edit that `prune` made of it."""
-    reports = [getattr(module, "report", None) for module in (model, small)]
-    before, after = (report["layers"] if isinstance(report, dict) else None for report in reports)
-    if after is None or after[: len(before or [])] != (before or []):
+    before, report = recipe_of(model).layers, report_of(small)
+    if report is None or report.layers[: len(before)] != before:
         _checks.refuse("small", type(small).__name__, "the model that prune made of `model`")
-    edits = [Edit.from_json(entry) for entry in after[len(before or []) :]]
+    edits = [Edit.from_json(entry) for entry in report.layers[len(before) :]]
     return {edit.name: edit for edit in edits}
 
 
@@ -153,7 +153,8 @@ def prune_state_dict(
             hold what constant inputs gave: of another state these would be others.
     """
     model = unwrapped(model)
-    folded = (getattr(small, "report", None) or {}).get("folded")
+    report = report_of(small)
+    folded = [] if report is None else report.folded
     if folded:
         expected = "one whose biases hold no constants: load the state into a copy, and prune that"
         _checks.refuse("small", f"a model with constants in the bias of {folded[0]!r}", expected)
@@ -165,7 +166,10 @@ def prune_state_dict(
         expected = f"a state of the model ({' '.join(str(error).split())[:200]})"
         _checks.refuse("state_dict", f"{len(state_dict)} tensors", expected)
     scaled = [name for name, edit in _edits(model, small).items() if edit.scale is not None]
-    whole = fold(twin, scaled).model.state_dict()
+    layers = gates(twin).layers
+    draft = Draft(twin, GateValues(layers, all_gates(layers)), scaled)
+    draft.make_smaller([])
+    whole = draft.model.state_dict()
     return {
         name: origins[name].part(whole[origins[name].name]) if name in origins else own.clone()
         for name, own in small.state_dict().items()

@@ -3,84 +3,119 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
 from l0fast import _checks
-from l0fast.constraints.budget import Budget, choose
-from l0fast.constraints.constraint import DensityConstraint
-from l0fast.constraints.penalty import L0Penalty
-from l0fast.constraints.term import TARGETS
-from l0fast.gating.attention import unfused_in
 from l0fast.graph.calls import example_args, unwrapped
-from l0fast.layers.draw import own_gates
+from l0fast.graph.structure import structure_of
 from l0fast.layers.gated import Gated
+from l0fast.layers.handle import gates, handles_in
 from l0fast.measures.amounts import Asked, share
-from l0fast.measures.counts import Counts, element_size, widths_left
-from l0fast.measures.density import (
+from l0fast.measures.counts import Counts, element_size
+from l0fast.measures.footprint import Footprint, measure_of
+from l0fast.measures.groups import (
     WHOLE_MODEL,
     AnyMeasure,
+    Asking,
     Group,
     measure_name,
-    require_gated,
     target_groups,
 )
-from l0fast.measures.footprint import Footprint, measure_of
 from l0fast.measures.latency import LatencyTable
-from l0fast.measures.measure import GateMeasure, is_of_pruned
-from l0fast.measures.stopwatch import whole_seconds
-from l0fast.measures.timing import resolved
-from l0fast.measures.trial import all_open, trial
-from l0fast.pruning.report import REPORT_FORMAT, site_row
-from l0fast.removal.compact import apply
-from l0fast.removal.plan import closed, fold, make_plan, reference
+from l0fast.measures.measure import is_of_pruned
+from l0fast.pruning.choose import Budget, choose
+from l0fast.pruning.draft import GateValues, opened
+from l0fast.pruning.plan import make_plan, new_draft
+from l0fast.pruning.proof import Proof
+from l0fast.pruning.report import Facts, attach_report, make_report
+from l0fast.pruning.stopwatch import whole_seconds
+from l0fast.pruning.timing import with_table
+from l0fast.pruning.trial import tried, widths_left
+
+Targets = dict[str, tuple[Group, Asked]]
 
 
-def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> dict[str, tuple[Group, Asked]]:
-    """The targets that constraints left on the model and its parts."""
-    found: dict[str, tuple[Group, Asked]] = {}
-    for outer, module in model.named_modules():
+def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> Targets:
+    """The targets of the constraints, on a model and its parts, that are alive."""
+    held: dict[Group, Asked] = {}
+    for outer, handle in handles_in(model).items():
         prefix = f"{outer}." if outer else ""
-        for group, target in module.__dict__.get(TARGETS, {}).items():
-            names = tuple(prefix + name for name in group.layers)
-            whole = None if group.whole is None else outer
-            for name in names:
-                if name not in layers:
-                    expected = (
-                        f"a target: the model's constraint names {name!r}, which has no gates"
-                    )
-                    _checks.refuse("target", None, expected)
-            everything = group.measure == "gates" and set(names) == set(layers)
-            title = WHOLE_MODEL if everything or whole == "" else whole or ", ".join(names)
-            if group.measure != "gates":
-                title += f" ({measure_name(group.measure)})"
-            while title in found:
-                title += "'"
-            measure = group.measure
-            if isinstance(measure, LatencyTable):
-                measure = measure.under(prefix)
-            found[title] = Group(names, measure, whole), target
+        for constraint in handle.constraints:
+            for group, target in constraint.asked().values():
+                names = tuple(prefix + name for name in group.layers)
+                measure = group.measure
+                if isinstance(measure, LatencyTable) and prefix:
+                    measure = measure.under(prefix)
+                whole = None if group.whole is None else outer
+                held[Group(names, measure, whole)] = target
+    return _titled(held, layers)
+
+
+def _titled(held: Mapping[Group, Asked], layers: Mapping[str, Gated]) -> Targets:
+    """The same by titles for reports and messages."""
+    found: Targets = {}
+    for group, target in held.items():
+        for name in group.layers:
+            if name not in layers:
+                expected = f"a target: the model's constraint names {name!r}, which has no gates"
+                _checks.refuse("target", None, expected)
+        everything = group.measure == "gates" and set(group.layers) == set(layers)
+        whole = group.whole
+        title = WHOLE_MODEL if everything or whole == "" else whole or ", ".join(group.layers)
+        if group.measure != "gates":
+            title += f" ({measure_name(group.measure)})"
+        while title in found:
+            title += "'"
+        found[title] = group, target
     return found
 
 
-def _whole(value: float) -> float:
-    """A count as an int; a cost that is none stays as it is."""
-    return int(value) if float(value).is_integer() else value
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """What must not be exceeded."""
+
+    groups: Mapping[str, Group]
+    budgets: list[Budget]
 
 
-def _at_first(model: nn.Module, dense: Counts) -> dict[str, int]:
-    """What the dense model has, before any gate was removed during training."""
-    report = getattr(model, "report", None)
-    before = report.get("dense") if isinstance(report, dict) else None
-    return before or dense.whole()
+def _request(
+    model: nn.Module,
+    example_inputs: Any,
+    target: Asked | Mapping[str, Asked] | Asking | None,
+    measure: AnyMeasure,
+) -> _Request:
+    """The targets asked for, or those of the model's constraints, as budgets."""
+    layers = gates(model).layers
+    named = target is not None and not isinstance(target, Asking)
+    if not named and measure != "gates":
+        _checks.refuse("measure", measure_name(measure), "a target beside it")
+    if target is None:
+        asked = _left_targets(model, layers)
+    elif isinstance(target, Asking):
+        if not target.layers.keys() <= layers.keys():
+            _checks.refuse("target", type(target).__name__, "a constraint on this model")
+        asked = _titled(dict(target.asked().values()), layers)
+    else:
+        asked = target_groups(layers, target, with_table(measure, model, example_inputs))
+    sized = any(is_of_pruned(group.measure) for group, _ in asked.values())
+    trial = tried(model, example_args(example_inputs))[0] if sized else None
+    budgets: list[Budget] = []
+    for name, (group, value) in asked.items():
+        by = measure_of(layers, [group], trial)
+        title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
+        limit = share(title, value, measure_name(group.measure), by.totals[0])
+        words_of = value if isinstance(value, str) else None
+        budgets.append(Budget(name, group.layers, limit, by, asked=words_of))
+    return _Request({name: group for name, (group, _) in asked.items()}, budgets)
 
 
 def prune(
     model: nn.Module,
     example_inputs: Any,
-    target: Asked | Mapping[str, Asked] | None = None,
+    target: Asked | Mapping[str, Asked] | Asking | None = None,
     *,
     measure: AnyMeasure = "gates",
     round_to: int = 1,
@@ -102,8 +137,9 @@ def prune(
         model: a model with gates.
         example_inputs: what its forward takes (a tuple for several arguments).
         target: the density that must not be exceeded: a number for the whole model, or layer
-            name or glob pattern -> number. Default: the targets of the `DensityConstraint`s made
-            for the model, each by its own measure; without any, every open gate stays.
+            name or glob pattern -> number; or a constraint (or `Constraints`) on the model, whose
+            targets are held. Default: the targets of all constraints on the model that are alive,
+            each by its own measure; without any, every open gate stays.
         measure: what `target` is a share of, as in `DensityConstraint`.
         round_to: each layer with gates on units keeps a multiple of so many of them (or all it
             has), in the order of their open probability. A last block that is partly open is
@@ -114,7 +150,8 @@ def prune(
 
     Returns:
         A model of the same class, of plain PyTorch modules, in the same dtype, device and mode.
-        Its attribute `report` is a dict (of what JSON knows):
+        Its attribute `report` is a `Report`, a frozen dataclass of what JSON knows (a model that
+        has a `report` of its own keeps it, and ours is `l0fast_report`):
             format: 1.
             architecture: units left along each gated layer's gated dimension, "198-233-100".
             density: parameters of kept gates / gated parameters.
@@ -152,43 +189,23 @@ def prune(
     """
     _checks.whole("round_to", round_to)
     model = unwrapped(model)
-    layers = require_gated(model)
+    layers = gates(model).layers
     for name, module in model.named_modules():
-        if isinstance(module, (DensityConstraint, L0Penalty)):
+        if isinstance(module, Asking):
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
-    if target is not None:
-        measure = resolved(measure, model, example_inputs)
-        asked = target_groups(model, target, measure)
-    else:
-        if measure != "gates":
-            _checks.refuse("measure", measure_name(measure), "a target beside it")
-        asked = _left_targets(model, layers)
-    args = example_args(example_inputs)
-    sized = any(is_of_pruned(group.measure) for group, _ in asked.values())
-    tried = trial(model, args) if sized else None
-    budgets: list[Budget] = []
-    groups = {name: group for name, (group, _) in asked.items()}
-    for name, (group, value) in asked.items():
-        by = measure_of(layers, [group], tried)
-        title = f"target[{name!r}]" if isinstance(target, Mapping) else "target"
-        limit = share(title, value, measure_name(group.measure), by.totals[0])
-        words_of = value if isinstance(value, str) else None
-        budgets.append(Budget(name, group.layers, limit, by, asked=words_of))
+    request = _request(model, example_inputs, target, measure)
+    args, budgets = example_args(example_inputs), request.budgets
+    size = element_size(model)
     while True:
         kept = choose(layers, budgets, round_to)
-        twin, wide, proof = reference(model, args, kept)
-        plan = make_plan(twin, layers, kept, wide, proof)
-        del twin
-        result = fold(closed(model, kept), plan.raw)
-        for module in result.model.modules():
-            module.__dict__.pop(TARGETS, None)
-        for parameter in result.model.parameters():
-            parameter.grad = None
-        size = element_size(model)
-        dense = Counts.of(result.model, args, size, {})
-        small = apply(result.model, plan.edits, result.factors, plan.mends, plan.constants)
-        left = Counts.of(small, args, size, widths_left(plan))
+        values = GateValues(layers, kept)
+        proof = Proof(model, values, args)
+        structure = structure_of(model, args)
+        draft = new_draft(model, values, structure)
+        dense = Counts.of(draft.model, args, size, {})
+        plan = make_plan(draft, structure, proof.check)
+        left = Counts.of(draft.model, args, size, widths_left(plan))
         spent: dict[str, float] = {}
         for one in budgets:
             by = one.measure
@@ -197,63 +214,10 @@ def prune(
         budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
         if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
             break
-    before = _at_first(model, dense)
-    owning = own_gates(layers)
-    forced, filled = dict[str, int](), dict[str, int]()
-    collapsed: list[str] = []
-    with torch.no_grad():
-        for name, layer in layers.items():
-            is_open = (layer.evaluation_gates() > 0).cpu()
-            forced[name] = int((is_open & ~kept[name]).sum())
-            filled[name] = int((kept[name] & ~is_open).sum())
-            if not bool((is_open & kept[name]).any()):
-                collapsed.append(name)
-    changed = {edit.name for edit in plan.edits}
-    sites = [
-        site_row(
-            name, plan, layers.get(name), kept.get(name), forced.get(name, 0), name in collapsed
-        )
-        for name in plan.sites
-        if name in layers or name in changed
-    ]
-    units = {"input": "in", "output": "out", "weight": "out"}
-    gated = GateMeasure(layers, [Group(tuple(layers))])
-    previous = getattr(model, "report", None)
-    earlier = previous if isinstance(previous, dict) else {}
-    small.report = {  # type: ignore[assignment]
-        "format": REPORT_FORMAT,
-        "architecture": "-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
-        "density": gated.spent(kept)[0] / gated.totals[0],
-        "forced": sum(forced[name] for name in owning),
-        "collapsed": collapsed,
-        "round_to": round_to,
-        "filled": sum(filled[name] for name in owning),
-        "groups": {
-            one.name: {
-                "layers": list(one.layers),
-                "measure": measure_name(groups[one.name].measure),
-                "target": one.target,
-                "density": spent[one.name] / one.measure.totals[0],
-                "kept": _whole(spent[one.name]),
-                "total": _whole(one.measure.totals[0]),
-                "forced": sum(
-                    forced[name] for name in own_gates({name: layers[name] for name in one.layers})
-                ),
-            }
-            for one in budgets
-        },
-        **{key: [after, before[key]] for key, after in left.whole().items()},
-        "latency": whole_seconds([small, fold(all_open(model), plan.raw).model], args)
-        if any(isinstance(group.measure, LatencyTable) for group in groups.values())
-        else None,
-        "sites": sites,
-        "tier": plan.tier,
-        "notes": plan.notes,
-        "max_error": plan.error,
-        "tolerance": proof.tolerance,
-        "attention": [call.as_json() for call in unfused_in(model)],
-        "attributes": [*earlier.get("attributes", []), *(mend.as_json() for mend in plan.mends)],
-        "folded": sorted({*earlier.get("folded", []), *plan.constants}),
-        "layers": [*earlier.get("layers", []), *(edit.as_json() for edit in plan.edits)],
-    }
+    small = draft.finish()
+    seconds: list[float] | None = None
+    if any(isinstance(group.measure, LatencyTable) for group in request.groups.values()):
+        seconds = whole_seconds([small, opened(model, structure.raw(layers))], args)
+    facts = Facts(kept, request.groups, budgets, spent, round_to, proof.tolerance, seconds)
+    attach_report(small, make_report(model, plan, facts, dense, left))
     return small

@@ -17,7 +17,8 @@ from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
 from l0fast.graph.capture import is_site, layer_size
-from l0fast.removal.compact import Edit, Mend, apply
+from l0fast.pruning.edits import AttributePatch, Edit, apply
+from l0fast.pruning.report import Report, attach_report, report_of
 
 KEY = "l0fast"
 """The metadata's entry."""
@@ -40,8 +41,8 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model is not pruned, holds state that is no tensor, or there is no folder.
     """
-    report = getattr(small, "report", None)
-    if not isinstance(report, dict) or not isinstance(report.get("layers"), list):
+    report = report_of(small)
+    if report is None:
         _checks.refuse("small", type(small).__name__, "a model that prune returned")
     path = Path(path)
     if not path.parent.is_dir():
@@ -61,12 +62,13 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
         else:
             seen[view] = name
             tensors[name] = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+    entries = report.as_json()
     recipe = {
         "format": FORMAT,
-        **{key: report[key] for key in KEYS},
+        **{key: entries[key] for key in KEYS},
         "aliases": aliases,
         "frozen": [name for name, p in small.named_parameters() if not p.requires_grad],
-        "report": {key: value for key, value in report.items() if key not in KEYS},
+        "report": {key: value for key, value in entries.items() if key not in KEYS},
     }
     # One entry only: safetensors writes several in a random order, and equal models shall give
     # equal files.
@@ -110,12 +112,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             recipe.setdefault("attention", [])
             recipe["calls"] = [Unfused.from_json(entry) for entry in recipe["attention"]]
             recipe["edits"] = [Edit.from_json(entry) for entry in recipe["layers"]]
-            recipe["mends"] = [Mend.from_json(entry) for entry in recipe["attributes"]]
+            recipe["patches"] = [AttributePatch.from_json(entry) for entry in recipe["attributes"]]
             recipe["aliases"] = {str(a): str(b) for a, b in recipe["aliases"].items()}
             if not set(recipe["aliases"].values()) <= tensors.keys():
                 raise ValueError("an alias of nothing")
             recipe["frozen"] = [str(name) for name in recipe["frozen"]]
-            recipe["report"] = dict(recipe["report"])
+            made = {**recipe["report"], **{key: recipe[key] for key in KEYS}}
+            recipe["report"] = Report.from_json(made)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         bad(f"its recipe is damaged: {type(error).__name__}: {error}")
     if version != FORMAT:
@@ -172,13 +175,13 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         if layer_size(layer) != edit.size:
             sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
             differs(f"its {edit.name!r} has {sizes}")
-        model = apply(model, [edit], {})
-    for mend in recipe["mends"]:
-        module = part("module", mend.name)
-        if type(module).__name__ != mend.kind or vars(module).get(mend.attribute) != mend.value[1]:
-            wanted = f"a {mend.kind} with {mend.attribute}={mend.value[1]}"
-            differs(f"its {mend.name or 'root'!r} is {wanted}")
-        model = apply(model, [], {}, [mend])
+        model = apply(model, [edit])
+    for patch in recipe["patches"]:
+        module, value = part("module", patch.name), patch.value[1]
+        if type(module).__name__ != patch.kind or vars(module).get(patch.attribute) != value:
+            wanted = f"a {patch.kind} with {patch.attribute}={value}"
+            differs(f"its {patch.name or 'root'!r} is {wanted}")
+        model = apply(model, [], [patch])
 
     aliases = recipe["aliases"]
     wanted = model.state_dict()
@@ -205,5 +208,5 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         for kind in ("_parameters", "_buffers"):
             if key in getattr(module, kind):
                 getattr(module, kind)[key] = getattr(owner, kind).get(owned, tensors[other])
-    model.report = {**recipe["report"], **{key: recipe[key] for key in KEYS}}  # type: ignore[assignment]
+    attach_report(model, recipe["report"])
     return model

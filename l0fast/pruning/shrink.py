@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l0fast.graph.capture import is_carrier
-from l0fast.layers.draw import SKIPPING, gated_layers
+from l0fast.graph.sites import without_gates
+from l0fast.graph.structure import structure_of
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.counts import Counts, element_size
-from l0fast.removal.compact import Edit, Mend, shrink_, sliced
-from l0fast.removal.plan import fold, make_plan, reference
-from l0fast.skipping.following import stop_following
-from l0fast.skipping.links import attach_skipping
+from l0fast.pruning.draft import GateValues
+from l0fast.pruning.edits import AttributePatch, Edit, shrink_, sliced
+from l0fast.pruning.plan import make_plan, new_draft
+from l0fast.pruning.proof import Proof
+from l0fast.pruning.report import recipe_of
+from l0fast.skipping.attach import attach_skipping
 
 SELDOM = 0.01
 """A gate that is open more seldom than this may go for good."""
@@ -31,7 +34,7 @@ class Removal:
     """What is removed at one time: how the layers get smaller, and which gates stay."""
 
     edits: list[Edit]
-    mends: list[Mend]
+    patches: list[AttributePatch]
     gates: dict[str, list[int]]
     """Gated layer -> indices of its gates that stay; layers that lose none are left out."""
 
@@ -39,7 +42,7 @@ class Removal:
         """A dict that `from_json` takes."""
         return {
             "edits": [edit.as_json() for edit in self.edits],
-            "mends": [mend.as_json() for mend in self.mends],
+            "mends": [patch.as_json() for patch in self.patches],
             "gates": self.gates,
         }
 
@@ -47,8 +50,8 @@ class Removal:
     def from_json(cls, entry: Mapping[str, Any]) -> Removal:
         """The removal of a checkpoint."""
         edits = [Edit.from_json(edit) for edit in entry["edits"]]
-        mends = [Mend.from_json(mend) for mend in entry["mends"]]
-        return cls(edits, mends, {name: list(kept) for name, kept in entry["gates"].items()})
+        patches = [AttributePatch.from_json(patch) for patch in entry["mends"]]
+        return cls(edits, patches, {name: list(kept) for name, kept in entry["gates"].items()})
 
 
 @dataclass
@@ -109,12 +112,13 @@ def plan_removal(
     kept = {name: mask.clone() for name, mask in kept.items()}
     found: set[str] = set()
     while not all(bool(mask.all()) for mask in kept.values()):
-        twin, wide, proof = reference(model, args, kept)
-        plan = make_plan(twin, layers, kept, wide, proof)
+        values, structure = GateValues(layers, kept), structure_of(model, args)
+        proof = Proof(model, values, args)
+        plan = make_plan(new_draft(model, values, structure), structure, proof.check)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
         stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}
         if not stuck:
-            removal = _removal(model, plan.edits, plan.mends)
+            removal = _removal(model, list(plan.edits), list(plan.patches))
             return removal, found if removal is not None else set(kept)
         whole = stuck & {name for name, mask in kept.items() if not bool(mask.all())}
         for name in whole or kept:
@@ -129,9 +133,9 @@ def worthwhile(kept: Mapping[str, Tensor]) -> bool:
     return gone >= WORTH * sum(mask.numel() for mask in kept.values())
 
 
-def _removal(model: nn.Module, edits: list[Edit], mends: list[Mend]) -> Removal | None:
+def _removal(model: nn.Module, edits: list[Edit], patches: list[AttributePatch]) -> Removal | None:
     """The removal of a plan, or None if a layer would keep a part of what one gate serves."""
-    gates: dict[str, list[int]] = {}
+    stays: dict[str, list[int]] = {}
     by_name = {edit.name: edit for edit in edits}
     for name, layer in gated_layers(model).items():
         edit = by_name.get(name)
@@ -147,8 +151,8 @@ def _removal(model: nn.Module, edits: list[Edit], mends: list[Mend]) -> Removal 
         stay = sorted({unit // layer.units for unit in units})
         if len(stay) * layer.units != len(units):
             return None
-        gates[name] = stay
-    return Removal(edits, mends, gates) if edits else None
+        stays[name] = stay
+    return Removal(edits, patches, stays) if edits else None
 
 
 def remove_(
@@ -161,14 +165,14 @@ def remove_(
     """Carries a removal out, in place: on the layers, their gates, and the optimizer's state.
 
     The layers are the same objects, so constraints go on; they still count against the size that
-    the model had at first. The model's `report` has the recipe, to which `prune` adds its own.
+    the model had at first. Its handle keeps the recipe, to which `prune` adds its own.
     """
-    earlier: Any = getattr(model, "report", None)
-    if earlier is None:
-        plain = fold(copy.deepcopy(model)).model
-        dense = Counts.of(plain, args, element_size(model), {}).whole()
-        earlier = {"dense": dense, "layers": [], "attributes": []}
-    layers = gated_layers(model)
+    handle, earlier = gates(model), recipe_of(model)
+    if earlier.dense is None:
+        with without_gates(model) as plain:
+            dense = Counts.of(plain, args, element_size(model), {}).whole()
+        earlier = replace(earlier, dense=dense)
+    layers = handle.layers
     for layer in layers.values():
         layer.remember_size()
     replaced: dict[int, tuple[nn.Parameter, Slice]] = {}
@@ -176,8 +180,8 @@ def remove_(
     def note(old: nn.Parameter, new: nn.Parameter, part: Slice) -> None:
         replaced[id(old)] = new, part
 
-    for mend in removal.mends:
-        setattr(model.get_submodule(mend.name), mend.attribute, mend.value[0])
+    for patch in removal.patches:
+        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
     for edit in removal.edits:
         module = model.get_submodule(edit.name)
         log_alpha = module._parameters.pop("log_alpha", None)
@@ -202,13 +206,11 @@ def remove_(
         layers[name]._forget_draws()
     if optimizer is not None:
         _follow(optimizer, replaced)
-    model.report = {  # type: ignore[assignment]
-        "dense": earlier["dense"],
-        "layers": [*earlier["layers"], *(edit.as_json() for edit in removal.edits)],
-        "attributes": [*earlier["attributes"], *(mend.as_json() for mend in removal.mends)],
-    }
-    model.__dict__.pop(SKIPPING, None)
-    stop_following(model)
+    handle.removed = replace(
+        earlier,
+        layers=[*earlier.layers, *(edit.as_json() for edit in removal.edits)],
+        attributes=[*earlier.attributes, *(patch.as_json() for patch in removal.patches)],
+    )
     attach_skipping(model, args, skip)
 
 

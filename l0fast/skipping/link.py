@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast.layers.drawn import Drawn
+from l0fast.layers.draw import Drawn
 from l0fast.skipping.following import passes_on
 
 

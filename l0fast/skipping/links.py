@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from typing import Any
@@ -10,37 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks
-from l0fast.graph import capture
+from l0fast.graph.capture import NORMS, Trace
 from l0fast.graph.channels import RIGID
 from l0fast.graph.nodes import op_name, shape_of
-from l0fast.graph.proof import TOLERANCE, relative_error, tensors_of
-from l0fast.graph.sites import find_sites, light_copy, replace
+from l0fast.graph.sites import find_sites
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
-from l0fast.layers.draw import SKIPPING, detach_draw, gated_layers
-from l0fast.layers.drawn import Drawn
-from l0fast.skipping import skip_on_device
-from l0fast.skipping.following import can_follow, passes_on, stop_following
+from l0fast.layers.draw import Drawn
+from l0fast.layers.handle import gated_layers
+from l0fast.skipping.following import can_follow, passes_on
 from l0fast.skipping.link import End, Link
-from l0fast.skipping.skip import MULTIPLE, Skipping
-
-SLACK = 100.0
-"""Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""
-DRAWS = 6
-
-
-def _plain(model: nn.Module) -> nn.Module:
-    """A copy in training with ordinary layers for the gated ones, of the same parameters."""
-    twin = light_copy(model)
-    replace(twin, {id(layer): layer.dense() for layer in gated_layers(twin).values()})
-    stop_following(twin)
-    detach_draw(twin)
-    twin.train()
-    for module in twin.modules():
-        if isinstance(module, capture.NORMS):
-            module.eval()  # one example may be too few for it; and its counting is no known op
-    return twin
 
 
 def _usable(layer: Any) -> bool:
@@ -55,17 +33,14 @@ class _Finder:
 
     Args:
         model: with gates.
-        plain: the same without.
         trace: its export.
         views: follow units across ops that may have sizes written out.
     """
 
-    def __init__(
-        self, model: nn.Module, plain: nn.Module, trace: capture.Trace, views: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, trace: Trace, views: bool) -> None:
         layers, modules = gated_layers(model), dict(model.named_modules())
         # Weights are read where they are: ties, and who else reads them, do not matter here.
-        found = find_sites(plain, None, {}, {})
+        found = find_sites(model, None, {}, {})
         sites = {
             # A maker of zeros: then it shows where those arrive.
             name: dataclasses.replace(site, writes=torch.zeros_like(site.writes))
@@ -107,7 +82,7 @@ class _Finder:
     def _work(self, name: str) -> int:
         """Multiply-accumulates of a layer for the example."""
         weight = self.layers[name].weight
-        if type(self.layers[name]) in capture.NORMS:
+        if type(self.layers[name]) in NORMS:
             return 0
         nodes = (node for node, called in self.trace.calls.items() if called == name)
         places = (math.prod(shape_of(node) or (0,)) for node in nodes)
@@ -179,76 +154,12 @@ class _Finder:
         return Link(ends, [end(*item) for item in readers.items()], len(channels), zeros, macs)
 
 
-def find_links(model: nn.Module, args: tuple[Any, ...], views: bool = True) -> list[Link]:
-    """The links between a model's gated layers, on its example.
+def find_links(model: nn.Module, trace: Trace, views: bool = True) -> list[Link]:
+    """The links between a model's gated layers.
 
     Args:
         model: with gates; it is not changed.
-        args: what its forward takes.
+        trace: its export.
         views: follow units across ops that may have sizes written out.
-
-    Raises:
-        Exception: whatever torch.export raises for a model that it refuses.
     """
-    plain = _plain(model)
-    return _Finder(model, plain, capture.export(plain, args), views).links()
-
-
-def _outputs(model: nn.Module, args: tuple[Any, ...], seed: int) -> list[Tensor]:
-    torch.manual_seed(seed)
-    return [tensor.detach().clone() for tensor in tensors_of(model(*copy.deepcopy(args)))]
-
-
-def _on_gpu(model: nn.Module) -> bool:
-    return any(parameter.is_cuda for parameter in model.parameters())
-
-
-def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
-    """The largest relative difference between masked and skipped forwards of the example."""
-    twin, own = copy.deepcopy((model, links))
-    twin.eval()
-    worst = 0.0
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-        for layer in gated_layers(twin).values():
-            layer.training = True
-        for draw in range(DRAWS):
-            torch.manual_seed(draw)
-            for layer in gated_layers(twin).values():
-                layer.log_alpha.normal_(0.0, 2.0)
-            stop_following(twin)
-            expected = _outputs(twin, args, draw)
-            twin.__dict__[SKIPPING] = Skipping(twin, own, True, args, 1, _on_gpu(model))
-            worst = max(worst, relative_error(_outputs(twin, args, draw), expected))
-    return worst
-
-
-def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -> None:
-    """Makes the model's draw say which closed units each step leaves out.
-
-    Tried out on the example, masked against skipped. Where that fails, "auto" skips nothing.
-
-    Raises:
-        ValueError: `skip` is True, and the model cannot skip.
-    """
-    on_gpu = _on_gpu(model)
-    if skip is False or (skip == "auto" and on_gpu):
-        return  # what it saves there has not been measured
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    allowed = SLACK * max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
-    failure = ""
-    for views in (True, False):  # a model may reshape to sizes that it has written out
-        try:
-            links = find_links(model, args, views)
-            error = _error(model, args, links)
-        except Exception as problem:
-            reason = str(problem).strip().splitlines() or [""]
-            failure = f"{type(problem).__name__}: {reason[0][:200]}"
-            continue
-        if links and error <= allowed:
-            multiple = skip_on_device.MULTIPLE if on_gpu else MULTIPLE
-            model.__dict__[SKIPPING] = Skipping(model, links, skip, args, multiple, on_gpu)
-            return
-        failure = f"it differs by {error:.3g}" if links else "no units can be followed"
-    if skip is True:
-        _checks.refuse("skip", skip, f"'auto' or False for this model ({failure})")
+    return _Finder(model, trace, views).links()

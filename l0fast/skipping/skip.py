@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from l0fast.graph.proof import tensors_of
-from l0fast.layers.drawn import Compact, Draw, Drawn, OnDevice
+from l0fast.graph.compare import tensors_of
+from l0fast.layers.draw import Compact, Draw, Drawn, OnDevice
+from l0fast.layers.hooks import foreign_hooks, seen_backward
 from l0fast.skipping import skip_on_device
-from l0fast.skipping.following import Following, can_follow
+from l0fast.skipping.following import Following, can_follow, follow
 from l0fast.skipping.link import Link
 
 OVERHEAD = 5_000_000
@@ -42,6 +43,16 @@ def form_of(args: tuple[Any, ...], options: dict[str, Any]) -> list[object]:
     leaves, structure = tree_flatten((tuple(args), options))
     forms = [_tensor_form(leaf) or repr(leaf) for leaf in leaves]
     return [str(structure), *forms]
+
+
+def _opened(draw: Draw) -> dict[int, Tensor]:
+    """Id of a layer that a draw has gates for -> bool, which units these leave open."""
+    opened: dict[int, Tensor] = {}
+    for z, sizes, sharing in draw.parts:
+        for layers, part in zip(sharing, (z > 0).split(sizes), strict=True):
+            for layer in layers:
+                opened[id(layer)] = layer.spread(part)
+    return opened
 
 
 class Skipping:
@@ -80,35 +91,16 @@ class Skipping:
         self.size = max(next((tensor.numel() for tensor in tensors_of(args)), 1), 1)
         found = {id(layer): layer for link in links for layer in link.layers()}
         self._layers = list(found.values())
-        self._following = [
-            Following(layer) for layer in self._layers if not isinstance(layer, Drawn)
+        self._following: list[tuple[nn.Module, Following]] = [
+            (layer, follow(layer)) for layer in self._layers if not isinstance(layer, Drawn)
         ]
-        for following in self._following:
-            following.layer.__dict__["forward"] = following
-        # The model as it was: of each module its children, of each layer its hooks (their very
-        # dicts, which a copy of the model has its own of).
+        # The model as it was: of each module its children.
         parts = [module._modules for module in model.modules() if module._modules]
         self._children = [(children, list(children.values())) for children in parts]
-        self._hooks = [
-            hooks for one in self._layers for hooks in (one._forward_hooks, one._forward_pre_hooks)
-        ]
 
-    def clear(self, model: nn.Module) -> None:
-        """Makes every layer compute with all units.
-
-        Raises:
-            RuntimeError: `model` is a replica of the one whose layers these are.
-        """
-        if getattr(model, "_is_replica", False):
-            # What stands in for a layer's forward would compute with the first device's weights.
-            raise RuntimeError(
-                "skip: got a replica made by nn.DataParallel; expected "
-                "nn.parallel.DistributedDataParallel, or a model prepared with skip=False"
-            )
-        for layer in self._layers:
-            if isinstance(layer, Drawn):
-                layer.__dict__["_compact"] = None
-        for following in self._following:
+    def clear(self) -> None:
+        """Makes every layer compute with all units."""
+        for _, following in self._following:
             following.compact = None
 
     def _like_the_example(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
@@ -121,42 +113,37 @@ class Skipping:
         return (
             self._like_the_example(args, options)
             and all(list(children.values()) == known for children, known in self._children)
-            and all(f.layer.__dict__.get("forward") is f for f in self._following)
-            and all(can_follow(f.layer) for f in self._following)
-            and not any(self._hooks)
+            and not seen_backward()
+            and not any(foreign_hooks(layer) for layer in self._layers)
+            and not any("forward" in layer.__dict__ for layer in self._layers)
+            and all(
+                can_follow(layer) and following in layer._forward_pre_hooks.values()
+                for layer, following in self._following
+            )
         )
 
-    def assign(
-        self,
-        opened: dict[int, Tensor],
-        inputs: tuple[Any, ...],
-        options: dict[str, Any],
-        draw: Draw,
-    ) -> None:
+    def assign(self, draw: Draw, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
         """Tells each layer what it leaves out in this step.
 
         Args:
-            opened: id of a layer drawn in this step -> bool, which units its gates leave open.
-            inputs, options: of the model's forward.
             draw: the model's, in force as long as this forward is.
+            inputs, options: of the model's forward.
         """
-        if self.mode == "auto" and skip_on_device.on_gpu(opened):
+        if self.mode == "auto" and any(z.is_cuda for z, _, _ in draw.parts):
             return  # the host would have to wait for the gates
         if not self.holds(inputs, options):
             return
+        opened = _opened(draw)
         if self.unread:
-            compacts = self._unread(opened)
+            draw.compacts.update(self._unread(opened))
         elif self.on_gpu:
             device = next(iter(opened.values())).device
             seen = skip_on_device.read_back(opened)
-            compacts = skip_on_device.send(self._compacts(seen, inputs), device)
+            draw.compacts.update(skip_on_device.send(self._compacts(seen, inputs), device))
         else:
-            compacts = self._compacts(opened, inputs)
-        for layer in self._layers:
-            if isinstance(layer, Drawn):
-                layer.__dict__["_compact"] = compacts.get(id(layer))
-        for following in self._following:
-            following.compact, following.draw = compacts.get(id(following.layer)), draw
+            draw.compacts.update(self._compacts(opened, inputs))
+        for layer, following in self._following:
+            following.compact, following.draw = draw.compacts.get(id(layer)), draw
 
     def _unread(self, opened: dict[int, Tensor]) -> dict[int, OnDevice]:
         """What each layer leaves out, as lists that stay on the device."""

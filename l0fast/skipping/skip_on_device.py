@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l0fast import functional
-from l0fast.layers.drawn import Compact, OnDevice
+from l0fast.layers.draw import Compact, OnDevice
 
 MULTIPLE = 8
 """How many units are computed on a GPU is rounded up to it: its matrix units read 16 bytes."""

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on, bit for bit, in one file."""
+"""Checkpoints: all that a run needs to go on bit for bit, in one file."""
 
 from __future__ import annotations
 
@@ -20,13 +20,10 @@ FORMAT = 1
 OPTIONAL = {"cuda_rng", "best", "removals", "idle"}
 """Entries that not every run has."""
 
-Row = dict[str, Any]
 
-
-def rng_state(device: torch.device) -> Row:
-    """The states of the generators that a run on that device draws from, as `Checkpoint` names
-    them."""
-    states: Row = {"rng": torch.get_rng_state()}
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """The states of all generators that a run on `device` draws from, by field of `Checkpoint`."""
+    states: dict[str, Any] = {"rng": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda_rng"] = torch.cuda.get_rng_state(device)
     return states
@@ -34,43 +31,43 @@ def rng_state(device: torch.device) -> Row:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """The state of a run between two epochs."""
+    """The state of a run between two epochs, as the file holds it (see `RunState`)."""
 
     format: int = FORMAT
-    identity: Row
+    identity: dict[str, Any]
     """Facts about data, model and settings that a run must share to go on from here."""
     epoch: int
     step: int
     seconds: float
-    history: list[Row]
-    model: Row
-    optimizer: Row
-    term: Row | None
-    """Of the constraint or penalty."""
+    history: list[dict[str, Any]]
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    term: dict[str, Any] | None
+    """The state of the constraint or penalty."""
     rng: Tensor
     cuda_rng: Tensor | None = None
-    removals: list[Row] | None = None
-    """What `shrink` has removed so far, in order; and"""
-    idle: Row | None = None
-    """for how many epochs each gate that is left has seldom been open."""
-    best: Row | None = None
-    """Of the epoch that `select="best"` would take: its number, and its model's state."""
+    removals: list[dict[str, Any]] | None = None
+    """What `shrink` has removed so far, in order."""
+    idle: dict[str, Any] | None = None
+    """With `shrink`: for how many epochs each gate left has seldom been open."""
+    best: dict[str, Any] | None = None
+    """With `select="best"`: "epoch" and "model" (a state dict) of the best epoch so far."""
 
     @property
-    def selected(self) -> tuple[int, Row]:
-        """Number of the epoch whose model the run would prune, and that model's state."""
+    def selected(self) -> tuple[int, dict[str, Any]]:
+        """The epoch whose model the run would prune, and the state of that model."""
         if self.best is None:
             return self.epoch, self.model
         return self.best["epoch"], self.best["model"]
 
     @property
     def table(self) -> LatencyTable | None:
-        """What the run has measured of latency, if its targets are of that."""
-        state: Row = (self.term or {}).get("_extra_state", {})
+        """The latency table of the run, if its targets are shares or amounts of latency."""
+        state: dict[str, Any] = (self.term or {}).get("_extra_state", {})
         return LatencyTable.from_json(state["latency"]) if "latency" in state else None
 
     def write(self, path: Path) -> None:
-        """Puts the checkpoint into a file, whole or not at all.
+        """Writes the checkpoint into a file, whole or not at all.
 
         Raises:
             OSError: the file cannot be written.
@@ -89,14 +86,19 @@ class Checkpoint:
 
     @classmethod
     def read(cls, path: Path, device: torch.device, name: str = "resume") -> Checkpoint:
-        """The checkpoint in a file, its tensors on `device`; `name` is the option that named it.
+        """Reads a checkpoint from a file.
+
+        Args:
+            path: of the file.
+            device: for its tensors.
+            name: of the user's option that led here, for the message.
 
         Raises:
-            ValueError: it is not a whole checkpoint.
+            ValueError: the file holds no whole checkpoint.
         """
         whole = "a whole checkpoint of this project"
         try:
-            state: Row = torch.load(path, map_location=device, weights_only=True)
+            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
             missing = {field.name for field in fields(cls)} - OPTIONAL - state.keys()
             state["identity"] = dict(state.get("identity", {}))
         except Exception as error:
@@ -108,16 +110,19 @@ class Checkpoint:
         )
 
     def refuse_other(self, path: Path, identity: Mapping[str, Any], model: nn.Module) -> None:
-        """Refuses a run of another identity or a model of other shapes.
+        """Refuses a run of another identity, or a model of other shapes.
 
         Raises:
-            ValueError: with the first fact that differs; `path` is named in it.
+            ValueError: with the first fact or shape that differs; the message names `path`.
         """
         self.refuse_other_run(path, identity)
         self.refuse_other_model(path, model)
 
     def refuse_other_run(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """The first half of `refuse_other`."""
+        """Refuses a run of another identity.
+
+        A checkpoint of an earlier version counts as one with the settings in `BEFORE`.
+        """
         known = {key: BEFORE[key] for key in BEFORE.keys() & identity.keys()} | self.identity
         for key in sorted({*identity, *known}):
             ours, theirs = identity.get(key), known.get(key)
@@ -128,7 +133,7 @@ class Checkpoint:
                 _checks.refuse(key, ours, f"{theirs!r}, as in the checkpoint {path}")
 
     def refuse_other_model(self, path: Path, model: nn.Module) -> None:
-        """The second half of `refuse_other`: for a model made as small as the checkpoint's."""
+        """Refuses a model of other shapes; repeat the checkpoint's removals on the model first."""
         shapes = [
             {name: getattr(value, "shape", None) for name, value in state.items()}
             for state in (model.state_dict(), self.model)
@@ -141,7 +146,7 @@ class Checkpoint:
                 _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
 
     def restore_rng(self, device: torch.device) -> None:
-        """Puts the generators back to where the run had them."""
+        """Sets torch's generators to where the run had them."""
         torch.set_rng_state(self.rng.cpu())
         if self.cuda_rng is not None and device.type == "cuda":
             torch.cuda.set_rng_state(self.cuda_rng.cpu(), device)

@@ -1,9 +1,9 @@
-"""A whole training step as one CUDA graph: the host launches it, and waits for nothing.
+"""A whole training step as one CUDA graph: the host launches it and does not wait.
 
-Forward, Lagrangian, backward, optimizer, clamp and dual ascent are captured once and replayed, each
-replay with new noise, since generators and learning rates are read from the device. A step is
-captured after a few ordinary ones, which are steps of the training too, and again where parameters
-or the optimizer's state have been replaced. Batches of another size are computed as ever.
+Forward, Lagrangian, backward, optimizer, projection and dual ascent are captured once and replayed.
+Each replay has new noise and the current learning rates, since it reads both from the device. The
+first few steps of a training run as they are; then one is captured, and again whenever parameters
+or the optimizer's state have been replaced. Batches of another size always run as they are.
 """
 
 from __future__ import annotations
@@ -16,33 +16,35 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.layers.draw import SKIPPING
+from l0fast.layers.handle import handle_of
 
 ORDINARY = 3
-"""Steps before a capture: they choose algorithms, make tables and fill the optimizer's state."""
+"""Steps to run before a capture: they choose algorithms, make tables and fill the optimizer's
+state."""
 
 Step = Callable[[Tensor], None]
 
 
 def why_not(model: nn.Module, device: torch.device) -> str | None:
-    """Why a step of this model cannot be a CUDA graph, in words; None where it can."""
+    """Why a step of this model cannot be a CUDA graph, in words; None if it can."""
     if device.type != "cuda":
         return f"the model is on the device {device.type!r}"
-    skipping = model.__dict__.get(SKIPPING)
+    handle = handle_of(model)
+    skipping = None if handle is None else handle.skipping
     if skipping is not None and not skipping.unread:
         return "skip=True reads the gates of convolutions back to the host"
     return None
 
 
 def check_asked(asked: object, device: torch.device) -> None:
-    """Refuses a graph that is asked for where there can be none, whatever the model."""
+    """Refuses `cuda_graph=True` on a device that has no CUDA graphs."""
     _checks.auto_or_bool("cuda_graph", asked)
     if asked is True and device.type != "cuda":
         _checks.refuse("cuda_graph", asked, f"'auto' or False on the device {device.type!r}")
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Gives each group its learning rate, in place where a graph reads it."""
+    """Gives each group its learning rate; in place if it is a tensor, which a graph reads."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -51,12 +53,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float])
 
 
 def _stream(device: torch.device) -> Any:
-    """A stream of its own: a graph is captured on no other than that of the steps before."""
+    """A new stream: the steps before a capture must run on the stream that captures."""
     return torch.cuda.Stream(device)
 
 
 def _capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
-    """The replay of a step, which is not run for it."""
+    """Captures `step` without running it; returns the replay."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step()
@@ -68,22 +70,22 @@ def _on(stream: Any) -> AbstractContextManager[object]:
 
 
 class Steps:
-    """Takes the steps of a training, as a CUDA graph where that can be; call it in `running()`.
+    """Takes the steps of a training, as a CUDA graph if possible; call it within `running()`.
 
     Args:
-        step: given the positions of its examples; it must put what it counts into the same tensors
+        step: takes the positions of its examples. It must add what it counts to the same tensors
             each time, and leave no gradients.
-        model: what it trains.
-        optimizer: the step's; where a graph can be, it is made capturable.
-        size: of the batches that are captured.
-        asked: "auto", True (then a failing capture is refused) or False.
+        model: the one that `step` trains.
+        optimizer: the one that `step` uses; it is made capturable if a graph is possible.
+        size: of the batches to capture.
+        asked: "auto", True (a capture that fails is refused) or False.
 
     Attributes:
-        failure: why there is no graph, in words; "" as long as nothing speaks against it.
-        captures: how many there have been.
+        failure: why there is no graph, in words; "" if one is possible so far.
+        captures: number of captures.
 
     Raises:
-        ValueError: `asked` is True, and it cannot be.
+        ValueError: `asked` is True, and a graph is not possible.
     """
 
     def __init__(
@@ -97,34 +99,37 @@ class Steps:
         self._step, self._optimizer, self._size, self._asked = step, optimizer, size, asked
         self.failure, self.captures = "", 0
         self._stream: Any = None
-        self._index: Tensor | None = None
-        self._forget()
+        self._static_index: Tensor | None = None
+        self._drop_graph()
         self._device: torch.device = optimizer.param_groups[0]["params"][0].device
-        self._fail("cuda_graph=False" if asked is False else why_not(model, self._device) or "")
+        reason = "cuda_graph=False" if asked is False else why_not(model, self._device)
+        if reason is not None:
+            self._give_up(reason)
 
     @property
     def status(self) -> str:
         """Whether steps are captured, in words."""
         return self.failure or ("captured" if self.captures else "too few whole batches")
 
-    def _fail(self, reason: str) -> None:
+    def _give_up(self, reason: str) -> None:
+        """Runs all further steps as they are, or refuses, if a graph was asked for."""
         self.failure = reason
-        if reason and self._asked is True:
+        if self._asked is True:
             _checks.refuse("cuda_graph", True, f"'auto' or False ({reason[:200]})")
 
-    def _forget(self) -> None:
+    def _drop_graph(self) -> None:
         self._replay: Callable[[], None] | None = None
-        self._seen: list[tuple[int, torch.Size]] = []
+        self._captured_places: list[tuple[int, torch.Size]] = []
         self._ordinary = 0
 
-    def _held(self) -> list[tuple[int, torch.Size]]:
-        """Where the tensors lie that a graph holds, and their shapes."""
-        held: list[Any] = []
+    def _places(self) -> list[tuple[int, torch.Size]]:
+        """Address and shape of all tensors that a graph of the step refers to."""
+        tensors: list[Any] = []
         for group in self._optimizer.param_groups:
-            held += [*group["params"], group["lr"]]
+            tensors += [*group["params"], group["lr"]]
         for state in self._optimizer.state.values():
-            held += state.values()
-        return [(one.data_ptr(), one.shape) for one in held if isinstance(one, Tensor)]
+            tensors += state.values()
+        return [(one.data_ptr(), one.shape) for one in tensors if isinstance(one, Tensor)]
 
     def _make_capturable(self) -> None:
         for group in self._optimizer.param_groups:
@@ -134,12 +139,12 @@ class Steps:
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """Some steps in a row: on a stream of their own, which the caller's waits for."""
+        """Runs the steps within it on a stream of their own; the caller's stream waits for it."""
         if self.failure:
             yield
             return
-        if self._replay is not None and self._held() != self._seen:
-            self._forget()  # the model has shrunk, or another state was loaded
+        if self._replay is not None and self._places() != self._captured_places:
+            self._drop_graph()  # the model has shrunk, or another state was loaded
         self._make_capturable()
         if self._stream is None:
             self._stream = _stream(self._device)
@@ -158,26 +163,24 @@ class Steps:
             self._ordinary += 1
             self._step(index)
             return
-        if self._index is None:
-            self._index = torch.empty_like(index)
-        self._index.copy_(index)
+        if self._static_index is None:
+            self._static_index = torch.empty_like(index)
+        self._static_index.copy_(index)
         if self._replay is None:
-            self._try()
+            self._try_capture(self._static_index)
         if self._replay is None:
             self._step(index)
         else:
             self._replay()
 
-    def _try(self) -> None:
-        """Captures a step, or says why that failed."""
-        static = self._index
-        assert static is not None
+    def _try_capture(self, index: Tensor) -> None:
+        """Captures a step on the examples whose positions `index` holds at each replay."""
         try:
-            self._replay = _capture(lambda: self._step(static), self._stream)
+            self._replay = _capture(lambda: self._step(index), self._stream)
         except RuntimeError as error:
-            # Nothing has run, but what was recorded may have left its gradients.
+            # Nothing has run, but the recorded backward may have left gradients.
             self._optimizer.zero_grad()
-            self._fail((str(error).strip().splitlines() or ["it could not be captured"])[0])
+            self._give_up((str(error).strip().splitlines() or ["it could not be captured"])[0])
             return
         self.captures += 1
-        self._seen = self._held()
+        self._captured_places = self._places()

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+
 from l0fast import _checks
-from l0fast._files import PARTS, write_text
-from l0fast.training.checkpoint import CHECKPOINT
+from l0fast._files import PARTS, write_atomically, write_text
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.measures.latency import LatencyTable
+from l0fast.plots.dynamics import plot_dynamics
+from l0fast.pruning.saving import save_pruned
+from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
+from l0fast.training.method import Term
+from l0fast.training.metrics import Row
 from l0fast.training.tensorboard import TENSORBOARD
 
 METRICS = "metrics.jsonl"
@@ -17,25 +27,20 @@ PRUNED = "pruned.safetensors"
 PLOT = "dynamics.png"
 FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
 UNSETTLED = "unsettled.pt"
-"""Only where another run goes on from this one: its checkpoint of before its gates were decided."""
+"""The checkpoint from before the gates settled; only where another run starts from this one."""
 LATENCY = "latency.json"
-"""Only where latency was measured."""
-
-Row = dict[str, Any]
+"""The latency table; only where the targets are shares or amounts of latency."""
 
 
 class RunFolder:
-    """A folder that holds one run, or will.
+    """The folder that holds one run, or will; without a path nothing is written.
 
     Args:
-        path: of the folder.
+        path: of the folder, or None.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-
-    def __truediv__(self, name: str) -> Path:
-        return self.path / name
+    def __init__(self, path: str | Path | None) -> None:
+        self.path = None if path is None else Path(path)
 
     def open(self, resume: bool) -> Path | None:
         """Makes the folder ready: the checkpoint to go on from, or None for a new run.
@@ -44,27 +49,96 @@ class RunFolder:
             ValueError: it is no folder, or holds a run that is not to be resumed.
             OSError: it cannot be made.
         """
+        if self.path is None:
+            return None
         if self.path.exists() and not self.path.is_dir():
             _checks.refuse("out", str(self.path), "a folder")
-        checkpoint = self / CHECKPOINT
+        checkpoint = self.path / CHECKPOINT
         if resume and checkpoint.exists():
             return checkpoint
-        if any((self / name).exists() for name in (*FILES, TENSORBOARD)):
+        if any((self.path / name).exists() for name in (*FILES, TENSORBOARD)):
             expected = "a folder without a run in it (or resume it)"
             _checks.refuse("out", str(self.path), expected)
         self.path.mkdir(parents=True, exist_ok=True)
         return None
 
-    def sweep(self) -> None:
-        """Removes what a process left that was killed while it wrote."""
-        for part in self.path.glob(PARTS):
-            part.unlink()
+    def latency_table(
+        self, given: LatencyTable | None, identity: Mapping[str, Any], device: torch.device
+    ) -> LatencyTable | None:
+        """The latency table of the run in this folder if that run has this identity; else `given`.
+
+        A resumed run keeps its table: its multipliers and targets count in shares of the table's
+        total, and another measurement has another total.
+
+        Raises:
+            ValueError: the run has another table than `given`.
+        """
+        path = None if self.path is None else self.path / CHECKPOINT
+        if path is None or not path.is_file():
+            return given
+        try:
+            checkpoint = Checkpoint.read(path, device)
+            checkpoint.refuse_other_run(path, identity)
+            known = checkpoint.table
+        except ValueError:  # another run's, or a broken one: `Trainer.open` refuses it
+            return given
+        if known is None:
+            return given
+        if given is not None and given.as_json() != known.as_json():
+            _checks.refuse("table", "another latency table", f"the one of {path}, or none")
+        return known
+
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Writes a checkpoint, then its metrics."""
+        if self.path is not None:
+            checkpoint.write(self.path / CHECKPOINT)
+            self.write_metrics(checkpoint.history)
 
     def write_metrics(self, history: list[Row]) -> None:
-        """A line of JSON for each row."""
-        lines = [json.dumps(row) for row in history]
-        write_text(self / METRICS, "".join(line + "\n" for line in lines))
+        """Writes a line of JSON for each row."""
+        if self.path is not None:
+            lines = [json.dumps(row) for row in history]
+            write_text(self.path / METRICS, "".join(line + "\n" for line in lines))
 
-    def write_summary(self, summary: Row) -> None:
-        """The summary as JSON."""
-        write_text(self / SUMMARY, json.dumps(summary, indent=2) + "\n")
+    def save_unsettled(self, checkpoint: Checkpoint) -> None:
+        """Writes the checkpoint from before the gates settle."""
+        if self.path is not None:
+            checkpoint.write(self.path / UNSETTLED)
+
+    def read_unsettled(self, device: torch.device) -> Checkpoint | None:
+        """The checkpoint that `save_unsettled` wrote, if it did."""
+        if self.path is None or not (self.path / UNSETTLED).exists():
+            return None
+        return Checkpoint.read(self.path / UNSETTLED, device)
+
+    def remove_parts(self) -> None:
+        """Removes the temporary files of a process that was killed while it wrote."""
+        for part in () if self.path is None else self.path.glob(PARTS):
+            part.unlink()
+
+    def write_results(
+        self,
+        pruned: nn.Module | None,
+        term: Term | None,
+        history: list[Row],
+        summary: Mapping[str, Any],
+    ) -> None:
+        """Writes what a finished run leaves: pruned model, latency table, plot, summary."""
+        if self.path is None:
+            return
+        if pruned is not None:
+            save_pruned(pruned, self.path / PRUNED)
+        targets: dict[str, float] | None = None
+        if isinstance(term, DensityConstraint):
+            targets = term.targets
+            if term.table is not None:
+                term.table.save(self.path / LATENCY)
+        write_atomically(
+            self.path / PLOT, lambda path: plot_dynamics(history, targets, summary, path)
+        )
+        self.write_summary(summary)
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        """Writes the summary as JSON, in place of the one that is there."""
+        if self.path is not None:
+            write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")

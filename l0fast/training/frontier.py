@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -10,30 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._files import write_atomically, write_text
 from l0fast._tables import aligned
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
+from l0fast.layers.handle import gated_layers
 from l0fast.measures import amounts
 from l0fast.measures.amounts import Asked, named
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
-from l0fast.measures.stopwatch import whole_seconds
-from l0fast.measures.trial import all_open
-from l0fast.removal.plan import fold
+from l0fast.plots.frontier import plot_frontier
+from l0fast.pruning.draft import opened
+from l0fast.pruning.stopwatch import whole_seconds
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.settings import TrainerSettings
+from l0fast.training.summary import Summary
 from l0fast.training.trainer import Trainer
 
 FRONTIER = "frontier.json"
 PLOT = "frontier.png"
 LATENCY_BATCH = 128
 FALLING = "targets that fall, such as (0.5, 0.3, 0.1)"
-
-Row = dict[str, Any]
 
 
 def frontier(
@@ -47,80 +48,73 @@ def frontier(
     device: str | torch.device | None = None,
     table: LatencyTable | None = None,
     resume: bool = False,
-    train: Callable[[Trainer], Row] | None = None,
-) -> list[Row]:
-    """Trains to the first target, prunes a copy, goes on to the next from where it was, and so on.
+    train: Callable[[Trainer], Summary] | None = None,
+) -> list[Summary]:
+    """Trains to the first target, prunes a copy, trains on to the next target, and so on.
 
-    Each target has `settings.epochs` epochs, a schedule and multipliers of its own; weights,
-    gates, the optimizer's moments and the noise go on from the end of the one before, or, where
-    its gates were decided, from the epoch before that: its last epochs are for its own model, and
-    a gate that is closed there may be open in the next. Each is a run as the `Trainer`'s, in the
+    Each target has `settings.epochs` epochs, a schedule and multipliers of its own. Weights, gates,
+    the optimizer's moments and the noise go on from the target before: from its end, or, where its
+    gates were decided, from the epoch before that. (Its last epochs serve its own model alone, and
+    a gate that is closed there may open in the next.) Each target is a run of a `Trainer`, in the
     folder OUT/density-TARGET (density-0.5, density-100k-params); OUT/frontier.json has the rows,
     and OUT/frontier.png shows them. An interrupted frontier goes on in the middle of any target,
-    bit for bit but for latencies, which are measured anew.
+    bit for bit but for the times of a forward, which are measured again.
 
     Args:
         model, data, out, identity, device, table: as of `Trainer`; the model is trained in place.
-            Without a table the one of the first target serves all.
-        settings: for each target; it takes the place of their density.
+            Without a table, the first target's serves all.
+        settings: for each target, whose density takes the place of theirs.
         targets: of the whole model by `settings.measure`, falling: densities, or amounts such as
             "100k params".
         resume: goes on from the checkpoints in `out`.
-        train: trains a trainer that is open to its end and returns its summary, for those who want
-            to watch; `Trainer.fit` by default.
+        train: trains an open trainer to its end and returns its summary, for example with a
+            progress bar; `Trainer.fit` by default.
 
     Returns:
-        The summary of each target, with "milliseconds" and "dense_milliseconds": of one forward of
-        LATENCY_BATCH test examples, medians, side by side on this machine.
+        The summary of each target, with "milliseconds" and "dense_milliseconds": medians of one
+        forward of LATENCY_BATCH test examples, timed side by side on this machine.
 
     Raises:
-        ValueError, TypeError: targets that do not fall, or one that cannot be met, or settings that
+        ValueError, TypeError: targets that do not fall, one that cannot be met, or settings that
             name others; `out` holds a run and is not resumed; and as `Trainer` does. All before
             anything is trained.
     """
-    wanted = _checked(targets, settings.measure)
+    targets = _checked_targets(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
-    options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
-    # A model that comes with gates has plain layers where it is timed as the dense one.
-    dense = fold(all_open(model)).model
     folder = None if out is None else Path(out)
-    places = [None if folder is None else folder / place_of(target) for target in wanted]
-    if not resume:  # before the first is trained, for all of them
-        for place in filter(None, places):
-            if place.exists():
-                _checks.refuse("out", str(place), "no such folder yet (or resume it)")
-    first = replace(settings, density=wanted[0])
+    places = [None if folder is None else folder / folder_name(target) for target in targets]
+    for place in filter(None, places):
+        if place.exists() and not resume:
+            _checks.refuse("out", str(place), "no such folder yet (or resume it)")
+    # A model that comes with gates has plain layers where it is timed as the dense one.
+    dense = opened(model) if gated_layers(model) else copy.deepcopy(model)
+    options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
+    first = replace(settings, density=targets[0])
     trainer = Trainer(model, data, first, out=places[0], **options)
     assert isinstance(trainer.term, DensityConstraint)
-    _refuse_rising(wanted, trainer.term)
+    _refuse_rising(targets, trainer.term)
     options["table"] = trainer.term.table
-    before: Checkpoint | None = None
-    rows: list[Row] = []
-    small: list[nn.Module] = []
-    for number, (target, place) in enumerate(zip(wanted, places, strict=True), start=1):
-        if before is not None:
+    start: Checkpoint | None = None
+    rows: list[Summary] = []
+    pruned: list[nn.Module] = []
+    for number, (target, place) in enumerate(zip(targets, places, strict=True), start=1):
+        if start is not None:
             chosen = replace(settings, density=target)
             trainer = Trainer(trainer.model, data, chosen, out=place, **options)
-        trainer.open(resume, before, onward=number < len(wanted))
+        trainer.open(resume, start, another_follows=number < len(targets))
         rows.append(trainer.fit() if train is None else train(trainer))
-        before = trainer.to_go_on_from()
+        start = trainer.next_start()
         assert trainer.pruned is not None
-        small.append(trainer.pruned)
-    examples = trainer.data.test.inputs[:LATENCY_BATCH]
-    dense.to(examples.device)
-    whole, *seconds = whole_seconds([dense, *small], (examples,))
-    for row, each in zip(rows, seconds, strict=True):
-        row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * whole
+        pruned.append(trainer.pruned)
+    _time(rows, dense, pruned, trainer.data.test.inputs[:LATENCY_BATCH])
     if folder is not None:
-        from l0fast.plots.frontier import plot_frontier
-
         write_text(folder / FRONTIER, json.dumps(rows, indent=2) + "\n")
         write_atomically(folder / PLOT, lambda path: plot_frontier(rows, path))
     return rows
 
 
-def place_of(target: Asked) -> str:
+def folder_name(target: Asked) -> str:
     """Name of the folder of one target."""
     if isinstance(target, str):
         return f"density-{'-'.join(target.split())}"
@@ -128,18 +122,26 @@ def place_of(target: Asked) -> str:
     return f"density-{short if float(short) == target else target}"
 
 
-def _checked(targets: Sequence[Asked], measure: str) -> list[Asked]:
-    """The targets, each of which says what a target can."""
+def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], examples: Tensor) -> None:
+    """Adds to each row the milliseconds of its pruned model and of the dense one."""
+    dense.to(examples.device)
+    dense_seconds, *seconds = whole_seconds([dense, *pruned], (examples,))
+    for row, each in zip(rows, seconds, strict=True):
+        row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * dense_seconds
+
+
+def _checked_targets(targets: Sequence[Asked], measure: str) -> list[Asked]:
+    """The targets, if each of them is one by that measure."""
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         _checks.refuse("targets", targets, FALLING, TypeError)
-    wanted = [amounts.check(f"targets[{i}]", each, measure) for i, each in enumerate(targets)]
-    if not wanted:
-        _checks.refuse("targets", wanted, FALLING)
-    return wanted
+    checked = [amounts.check(f"targets[{i}]", each, measure) for i, each in enumerate(targets)]
+    if not checked:
+        _checks.refuse("targets", checked, FALLING)
+    return checked
 
 
 def _refuse_rising(targets: Sequence[Asked], term: DensityConstraint) -> None:
-    """Refuses targets that do not fall, and those that no gates can reach."""
+    """Refuses targets that do not fall, or that cannot be met."""
     measure: Measure = term.__dict__["_measure"]
     (total,), (lowest,) = measure.totals, measure.lowest()
     shares = [

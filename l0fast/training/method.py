@@ -1,4 +1,4 @@
-"""What a run trains under, by its settings: the term of the loss, and the optimizer."""
+"""From the settings of a run to the term of its loss, its optimizer and its learning rates."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from torch import nn
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.defaults import default_dual_lr
 from l0fast.constraints.dual import DUALS, Dual
+from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.gating.param_groups import param_groups
 from l0fast.measures.latency import LatencyTable
-from l0fast.measures.timing import resolved
-from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.pruning.timing import with_table
 from l0fast.training.settings import TrainerSettings
 
 DUAL_DAMPING = 0.3
-"""The gain of what damps a multiplier, over the least target."""
+"""The gain of the part of a dual that damps its multipliers, times the least target."""
+
 Term = DensityConstraint | L0Penalty
 
 
@@ -32,15 +33,15 @@ def make_term(
     example_inputs: Any,
     table: LatencyTable | None = None,
 ) -> Term | None:
-    """The term to add to the loss, or None for a dense training.
+    """The constraint or penalty to add to the loss; None for a dense training.
 
     Args:
         model: with gates, unless the training is dense.
         settings: of the run.
         steps: of the whole run.
-        examples: how many there are to train on.
+        examples: number of training examples.
         example_inputs: what the model's forward takes.
-        table: of latency, where that was measured before.
+        table: the latency table, where latency was measured before.
     """
     if settings.penalty is not None:
         per_example = examples if settings.penalty_per_example else None
@@ -48,7 +49,7 @@ def make_term(
     asked = settings.density if settings.layer_density is None else settings.layer_density
     if asked is None:
         return None
-    measure = resolved(settings.measure if table is None else table, model, example_inputs)
+    measure = with_table(settings.measure if table is None else table, model, example_inputs)
     if settings.method != "l0":
         return MagnitudePruning(
             model,
@@ -71,7 +72,8 @@ def make_term(
 
 
 def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
-    """How the multipliers move, in a training of that many steps; `least` of its targets."""
+    """The dual that moves the multipliers, in a training of that many steps whose lowest target is
+    `least`."""
     lr = settings.dual_lr
     if lr is None:
         lr = default_dual_lr(least, steps if settings.target_schedule == "constant" else None)
@@ -88,10 +90,17 @@ def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
 def make_optimizer(
     model: nn.Module, settings: TrainerSettings, steps: int
 ) -> torch.optim.Optimizer:
-    """Adam on the weights, and on the gates where there are some, each at its learning rate."""
+    """AdamW with a learning rate for the weights and, where there are gates, one for the gates."""
     groups: Any = [{"params": list(model.parameters())}]
     if settings.gated:
         groups = param_groups(
             model, settings.lr, settings.gate_lr, steps=steps, weight_decay=settings.weight_decay
         )
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
+
+
+def lr_factor(settings: TrainerSettings, step: int, steps: int) -> float:
+    """The learning rates of step number `step` of `steps`, over those of the first."""
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * step / steps))

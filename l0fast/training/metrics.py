@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,19 +11,23 @@ from torch import nn
 
 from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.settle import is_settled
-from l0fast.data.sets import Split
-from l0fast.layers.draw import gated_layers
+from l0fast.constraints.stall import find_stalls
+from l0fast.data.sets import Data, Split
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.density import density
-from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.training.method import Term
 
 EVALUATION_BATCH = 1000
+VALIDATION = "validation_error_percent"
 
 Row = dict[str, Any]
+"""The metrics of one epoch: a line of metrics.jsonl."""
 
 
 def error_percent(model: nn.Module, split: Split) -> float:
-    """The share of examples that the model gets wrong, in percent; it is put into evaluation."""
+    """The share of examples that the model gets wrong, in percent; puts it into evaluation mode."""
     model.eval()
     wrong = 0
     with torch.no_grad():
@@ -36,21 +41,52 @@ def error_percent(model: nn.Module, split: Split) -> float:
 
 
 def check_finite(model: nn.Module, loss: float, epoch: int) -> None:
-    """Refuses to go on with what is no number any more.
+    """Refuses to go on after an epoch that left NaN or infinity.
 
     Raises:
         ValueError: the mean loss of the epoch, or a weight after it, is NaN or infinite.
     """
-    # The loss does not tell what the last step of the epoch has done.
-    whole = all(bool(tensor.isfinite().all()) for tensor in model.parameters())
-    if not (math.isfinite(loss) and whole):
-        name, got = ("weights", "NaN or infinity") if math.isfinite(loss) else ("loss", loss)
-        expected = "finite numbers; try a smaller lr (the epochs before are kept)"
-        _checks.refuse(f"{name} (epoch {epoch})", got, expected)
+    # The loss does not show what the last step of the epoch did.
+    weights_finite = all(bool(tensor.isfinite().all()) for tensor in model.parameters())
+    if math.isfinite(loss) and weights_finite:
+        return
+    name, got = ("weights", "NaN or infinity") if math.isfinite(loss) else ("loss", loss)
+    expected = "finite numbers; try a smaller lr (the epochs before are kept)"
+    _checks.refuse(f"{name} (epoch {epoch})", got, expected)
 
 
-def gate_metrics(model: nn.Module) -> Row:
-    """How dense the model is, in all and by layer, and which layers nothing passes through."""
+def measure(model: nn.Module, data: Data, term: Term | None) -> Row:
+    """The metrics of a model as it is now: its errors, its gates, and where constraints stand."""
+    row: Row = {}
+    if data.validation is not None:
+        row[VALIDATION] = error_percent(model, data.validation)
+    row["test_error_percent"] = error_percent(model, data.test)
+    if term is not None:
+        row |= _gate_metrics(model)
+    if isinstance(term, DensityConstraint):
+        row |= _constraint_metrics(term)
+    return row
+
+
+def stall_metrics(term: Term | None, history: Sequence[Row], epochs: int, gate_lr: float) -> Row:
+    """ "stalls": name of each constraint that stalls -> a message; nothing if no multiplier moves.
+
+    Args:
+        term: of the loss.
+        history: all rows of metrics so far, up to the one that this belongs to.
+        epochs: of the whole training.
+        gate_lr: the learning rate of the gates, for the message.
+    """
+    if not isinstance(term, DensityConstraint) or isinstance(term, MagnitudePruning):
+        return {}
+    targets = dict(zip(term.names, term.target.tolist(), strict=True))
+    stalls = find_stalls(history, targets, epochs)
+    dual_lr = float(term.dual_lr)
+    return {"stalls": {name: stall.message(dual_lr, gate_lr) for name, stall in stalls.items()}}
+
+
+def _gate_metrics(model: nn.Module) -> Row:
+    """How dense the model is, in all and by layer, and which layers have no open gate."""
     table = density(model)
     return {
         "expected_density": table.total.expected,
@@ -68,15 +104,15 @@ def gate_metrics(model: nn.Module) -> Row:
     }
 
 
-def constraint_metrics(term: DensityConstraint) -> Row:
-    """Where each constraint stands: its density, the target in force, its multiplier, its restarts
-    so far; and whether all hold for the gates as they are in evaluation, so that pruning would
+def _constraint_metrics(term: DensityConstraint) -> Row:
+    """Where each constraint stands: its density, its current target ("aim"), its multiplier and the
+    number of its restarts. "feasible": the evaluation gates meet all targets, so that pruning would
     close none of them."""
     with torch.no_grad():
         by_constraint = {"density": term.densities()}
         if not isinstance(term, MagnitudePruning):
             by_constraint |= {
-                "aim": term.aim,
+                "aim": term.current_target,
                 "lambda": term.multiplier,
                 "restarts": term.restarts.long(),
             }

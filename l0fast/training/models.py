@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
 
 MODELS = ("mlp", "lenet5")
@@ -74,10 +74,10 @@ def lenet5(
 
 
 def from_torchvision(name: str) -> bool:
-    """Whether the name is that of one of torchvision's classifiers.
+    """Whether `name` is one of torchvision's classifiers, rather than ours or the user's.
 
     Raises:
-        ValueError: it is no model at all.
+        ValueError: it is none of them.
     """
     if name in MODELS or ":" in name:
         return False
@@ -88,8 +88,8 @@ def from_torchvision(name: str) -> bool:
     return True
 
 
-def _users(name: str) -> Callable[..., Any]:
-    """The callable that `package.module:callable` names; the working directory is searched, too."""
+def _load_callable(name: str) -> Callable[..., Any]:
+    """Imports what `package.module:callable` names; also finds it in the working directory."""
     module_name, _, path = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -98,18 +98,18 @@ def _users(name: str) -> Callable[..., Any]:
         for part in path.split("."):
             found = getattr(found, part)
     except Exception as error:
-        _checks.refuse("model", name, f"package.module:callable ({_words(error)})")
+        _checks.refuse("model", name, f"package.module:callable ({_one_line(error)})")
     if not callable(found):
         _checks.refuse("model", name, f"package.module:callable, not a {type(found).__name__}")
     return found
 
 
-def _words(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def _foreign(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """A model of torchvision's or of the user's, tried on one example."""
+def _build_other(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Module:
+    """Builds a model of torchvision's or of the user's, and tries it on one example."""
     options: dict[str, Any] = {"num_classes": num_classes}
     if from_torchvision(name):
         from torchvision import models
@@ -118,14 +118,14 @@ def _foreign(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Module:
             options |= {"aux_logits": False, "init_weights": True}
         model = models.get_model(name, **options)
     else:
-        build = _users(name)
+        build = _load_callable(name)
         try:
             parameters = inspect.signature(build).parameters.values()
             if not any(p.name == "num_classes" or p.kind == p.VAR_KEYWORD for p in parameters):
                 options = {}
             model = build(**options)
         except Exception as error:
-            _checks.refuse("model", name, f"a callable that builds a model ({_words(error)})")
+            _checks.refuse("model", name, f"a callable that builds a model ({_one_line(error)})")
         if not isinstance(model, nn.Module):
             expected = f"a callable that returns a torch.nn.Module, not {type(model).__name__}"
             _checks.refuse("model", name, expected)
@@ -134,7 +134,7 @@ def _foreign(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Module:
         with torch.no_grad():
             output = model.eval()(torch.zeros(1, *in_shape))
     except Exception as error:
-        _checks.refuse("model", name, f"{expected} ({_words(error)})")
+        _checks.refuse("model", name, f"{expected} ({_one_line(error)})")
     if not isinstance(output, Tensor) or output.shape != (1, num_classes):
         got = tuple(output.shape[1:]) if isinstance(output, Tensor) else type(output).__name__
         _checks.refuse("model", name, f"{expected}, not {got}")
@@ -144,15 +144,15 @@ def _foreign(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Module:
 def build(
     name: str, in_shape: Sequence[int], num_classes: int, widths: Sequence[int] | None = None
 ) -> nn.Module:
-    """A dense model by name.
+    """Builds a dense model by its name.
 
     Args:
         name: "mlp", "lenet5", the name of one of torchvision's classifiers, or
-            "package.module:callable"; the callable is given num_classes if it takes that.
+            "package.module:callable"; the callable gets num_classes if it takes that argument.
         in_shape: (channels, height, width) of one example.
         num_classes: outputs.
-        widths: of the hidden layers; MLP: any number, 300-100 by default; LeNet: two
-            convolutions and one hidden layer, 20-50-500 by default; none for other models.
+        widths: of the hidden layers. The MLP has any number of them (300-100 by default), LeNet
+            two convolutions and one hidden layer (20-50-500). Other models take no widths.
 
     Raises:
         ValueError: an unknown name, widths that do not fit it, or a model that does not take
@@ -161,7 +161,7 @@ def build(
     if name not in MODELS:
         if widths is not None:
             _checks.refuse("widths", widths, f"none: only {' and '.join(MODELS)} have widths")
-        return _foreign(name, in_shape, num_classes)
+        return _build_other(name, in_shape, num_classes)
     widths = tuple(widths or WIDTHS[name])
     if not all(isinstance(width, int) and width >= 1 for width in widths):
         _checks.refuse("widths", widths, "whole numbers >= 1")
@@ -174,21 +174,21 @@ def build(
 
 
 def load_pretrained_(model: nn.Module, path: Path) -> None:
-    """Puts the weights of a file into a dense model, in place, whole or not at all.
+    """Loads the weights in a file into a dense model, in place: all of them, or none.
 
     Args:
         model: as `build` made it.
-        path: a state dict: .safetensors, or else what torch.load reads with weights_only.
+        path: of a state dict: .safetensors, or else what torch.load reads with weights_only.
 
     Raises:
-        ValueError: the file cannot be read, or its state is not one of this model.
+        ValueError: the file cannot be read, or its state does not fit this model.
     """
 
-    def bad(what: str) -> NoReturn:
-        _checks.refuse("pretrained", str(path), f"a file with the state of the model ({what})")
+    def refuse(problem: str) -> NoReturn:
+        _checks.refuse("pretrained", str(path), f"a file with the state of the model ({problem})")
 
     if not path.is_file():
-        bad("there is no such file")
+        refuse("there is no such file")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -197,16 +197,16 @@ def load_pretrained_(model: nn.Module, path: Path) -> None:
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        bad(f"it cannot be read: {_words(error)}")
+        refuse(f"it cannot be read: {_one_line(error)}")
     wanted = model.state_dict()
     if not isinstance(state, dict):
-        bad(f"it holds a {type(state).__name__}")
+        refuse(f"it holds a {type(state).__name__}")
     for name in sorted({*map(str, state)} ^ wanted.keys()):
-        bad(f"it has {'no' if name in wanted else 'a'} {name!r}")
+        refuse(f"it has {'no' if name in wanted else 'a'} {name!r}")
     for name, value in wanted.items():
         got = tuple(state[name].shape) if isinstance(state[name], Tensor) else "no tensor"
         if got != tuple(value.shape):
-            bad(f"its {name!r} is {got}, not {tuple(value.shape)}")
+            refuse(f"its {name!r} is {got}, not {tuple(value.shape)}")
     model.load_state_dict(state)
 
 

@@ -1,4 +1,4 @@
-"""Several runs as one row of a table: means over seeds."""
+"""Tables of results: each row is one training, with means over its seeds."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def aggregate(name: str, summaries: Sequence[Mapping[str, Any]]) -> Row:
-    """One row of several seeds of one training.
+    """The row of one training.
 
     Args:
-        name: what the row is called.
-        summaries: of the finished runs, at least one, as summary.json has them.
+        name: of the row.
+        summaries: of its finished runs, one for each seed, as summary.json has them.
 
     Returns:
-        name, asked, seeds; test_error_percent and deviation (of the pruned models at the end of
-        training), best_test_error_percent (the least of all seeds and epochs); density, params,
-        macs (mean fractions of what the pruned models have), architecture (mean widths), within
-        (how many meet their target; None without one), seconds (mean).
+        name, asked, seeds; test_error_percent and deviation (of the pruned models),
+        best_test_error_percent (the lowest of all seeds and epochs); density, params, macs (mean
+        fractions that the pruned models have), architecture (mean widths), within (how many meet
+        their target; None without one), seconds (mean).
     """
     errors = [summary["test_error_percent"] for summary in summaries]
     feasible = [s["feasible"] for s in summaries if s["feasible"] is not None]
@@ -93,7 +93,7 @@ def _asked(summary: Mapping[str, Any]) -> str:
 
 
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """A row's words, in the order of HEAD; what it does not have is left empty."""
+    """The cells of a row, in the order of HEAD; a cell without a value is empty."""
 
     def share(name: str) -> str:
         return "" if row.get(name) is None else f"{100 * row[name]:.1f} %"

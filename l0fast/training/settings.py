@@ -24,47 +24,51 @@ class TrainerSettings:
     """How to train. The defaults are this project's own recipe.
 
     Args:
-        density: target of the whole model, in (0, 1] or an amount ("100k params"); or
-        layer_density: layer name or pattern -> target, each its own constraint; or
-        measure: what these targets are shares or amounts of: "gates", "params", "macs",
-            "memory" or "latency" (see `DensityConstraint`).
+        density: target of the whole model, in (0, 1] or an amount ("100k params"). Name one of
+            density, layer_density and penalty; with none of them the training is dense.
+        layer_density: layer name or pattern -> target, each its own constraint.
+        measure: what the targets are shares or amounts of: "gates", "params", "macs", "memory" or
+            "latency" (see `DensityConstraint`).
         method: how a density is met: "l0" (gates are learned under a constraint), or by the
             baselines "magnitude" (gradually) and "magnitude-one-shot" (see `MagnitudePruning`).
-        gates: where they sit, as in `sparsify_`; for models that the trainer gives them.
-        penalty: coefficient of the penalised method; with none of the three the model is
-            trained as it is, dense.
-        penalty_per_example: `penalty` in the unit of Louizos et al. (see `L0Penalty`).
+        gates: where the gates sit, as in `sparsify_`, if the trainer puts them in.
+        penalty: coefficient of the penalised method.
+        penalty_per_example: `penalty` is in the unit of Louizos et al. (see `L0Penalty`).
         epochs: passes over the training examples, >= 1.
         batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
-        seed: of the order of the examples. (torch.manual_seed governs all else that is drawn.)
-        lr: learning rate of Adam for the weights.
-        gate_lr: of the gates; None: by the number of steps (see `param_groups`).
-        dual_lr: dual learning rate; None: by the least target, and with a constant target by the
-            number of steps (see `default_dual_lr`).
-        restarts: dual restarts, of dual="ascent".
+        seed: of the order of the examples; torch.manual_seed governs all other random numbers.
+        lr: Adam's learning rate for the weights.
+        gate_lr: Adam's learning rate for the gates; None: by the number of steps (see
+            `param_groups`).
+        dual_lr: dual learning rate; None: by the lowest target, and with a constant target by the
+            number of steps, too (see `default_dual_lr`).
+        restarts: whether dual="ascent" has dual restarts.
         dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
             "equality" (see `l0fast.constraints.dual`).
-        dual_first: whether they move before each step's loss is formed, rather than after it.
-        target_schedule: how targets come down to what is asked: "cubic", "linear", or "constant"
-            (in force from the start).
-        target_warmup: the share of the training that this takes, in (0, 1].
-        settle: the share of the epochs at the end, in [0, 1), in which the gates are decided and
-            the noise is gone (see `DensityConstraint.settle`): rounded to whole epochs, at least
-            one of several; 0 for none. Not of a dense training, nor of magnitude pruning.
-        augment: what is done to training images at random: "none", "crop" (each is shifted by up
-            to an eighth of its side, a pixel at least) or "crop-flip" (and half of them mirrored).
+        dual_first: whether the multipliers move before each step's loss is formed, rather than
+            after it.
+        target_schedule: how the targets come down from the densities at the start: "cubic",
+            "linear", or "constant" (in force from the start).
+        target_warmup: the share of the training in which they come down, in (0, 1].
+        settle: the share of the epochs at the end, in [0, 1), that train without noise, after the
+            gates have been decided (see `DensityConstraint.settle`). It is rounded to whole epochs:
+            at least one, if there are several; 0 for none. Dense training and magnitude pruning
+            have no such epochs.
+        augment: random changes of training images: "none", "crop" (each is shifted by up to an
+            eighth of its side, a pixel at least) or "crop-flip" (and half of them mirrored).
         weight_decay: decoupled, of the weights.
-        schedule: "cosine" (both learning rates fall to 0 over the training) or "constant".
-        select: the epoch whose model is pruned and reported: "last", or "best": of those whose
-            gates have settled (without `settle`, whose evaluation gates meet every target), the one
-            of least validation error (the latest of equals); the last where there is none.
-        shrink: gates that have seldom been open (less than 1 %) at the end of so many epochs on end
-            are removed for good, with their units: the model that is trained gets smaller. None
-            removes nothing. See `shrink`.
-        skip: whether a step leaves closed units out of its computation, see `sparsify_`; for
-            models that the trainer gives their gates.
-        cuda_graph: whether a step is captured as one CUDA graph and replayed: "auto" where that can
-            be (the summary says why not), True, or False.
+        schedule: of the learning rates: "cosine" (both fall to 0 over the training) or "constant".
+        select: the epoch whose model is pruned and reported: "last", or "best": the one of lowest
+            validation error (the latest of equals), among the epochs after settling. Without
+            settling, among those whose evaluation gates meet every target. If there is none, the
+            last.
+        shrink: gates that have been open with a probability under 1 % at the end of this many
+            epochs in a row are removed for good, with their units: the model in training gets
+            smaller. None removes nothing.
+        skip: whether a step leaves closed units out of its computation, as in `sparsify_`, if the
+            trainer puts the gates in.
+        cuda_graph: whether a step is captured as one CUDA graph and replayed: "auto" (where that is
+            possible; the summary says why not), True, or False.
     """
 
     density: amounts.Asked | None = None
@@ -95,21 +99,48 @@ class TrainerSettings:
     cuda_graph: str | bool = "auto"
 
     def __post_init__(self) -> None:
-        named = [
-            name
-            for name in ("density", "layer_density", "penalty")
-            if getattr(self, name) is not None
-        ]
+        self._check_words()
+        self._check_what_goes_together()
+        # As plain numbers: a checkpoint holds no others.
+        for name, value in {**self._checked_targets(), **self._checked_numbers()}.items():
+            object.__setattr__(self, name, value)
+
+    def _check_words(self) -> None:
+        """Refuses words that stand for nothing."""
+        _checks.one_of("measure", self.measure, MEASURES)
+        _checks.one_of("method", self.method, METHODS)
+        _checks.one_of("gates", self.gates, ("auto", *GATES))
+        _checks.one_of("augment", self.augment, AUGMENTS)
+        _checks.one_of("dual", self.dual, tuple(DUALS))
+        _checks.one_of("target_schedule", self.target_schedule, ("constant", *POWERS))
+        _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
+        _checks.one_of("select", self.select, ("last", "best"))
+        _checks.auto_or_bool("skip", self.skip)
+        _checks.auto_or_bool("cuda_graph", self.cuda_graph)
+
+    def _check_what_goes_together(self) -> None:
+        """Refuses settings that do not fit each other."""
+        targets = ("density", "layer_density", "penalty")
+        named = [name for name in targets if getattr(self, name) is not None]
         if len(named) > 1:
             _checks.refuse(named[1], getattr(self, named[1]), f"only one of {' and '.join(named)}")
-        _checks.one_of("measure", self.measure, MEASURES)
-        if self.measure != "gates" and self.density is None and self.layer_density is None:
-            _checks.refuse("measure", self.measure, "a density or layer_density beside it")
-        _checks.one_of("method", self.method, METHODS)
-        if self.method != "l0" and self.density is None and self.layer_density is None:
-            _checks.refuse("method", self.method, "a density or layer_density beside it")
-        _checks.one_of("gates", self.gates, ("auto", *GATES))
-        checked: dict[str, Any] = {}  # as plain numbers: a checkpoint holds no others
+        if self.density is None and self.layer_density is None:
+            for name, plain in (("measure", "gates"), ("method", "l0")):
+                if getattr(self, name) != plain:
+                    expected = "a density or layer_density beside it"
+                    _checks.refuse(name, getattr(self, name), expected)
+        if self.shrink is None:
+            return
+        if not self.gated:
+            _checks.refuse("shrink", self.shrink, "a target or penalty beside it")
+        if self.measure != "gates":
+            _checks.refuse("shrink", self.shrink, "measure='gates' beside it")
+        if self.select == "best":
+            _checks.refuse("shrink", self.shrink, "select='last': earlier models are larger")
+
+    def _checked_targets(self) -> dict[str, Any]:
+        """The densities that are asked for."""
+        checked: dict[str, Any] = {}
         if self.density is not None:
             checked["density"] = amounts.check("density", self.density, self.measure)
         if self.layer_density is not None:
@@ -123,40 +154,29 @@ class TrainerSettings:
                 )
                 for name in sorted(self.layer_density, key=str)
             }
-        for name in ("epochs", "batch_size"):
-            checked[name] = _checks.whole(name, getattr(self, name))
-        checked["seed"] = _checks.whole("seed", self.seed, 0, MAX_SEED)
-        for name in ("lr", "gate_lr"):
+        return checked
+
+    def _checked_numbers(self) -> dict[str, Any]:
+        """All other numbers."""
+        checked: dict[str, Any] = {
+            "epochs": _checks.whole("epochs", self.epochs),
+            "batch_size": _checks.whole("batch_size", self.batch_size),
+            "seed": _checks.whole("seed", self.seed, 0, MAX_SEED),
+            "shrink": None if self.shrink is None else _checks.whole("shrink", self.shrink),
+        }
+        for name in ("lr", "gate_lr", "dual_lr", "penalty", "weight_decay"):
             value = getattr(self, name)
-            if value is not None or name == "lr":
-                checked[name] = _checks.number(name, value, "a number > 0", low=0.0, open_low=True)
-        for name in ("dual_lr", "penalty", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None or name == "weight_decay":
-                checked[name] = _checks.number(name, value, "a number >= 0", low=0.0)
+            if value is None and name in ("gate_lr", "dual_lr", "penalty"):
+                continue
+            positive = name in ("lr", "gate_lr")
+            expected = "a number > 0" if positive else "a number >= 0"
+            checked[name] = _checks.number(name, value, expected, low=0.0, open_low=positive)
+        options: dict[str, Any] = {"low": 0.0, "high": 1.0}
         name, expected = "target_warmup", "a share of the training in (0, 1]"
-        value = getattr(self, name)
-        checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_low=True)
+        checked[name] = _checks.number(name, self.target_warmup, expected, open_low=True, **options)
         name, expected = "settle", "a share of the training in [0, 1)"
-        value = getattr(self, name)
-        checked[name] = _checks.number(name, value, expected, low=0.0, high=1.0, open_high=True)
-        _checks.one_of("augment", self.augment, AUGMENTS)
-        _checks.one_of("dual", self.dual, tuple(DUALS))
-        _checks.one_of("target_schedule", self.target_schedule, ("constant", *POWERS))
-        if self.shrink is not None:
-            checked["shrink"] = _checks.whole("shrink", self.shrink)
-            if not self.gated:
-                _checks.refuse("shrink", self.shrink, "a target or penalty beside it")
-            if self.measure != "gates":
-                _checks.refuse("shrink", self.shrink, "measure='gates' beside it")
-            if self.select == "best":
-                _checks.refuse("shrink", self.shrink, "select='last': earlier models are larger")
-        _checks.one_of("schedule", self.schedule, ("cosine", "constant"))
-        _checks.one_of("select", self.select, ("last", "best"))
-        _checks.auto_or_bool("skip", self.skip)
-        _checks.auto_or_bool("cuda_graph", self.cuda_graph)
-        for name, value in checked.items():
-            object.__setattr__(self, name, value)
+        checked[name] = _checks.number(name, self.settle, expected, open_high=True, **options)
+        return checked
 
     @property
     def gated(self) -> bool:
@@ -171,6 +191,11 @@ class TrainerSettings:
         last = max(1, round(self.settle * self.epochs))
         return max(self.epochs - last, 1)
 
+    def may_select(self, epoch: int) -> bool:
+        """Whether select="best" may choose this epoch: the gates are decided in it, if they are in
+        any."""
+        return self.select == "best" and not epoch <= self.settles_at < self.epochs
+
 
 BEFORE: dict[str, Any] = {
     "measure": "gates",
@@ -178,10 +203,10 @@ BEFORE: dict[str, Any] = {
     "settle": 0.0,
     "augment": "none",
 }
-"""How versions trained whose summaries and checkpoints do not say so."""
+"""What earlier versions did. Their summaries and checkpoints do not name these settings."""
 
 WITHOUT_GATES: dict[str, Any] = {
     name: getattr(TrainerSettings, name)
     for name in ("density", "layer_density", "penalty", "measure", "method", "gates", "shrink")
 }
-"""What a dense training has in place of all that speaks of gates."""
+"""The settings about gates, at the values of a dense training."""

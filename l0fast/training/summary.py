@@ -1,19 +1,59 @@
-"""What a training came to, as summary.json has it."""
+"""The summary of a finished run, as summary.json has it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import nn
 
-from l0fast.measures.density import count_macs, count_params
+from l0fast.constraints.stall import last_messages
+from l0fast.measures.flops import count_macs, count_params
+from l0fast.pruning.report import Report
+from l0fast.training.metrics import VALIDATION, Row
+from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 
-Row = dict[str, Any]
+Summary = dict[str, Any]
 
 
-def asked(settings: TrainerSettings) -> Row:
+def summarise(
+    identity: Mapping[str, Any],
+    settings: TrainerSettings,
+    state: RunState,
+    epoch: int,
+    outcome: Summary,
+    cuda_graph: str,
+) -> Summary:
+    """The summary of a run.
+
+    Args:
+        identity: facts about model and data, which come first.
+        settings: of the run.
+        state: after the last epoch.
+        epoch: the one whose model is the result.
+        outcome: of that model, by `outcome_of_pruned` or `outcome_of_dense`.
+        cuda_graph: whether steps were captured, in words.
+    """
+    return {
+        **identity,
+        **_asked(settings),
+        **outcome,
+        "best_test_error_percent": min(row["test_error_percent"] for row in state.history),
+        "selected_epoch": epoch,
+        VALIDATION: state.history[epoch - 1].get(VALIDATION),
+        "stalls": last_messages(state.history),
+        "seconds": round(state.seconds, 3),
+        "settings": asdict(settings),
+        "device": str(state.device),
+        "cuda_graph": cuda_graph,
+        "torch": torch.__version__,
+    }
+
+
+def _asked(settings: TrainerSettings) -> Summary:
     """What the run was asked for."""
     return {
         "seed": settings.seed,
@@ -26,45 +66,40 @@ def asked(settings: TrainerSettings) -> Row:
     }
 
 
-def of_pruned(
-    report: Mapping[str, Any],
+def outcome_of_pruned(
+    report: Report,
     settings: TrainerSettings,
-    last: Row,
+    history: list[Row],
+    epoch: int,
     test_error: float,
-    before: Row,
-) -> Row:
-    """The outcome of a model that was pruned: `report` is its report, `last` the last metrics, and
-    `before` those of the last epoch before its gates settled (or the last)."""
-    groups = report["groups"].values()
+) -> Summary:
+    """The outcome of a run with gates: size and error of its pruned model.
+
+    Args:
+        report: what `prune` reported.
+        settings, history: of the run.
+        epoch: the one whose model was pruned.
+        test_error: of the pruned model, in percent.
+    """
+    before_settling = history[min(epoch, settings.settles_at) - 1]
+    groups = report.groups.values()
     feasible = all(group["density"] <= group["target"] for group in groups)
     return {
-        "expected_density": last["expected_density"],
-        "realised_density": report["density"],
-        "forced": report["forced"],
-        "collapsed": report["collapsed"],
-        "reopened": [name for name in before["collapsed"] if name not in report["collapsed"]],
-        "architecture": report["architecture"],
+        "expected_density": history[epoch - 1]["expected_density"],
+        "realised_density": report.density,
+        "forced": report.forced,
+        "collapsed": report.collapsed,
+        "reopened": [name for name in before_settling["collapsed"] if name not in report.collapsed],
+        "architecture": report.architecture,
         "test_error_percent": test_error,
         "feasible": feasible if settings.penalty is None else None,
-        **_sizes(report["params"], report["macs"]),
-        **_of_measure(report),
+        **_sizes(report.params, report.macs),
+        **_memory_and_latency(report),
     }
 
 
-def _of_measure(report: Mapping[str, Any]) -> Row:
-    """Memory; and latency, if it was measured: by the table for one target, else as measured."""
-    after, before = report["memory"]
-    row: Row = {"memory": after, "dense_memory": before, "memory_fraction": after / before}
-    if report["latency"]:
-        after, before = report["latency"]
-        shares = [group["density"] for group in report["groups"].values()]
-        row |= {"latency": after, "dense_latency": before}
-        row["latency_fraction"] = shares[0] if len(shares) == 1 else after / before
-    return row
-
-
-def of_dense(model: nn.Module, example_inputs: Any, last: Row) -> Row:
-    """The outcome of a dense training."""
+def outcome_of_dense(model: nn.Module, example_inputs: Any, last: Row) -> Summary:
+    """The outcome of a dense training; `last` is the row of metrics of its model."""
     params = count_params(model)
     macs = count_macs(model, example_inputs)[""]
     return {
@@ -76,8 +111,8 @@ def of_dense(model: nn.Module, example_inputs: Any, last: Row) -> Row:
     }
 
 
-def _sizes(params: list[int], macs: list[int]) -> Row:
-    """[after, before] of each."""
+def _sizes(params: list[int], macs: list[int]) -> Summary:
+    """From [after, before] of each."""
     return {
         "params": params[0],
         "dense_params": params[1],
@@ -86,3 +121,16 @@ def _sizes(params: list[int], macs: list[int]) -> Row:
         "dense_macs": macs[1],
         "macs_fraction": macs[0] / macs[1],
     }
+
+
+def _memory_and_latency(report: Report) -> Summary:
+    """Memory, and latency where the run has a table of it."""
+    after, before = report.memory
+    found: Summary = {"memory": after, "dense_memory": before, "memory_fraction": after / before}
+    if report.latency:
+        after, before = report.latency
+        shares = [group["density"] for group in report.groups.values()]
+        found |= {"latency": after, "dense_latency": before}
+        # With one target, the share that the target is held to: the table's.
+        found["latency_fraction"] = shares[0] if len(shares) == 1 else after / before
+    return found

@@ -1,4 +1,4 @@
-"""The metrics of a run as TensorBoard's scalars, where TensorBoard is installed."""
+"""Writes the metrics of a run as TensorBoard's scalars, if TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-TENSORBOARD = "tensorboard"
-"""Name of the folder, in that of the run."""
+from l0fast.training.metrics import Row
 
-Row = dict[str, Any]
+TENSORBOARD = "tensorboard"
+"""Name of the folder, in the run's."""
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """Tag -> value of a row of metrics: its numbers, and as name/constraint those of each
-    constraint."""
+    """Tag -> value of a row of metrics: its numbers by name, and those of each constraint by
+    name/constraint."""
     found: Row = {}
     for name, value in row.items():
         if isinstance(value, dict):
             found |= {f"{name}/{key}": part for key, part in value.items()}
-        elif name != "epoch":  # the step
+        elif name != "epoch":  # it is the step of all others
             found[name] = value
     return {tag: float(value) for tag, value in found.items() if isinstance(value, (int, float))}
 
 
 def _summary_writer(folder: Path, purge_step: int | None) -> Any:
-    """torch's SummaryWriter, or None where TensorBoard is not installed."""
+    """torch's SummaryWriter, or None if TensorBoard is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -36,11 +36,11 @@ def _summary_writer(folder: Path, purge_step: int | None) -> Any:
 
 @contextmanager
 def scalar_writer(out: Path | None, history: list[Row]) -> Generator[Callable[[Row], None]]:
-    """Yields a function that writes a row of metrics into OUT/tensorboard, at its epoch as step.
+    """Yields a function that writes a row of metrics into OUT/tensorboard; its step is its epoch.
 
-    The rows of a resumed run's `history` are written again, in place of all that the folder holds:
-    a killed run may have left some epoch out, or be one ahead of its checkpoint. Without
-    TensorBoard, or without a folder, nothing is written.
+    A resumed run first writes the rows of its `history` again, and they replace all that the folder
+    holds: a killed run may lack an epoch there, or be one ahead of its checkpoint. Without
+    TensorBoard, or without `out`, nothing is written.
     """
     purge_step = 1 if history else None
     writer = None if out is None else _summary_writer(out / TENSORBOARD, purge_step)

@@ -40,11 +40,13 @@ from bench import (
 from bench.case import Goal, Variant
 from bench.report import Row
 from l0fast import functional, prune, sparsify_
-from l0fast.layers.draw import SKIPPING, gated_layers
-from l0fast.layers.drawn import OnDevice
+from l0fast.layers.draw import OnDevice
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.maths.hard_concrete import HardConcrete
-from l0fast.skipping import links
+from l0fast.skipping import attach
 from l0fast.training.models import build
+from tests.helpers.draws import compact
+from tests.helpers.steps import following
 
 LITTLE = timing.Effort(rounds=3, warmup=1, sample_ms=0.0, quick=True)
 
@@ -689,15 +691,16 @@ def test_the_skipping_block_is_rehearsed_small(
     density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a CPU, by the reference: what it times computes, and skips."""
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     rows = bench_skipping_linear.ffn("x", (16, 96, 8), density, LITTLE, "cpu")
     assert [row.variant for row in rows] == ["dense", "masked", "skipped"]
     assert {row.status for row in rows} == {report.MEASURED}, rows
     block = bench_skipping_linear._block((16, 96, 8), density, True, "cpu")
     block(torch.randn(8, 16, dtype=torch.bfloat16))
     reader: Any = block.get_submodule("2")
-    assert isinstance(reader._compact, OnDevice)
-    assert block.get_submodule("0").__dict__["forward"].compact.rows is reader._compact.cols
+    assert isinstance(compact(reader), OnDevice)
+    maker: Any = following(block.get_submodule("0")).compact
+    assert maker.rows is compact(reader).cols
 
 
 def tiny_vit() -> nn.Module:
@@ -732,7 +735,7 @@ def test_the_large_steps_are_rehearsed_small(make: Callable[[], nn.Module], dens
     assert {layer.gates for layer in layers.values()} == {"input"}
     if make is tiny_vit:
         assert [(one.num_gates, one.units) for one in layers.values()] == [(3, 4), (16, 1)] * 2
-    assert model.__dict__[SKIPPING].links
+    assert gates(model).skipping.links
 
 
 def test_the_gpu_run_has_the_rows_of_the_goals() -> None:
@@ -752,7 +755,7 @@ def test_every_net_can_be_skipped_and_compacted() -> None:
     model = bench_skip._resnet(widths)
     x = torch.randn(2, 3, 8, 8)
     sparsify_(model, example_inputs=x, skip=True)
-    makers = sorted(len(link.makers) for link in model.__dict__[SKIPPING].links)
+    makers = sorted(len(link.makers) for link in gates(model).skipping.links)
     assert makers == [1, 1, 1, 1, 3, 3]
 
 

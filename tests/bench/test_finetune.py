@@ -13,7 +13,7 @@ from bench import environment, finetune
 from bench.finetune import Epochs
 from l0fast import load_pruned
 from l0fast.data import sets
-from l0fast.measures.density import count_macs
+from l0fast.measures.flops import count_macs
 from tests import ROOT
 
 
@@ -47,4 +47,4 @@ def test_the_command_writes_what_loads_again(tmp_path: Path) -> None:
     assert 0.0 < written["pruned_macs"] <= written["target"] == 0.5
     assert "--constrained-epochs 1" in written["about"]["command"]
     again = load_pruned(lambda: finetune.net(1, 4, 10), tmp_path / "small.safetensors")
-    assert again.report["macs"][0] / again.report["macs"][1] == written["pruned_macs"]  # type: ignore[index]
+    assert again.report.macs[0] / again.report.macs[1] == written["pruned_macs"]  # type: ignore[index]

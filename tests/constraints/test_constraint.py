@@ -24,9 +24,9 @@ from l0fast import (
     sparsify_,
 )
 from l0fast.constraints.dual import Dual
-from l0fast.constraints.term import TARGETS
-from l0fast.layers.draw import gated_layers
-from l0fast.measures.density import Group, density
+from l0fast.layers import handle
+from l0fast.layers.handle import gated_layers
+from l0fast.measures.density import density
 from tests.helpers.counting import Counting
 from tests.helpers.gated import gated_mlp
 
@@ -379,8 +379,8 @@ def test_a_loaded_target_is_the_one_that_prune_holds() -> None:
     assert float(constraint.target) == pytest.approx(0.3)
     assert repr(constraint) == "DensityConstraint(model <= 0.3)"
     report: Any = prune(model, torch.randn(1, 8)).report
-    assert report["groups"]["model"]["target"] == 0.3
-    assert report["density"] <= 0.3
+    assert report.groups["model"]["target"] == 0.3
+    assert report.density <= 0.3
 
 
 def test_a_wrapper_is_looked_through() -> None:
@@ -389,11 +389,12 @@ def test_a_wrapper_is_looked_through() -> None:
     constraint = DensityConstraint(parallel, {"0": 0.3, "2": 0.6})
     assert list(constraint.layers) == ["0", "2"]
     assert constraint.state_dict()["_extra_state"]["groups"] == [["0", ["0"]], ["2", ["2"]]]
-    DensityConstraint(model, {"0": 0.3, "2": 0.6}).load_state_dict(constraint.state_dict())
+    same = DensityConstraint(model, {"0": 0.3, "2": 0.6})
+    same.load_state_dict(constraint.state_dict())
     assert list(L0Penalty(parallel, 0.1).layers) == ["0", "2"]
     for pruned in (prune(model, torch.randn(1, 8)), prune(parallel, torch.randn(1, 8))):
         report: Any = pruned.report
-        assert {name: g["target"] for name, g in report["groups"].items()} == {"0": 0.3, "2": 0.6}
+        assert {name: g["target"] for name, g in report.groups.items()} == {"0": 0.3, "2": 0.6}
 
 
 def test_the_targets_stay_on_the_model_for_prune() -> None:
@@ -401,13 +402,16 @@ def test_the_targets_stay_on_the_model_for_prune() -> None:
     with torch.no_grad():
         for layer in gated_layers(model).values():
             layer.log_alpha.fill_(9.0)  # all open
-    DensityConstraint(model, {"0": 0.5, "2": 0.7})
-    assert getattr(model, TARGETS) == {Group(("0",)): 0.5, Group(("2",)): 0.7}
+    first = DensityConstraint(model, {"0": 0.5, "2": 0.7})
     report: Any = prune(copy.deepcopy(model), torch.randn(1, 8)).report
-    kept = {site["name"]: site["gates_open"] for site in report["sites"]}
+    kept = {site["name"]: site["gates_open"] for site in report.sites}
     assert kept == {"0": 4, "2": 4}  # 0.5 of 8, and the most of 6 within 0.7
-    DensityConstraint(model, {"0": 0.25})  # the last word on these layers
-    assert getattr(model, TARGETS)[Group(("0",))] == 0.25
+    second = DensityConstraint(model, {"0": 0.25})  # the last word on these layers
+    report = prune(model, torch.randn(1, 8)).report
+    assert {site["name"]: site["gates_open"] for site in report.sites} == {"0": 2, "2": 4}
+    del first, second
+    report = prune(model, torch.randn(1, 8)).report
+    assert {site["name"]: site["gates_open"] for site in report.sites} == {"0": 8, "2": 6}
 
 
 def test_it_prints_its_targets() -> None:
@@ -452,14 +456,14 @@ def test_bad_targets(target: Any, error: type[Exception], message: str) -> None:
         DensityConstraint(model, target)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
-    assert not hasattr(model, TARGETS)  # nothing was changed
+    assert handle.gates(model).constraints == ()  # nothing was changed
 
 
 def test_the_lowest_target_is_one_unit_in_each_layer() -> None:
     model = mlp()
-    DensityConstraint(model, LOWEST)
+    _held = DensityConstraint(model, LOWEST)
     report: Any = prune(model, torch.randn(1, 8)).report
-    assert report["architecture"] == "1-1"
+    assert report.architecture == "1-1"
     with pytest.raises(ValueError, match="expected a density in"):
         DensityConstraint(model, LOWEST * (1 - 1e-6))
 
@@ -606,7 +610,7 @@ def test_what_they_refuse(options: dict[str, Any], error: type[Exception], messa
     model = mlp()
     with pytest.raises(error, match=message):
         DensityConstraint(model, 0.4, **options)
-    assert TARGETS not in model.__dict__
+    assert handle.gates(model).constraints == ()
 
 
 def test_a_loop_of_ones_own_reaches_its_target() -> None:

@@ -21,7 +21,7 @@ from l0fast import (
     PIControl,
     prune,
 )
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
 from tests.helpers.gated import gated_mlp
 
@@ -74,12 +74,12 @@ def test_one_call_and_one_step_are_those_of_each() -> None:
 
 def test_prune_holds_them_all() -> None:
     model = mlp()
-    Constraints(four(model))
+    _held = Constraints(four(model))
     report: Any = prune(model, X).report
-    assert sorted(report["groups"]) == ["0", "model", "model (macs)", "model (units)"]
-    for group in report["groups"].values():
+    assert sorted(report.groups) == ["0", "model", "model (macs)", "model (units)"]
+    for group in report.groups.values():
         assert group["density"] <= group["target"]
-    assert report["macs"][0] / report["macs"][1] == report["groups"]["model (macs)"]["density"]
+    assert report.macs[0] / report.macs[1] == report.groups["model (macs)"]["density"]
 
 
 def test_the_state_goes_round() -> None:
@@ -151,7 +151,7 @@ def test_a_density_out_of_reach_is_refused(equal: Any, other: Any, most: float) 
 def test_a_density_within_reach_is_not(equal: Any, other: Any) -> None:
     model = mlp()
     one = DensityConstraint(model, equal, dual=EqualityAscent())
-    Constraints([one, DensityConstraint(model, other)])
+    _held = Constraints([one, DensityConstraint(model, other)])
 
 
 def test_targets_that_are_the_most_hold_together_whatever_they_are() -> None:
@@ -162,12 +162,12 @@ def test_targets_that_are_the_most_hold_together_whatever_they_are() -> None:
         with pytest.raises(ValueError, match=r"expected a density in") as e:
             DensityConstraint(model, 1e-9, measure=measure, example_inputs=x)
         lowest[measure] = float(str(e.value).split("[")[1].split(",")[0]) * (1 + 1e-5)
-    Constraints(
+    _held = Constraints(
         DensityConstraint(model, low, measure=measure, example_inputs=x)
         for measure, low in lowest.items()
     )
     report: Any = prune(model, x).report
-    assert report["architecture"] == "1-1"
+    assert report.architecture == "1-1"
 
 
 def test_duals_are_mixed() -> None:

@@ -20,7 +20,7 @@ from l0fast import (
     TargetSchedule,
 )
 from l0fast.constraints.dual import DUALS, Dual
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from tests.helpers.counting import Counting
 
 

@@ -36,7 +36,7 @@ from l0fast import (
 )
 from l0fast.constraints.settle import LEAST
 from l0fast.data.sets import Data
-from l0fast.layers.draw import gated_layers, own_gates
+from l0fast.layers.handle import gated_layers, own_gates
 from l0fast.measures.latency import LayerLatency
 from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
@@ -156,9 +156,9 @@ def test_no_further_gate_fits(measure: str, target: float) -> None:
         with torch.no_grad():
             layer.log_alpha.view(-1)[likeliest] = before
     report: Any = prune(model, X).report
-    assert report["forced"] == 0
-    assert report["filled"] == 0
-    for name, group in report["groups"].items():
+    assert report.forced == 0
+    assert report.filled == 0
+    for name, group in report.groups.items():
         assert group["density"] <= group["target"]
         if name in realised:
             assert group["density"] == pytest.approx(realised[name], rel=1e-6)
@@ -202,7 +202,7 @@ def test_several_constraints_are_settled_together() -> None:
     both.step()
     assert one.multiplier.item() == two.multiplier.item() == 0
     report: Any = prune(model, X).report
-    assert report["forced"] == 0
+    assert report.forced == 0
     alone = undecided()
     DensityConstraint(alone, 0.5).settle()
     assert any(bool((kept & ~opened(model)[n]).any()) for n, kept in opened(alone).items())
@@ -303,7 +303,7 @@ def test_shared_gates_are_settled_once() -> None:
     kept = shared > -5
     assert 0 < kept.sum() < len(kept)
     torch.testing.assert_close(of.median(shared)[kept].double(), mean[kept], rtol=1e-5, atol=1e-5)
-    assert prune(model, x).report["forced"] == 0  # type: ignore[index]
+    assert prune(model, x).report.forced == 0  # type: ignore[index]
 
 
 # --- the function, and its gradients -------------------------------------------------------------
@@ -416,7 +416,7 @@ def test_there_is_no_pressure_any_more(dual: str) -> None:
     for name in {"multiplier", *term.dual.memory} - {"restarts"}:
         assert term.get_buffer(name).item() == 0, name
     assert torch.equal(term.restarts, restarts)
-    assert term.aim.item() == pytest.approx(0.4)
+    assert term.current_target.item() == pytest.approx(0.4)
     assert term.densities().item() == pytest.approx(term.realised()["model"])
     assert term.violation.item() <= 0
 
@@ -551,7 +551,7 @@ def test_a_loop_of_ones_own_and_its_resumption(kind: str) -> None:
     for name, value in one[0].state_dict().items():
         assert torch.equal(value, other[0].state_dict()[name]), name
     report: Any = prune(other[0], X).report
-    assert report["forced"] == 0
+    assert report.forced == 0
     torch.testing.assert_close(prune(one[0], X).eval()(X), one[0](X), rtol=1e-4, atol=1e-5)
 
 
@@ -597,7 +597,7 @@ def test_the_last_epochs_train_what_is_pruned(digits: Data, changes: dict[str, A
         assert last["lambda"] == {"model": 0.0}
         assert last["feasible"]
         report: Any = one.pruned
-        (group,) = report.report["groups"].values()
+        (group,) = report.report.groups.values()
         assert 0 <= group["target"] - group["density"] < 0.01
     kept = [{n: layer["kept"] for n, layer in row["layers"].items()} for row in one.history]
     assert kept[-1] == kept[-2]
@@ -642,7 +642,7 @@ def test_what_is_closed_is_removed_at_once(digits: Data) -> None:
             gated_layers(one.model)[name].num_gates == kept < one.history[0]["layers"][name]["of"]
         )
     pruned: Any = one.pruned
-    (group,) = pruned.report["groups"].values()
+    (group,) = pruned.report.groups.values()
     assert 0 <= group["target"] - group["density"] < 0.01
 
 
@@ -670,7 +670,7 @@ def test_a_frontier_goes_on_from_before(digits: Data, tmp_path: Path, shrink: in
         return
     # The second by hand, from there.
     second = Trainer(small_mlp(), digits, quick(epochs=6, settle=0.34, density=0.3), device="cpu")
-    second.open(after=before)
+    second.open(start_from=before)
     second.fit()
     wanted = Checkpoint.read(tmp_path / "f" / "density-0.3" / CHECKPOINT, torch.device("cpu"))
     for name, value in second.model.state_dict().items():

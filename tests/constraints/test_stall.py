@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from l0fast.constraints.stall import LEAST_WINDOW, find_stalls, told
+from l0fast.constraints.stall import LEAST_WINDOW, find_stalls, last_messages
 
 Rows = list[dict[str, Any]]
 
@@ -64,18 +64,18 @@ def test_a_slow_fall_is_none() -> None:
         assert bool(stalls(rows(densities, GROWING[: LEAST_WINDOW + 1]))) == stalled
 
 
-def test_the_words() -> None:
-    strong = stalls(rows(FLAT, GROWING))["m"]
-    assert strong.words(0.1, 0.03) == (
-        "stalled: m is at density 0.5000, 0.5000 in epoch 3, and has come no nearer to its target "
-        "0.1 since, while its multiplier went from 3 to 8: the gates do not follow it; try a "
-        "larger gate learning rate (it is 0.03), more epochs or a higher target"
+def test_the_message() -> None:
+    strong = stalls(rows([0.9, 0.8, 0.45, *[0.5] * 5], GROWING))["m"]
+    assert strong.message(0.1, 0.03) == (
+        "stalled: the density of m is 0.5000; it was 0.4500 in epoch 3 and has come no nearer to "
+        "its target 0.1 since. Its multiplier went from 3 to 8: the gates do not follow the "
+        "multiplier; try a larger gate learning rate (it is 0.03), more epochs or a higher target"
     )
-    weak = stalls(rows(FLAT, [m / 10 for m in GROWING]))["m"].words(1e-4, 0.03)
+    weak = stalls(rows(FLAT, [m / 10 for m in GROWING]))["m"].message(1e-4, 0.03)
     assert "the multiplier is still too small to close gates" in weak
     assert "try a larger dual learning rate (it is 0.0001), more epochs" in weak
 
 
-def test_the_last_words_of_each_are_kept() -> None:
+def test_the_last_message_of_each_is_kept() -> None:
     history: Rows = [{}, {"stalls": {"a": "1", "b": "1"}}, {"stalls": {"a": "2"}}, {"stalls": {}}]
-    assert told(history) == {"a": "2", "b": "1"}
+    assert last_messages(history) == {"a": "2", "b": "1"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l0fast import load_pruned, prune, save_pruned, sparsify_
 from l0fast.gating.attention import Unfused, attention_calls, unfuse_, unfused_in
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from tests.helpers.gated import snapshot
 
 WIDTH, HEADS, LENGTH = 12, 3, 5
@@ -132,8 +132,8 @@ def test_heads_of_an_encoder_go(padded: bool, tmp_path: Path) -> None:
         torch.testing.assert_close(model(*args), before, rtol=1e-12, atol=1e-12)
     closed(model, [0, 2, 3])
     small: Any = prune(model, args)
-    assert small.report["tier"] == "merged"
-    assert small.report["notes"] == []
+    assert small.report.tier == "merged"
+    assert small.report.notes == []
     for layer in small.encoder.layers:
         attention = layer.self_attn
         assert attention.in_proj.out_features == 3 * WIDTH // 4
@@ -268,7 +268,7 @@ def test_a_part_that_was_given_gates_is_pruned_and_loaded_in_the_whole(tmp_path:
     x = torch.randn(2, LENGTH, WIDTH)
     sparsify_(whole[1], example_inputs=x)
     small: Any = prune(closed(whole, [1]), x)
-    assert [entry["name"] for entry in small.report["attention"]] == ["1.attention"]
+    assert [entry["name"] for entry in small.report.attention] == ["1.attention"]
     save_pruned(small, tmp_path / "small.safetensors")
     again = load_pruned(build, tmp_path / "small.safetensors")
     torch.testing.assert_close(again(x), small(x))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import tests.helpers.plain_models as plain
 from l0fast import prune, sparsify_
 from l0fast.gating.recipes import GateTable
-from l0fast.layers.draw import gate_owners, gated_layers
+from l0fast.layers.handle import gate_owners, gated_layers
 from tests.helpers.gated import snapshot
 from tests.helpers.zoo import ZOO
 

@@ -12,7 +12,7 @@ from torch import nn
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
-from l0fast.layers.draw import draw_gates, gated_layers
+from l0fast.layers.handle import draw_gates, gated_layers
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
 from tests.helpers.gated import snapshot

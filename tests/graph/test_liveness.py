@@ -303,4 +303,4 @@ def test_any_arrangement_stays_the_same_function(name: str, gates: str) -> None:
     with torch.no_grad():
         got, expected = small(x), model(x)
     assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
-    assert small.report["notes"] == []  # right at once: nothing had to be undone
+    assert small.report.notes == []  # right at once: nothing had to be undone

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from l0fast import sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from tests.helpers.plain_models import Net, mlp
 
 

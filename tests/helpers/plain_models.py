@@ -250,3 +250,15 @@ class Noisy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.drop(torch.relu(self.norm(self.conv(x))).flatten(1)))
+
+
+class Pair(nn.Module):
+    """One hidden layer without gates of its own, which the forward may give out as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 32), nn.Linear(32, 5)
+
+    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
+        h = self.a(x).relu()
+        return h.mean() + self.b(h) if hidden else self.b(h)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -10,8 +11,12 @@ from torch import Tensor, nn
 
 import l0fast
 import tests.helpers.plain_models as plain
-from l0fast.layers.draw import gated_layers
+from l0fast import sparsify_
+from l0fast.layers.handle import gated_layers
+from l0fast.skipping.attach import stop_skipping
+from l0fast.skipping.following import Following
 from l0fast.training.models import build
+from tests.helpers.draws import compact
 
 DENSITIES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
 EXACT = 1e-10
@@ -53,6 +58,14 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
         ),
         (4, 3, 12, 12),
         {},
+        1,
+    ),
+    "a circular convolution without gates": (
+        lambda: chain(
+            nn.Conv2d(3, 6, 3, padding=1, padding_mode="circular"), nn.Tanh(), nn.Conv2d(6, 5, 3)
+        ),
+        (4, 3, 6, 6),
+        {"gates": "input", "exclude": "0"},
         1,
     ),
     "conv3d": (
@@ -109,6 +122,14 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], int]] = {
 }
 
 
+def prepared(name: str, skip: Any, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    make, shape, options, _ = MODELS[name]
+    model = make().to(dtype)
+    x = torch.randn(shape, dtype=dtype)
+    return sparsify_(model, example_inputs=x, skip=skip, **options), x
+
+
 def set_density(model: nn.Module, density: float) -> None:
     with torch.no_grad():
         for layer in gated_layers(model).values():
@@ -116,6 +137,18 @@ def set_density(model: nn.Module, density: float) -> None:
             extreme = density in (0.0, 1.0)
             value = 40.0 * (2 * density - 1) if extreme else layer.distribution.log_alpha(density)
             layer.log_alpha.fill_(value)
+
+
+def pair() -> tuple[Any, nn.Module, Tensor]:
+    """(skipped, masked, x) of the same model, with a third of the gates open."""
+    torch.manual_seed(0)
+    x = torch.randn(8, 6).double()
+    skipped: Any = plain.Pair().double()
+    sparsify_(skipped, include="b", gates="input", example_inputs=x, skip=True)
+    set_density(skipped, 0.3)
+    masked = copy.deepcopy(skipped)
+    stop_skipping(masked)
+    return skipped, masked, x
 
 
 def step(model: nn.Module, x: Tensor, seed: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
@@ -141,6 +174,13 @@ def assert_same_step(masked: nn.Module, skipped: nn.Module, x: Tensor, tolerance
         assert bool((got[name][closed].abs() <= tolerance * size).all()), name
 
 
+def following(layer: nn.Module) -> Following:
+    """The hook by which a layer without gates leaves out what its neighbours do."""
+    (hook,) = layer._forward_pre_hooks.values()
+    assert isinstance(hook, Following)
+    return hook
+
+
 def left_out(model: nn.Module) -> int:
     """How many layers computed with a part of their weight in the last step."""
-    return sum(layer._compact is not None for layer in gated_layers(model).values())
+    return sum(compact(layer) is not None for layer in gated_layers(model).values())

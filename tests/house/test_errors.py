@@ -20,7 +20,8 @@ from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
-from l0fast.measures.density import count_macs, density
+from l0fast.measures.density import density
+from l0fast.measures.flops import count_macs
 
 Refusal = tuple[type[Exception], Callable[[], Any]]
 

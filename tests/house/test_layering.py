@@ -103,6 +103,8 @@ def problems(root: Path) -> list[str]:
                 top, _, rest = name.partition(".")
                 if top in {"l0fast_kernels", "triton"} and room not in KNOWS_THE_KERNELS:
                     found.append(f"{where}: imports {name}; only the binding may")
+                if top in {"bench", "tests"}:
+                    found.append(f"{where}: the library imports {top}")
                 if top != "l0fast":
                     continue
                 # What is no module is a name that __init__ gives.
@@ -205,6 +207,11 @@ BAD = {
         "kernels/l0fast_kernels/device_math.py",
         "from l0fast.maths.philox import words",
         "a kernel imports l0fast",
+    ),
+    "the library imports measurements": (
+        "l0fast/cli.py",
+        "def f():\n    from bench.poster import plan",
+        "cli.py:2: the library imports bench",
     ),
     "kernels is a package": ("kernels/__init__.py", "", "not a package"),
 }

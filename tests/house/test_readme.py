@@ -24,7 +24,7 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pruned.append(names["small"])
     first, loaded = pruned
     assert first is not loaded
-    assert first.report["density"] <= 0.25
+    assert first.report.density <= 0.25
     with torch.no_grad():
         assert torch.equal(first.eval()(names["x"]), loaded.eval()(names["x"]))
     size, whole = (sum(p.numel() for p in part.parameters()) for part in (loaded, names["model"]))

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import functional, sparsify_
-from l0fast.layers.draw import gated_layers
-from l0fast.layers.drawn import OnDevice
+from l0fast.layers.draw import OnDevice
+from l0fast.layers.handle import gated_layers
 from l0fast.maths.compaction import Order, bound
-from l0fast.skipping import links
+from l0fast.skipping import attach
 from tests.helpers.interpreter import DEVICE, kernel_test
 from tests.helpers.tolerance import assert_no_more_wrong
 from tests.kernels.kernel_checks import assert_written, guarded
@@ -157,7 +157,7 @@ def test_equal_input_gives_equal_bits() -> None:
 @pytest.mark.parametrize("part", [0.0, 0.3, 1.0])
 def test_a_training_step_is_the_masked_step(part: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the draw to the gradients, all on kernels."""
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     monkeypatch.setattr(functional.autograd, "runs_on_triton", lambda *of: True)
     x = torch.randn(9, 12, device=DEVICE)
     steps: list[dict[str, Tensor]] = []

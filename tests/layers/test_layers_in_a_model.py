@@ -21,7 +21,8 @@ from l0fast import functional
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.draw import attach_draw, detach_draw, expected_open, gated_layers
+from l0fast.layers.draw import expected_open
+from l0fast.layers.handle import attach_draw, detach, gated_layers
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
 from tests.helpers.plain_models import Net
@@ -179,7 +180,7 @@ def test_attaching_twice_draws_once_and_detaching_undoes_it(draws: list[int]) ->
     attach_draw(model)
     model(x)
     assert draws == [110]
-    detach_draw(nn.Sequential(model))
+    detach(nn.Sequential(model))
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
     assert not model._forward_hooks_always_called
@@ -259,6 +260,7 @@ def test_the_count_of_a_step_is_not_computed_again(gates: str) -> None:
     layers = list(gated_layers(model).values())
     model(example())
     alone = L0Linear(6, 4)
+    gates(alone)  # as a constraint on it does
     alone(torch.ones(1, 6))
     for group in (layers, [alone]):
         with Count() as count:

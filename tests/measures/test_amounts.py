@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from l0fast import Constraints, DensityConstraint, prune, sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.amounts import check, share, words
 
 X = torch.randn(2, 6)
@@ -100,11 +100,11 @@ def test_every_door_takes_them_alike(measure: str) -> None:
     ratio: Any = prune(model(), X, half / DENSE[measure], measure=measure).report
     assert left["layers"] == named["layers"] == ratio["layers"] != []
     for report in (left, named, ratio):
-        (group,) = report["groups"].values()
+        (group,) = report.groups.values()
         assert group["total"] == DENSE[measure]
         assert group["kept"] <= half
         if measure in report:
-            assert report[measure] == [group["kept"], group["total"]]
+            assert getattr(report, measure) == [group["kept"], group["total"]]
     again = DensityConstraint(model(), 1.0, measure=measure, example_inputs=X)
     again.load_state_dict(constraint.state_dict())
     assert again.targets == constraint.targets
@@ -117,7 +117,7 @@ def test_an_amount_is_met_to_the_unit() -> None:
         fits = small["params"][0]
         assert fits <= amount
         exact: Any = prune(model(), X, f"{fits} params", measure="params").report
-        assert exact["params"][0] == fits
+        assert exact.params[0] == fits
 
 
 def test_mixed_with_densities_in_one_dict_and_with_other_measures() -> None:
@@ -131,8 +131,8 @@ def test_mixed_with_densities_in_one_dict_and_with_other_measures() -> None:
     targets = [list(term.targets.values()) for term in both.constraints]  # type: ignore[union-attr]
     assert targets == [[30 / 72, 0.5], [100 / DENSE["memory"]]]
     report: Any = prune(gated, X).report
-    assert report["memory"][0] <= 100
-    assert all(group["density"] <= group["target"] for group in report["groups"].values())
+    assert report.memory[0] <= 100
+    assert all(group["density"] <= group["target"] for group in report.groups.values())
 
 
 def test_a_cost_of_ones_own_may_have_one() -> None:

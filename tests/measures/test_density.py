@@ -9,15 +9,10 @@ import torch
 from torch import nn
 
 from l0fast.gating.sparsify import sparsify_
-from l0fast.measures.density import (
-    Group,
-    count_macs,
-    count_params,
-    density,
-    gated_parameters,
-    require_gated,
-    target_groups,
-)
+from l0fast.layers.handle import gates
+from l0fast.measures.density import density
+from l0fast.measures.flops import count_macs, count_params
+from l0fast.measures.groups import Group, gated_parameters, target_groups
 from l0fast.training.models import lenet5, mlp
 from tests.helpers.gated import gated
 from tests.helpers.plain_models import Net
@@ -65,7 +60,7 @@ def test_the_table_prints_aligned_with_a_total() -> None:
 
 def test_expected_density_is_the_mean_of_realised_draws() -> None:
     model = gated(density_init=0.37)
-    layers = list(require_gated(model).values())
+    layers = list(gates(model).layers.values())
     open_parameters = 0
     for layer in layers:
         noise = torch.logit(torch.rand(1000, *layer.log_alpha.shape), eps=1e-6)
@@ -79,11 +74,11 @@ def test_expected_density_is_the_mean_of_realised_draws() -> None:
 def test_the_published_architectures_count_as_published() -> None:
     small = sparsify_(mlp(784, 10))
     assert count_params(small) == 266_610
-    assert gated_parameters(list(require_gated(small).values())) == 266_200  # no biases
+    assert gated_parameters(list(gates(small).layers.values())) == 266_200  # no biases
     assert count_macs(small, torch.randn(1, 1, 28, 28))[""] == 266_200
     lenet = sparsify_(lenet5((1, 28, 28), 10))
     assert count_params(lenet) == 431_080
-    assert gated_parameters(list(require_gated(lenet).values())) == 520 + 25_050 + 400_000 + 5_000
+    assert gated_parameters(list(gates(lenet).layers.values())) == 520 + 25_050 + 400_000 + 5_000
     assert count_macs(lenet, torch.randn(1, 1, 28, 28)) == {
         **dict.fromkeys(("relu1", "pool1", "relu2", "pool2", "flatten", "relu3"), 0),
         "": 2_293_000,
@@ -130,18 +125,18 @@ def test_shared_tensors_and_layers_count_once_as_parameters_and_each_call_as_mac
 
 
 def test_target_groups() -> None:
-    model = gated()
+    layers = gates(gated()).layers
     everything = ("conv", "fc1", "fc2")
-    assert target_groups(model, 0.5) == {"model": (Group(everything), 0.5)}
-    assert target_groups(model, 1) == {"model": (Group(everything), 1.0)}
-    assert target_groups(model, {"fc*": 0.3, "conv": 0.5}) == {
+    assert target_groups(layers, 0.5) == {"model": (Group(everything), 0.5)}
+    assert target_groups(layers, 1) == {"model": (Group(everything), 1.0)}
+    assert target_groups(layers, {"fc*": 0.3, "conv": 0.5}) == {
         "fc*": (Group(("fc1", "fc2")), 0.3),
         "conv": (Group(("conv",)), 0.5),
     }
-    assert target_groups(model, {"*": 0.5}) == {"*": (Group(everything), 0.5)}
+    assert target_groups(layers, {"*": 0.5}) == {"*": (Group(everything), 0.5)}
     # With a number it is the whole model that is measured, and what has no gates with it.
-    assert target_groups(model, 0.5, "macs") == {"model": (Group(everything, "macs", ""), 0.5)}
-    assert target_groups(model, {"*": 0.5}, "macs") == {"*": (Group(everything, "macs"), 0.5)}
+    assert target_groups(layers, 0.5, "macs") == {"model": (Group(everything, "macs", ""), 0.5)}
+    assert target_groups(layers, {"*": 0.5}, "macs") == {"*": (Group(everything, "macs"), 0.5)}
 
 
 BAD_TARGETS: list[tuple[Any, str]] = [
@@ -158,10 +153,10 @@ BAD_TARGETS: list[tuple[Any, str]] = [
 @pytest.mark.parametrize(("target", "line"), BAD_TARGETS)
 def test_targets_that_name_nothing_reachable_are_refused(target: Any, line: str) -> None:
     with pytest.raises(ValueError, match=line):
-        target_groups(gated(), target)
+        target_groups(gates(gated()).layers, target)
 
 
 @pytest.mark.parametrize("target", [None, True, {"conv": None}, {1: 0.5}, torch.tensor(0.5)])
 def test_targets_of_a_wrong_type_are_refused(target: Any) -> None:
     with pytest.raises(TypeError, match=r"target.*: got .*; expected "):
-        target_groups(gated(), target)
+        target_groups(gates(gated()).layers, target)

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 import tests.helpers.plain_models as plain
 from l0fast import DensityConstraint, prune, sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.measure import SIZES
-from l0fast.measures.trial import trial
+from l0fast.pruning.trial import tried
 from l0fast.training import models
 from tests.helpers.counting import Counting
 from tests.helpers.zoo import ZOO
@@ -93,10 +93,10 @@ def test_of_closed_and_open_gates_it_is_the_pruned_models_count(case: str, gates
     close_at_random(model, 0.6)
     small: Any = prune(model, x)
     for name, constraint in by_measure.items():
-        kept, dense = small.report[name]
+        kept, dense = getattr(small.report, name)
         smaller += kept < dense
         assert float(constraint.densities().detach()) == pytest.approx(kept / dense, rel=1e-12)
-        (group,) = (g for g in small.report["groups"].values() if g["measure"] == name)
+        (group,) = (g for g in small.report.groups.values() if g["measure"] == name)
         assert [group["kept"], group["total"]] == [kept, dense]
         assert group["density"] == kept / dense
     assert smaller
@@ -134,7 +134,7 @@ def test_of_gates_by_structure_it_is_the_pruned_models_count(case: str) -> None:
         close_at_random(model, share)
         small: Any = prune(model, x)
         for name, constraint in by_measure.items():
-            kept, dense = small.report[name]
+            kept, dense = getattr(small.report, name)
             assert kept < dense
             assert float(constraint.densities().detach()) == pytest.approx(kept / dense, rel=1e-12)
 
@@ -170,7 +170,7 @@ def test_of_gates_that_are_all_closed_one_with_all_its_units_is_counted(case: st
             layer.log_alpha.fill_(-torch.inf)
     small: Any = prune(model, x.double())
     for name, constraint in by_measure.items():
-        kept, dense = small.report[name]
+        kept, dense = getattr(small.report, name)
         assert float(constraint.densities().detach()) == pytest.approx(kept / dense, rel=1e-12)
 
 
@@ -195,18 +195,18 @@ def test_prune_holds_the_size_of_the_real_model_and_uses_it(
     build, x = MODELS[case]
     model = random_gates(sparsify_(build()))
     small: Any = prune(model, x, target, measure=measure)
-    kept, dense = small.report[measure]
+    kept, dense = getattr(small.report, measure)
     assert target - 0.1 < kept / dense <= target
-    assert small.report["forced"] > 0
-    assert small.report["groups"]["model"]["density"] == kept / dense
+    assert small.report.forced > 0
+    assert small.report.groups["model"]["density"] == kept / dense
     # A layer's own target is a share of what that layer has.
     layer: Any = model.get_submodule(first)
     alone: Any = prune(model, x, {first: 0.5}, measure=measure).report
-    row = next(row for row in alone["sites"] if row["name"] == first)
+    row = next(row for row in alone.sites if row["name"] == first)
     units = row["in"][0] * row["out"][0]
     bias = row["out"][0] if measure == "params" else 0
     area = layer.weight.numel() // (row["in"][1] * row["out"][1])
-    group = alone["groups"][first]
+    group = alone.groups[first]
     places = 1 if measure == "params" else group["total"] // layer.weight.numel()
     assert group["kept"] == units * area * places + bias
     assert group["kept"] <= 0.5 * group["total"]
@@ -222,12 +222,12 @@ def test_the_size_holds_where_the_plan_reaches_less_far_than_the_trial(
             return super().forward(x if float(x.sum()) < 1e9 else -x)
 
     model = random_gates(sparsify_(Refused(6, 10, 30)))
-    promised = trial(sparsify_(plain.small_lenet()), (IMAGE,))
+    promised = tried(sparsify_(plain.small_lenet()), (IMAGE,))
     module = importlib.import_module("l0fast.pruning.prune")
-    monkeypatch.setattr(module, "trial", lambda *_: promised)
+    monkeypatch.setattr(module, "tried", lambda *_: promised)
     small: Any = prune(model, IMAGE, 0.2, measure="params")
-    assert small.report["tier"] != promised.plan.tier
-    kept, dense = small.report["params"]
+    assert small.report.tier != promised[1].tier
+    kept, dense = small.report.params
     assert 0.1 < kept / dense <= 0.2
 
 
@@ -303,7 +303,7 @@ def test_what_no_pruning_can_reach_is_refused() -> None:
     assert f"[{least:.6g}, 1]" in str(caught.value)
     constrained(model, "params", FLAT, least)
     small: Any = prune(model, FLAT)
-    assert small.report["architecture"] == "1-1-1"
+    assert small.report.architecture == "1-1-1"
     # Single weights are zeros in a layer of the same shape.
     with pytest.raises(ValueError, match=r"^target: got 0.9; expected a density in \[1, 1\]"):
         constrained(sparsify_(models.mlp(6, 3, (12, 9)), gates="weight"), "params", FLAT, 0.9)
@@ -321,5 +321,5 @@ def test_constrained_training_meets_it() -> None:
         constraint.step()
     assert float(constraint.densities().detach()) < 0.42
     small: Any = prune(model, FLAT)
-    kept, dense = small.report["params"]
+    kept, dense = small.report.params
     assert kept / dense <= 0.4

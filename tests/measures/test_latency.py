@@ -20,11 +20,11 @@ from l0fast import (
     prune,
     sparsify_,
 )
+from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.data.sets import Data
-from l0fast.layers.draw import gated_layers
-from l0fast.measures import timing
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.latency import Grids
-from l0fast.pruning.magnitude import MagnitudePruning
+from l0fast.pruning import timing
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.folder import LATENCY
 from tests.helpers.counting import Counting
@@ -143,23 +143,23 @@ def test_the_expectation_written_out() -> None:
 @pytest.mark.parametrize("target", [0.5, "50 us"])
 def test_prune_holds_the_tables_prediction_and_says_what_it_measured(target: Any) -> None:
     gated, own = model(), table()
-    DensityConstraint(gated, target, measure=own, example_inputs=X)
+    _held = DensityConstraint(gated, target, measure=own, example_inputs=X)
     small: Any = prune(gated, X)
-    widths = [int(width) for width in small.report["architecture"].split("-")]
-    (group,) = small.report["groups"].values()
+    widths = [int(width) for width in small.report.architecture.split("-")]
+    (group,) = small.report.groups.values()
     assert group["kept"] == pytest.approx(seconds(*widths), rel=1e-12)
     assert group["total"] == pytest.approx(seconds(6, 12, 9), rel=1e-12)
     assert group["density"] <= (target if isinstance(target, float) else 50e-6 / group["total"])
-    assert small.report["forced"] > 0
-    after, before = small.report["latency"]
+    assert small.report.forced > 0
+    after, before = small.report.latency
     assert 0 < after < 1
     assert 0 < before < 1
     named: Any = prune(gated, X, target, measure=own).report
-    assert named["layers"] == small.report["layers"]
-    assert prune(gated, X, 0.9).report["latency"] is None  # type: ignore[index]
+    assert named["layers"] == small.report.layers
+    assert prune(gated, X, 0.9).report.latency is None  # type: ignore[index]
     # As a part of another model, whose names are longer.
     outer: Any = prune(nn.Sequential(nn.Identity(), gated), X).report
-    (inner,) = outer["groups"].values()
+    (inner,) = outer.groups.values()
     assert [inner["kept"], inner["total"]] == [group["kept"], group["total"]]
 
 
@@ -190,7 +190,7 @@ def test_a_state_brings_its_table() -> None:
     assert resumed.table.as_json() == table().as_json()
     one: Any = prune(gated, X).report
     two: Any = prune(again, X).report
-    assert one["groups"] == two["groups"]
+    assert one.groups == two.groups
     assert one["layers"] == two["layers"]
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, HardConcrete, prune, sparsify_
-from l0fast.layers.draw import gated_layers
-from l0fast.measures.density import Group, require_gated
+from l0fast.layers import handle
+from l0fast.layers.handle import gated_layers
+from l0fast.measures.groups import Group
 from l0fast.measures.measure import GateMeasure
 from l0fast.training.models import mlp
 from tests.helpers.gated import gated
@@ -23,7 +24,7 @@ EVERYTHING = ("conv", "fc1", "fc2")
 
 
 def test_gates_are_weighted_by_their_parameters() -> None:
-    layers = require_gated(gated(density_init=0.6))
+    layers = handle.gates(gated(density_init=0.6)).layers
     groups = [Group(("conv",)), Group(("fc1", "fc2")), Group(EVERYTHING)]
     measure = GateMeasure(layers, groups).float()
     with torch.no_grad():
@@ -42,7 +43,7 @@ def test_gates_are_weighted_by_their_parameters() -> None:
 
 
 def test_what_gates_spend_is_exact() -> None:
-    layers = require_gated(gated())
+    layers = handle.gates(gated()).layers
     measure = GateMeasure(layers, [Group(EVERYTHING), Group(("fc1",))])
     assert measure.totals == [310, 216]
     kept = {n: torch.zeros(layer.log_alpha.shape, dtype=torch.bool) for n, layer in layers.items()}
@@ -51,7 +52,7 @@ def test_what_gates_spend_is_exact() -> None:
 
 
 def test_the_lowest_is_a_unit_in_each_layer_or_the_bound() -> None:
-    layers = require_gated(gated())
+    layers = handle.gates(gated()).layers
     conv, every = GateMeasure(layers, [Group(("conv",)), Group(EVERYTHING)]).lowest()
     assert conv == 1 / 4
     assert every == (19 + 6) / 310  # single weights may all go
@@ -96,17 +97,17 @@ def test_prune_holds_a_cost_of_ones_own() -> None:
     with torch.no_grad():
         for layer in gated_layers(model).values():
             layer.log_alpha.copy_(torch.arange(1.0, 1 + len(layer.log_alpha)))
-    DensityConstraint(model, 0.7, measure=latency)
+    _held = DensityConstraint(model, 0.7, measure=latency)
     report: Any = prune(model, torch.randn(1, 8)).report
     # (2 + units / 4) / 5.5 <= 0.7 for at most 7 of 14 units: the 8 and 6 likeliest are closed last.
-    assert report["architecture"] == "5-2"
-    group = report["groups"]["model (latency)"]
+    assert report.architecture == "5-2"
+    group = report.groups["model (latency)"]
     assert group["measure"] == "latency"
     assert group["kept"] == 3.75
     assert group["total"] == 5.5
     assert group["density"] == 3.75 / 5.5
     named: Any = prune(two_layers(), torch.randn(1, 8), 0.7, measure=latency).report
-    assert named["groups"]["model"]["kept"] == 3.75
+    assert named.groups["model"]["kept"] == 3.75
 
 
 def test_a_cost_of_a_part_is_given_the_parts_own_names() -> None:
@@ -117,10 +118,10 @@ def test_a_cost_of_a_part_is_given_the_parts_own_names() -> None:
         seen.append(list(opened))
         return opened["2"].sum()
 
-    DensityConstraint(inner, 0.5, measure=cost)
+    _held = DensityConstraint(inner, 0.5, measure=cost)
     report: Any = prune(nn.Sequential(nn.Identity(), inner), torch.randn(1, 8)).report
     assert set(map(tuple, seen)) == {("0", "2")}
-    assert report["groups"]["1 (cost)"]["kept"] == 3
+    assert report.groups["1 (cost)"]["kept"] == 3
 
 
 @pytest.mark.parametrize(

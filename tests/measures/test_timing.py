@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, measure_latency, prune, sparsify_
-from l0fast.layers.draw import gated_layers
-from l0fast.measures import stopwatch
-from l0fast.measures.stopwatch import quartiles, whole_seconds
+from l0fast.layers.handle import gated_layers
+from l0fast.pruning import stopwatch
+from l0fast.pruning.stopwatch import quartiles, whole_seconds
 from tests.helpers.zoo import ZOO
 
 
@@ -108,12 +108,12 @@ def test_half_the_model_takes_less(monkeypatch: pytest.MonkeyPatch) -> None:
     gated = sparsify_(net, example_inputs=x)
     constraint = DensityConstraint(gated, 0.5, measure="latency", example_inputs=x)
     small: Any = prune(gated, x)
-    (group,) = small.report["groups"].values()
+    (group,) = small.report.groups.values()
     assert group["measure"] == "latency"
     assert group["density"] <= 0.5
     assert 0 < group["kept"] < group["total"]
-    after, before = small.report["latency"]
-    kept, dense = small.report["params"]
+    after, before = small.report.latency
+    kept, dense = small.report.params
     assert after / before == pytest.approx(kept / dense)
     assert constraint.table is not None
     assert constraint.realised()["model"] == pytest.approx(1.0)  # float32 gates, a float64 table
@@ -139,7 +139,7 @@ def test_every_kind_of_layer_is_timed_and_held(name: str) -> None:
             shut[torch.randint(len(shut), ())] = False
             layer.log_alpha.copy_(torch.where(shut, -torch.inf, torch.inf))
     report: Any = prune(model, args).report
-    (group,) = report["groups"].values()
+    (group,) = report.groups.values()
     assert float(constraint.densities().detach()) == pytest.approx(group["density"], rel=1e-5)
     assert group["density"] <= 1.0  # timed on whatever machine this is
-    assert report["params"][0] < report["params"][1]
+    assert report.params[0] < report.params[1]

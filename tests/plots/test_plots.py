@@ -14,41 +14,7 @@ from PIL import Image
 
 from l0fast._files import write_atomically
 from l0fast.plots import dynamics
-from l0fast.plots.poster import plot_poster
-
-LAYERS = {"conv1": 20, "conv2": 50, "fc1": 800, "fc2": 500}
-
-
-def history(epochs: int, kind: str, layers: dict[str, int] = LAYERS) -> list[dict[str, Any]]:
-    """Metrics such as the trainer's, of a made-up run."""
-    rows: list[dict[str, Any]] = []
-    for epoch in range(1, epochs + 1):
-        fraction = max(0.3, 1 - epoch / 20)
-        row: dict[str, Any] = {
-            "epoch": epoch,
-            "loss": 1 / epoch,
-            "train_error_percent": 20 / epoch + 0.5,
-            "validation_error_percent": 15 / epoch + 1,
-            "test_error_percent": 16 / epoch + 1,
-        }
-        if kind != "dense":
-            row["expected_density"] = fraction
-            row["realised_density"] = fraction - 0.01
-            row["layers"] = {
-                name: {
-                    "kept": int(fraction * size),
-                    "of": size,
-                    "expected_density": fraction + 0.02 * i,
-                }
-                for i, (name, size) in enumerate(layers.items())
-            }
-        if kind in ("model", "layers", "params"):
-            names = list(layers) if kind == "layers" else ["model"]
-            row["density"] = {name: fraction + 0.02 * i for i, name in enumerate(names)}
-            row["lambda"] = {name: (epoch % 7) * (1 + i) / 9 for i, name in enumerate(names)}
-            row["restarts"] = dict.fromkeys(names, epoch // 7)
-        rows.append(row)
-    return rows
+from tests.helpers.histories import LAYERS, history
 
 
 def targets(kind: str, layers: dict[str, int] = LAYERS) -> dict[str, float] | None:
@@ -73,20 +39,6 @@ def summary(kind: str) -> dict[str, Any]:
 
 
 KINDS = ["model", "layers", "params", "penalty", "dense"]
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures saved."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
-        saved.append(self)
-        save(self, *args, **kwargs)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return saved
 
 
 def points(axis: Axes) -> list[tuple[list[float], list[float]]]:
@@ -201,40 +153,3 @@ def test_colours_and_line_styles_tell_curves_apart(figures: list[Figure]) -> Non
         curves = [line for line in axis.lines if np.size(line.get_xdata()) == 30]
         styles = [(line.get_color(), line.get_linestyle()) for line in curves]
         assert len(set(styles)) == len(styles), axis.get_title()
-
-
-def test_the_poster_has_a_colour_for_each_settings_and_counts_their_seeds(
-    figures: list[Figure],
-) -> None:
-    runs = [history(epochs, "model") for epochs in (5, 4, 6)]
-    by_settings: list[dict[str, Any]] = [
-        {"published": [], "ours": runs, "shifted": runs[:1]},
-        {"published": runs[:1], "ours": runs[:2], "shifted": []},
-    ]
-    histories = {
-        ("MLP", "constrained"): by_settings[0],
-        ("LeNet", "constrained"): by_settings[1],
-        ("LeNet", "penalised"): {"published": [], "ours": [history(4, "penalty")]},
-    }
-    stream: Any = io.BytesIO()
-    plot_poster(histories, dict.fromkeys(histories, 0.3), stream)
-    (figure,) = figures
-    texts = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert texts == [
-        "constrained, ours (3, 2)",
-        "constrained, shifted (1, 0)",
-        "target",
-        "constrained, published (0, 1)",
-        "penalised, ours (0, 1)",
-    ]
-    columns = np.array(figure.axes, dtype=object).reshape(-1, 2)
-    colors = {
-        line.get_label(): line.get_color() for axis in columns.flat for line in axis.get_lines()
-    }
-    assert len(set(colors.values())) == len(colors)
-    # Means over the seeds, as far as all of them are.
-    (line, *_) = columns[0, 0].get_lines()
-    x, y = line.get_data()
-    assert list(x) == [1, 2, 3, 4]
-    wanted = [sum(rows[i]["expected_density"] for rows in runs) / 3 for i in range(4)]
-    assert np.allclose(y, wanted)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import tests.helpers.plain_models as plain
 from l0fast import param_groups, prune, prune_optimizer, prune_state_dict, sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 
 Build = Callable[[Any], torch.optim.Optimizer]
 
@@ -52,7 +52,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 def test_the_next_steps_are_those_of_the_gated_model(kind: str) -> None:
     model, optimizer = trained(OPTIMIZERS[kind])
     small: Any = prune(model, X)
-    assert small.report["params"][0] < 0.5 * small.report["params"][1]
+    assert small.report.params[0] < 0.5 * small.report.params[1]
     assert isinstance(small.fc1, nn.Sequential)  # one of the layers has a gather before it
     before = copy.deepcopy(optimizer.state_dict())
     carried = prune_optimizer(optimizer, model, small)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tests.helpers.plain_models as plain
 from l0fast import DensityConstraint, param_groups, prune, prune_optimizer, sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from tests.helpers.zoo import GPT2, FusedAttention, Llama, SplitAttention, tokens
 
 
@@ -52,9 +52,9 @@ def assert_same(small: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
 def assert_merged(small: Any) -> None:
     """Without a gather or scatter, and without anything undone."""
     report = small.report
-    assert report["tier"] == "merged"
-    assert report["notes"] == []
-    assert {site["status"] for site in report["sites"]} == {"removed"}
+    assert report.tier == "merged"
+    assert report.notes == []
+    assert {site["status"] for site in report.sites} == {"removed"}
 
 
 class Shuffled(nn.Module):
@@ -165,7 +165,7 @@ def test_tied_embeddings() -> None:
     assert small.lm_head.weight is small.wte.weight
     assert torch.equal(small.wte.weight, model.wte.weight)
     untied = sum(parameter.numel() for parameter in small.parameters())
-    assert untied == small.report["params"][0] < small.report["params"][1]
+    assert untied == small.report.params[0] < small.report.params[1]
 
 
 def test_grouped_query_attention() -> None:
@@ -207,7 +207,7 @@ def test_frozen_parameters_stay_frozen() -> None:
     model.eval()
     small: Any = prune(model, x)
     assert_same(small, model, x)
-    assert small.report["params"][0] < small.report["params"][1]
+    assert small.report.params[0] < small.report.params[1]
     left = {name for name, parameter in small.named_parameters() if not parameter.requires_grad}
     assert left == set(frozen)
     after = {name: parameter.detach().clone() for name, parameter in small.named_parameters()}
@@ -229,7 +229,7 @@ def test_a_fully_closed_layer() -> None:
         model[3].log_alpha.fill_(-9.0)
     small: Any = prune(model, image())
     assert_same(small, model, image())
-    assert small.report["collapsed"] == ["3"]
+    assert small.report.collapsed == ["3"]
     assert small[0].out_channels == small[1].num_features == small[3].in_channels == 1
     assert not bool(small[3].weight.any())
     assert small[6].in_channels == 3  # what comes behind it, from its bias, is as before
@@ -256,9 +256,9 @@ def test_a_module_called_twice(gates: str) -> None:
     small: Any = prune(model, image())
     assert_same(small, model, image())
     assert "called 2 times" in next(
-        row["reason"] for row in small.report["sites"] if row["name"] == "block.0"
+        row["reason"] for row in small.report.sites if row["name"] == "block.0"
     )
-    kept, dense = small.report["params"]
+    kept, dense = small.report.params
     assert kept < 0.75 * dense
 
 
@@ -273,7 +273,7 @@ def test_a_model_that_export_refuses(gates: str) -> None:
     small: Any = prune(model, x)
     for example in (x, -x):
         assert_same(small, model, example)
-    assert small.report["tier"] == "each layer by itself"
-    assert "torch.export refuses" in small.report["notes"][0]
+    assert small.report.tier == "each layer by itself"
+    assert "torch.export refuses" in small.report.notes[0]
     if gates != "weight":
-        assert small.report["params"][0] < small.report["params"][1]
+        assert small.report.params[0] < small.report.params[1]

@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
-from l0fast.data.sets import Data
-from l0fast.pruning.magnitude import (
+from l0fast.constraints.magnitude import (
     CLOSED,
     OPEN,
     MagnitudePruning,
@@ -18,6 +17,7 @@ from l0fast.pruning.magnitude import (
     scores,
     shared_magnitudes,
 )
+from l0fast.data.sets import Data
 from tests.helpers.runs import quick, small_mlp, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

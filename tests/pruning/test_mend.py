@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
-from l0fast.removal.compact import Mend
+from l0fast.pruning.edits import AttributePatch
 
 
 class Split(nn.Module):
@@ -62,9 +62,9 @@ def test_attributes_that_hold_a_size_follow_it_and_no_others() -> None:
     assert (small.size, small.width, small.decoy) == (5, 10, 8)
     assert (model.size, model.width) == (8, 16)
     assert small.both.out_features == 10
-    assert small.report["tier"] == "merged"
-    assert small.report["notes"] == []
-    assert {row["attribute"]: row["value"] for row in small.report["attributes"]} == {
+    assert small.report.tier == "merged"
+    assert small.report.notes == []
+    assert {row["attribute"]: row["value"] for row in small.report.attributes} == {
         "size": [5, 8],
         "width": [10, 16],
     }
@@ -75,17 +75,17 @@ def test_where_no_attribute_helps_the_shape_stays_and_the_rest_shrinks() -> None
     model = closed(Pair(), ["good.last", "fixed.last"])
     small: Any = prune(model, x)
     assert same(small, model, x)
-    assert small.report["tier"] == "merged except across reshapes"
+    assert small.report.tier == "merged except across reshapes"
     assert small.good.both.out_features == 10
     assert small.fixed.both.layer.out_features == 10  # computed, among 16 that are there
     assert small.fixed.both.scatter.index.numel() == 16
     assert small.fixed.last.gather.index.tolist() == [0, 3, 4, 5, 7]
-    assert {row["name"] for row in small.report["attributes"]} == {"good"}
+    assert {row["name"] for row in small.report.attributes} == {"good"}
 
 
 def test_a_mend_is_read_back_or_refused() -> None:
-    mend = Mend("h.0", "Attention", "num_heads", (3, 4))
-    assert Mend.from_json(mend.as_json()) == mend
+    mend = AttributePatch("h.0", "Attention", "num_heads", (3, 4))
+    assert AttributePatch.from_json(mend.as_json()) == mend
     for key, value in (("value", [5, 4]), ("value", [0, 4]), ("value", [3]), ("more", 1)):
         with pytest.raises((ValueError, TypeError)):
-            Mend.from_json({**mend.as_json(), key: value})
+            AttributePatch.from_json({**mend.as_json(), key: value})

@@ -12,7 +12,7 @@ from torch import nn
 
 import tests.helpers.plain_models as plain
 from l0fast import prune, sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from tests.helpers.zoo import ZOO
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -42,7 +42,7 @@ def test_onnxruntime_computes_the_same(name: str, tmp_path: Path) -> None:
     args = example()
     args = args if isinstance(args, tuple) else (args,)
     small = pruned(build, args, **options)
-    assert small.report["params"][0] < small.report["params"][1]
+    assert small.report.params[0] < small.report.params[1]
     path = tmp_path / "small.onnx"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the exporter's own

@@ -13,10 +13,10 @@ from torch import nn
 
 import tests.helpers.plain_models as plain
 from l0fast import prune, sparsify_
-from l0fast.constraints.budget import Budget, choose
-from l0fast.layers.draw import gated_layers
-from l0fast.measures.density import Group
+from l0fast.layers.handle import gated_layers
+from l0fast.measures.groups import Group
 from l0fast.measures.measure import GateMeasure
+from l0fast.pruning.choose import Budget, choose
 from l0fast.pruning.report import format_report
 from l0fast.training import models
 
@@ -33,7 +33,7 @@ def mlp() -> Any:
 
 
 def kept_inputs(small: Any) -> list[int]:
-    return [row["in"][0] for row in small.report["sites"]]
+    return [row["in"][0] for row in small.report.sites]
 
 
 def test_without_a_target_blocks_are_filled_and_nothing_computed_changes() -> None:
@@ -44,10 +44,10 @@ def test_without_a_target_blocks_are_filled_and_nothing_computed_changes() -> No
     assert kept_inputs(small) == [min(a, b) for a, b in zip(widths, (40, 36, 20), strict=True)]
     torch.testing.assert_close(small(X), plain_small(X), rtol=1e-12, atol=1e-13)
     report: Any = small.report
-    assert report["round_to"] == 8
-    assert report["forced"] == 0
-    assert report["filled"] == sum(kept_inputs(small)) - sum(kept_inputs(plain_small)) > 0
-    line = f"widths in multiples of 8 ({report['filled']} gates filled up)"
+    assert report.round_to == 8
+    assert report.forced == 0
+    assert report.filled == sum(kept_inputs(small)) - sum(kept_inputs(plain_small)) > 0
+    line = f"widths in multiples of 8 ({report.filled} gates filled up)"
     assert line in format_report(report).splitlines()
     assert "multiples" not in format_report(prune(model, X).report)  # type: ignore[arg-type]
 
@@ -57,11 +57,11 @@ def test_the_target_holds_and_a_block_that_does_not_fit_is_dropped(measure: str)
     model = mlp()
     small: Any = prune(model, X, 0.35, measure=measure, round_to=4)
     assert all(width % 4 == 0 for width in kept_inputs(small))
-    (group,) = small.report["groups"].values()
+    (group,) = small.report.groups.values()
     assert 0.2 < group["density"] <= 0.35
-    assert small.report["forced"] > 0
+    assert small.report.forced > 0
     if measure != "gates":
-        kept, dense = small.report[measure]
+        kept, dense = getattr(small.report, measure)
         assert kept / dense == group["density"]
 
 

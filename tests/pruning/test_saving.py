@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import tests.helpers.plain_models as plain
 from l0fast import load_pruned, prune, save_pruned, sparsify_
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.pruning.saving import KEY
 from tests import ROOT
 
@@ -102,8 +102,8 @@ def test_one_file_holds_tensors_and_the_recipe(tmp_path: Path) -> None:
         recipe = json.loads(file.metadata()[KEY])
         names = set(file.keys())
     assert recipe["format"] == 1
-    assert recipe["layers"] == small.report["layers"]
-    assert recipe["report"]["architecture"] == small.report["architecture"]
+    assert recipe["layers"] == small.report.layers
+    assert recipe["report"]["architecture"] == small.report.architecture
     assert names == set(small.state_dict())
     conv2 = next(entry for entry in recipe["layers"] if entry["name"] == "conv2")
     assert conv2["out"] == [small.conv2.out_channels, 10]
@@ -124,7 +124,7 @@ def test_trained_further_and_pruned_again(tmp_path: Path) -> None:
         return small
 
     smaller = pruned(build, "auto", IMAGE)
-    assert sum(p.numel() for p in smaller.parameters()) < small.report["params"][0]
+    assert sum(p.numel() for p in smaller.parameters()) < small.report.params[0]
     save_pruned(smaller, path)
     again: Any = load_pruned(plain.small_lenet, path).eval()  # from the dense model, through both
     assert torch.equal(again(IMAGE), smaller(IMAGE))

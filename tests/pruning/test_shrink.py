@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, Trainer, density, load_pruned, param_groups, prune, sparsify_
 from l0fast.data.sets import Data
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.pruning import shrink
 from l0fast.pruning.shrink import Idle, Removal, plan_removal, remove_
 from l0fast.training.folder import PRUNED, SUMMARY
@@ -75,11 +75,11 @@ def test_targets_count_against_the_first_size(kind: str) -> None:
     assert before - 0.2 < term.densities().item() < before
     assert density(model).total.expected == pytest.approx(term.densities().item(), rel=1e-5)
     assert density(model).total.params == table.total.params
-    assert again.report["groups"]["model"]["total"] == small.report["groups"]["model"]["total"]
-    assert again.report["density"] <= 0.6
+    assert again.report.groups["model"]["total"] == small.report.groups["model"]["total"]
+    assert again.report.density <= 0.6
     for size in ("params", "macs"):
-        assert again.report[size][1] == small.report[size][1]
-        assert again.report[size][0] <= small.report[size][0]
+        assert getattr(again.report, size)[1] == getattr(small.report, size)[1]
+        assert getattr(again.report, size)[0] <= getattr(small.report, size)[0]
     torch.testing.assert_close(again.eval()(*args), small.eval()(*args))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, load_pruned, param_groups, prune, save_pruned, sparsify_
 from l0fast.graph import capture
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.pruning.report import format_report
 from tests.helpers.zoo import ZOO
 
@@ -86,18 +86,18 @@ def test_pruned_it_is_the_same_function_and_smaller(name: str, how: str) -> None
         assert not type(module).__module__.startswith("l0fast")
     report = small.report
     if how == "open":
-        assert report["layers"] == []
-        assert report["params"][0] == report["params"][1]
+        assert report.layers == []
+        assert report.params[0] == report.params[1]
         return
-    assert report["params"][0] < report["params"][1]
-    assert report["macs"][0] < report["macs"][1]
+    assert report.params[0] < report.params[1]
+    assert report.macs[0] < report.macs[1]
     # All that has closed gates is smaller now, and where it is not merged it says why.
-    for row in report["sites"]:
+    for row in report.sites:
         if row["gates"] is not None and row["gates_open"] < row["gates_total"]:
             assert row["status"] != "kept"
         if row["status"] != "removed":
             assert row["reason"]
-    for note in report["notes"]:
+    for note in report.notes:
         assert name == "gpt2"
         assert note.startswith("merged: undone, ")
 
@@ -114,10 +114,10 @@ GATHERS = {
 @pytest.mark.parametrize("name", ZOO)
 def test_neighbours_agree_without_gathers_and_scatters(name: str) -> None:
     _, small, _ = pruned(name, "random")
-    found = {row["name"] for row in small.report["sites"] if row["status"] == "compacted"}
+    found = {row["name"] for row in small.report.sites if row["status"] == "compacted"}
     assert found == GATHERS.get(name, set()), format_report(small.report)
-    assert small.report["tier"].startswith("merged")
-    assert (small.report["tier"] == "merged") == (name != "gpt2")
+    assert small.report.tier.startswith("merged")
+    assert (small.report.tier == "merged") == (name != "gpt2")
 
 
 @pytest.mark.parametrize("name", ["mobilenet", "resnext", "gpt2", "gpt2 with attributes", "bert"])
@@ -205,6 +205,6 @@ def test_a_target_is_met_by_gates_that_serve_blocks(name: str) -> None:
         optimizer.zero_grad()
         constraint.step()
     small: Any = prune(model.eval(), args)
-    assert small.report["density"] <= 0.4
-    assert small.report["params"][0] < small.report["params"][1]
-    assert small.report["tier"] == "merged"
+    assert small.report.density <= 0.4
+    assert small.report.params[0] < small.report.params[1]
+    assert small.report.tier == "merged"

@@ -21,36 +21,32 @@ import l0fast
 from bench.counting import dispatched
 from l0fast import sparsify_
 from l0fast.data.sets import load
-from l0fast.layers.draw import SKIPPING, gated_layers
-from l0fast.skipping.following import stop_following
+from l0fast.layers.handle import gated_layers, gates
+from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.link import End, Link
 from l0fast.skipping.skip import MULTIPLE, OVERHEAD, PER_WEIGHT, Skipping
 from l0fast.training.models import build
+from tests.helpers.draws import compact
 from tests.helpers.steps import (
     DENSITIES,
     EXACT,
     MODELS,
     assert_same_step,
     chain,
+    following,
     left_out,
+    pair,
+    prepared,
     set_density,
     step,
 )
 from tests.helpers.tolerance import rounding_tolerance
 
 
-def prepared(name: str, skip: Any, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor]:
-    torch.manual_seed(0)
-    make, shape, options, _ = MODELS[name]
-    model = make().to(dtype)
-    x = torch.randn(shape, dtype=dtype)
-    return sparsify_(model, example_inputs=x, skip=skip, **options), x
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_the_links_that_are_found(name: str) -> None:
     model, _ = prepared(name, True)
-    assert len(model.__dict__[SKIPPING].links) == MODELS[name][3]
+    assert len(gates(model).skipping.links) == MODELS[name][3]
 
 
 @pytest.mark.parametrize("multiple", [1, MULTIPLE])
@@ -61,7 +57,7 @@ def test_loss_and_gradients_are_those_of_the_masked_step(
 ) -> None:
     masked, x = prepared(name, False)
     skipped, _ = prepared(name, True)
-    skipped.__dict__[SKIPPING].multiple = multiple
+    gates(skipped).skipping.multiple = multiple
     for model in (masked, skipped):
         set_density(model, density)
     assert_same_step(masked, skipped, x, EXACT)
@@ -139,7 +135,7 @@ def test_evaluation_and_a_layer_by_itself_are_whole() -> None:
     assert layer(torch.randn(2, 12).double()).shape == (2, 7)
     model.eval()
     whole = copy.deepcopy(model)
-    stop_following(whole)
+    stop_skipping(whole)
     assert torch.equal(model(x), whole(x))
 
 
@@ -148,7 +144,7 @@ def test_a_part_in_evaluation_is_whole() -> None:
     set_density(model, 0.3)
     model.get_submodule("fc2").eval()
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     assert_same_step(masked, model, x, EXACT)
 
 
@@ -166,12 +162,12 @@ def test_copies_skip_by_themselves(how: str) -> None:
         twin = torch.load(stream, weights_only=False)
     assert left_out(twin) == 0
     loss, _ = step(model, x)
-    for layer in gated_layers(model).values():
-        layer._compact = None
+    before = [compact(layer) for layer in gated_layers(model).values()]
     twin_loss, _ = step(twin, x)
     assert torch.equal(loss, twin_loss)
     assert left_out(twin) > 0
-    assert left_out(model) == 0
+    after = [compact(layer) for layer in gated_layers(model).values()]
+    assert all(one is other for one, other in zip(before, after, strict=True))
 
 
 def test_activation_checkpointing_leaves_out_the_same() -> None:
@@ -199,10 +195,11 @@ def test_nothing_is_read_back_and_the_ops_are_few() -> None:
     assert found.items == 0
 
 
-def test_autocast() -> None:
+@pytest.mark.parametrize("name", ["mlp", "a hidden layer without gates of its own"])
+def test_autocast(name: str) -> None:
     losses: list[float] = []
     for skip in (False, True):
-        model, x = prepared("mlp", skip, torch.float32)
+        model, x = prepared(name, skip, torch.float32)
         set_density(model, 0.4)
         torch.manual_seed(1)
         with torch.autocast("cpu", torch.bfloat16):
@@ -220,7 +217,7 @@ def test_a_norm_leaves_the_statistics_of_absent_channels_alone() -> None:
         reader.log_alpha.fill_(40.0)
         reader.log_alpha[2:4] = -40.0
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     norm: Any = model.get_submodule("1")
     for one in (masked, model):
         step(one, x)
@@ -242,36 +239,13 @@ def test_a_layer_that_follows_is_itself_elsewhere() -> None:
     assert type(first) is nn.Conv2d
     assert first(x).shape == (4, 6, 6, 6)
     small: Any = l0fast.prune(model, x)
-    assert all("forward" not in module.__dict__ for module in small.modules())
+    assert not any(module._forward_pre_hooks for module in small.modules())
+    assert following(first)
     sparsify_(model, example_inputs=x, skip=False)
-    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert not first._forward_pre_hooks
 
 
 # --- what is not like the example -----------------------------------------------------------------
-
-
-class Pair(nn.Module):
-    """One hidden layer without gates of its own, which the forward may give out as well."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(6, 32), nn.Linear(32, 5)
-
-    def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
-        h = self.a(x).relu()
-        return h.mean() + self.b(h) if hidden else self.b(h)
-
-
-def pair() -> tuple[Any, nn.Module, Tensor]:
-    """(skipped, masked, x) of the same model, with a third of the gates open."""
-    torch.manual_seed(0)
-    x = torch.randn(8, 6).double()
-    skipped: Any = Pair().double()
-    sparsify_(skipped, include="b", gates="input", example_inputs=x, skip=True)
-    set_density(skipped, 0.3)
-    masked = copy.deepcopy(skipped)
-    stop_following(masked)
-    return skipped, masked, x
 
 
 def test_norms_that_learn_make_no_zeros() -> None:
@@ -284,7 +258,7 @@ def test_norms_that_learn_make_no_zeros() -> None:
     set_density(model, 0.3)
     nn.init.normal_(model.get_submodule("1").bias)  # type: ignore[arg-type]
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     assert_same_step(masked, model, x, EXACT)
 
 
@@ -296,14 +270,14 @@ def test_another_kind_of_call_is_masked(options: dict[str, bool]) -> None:
         torch.manual_seed(3)
         last.append(model(x, **options))
     assert torch.equal(*last)
-    assert skipped.a.forward.compact is None
+    assert following(skipped.a).compact is None
 
 
 @pytest.mark.parametrize("alike", [True, False])
 def test_a_tensor_of_another_rank_is_masked(alike: bool) -> None:
     skipped, _, x = pair()
     skipped(x if alike else x.unsqueeze(0))
-    assert (skipped.a.forward.compact is not None) == alike
+    assert (following(skipped.a).compact is not None) == alike
 
 
 @pytest.mark.parametrize(
@@ -383,7 +357,7 @@ def test_an_interrupted_step_leaves_nothing_behind() -> None:
         raise KeyboardInterrupt("stopped")
 
     handle = nn.Module.register_forward_hook(skipped.b, stop)
-    skipped.__dict__[SKIPPING].holds = lambda *_: True  # the hook alone would make it masked
+    gates(skipped).skipping.holds = lambda *_: True  # the hook alone would make it masked
     with pytest.raises(KeyboardInterrupt, match="stopped"):
         skipped(x)
     handle.remove()
@@ -401,13 +375,11 @@ def test_evaluation_is_the_same_bits_after_a_skipped_step() -> None:
 
 def test_two_checkpointed_forwards_before_a_backward_are_refused() -> None:
     skipped, _, x = pair()
-    inner = skipped.a.forward
 
     def forward(y: Tensor) -> Any:
         return skipped.b(checkpoint(skipped.a, y, use_reentrant=False).relu())
 
     skipped.forward = forward
-    assert skipped.a.forward is inner
     with pytest.raises(RuntimeError, match="several forward passes"):
         (skipped(x).sum() + skipped(-x).sum()).backward()
 
@@ -485,7 +457,7 @@ def test_what_a_convolution_computes_is_rounded_up(convolved: bool) -> None:
             reader.log_alpha.fill_(-40.0)
             reader.log_alpha[torch.randperm(30)[:kept]] = 40.0
         step(model, x)
-        columns = torch.arange(30) if reader._compact is None else reader._compact.cols
+        columns = torch.arange(30) if compact(reader) is None else compact(reader).cols
         assert len(columns) == len(columns.unique()) == computed
         assert bool(torch.isin((reader.log_alpha > 0).nonzero().flatten(), columns).all())
 
@@ -516,31 +488,31 @@ def test_auto_reckons_with_the_weights_it_picks() -> None:
 
 def test_auto_knows_how_much_work_a_layer_does() -> None:
     model, x = prepared("lenet", "auto")
-    found = [link.work for link in model.__dict__[SKIPPING].links]
+    found = [link.work for link in gates(model).skipping.links]
     conv1, conv2 = 8 * 8 * 8 * 5 * 9, 8 * 4 * 4 * 6 * 5 * 9
     fc1, fc2 = 8 * 9 * 24, 8 * 5 * 9
     assert found == [conv1 + conv2, conv2 + fc1, fc1 + fc2]
     seen: list[float] = []
-    model.__dict__[SKIPPING].pays = lambda _l, _k, _o, examples: bool(seen.append(examples))
+    gates(model).skipping.pays = lambda _l, _k, _o, examples: bool(seen.append(examples))
     model(torch.cat([x, x, x]))
     assert seen == [3.0] * 3
 
 
 def test_what_is_left_out_does_not_depend_on_the_steps_before() -> None:
-    def compact(history: list[int]) -> list[bool]:
+    def compacted(history: list[int]) -> list[bool]:
         model, x = prepared("mlp", "auto")
         set_density(model, 0.3)
-        model.__dict__[SKIPPING].size = 1  # so that it just pays for the whole batch
-        for link in model.__dict__[SKIPPING].links:
+        gates(model).skipping.size = 1  # so that it just pays for the whole batch
+        for link in gates(model).skipping.links:
             link.work = round(OVERHEAD / 50)
         for examples in history:
             model(x[:examples])
         step(model, x)
-        return [layer._compact is not None for layer in gated_layers(model).values()]
+        return [compact(layer) is not None for layer in gated_layers(model).values()]
 
-    fresh = compact([])
+    fresh = compacted([])
     assert any(fresh)
-    assert compact([1, 8, 2]) == fresh
+    assert compacted([1, 8, 2]) == fresh
 
 
 @pytest.mark.parametrize("name", ["mlp", "lenet"])
@@ -570,7 +542,7 @@ def test_auto_takes_the_masked_step_where_nothing_pays(name: str) -> None:
 )
 def test_a_model_that_cannot_skip(make: Callable[[], nn.Module], gates: str) -> None:
     x = torch.randn(2, 6)
-    assert SKIPPING not in sparsify_(make(), gates=gates, example_inputs=x).__dict__
+    assert l0fast.gates(sparsify_(make(), gates=gates, example_inputs=x)).skipping is None
     with pytest.raises(ValueError, match=r"^skip: got True; expected 'auto' or False for this mod"):
         sparsify_(make(), gates=gates, example_inputs=x, skip=True)
 
@@ -589,7 +561,7 @@ class ReadsItsWidth(nn.Module):
 
 def test_a_model_that_would_compute_something_else() -> None:
     x = torch.randn(2, 6)
-    assert SKIPPING not in sparsify_(ReadsItsWidth(), example_inputs=x).__dict__
+    assert gates(sparsify_(ReadsItsWidth(), example_inputs=x)).skipping is None
     with pytest.raises(ValueError, match=r"expected 'auto' or False .*\(it differs by"):
         sparsify_(ReadsItsWidth(), example_inputs=x, skip=True)
 

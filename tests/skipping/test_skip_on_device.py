@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import sparsify_
-from l0fast.layers.draw import SKIPPING, gated_layers
-from l0fast.layers.drawn import Compact, OnDevice
-from l0fast.skipping import links, skip_on_device
+from l0fast.layers.draw import Compact, OnDevice
+from l0fast.layers.handle import gated_layers, gates
+from l0fast.skipping import attach, skip_on_device
 from l0fast.skipping.following import Following
 from tests.helpers.counting import CaptureSafe
+from tests.helpers.draws import compact
 from tests.helpers.steps import (
     DENSITIES,
     EXACT,
@@ -38,7 +39,7 @@ READ = ("lenet", "batch norms", "mlp, output gates", "conv2d, strides")
 def prepared(
     name: str, monkeypatch: pytest.MonkeyPatch, skip: bool, dtype: torch.dtype = torch.float64
 ) -> tuple[nn.Module, Tensor]:
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     torch.manual_seed(0)
     make, shape, options, _ = MODELS[name]
     x = torch.randn(shape, dtype=dtype)
@@ -47,9 +48,9 @@ def prepared(
 
 def found(model: nn.Module) -> list[Any]:
     """What the model's layers left out in the last step, where they did."""
-    own = [layer._compact for layer in gated_layers(model).values()]
-    forwards = [module.__dict__.get("forward") for module in model.modules()]
-    own += [forward.compact for forward in forwards if isinstance(forward, Following)]
+    own = [compact(layer) for layer in gated_layers(model).values()]
+    hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    own += [hook.compact for hook in hooks if isinstance(hook, Following)]
     return [one for one in own if one is not None]
 
 
@@ -71,7 +72,7 @@ def test_loss_and_gradients_are_those_of_the_masked_step(
 def test_nothing_that_is_closed_enters_a_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Units beyond the rounded counts are left out, not multiplied by zero."""
     torch.manual_seed(0)
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     x = torch.randn(4, 8).double()
     model: Any = nn.Sequential(nn.Linear(8, 300), nn.ReLU(), nn.Linear(300, 3)).double()
     sparsify_(model, example_inputs=x, skip=True)
@@ -120,7 +121,7 @@ def test_convolutions_are_read_once_a_step(name: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(skip_on_device, "read_back", reading)
     monkeypatch.setattr(skip_on_device, "send", sending)
-    model.__dict__[SKIPPING].mode = True
+    gates(model).skipping.mode = True
     step(model, x)
     assert len(asked) == len(sent) == 1
     assert len(asked[0]) == len(gated_layers(model))
@@ -155,7 +156,7 @@ def test_a_layer_between_two_links_leaves_out_on_both_sides(reverse: bool) -> No
 def test_auto_masks_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = prepared("mlp", monkeypatch, "auto")  # type: ignore[arg-type]
     step(model, x)
-    assert SKIPPING not in model.__dict__
+    assert gates(model).skipping is None
 
 
 def test_a_second_forward_before_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:

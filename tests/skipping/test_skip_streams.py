@@ -15,10 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import l0fast
 import tests.helpers.plain_models as plain
 from l0fast import sparsify_
-from l0fast.layers.draw import SKIPPING, gated_layers
-from l0fast.skipping.following import stop_following
+from l0fast.layers.handle import gated_layers, gates
+from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.skip import MULTIPLE
-from tests.helpers.steps import EXACT, assert_same_step, set_density, step
+from tests.helpers.draws import compact
+from tests.helpers.steps import EXACT, assert_same_step, following, set_density, step
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -204,7 +205,7 @@ def prepared(name: str, skip: Any, dtype: torch.dtype = torch.float64) -> tuple[
 @pytest.mark.parametrize("name", MODELS)
 def test_the_links_that_are_found(name: str) -> None:
     model, _ = prepared(name, True)
-    assert sorted(len(link.makers) for link in model.__dict__[SKIPPING].links) == MODELS[name][3]
+    assert sorted(len(link.makers) for link in gates(model).skipping.links) == MODELS[name][3]
 
 
 @pytest.mark.parametrize("multiple", [1, MULTIPLE])
@@ -215,7 +216,7 @@ def test_loss_and_gradients_are_those_of_the_masked_step(
 ) -> None:
     masked, x = prepared(name, False)
     skipped, _ = prepared(name, True)
-    skipped.__dict__[SKIPPING].multiple = multiple
+    gates(skipped).skipping.multiple = multiple
     for model in (masked, skipped):
         set_density(model, density)
     assert_same_step(masked, skipped, x, EXACT)
@@ -253,9 +254,9 @@ def test_each_maker_of_a_concatenation_rounds_up() -> None:
     step(model, x)
     rows: list[int] = []
     for name in ("a.0", "b.0"):
-        rows.append(len(model.get_submodule(name).__dict__["_compact"].rows))
+        rows.append(len(compact(model.get_submodule(name)).rows))
     assert rows == [7, 4]
-    assert len(by_reader._compact.cols) == 11
+    assert len(compact(by_reader).cols) == 11
 
 
 def test_statistics_of_absent_channels_stay_as_they_are() -> None:
@@ -266,9 +267,9 @@ def test_statistics_of_absent_channels_stay_as_they_are() -> None:
         for layer in gated_layers(model).values():
             layer.log_alpha.fill_(40.0)
         stream.log_alpha[1:5] = -40.0
-    model.__dict__[SKIPPING].multiple = 1
+    gates(model).skipping.multiple = 1
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     for one in (masked, model):
         step(one, x)
     there = torch.tensor([0, 5, 6, 7, 8])
@@ -288,14 +289,15 @@ def test_a_single_example_with_one_pixel_left_can_be_followed() -> None:
     sparsify_(model, example_inputs=torch.randn(1, 3, 3, 3).double(), skip=True)
     set_density(model, 0.3)
     masked = copy.deepcopy(model)
-    stop_following(masked)
+    stop_skipping(masked)
     x, outputs = torch.randn(6, 3, 3, 3).double(), list[Tensor]()
     for one in (masked, model):
         torch.manual_seed(1)
         outputs.append(one(x))
     torch.testing.assert_close(*outputs, rtol=EXACT, atol=EXACT)
     first: Any = model.get_submodule("0.0")
-    assert len(first.forward.compact.rows) < 9
+    compact: Any = following(first).compact
+    assert len(compact.rows) < 9
 
 
 def test_a_stream_of_training_steps_stays_together() -> None:

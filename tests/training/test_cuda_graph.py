@@ -14,15 +14,16 @@ from torch import Tensor, nn
 
 import l0fast
 from l0fast.data.sets import Data, Split
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.pruning import shrink
-from l0fast.skipping import links
+from l0fast.skipping import attach
 from l0fast.training import cuda_graph
 from l0fast.training.cuda_graph import ORDINARY, Steps
 from l0fast.training.models import build
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
 from tests.helpers.capture import Stand
+from tests.helpers.draws import drawn as of_latest
 
 BATCH = 32
 SETTINGS = TrainerSettings(density=0.4, epochs=2, batch_size=BATCH, lr=1e-2, settle=0)
@@ -78,7 +79,7 @@ def test_a_replayed_step_is_the_step(
 def test_skipping_linear_chains_is_capture_safe(
     data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     stand = Stand(monkeypatch)
     graphed = trainer(data, skip=True)
     graphed.fit()
@@ -248,7 +249,7 @@ def test_where_there_is_no_graph(data: Data, monkeypatch: pytest.MonkeyPatch) ->
     assert cuda_graph.why_not(made, cpu) == "the model is on the device 'cpu'"
     gpu = torch.device("cuda")
     assert cuda_graph.why_not(made, gpu) is None
-    monkeypatch.setattr(links, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
     x = torch.randn(2, 1, 8, 8)
     l0fast.sparsify_(made, example_inputs=x, skip=True)
     assert cuda_graph.why_not(made, gpu) is None
@@ -298,5 +299,5 @@ def test_each_replay_draws_fresh_gates_on_the_chip(data: Data) -> None:
         for step in range(ORDINARY + 4):
             one._steps(index)
             if step >= ORDINARY:
-                drawn.append(layer._drawn[0].detach().clone())
+                drawn.append(of_latest(layer).detach().clone())
     assert len({tuple(z.tolist()) for z in drawn}) == len(drawn)

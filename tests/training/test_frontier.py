@@ -14,7 +14,7 @@ from PIL import Image
 
 from l0fast import Trainer, frontier, load_pruned, sparsify_
 from l0fast.data.sets import Data
-from l0fast.layers.draw import gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import PRUNED, SUMMARY
 from l0fast.training.frontier import FRONTIER, PLOT, format_frontier
@@ -86,7 +86,7 @@ def test_each_target_goes_on_from_the_one_before(digits: Data, tmp_path: Path) -
     end = first.checkpoint()
     second = Trainer(small_mlp(), digits, replace(first.settings, density=TARGETS[1]), device="cpu")
     torch.manual_seed(99)
-    second.open(after=end)
+    second.open(start_from=end)
     second.fit()
     for name, value in second.model.state_dict().items():
         assert torch.equal(value, states[1]["model"][name]), name

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from l0fast import DensityConstraint, TrainerSettings, density, sparsify_
-from l0fast.layers.draw import gated_layers
-from l0fast.measures.density import count_macs, count_params
+from l0fast.layers.handle import gated_layers
+from l0fast.measures.flops import count_macs, count_params
 from l0fast.training import models
 
 SHIFT = 2 / 3 * math.log(11)

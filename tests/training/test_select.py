@@ -10,6 +10,7 @@ import torch
 from l0fast import Trainer, density, prune
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
+from l0fast.training import trainer as trainer_module
 from tests.helpers.runs import evaluate, quick, small_mlp, trainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -42,17 +43,17 @@ def test_realised_is_what_the_gates_say(digits: Data) -> None:
     assert [row.realised for row in density(one.model).layers] == [0.5, 1 - 4 / 32, 0.0]
 
 
-def spoil(one: Trainer, monkeypatch: pytest.MonkeyPatch, rows: list[tuple[bool, float]]) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, rows: list[tuple[bool, float]]) -> None:
     """Lets the epochs have these (feasible, validation error)."""
-    measured = one._row
+    measure, left = trainer_module.measure, iter(rows)
 
-    def row(trained: Any) -> Any:
-        feasible, error = rows[one.epoch - 1]
+    def spoiled(*args: Any) -> dict[str, Any]:
+        feasible, error = next(left)
         changed = {"feasible": feasible, "validation_error_percent": error}
-        found = measured(trained)
+        found = measure(*args)
         return found | {key: value for key, value in changed.items() if key in found}
 
-    monkeypatch.setattr(one, "_row", row)
+    monkeypatch.setattr(trainer_module, "measure", spoiled)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +73,7 @@ def test_the_best_feasible_epoch_is_pruned(
     selected: int,
 ) -> None:
     one = trainer(digits, density=0.6, epochs=3, select="best", settle=0)
-    spoil(one, monkeypatch, rows)
+    spoil(monkeypatch, rows)
     wanted: list[Any] = []
     one_example = one.example_inputs
     summary = one.fit(on_epoch=lambda _: wanted.append(prune(one.model, one_example)))
@@ -93,13 +94,13 @@ def test_the_best_is_of_those_whose_gates_have_settled(
     digits: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one = trainer(digits, density=0.6, epochs=4, select="best", settle=0.5)
-    spoil(one, monkeypatch, [(True, 1.0), (True, 2.0), (True, 5.0), (True, 7.0)])
+    spoil(monkeypatch, [(True, 1.0), (True, 2.0), (True, 5.0), (True, 7.0)])
     assert one.fit()["selected_epoch"] == 3
 
 
 def test_a_dense_training_selects_too(digits: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     one = trainer(digits, epochs=3, select="best")
-    spoil(one, monkeypatch, [(True, 9.0), (True, 5.0), (True, 7.0)])
+    spoil(monkeypatch, [(True, 9.0), (True, 5.0), (True, 7.0)])
     summary = one.fit()
     assert summary["selected_epoch"] == 2
     assert summary["test_error_percent"] == one.history[1]["test_error_percent"]

@@ -14,13 +14,16 @@ from l0fast.graph.calls import evaluating, example_args, unwrapped
 from l0fast.graph.capture import NORMS, is_carrier, layer_size
 from l0fast.graph.sites import light_copy
 from l0fast.graph.sites import replace as replace_modules
-from l0fast.measures.density import AnyMeasure, require_gated
+from l0fast.layers.handle import gates
+from l0fast.measures.groups import AnyMeasure
 from l0fast.measures.latency import Grids, LatencyTable, LayerLatency
 from l0fast.measures.measure import check_measure
-from l0fast.measures.stopwatch import Build, Call, device_of, quartiles, whole
-from l0fast.measures.trial import Trial, all_open, trial
-from l0fast.removal.compact import Edit, apply, channel_dim, edited
-from l0fast.removal.plan import fold
+from l0fast.measures.trial import Trial
+from l0fast.pruning.draft import opened
+from l0fast.pruning.edits import Edit, apply, channel_dim, edited
+from l0fast.pruning.plan import Plan
+from l0fast.pruning.stopwatch import Build, Call, device_of, quartiles, whole
+from l0fast.pruning.trial import tried
 
 POINTS = 5
 """Widths along each side of a layer."""
@@ -46,17 +49,15 @@ def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
         ValueError: no gates, or an example that the model does not take.
     """
     model = unwrapped(model)
-    require_gated(model)
+    gates(model)
     args = example_args(example_inputs)
-    tried = trial(model, args)
-    # Not as the trial left it: some ops take less time for zeros.
-    dense = fold(all_open(model).eval(), tried.plan.raw)
-    edits, mends = tried.plan.edits, tried.plan.mends
-    small = apply(light_copy(dense.model), edits, dense.factors, mends)
-    return _table(tried, [dense.model, small], args)
+    trial, plan = tried(model, args)
+    dense = opened(model, trial.structure.raw(gates(model).layers))
+    small = apply(light_copy(dense.eval()), list(plan.edits), plan.patches)
+    return _table(trial, plan, [dense, small], args)
 
 
-def resolved(measure: AnyMeasure, model: nn.Module, example_inputs: Any) -> AnyMeasure:
+def with_table(measure: AnyMeasure, model: nn.Module, example_inputs: Any) -> AnyMeasure:
     """A checked measure; "latency" is measured now."""
     check_measure(measure, example_inputs)
     return measure_latency(model, example_inputs) if measure == "latency" else measure
@@ -92,11 +93,13 @@ def _recorded(model: nn.Module, names: list[str], args: tuple[Any, ...]) -> dict
     return records
 
 
-def _table(tried: Trial, models: list[nn.Module], args: tuple[Any, ...]) -> LatencyTable:
+def _table(
+    tried: Trial, plan: Plan, models: list[nn.Module], args: tuple[Any, ...]
+) -> LatencyTable:
     """The table of a model that was tried; of the plain models with all units, and with those that
     the trial left."""
-    edits = {edit.name: edit for edit in tried.plan.edits}
-    records = [_recorded(model, tried.shrinking, args) for model in models]
+    edits = {edit.name: edit for edit in plan.edits}
+    records = [_recorded(model, list(tried.shrinking), args) for model in models]
     empty: list[nn.Module] = []
     for model, of in zip(models, records, strict=True):
         twin = light_copy(model)

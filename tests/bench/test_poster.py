@@ -1,27 +1,42 @@
-"""`l0fast reproduce poster`: what it plans, skips, and writes; short, on digits."""
+"""`python -m bench.poster`: what it plans, skips, writes and draws; short, on digits."""
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
-from l0fast.commands import poster, runs
+from bench import environment
+from bench.poster import earlier
+from bench.poster.__main__ import main
+from bench.poster.plan import plan
+from bench.poster.plot import plot_poster
+from l0fast.commands import runs
 from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import METRICS, SUMMARY
 from tests import ROOT
-from tests.helpers.command import refused, run
+from tests.helpers import command
+from tests.helpers.histories import history
 
 pytestmark = pytest.mark.usefixtures("a_folder_of_its_own")
 
-
 RESULTS = ROOT / "bench" / "results" / "mnist"
-SHORT = ["reproduce", "poster", "--dataset", "digits", "--epochs", "1", "--device", "cpu"]
-SHORT += ["--threads", "1", "--quiet", "--out", "p"]
+SHORT = ["--dataset", "digits", "--epochs", "1", "--device", "cpu", "--threads", "1"]
+SHORT += ["--quiet", "--out", "p"]
+
+
+def run(*arguments: str) -> int:
+    """The exit code of the command."""
+    return command.run(*arguments, main=main)
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +46,7 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_plan_is_that_of_the_paper() -> None:
-    every = poster.plan([0, 1, 2, 3, 4], {"dataset": "mnist", "epochs": 200})
+    every = plan([0, 1, 2, 3, 4], {"dataset": "mnist", "epochs": 200})
     assert len({one.name for one in every}) == len(every) == 5 * (4 * 2 + 2 + 4)
     asked = {one.row: (one.args.density, one.args.penalty, one.args.measure) for one in every}
     assert asked["mlp-constrained-published"] == ("0.33", None, "gates")
@@ -51,8 +66,8 @@ def test_runs_that_were_trained_before_are_found(monkeypatch: pytest.MonkeyPatch
     """The committed summaries, by what they say of themselves; those of other epochs are not."""
     monkeypatch.undo()
     shared = {"dataset": "mnist", "epochs": 200}
-    every = poster.plan(range(5), shared)
-    done = runs.finished(every, Path("none"), runs.found_in([str(RESULTS)]))
+    every = plan(range(5), shared)
+    done = earlier.finished(every, Path("none"), earlier.summaries_in([str(RESULTS)]))
     wanted = {f"mlp-constrained-{r}-seed-{s}" for r in ("published", "default") for s in range(5)}
     wanted |= {f"mlp-penalised-published-seed-{s}" for s in range(5)}
     assert done.keys() >= wanted
@@ -63,8 +78,8 @@ def test_runs_that_were_trained_before_are_found(monkeypatch: pytest.MonkeyPatch
         recipe = "augmented" if shifted else summary["recipe"]
         assert name.endswith(f"{recipe}-seed-{summary['seed']}")
         assert name.startswith(summary["model"])
-    other = poster.plan(range(5), shared | {"epochs": 100})
-    assert runs.finished(other, Path("none"), runs.found_in([str(RESULTS)])) == {}
+    other = plan(range(5), shared | {"epochs": 100})
+    assert earlier.finished(other, Path("none"), earlier.summaries_in([str(RESULTS)])) == {}
 
 
 def test_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +136,7 @@ def test_done_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("reproduce", "postr"), "what: got 'postr'; expected one of 'poster'"),
+        (("poster",), "unrecognized arguments: poster"),
         ((*SHORT, "--only", "x*"), "only: got 'x*'; expected a pattern of names ROW-seed-N"),
         ((*SHORT, "--seeds", "0-x"), "seeds: got '0-x'; expected seeds such as 0-4 or 0,1,2"),
         ((*SHORT, "--seeds", "4-0"), "seeds: got '4-0'; expected seeds such as"),
@@ -135,4 +150,70 @@ def test_done_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_words(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert message in refused(capsys, *arguments)
+    said = command.refused(capsys, *arguments, main=main, name="python -m bench.poster: ")
+    assert message in said
+
+
+def test_an_interrupt_is_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train_all", interrupt)
+    assert run(*SHORT, "--seeds", "0") == 130
+    assert capsys.readouterr().err == (
+        "python -m bench.poster: interrupted; the same command goes on from the last epoch\n"
+    )
+
+
+def test_as_a_process(tmp_path: Path) -> None:
+    """What a shell sees: nothing but the line, and 2."""
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.poster", *SHORT, "--seeds", "x"],
+        env=environment(1),
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    line = "python -m bench.poster: seeds: got 'x'; expected seeds such as 0-4 or 0,1,2\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_figure_has_a_colour_for_each_settings_and_counts_their_seeds(
+    figures: list[Figure],
+) -> None:
+    runs = [history(epochs, "model") for epochs in (5, 4, 6)]
+    by_settings: list[dict[str, Any]] = [
+        {"published": [], "ours": runs, "shifted": runs[:1]},
+        {"published": runs[:1], "ours": runs[:2], "shifted": []},
+    ]
+    histories = {
+        ("MLP", "constrained"): by_settings[0],
+        ("LeNet", "constrained"): by_settings[1],
+        ("LeNet", "penalised"): {"published": [], "ours": [history(4, "penalty")]},
+    }
+    stream: Any = io.BytesIO()
+    plot_poster(histories, dict.fromkeys(histories, 0.3), stream)
+    (figure,) = figures
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == [
+        "constrained, ours (3, 2)",
+        "constrained, shifted (1, 0)",
+        "target",
+        "constrained, published (0, 1)",
+        "penalised, ours (0, 1)",
+    ]
+    columns = np.array(figure.axes, dtype=object).reshape(-1, 2)
+    colors = {
+        line.get_label(): line.get_color() for axis in columns.flat for line in axis.get_lines()
+    }
+    assert len(set(colors.values())) == len(colors)
+    # Means over the seeds, as far as all of them are.
+    (line, *_) = columns[0, 0].get_lines()
+    x, y = line.get_data()
+    assert list(x) == [1, 2, 3, 4]
+    wanted = [sum(rows[i]["expected_density"] for rows in runs) / 3 for i in range(4)]
+    assert np.allclose(y, wanted)

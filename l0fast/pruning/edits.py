@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph.capture import LAYERS, is_carrier, is_norm
+from l0fast.graph.capture import LAYERS, is_carrier, is_norm, kind_of
 from l0fast.graph.sites import replace
 
 _SIDES = ("input", "output")
@@ -98,7 +98,7 @@ class Edit:
 
 
 @dataclass(frozen=True)
-class Mend:
+class AttributePatch:
     """An attribute of a module that must follow a size; as JSON, one entry of the recipe."""
 
     name: str
@@ -114,22 +114,24 @@ class Mend:
         return {**vars(self), "value": list(self.value)}
 
     @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> Mend:
-        """The mend of a recipe's entry.
+    def from_json(cls, entry: Mapping[str, Any]) -> AttributePatch:
+        """The patch of a recipe's entry.
 
         Raises:
             ValueError, TypeError, KeyError: it is not one.
         """
         after, before = (int(number) for number in entry["value"])
-        mend = cls(str(entry["name"]), str(entry["kind"]), str(entry["attribute"]), (after, before))
-        if mend.as_json() != dict(entry) or not 0 < after < before:
+        patch = cls(
+            str(entry["name"]), str(entry["kind"]), str(entry["attribute"]), (after, before)
+        )
+        if patch.as_json() != dict(entry) or not 0 < after < before:
             raise ValueError("an entry that contradicts itself")
-        return mend
+        return patch
 
 
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's inputs and outputs that its channels lie along, < 0."""
-    return -1 - LAYERS[type(layer)]
+    return -1 - LAYERS[kind_of(layer)]
 
 
 def _module(name: str, tensors: dict[str, Tensor], build: Any) -> fx.GraphModule:
@@ -216,6 +218,22 @@ def shrink_(small: Any, edit: Edit) -> None:
             setattr(small, f"{side}_{unit}", len(part))
 
 
+def in_dtype(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """A layer with the same attributes and hooks, whose floating tensors are in `dtype`, or the
+    very same for None; the layer stays as it is."""
+    twin: nn.Module = object.__new__(type(layer))
+    for key, value in vars(layer).items():
+        twin.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+    for owned in (twin._parameters, twin._buffers):
+        for key, value in owned.items():
+            if dtype is None or value is None or not value.is_floating_point():
+                continue
+            wide = value.data.to(dtype)
+            new = nn.Parameter(wide, value.requires_grad) if key in twin._parameters else wide
+            owned[key] = new  # type: ignore[assignment]
+    return twin
+
+
 def _fold(layer: Any, constants: Tensor) -> None:
     """Adds what constant inputs give to a copy's bias, which becomes a new parameter."""
     weight, bias = layer.weight.detach().double(), layer.bias.detach()
@@ -235,9 +253,7 @@ def edited(
         factor: what `edit.scale` multiplies its units with, [units]; ones by default.
         constants: [in], of inputs that the edit leaves out: the bias takes what they give.
     """
-    small: nn.Module = object.__new__(type(layer))
-    for key, value in vars(layer).items():
-        small.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
+    small = in_dtype(layer, None)
     weight = layer._parameters.get("weight")
     device = None if weight is None else weight.device
 
@@ -260,31 +276,16 @@ def edited(
     return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
 
 
-def apply(
-    model: nn.Module,
-    edits: list[Edit],
-    factors: Mapping[str, Tensor],
-    mends: Iterable[Mend] = (),
-    constants: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
-    """Makes layers smaller and mends attributes, in place; returns the root.
+def apply(model: nn.Module, edits: list[Edit], patches: Iterable[AttributePatch] = ()) -> nn.Module:
+    """Makes layers smaller and patches attributes, in place; returns the root.
 
     Args:
         model: of full size.
-        edits, mends: to carry out.
-        factors, constants: by layer, see `edited`.
+        edits, patches: to carry out.
     """
-    for mend in mends:
-        setattr(model.get_submodule(mend.name), mend.attribute, mend.value[0])
+    for patch in patches:
+        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
+    layers = {edit.name: model.get_submodule(edit.name) for edit in edits}
     return replace(
-        model,
-        {
-            id(model.get_submodule(edit.name)): edited(
-                model.get_submodule(edit.name),
-                edit,
-                factors.get(edit.name),
-                (constants or {}).get(edit.name),
-            )
-            for edit in edits
-        },
+        model, {id(layers[edit.name]): edited(layers[edit.name], edit) for edit in edits}
     )

@@ -1,9 +1,9 @@
-"""Which gates each unit of a model hangs on, whichever of them are open."""
+"""Which gates each unit of a model depends on, whichever of them are open."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.capture import is_carrier, layer_size
+from l0fast.graph.liveness import Liveness
+from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
-from l0fast.layers.draw import gate_owners, own_gates
 from l0fast.layers.gated import Gated
-from l0fast.removal.plan import Plan
+from l0fast.layers.handle import gate_owners, own_gates
 
 
 class Ways(NamedTuple):
     """Ways to units: each is open while all of some gates are, and one of some others.
 
-    Gates go by number, through all layers; two more follow, see `Hinges`.
+    Gates go by number, through all layers; two more follow, see `GateDependencies`.
     """
 
     all_of: Tensor
@@ -48,15 +49,25 @@ def _untold(layer: nn.Module) -> nn.Module:
     return twin
 
 
-class Hinges:
-    """What each input and output of a plan's layers hangs on.
+class GateDependencies:
+    """Which gates each input and output of a model's layers depends on.
 
     Args:
         layers: those with gates on units.
-        plan: how closed gates are carried out.
+        sites: of the model.
+        scaled: layers whose gates are a factor on their units.
+        live: what the units' readers need; None if each layer is planned by itself.
+        rigid: modules in whose forward sizes are written out, see `Liveness.extents`.
     """
 
-    def __init__(self, layers: Mapping[str, Gated], plan: Plan) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, Gated],
+        sites: Mapping[str, Site],
+        scaled: Collection[str],
+        live: Liveness | None,
+        rigid: Collection[str],
+    ) -> None:
         owners = gate_owners(layers)
         self.always = sum(layers[name].num_gates for name in own_gates(layers))
         """Number of a gate that is always open, and"""
@@ -67,9 +78,9 @@ class Hinges:
         self.writes: dict[str, Tensor] = {}
         """Layer -> [out] its own gates."""
         self.carriers = {
-            name: _untold(site.layer) for name, site in plan.sites.items() if is_carrier(site.layer)
+            name: _untold(site.layer) for name, site in sites.items() if is_carrier(site.layer)
         }
-        for name, site in plan.sites.items():
+        for name, site in sites.items():
             self.reads[name], self.writes[name] = (
                 torch.full((units,), self.always) for units in layer_size(site.layer)
             )
@@ -80,7 +91,7 @@ class Hinges:
                 gates[name] = torch.arange(start, start + layer.num_gates)
                 start += layer.num_gates
             own = gates[owners[name]]
-            if name in plan.sites and name not in plan.scaled:
+            if name in sites and name not in scaled:
                 sides = self.reads if layer.gates == "input" else self.writes
                 sides[name] = layer.spread(own)
         self.columns = {
@@ -97,9 +108,9 @@ class Hinges:
         """bool, by class: its units are there, if only as zeros, whoever reads them."""
         self._readers = torch.zeros(0, 3).long()
         """[R, 1 + A + B] class, and the way to an input that reads units of it."""
-        if plan.live is not None:
-            self.viewed = plan.live.viewed(plan.rigid)
-            self._follow(plan.live.walk)
+        if live is not None:
+            self.viewed = live.viewed(rigid)
+            self._follow(live.walk)
 
     # --- what makes inputs zero ---------------------------------------------------------------
 

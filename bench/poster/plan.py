@@ -1,4 +1,4 @@
-"""The published table: what was reported, and the trainings that stand beside it."""
+"""What the paper reported, row by row, and the trainings that reproduce each row."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ LATER = "authors' later runs (2022), 5 seeds"
 
 
 class Case(NamedTuple):
-    """A row of the published table, and how it is trained."""
+    """A model and a method of the published table, and how they are trained."""
 
     name: str
     model: str
     what: str
-    """The method, or what is equal."""
+    """The method; in the table by size, the size that is equal."""
     words: dict[str, str | bool]
+    """Options of `l0fast train`."""
     published: tuple[Row, ...]
     recipes: tuple[str, ...] = ("published", "default")
-    """Of `RECIPES`."""
+    """Keys of `RECIPES`."""
 
     @property
     def title(self) -> str:
@@ -93,7 +94,7 @@ CASES = (
         AUGMENTED,
     ),
 )
-"""Errors of the later runs are the last epoch's mean."""
+"""The errors of the later runs are means of the last epoch."""
 
 
 def _later(case: int) -> tuple[Row, ...]:
@@ -134,8 +135,8 @@ SIZES = (
         ("default",),
     ),
 )
-"""The published density counts what gates control, not what a pruned model has: the same at equal
-sizes, and with how much less the published error is reached."""
+"""The published density counts the parameters that gates control, not those a pruned model has.
+These cases compare at equal sizes, and ask how small a model reaches the published error."""
 
 
 class Recipe(NamedTuple):
@@ -153,12 +154,12 @@ RECIPES = {
 
 
 def row_name(case: Case, recipe: str) -> str:
-    """Of a row of runs, and the beginning of their folders'."""
+    """The name of a row of runs; the names of their folders begin with it."""
     return f"{case.name}-{recipe}"
 
 
 def plan(seeds: Sequence[int], shared: Mapping[str, Any]) -> list[Run]:
-    """Every training of both tables; `shared` are words for all of them."""
+    """Every training of both tables; `shared` are options that all of them have."""
     runs: list[Run] = []
     for case in (*CASES, *SIZES):
         for recipe in case.recipes:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.budget import choose
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.layers.draw import gate_owners
 from l0fast.layers.gated import Gated
+from l0fast.layers.handle import gate_owners
 from l0fast.measures.amounts import Asked
-from l0fast.measures.density import AnyMeasure
+from l0fast.measures.groups import AnyMeasure
+from l0fast.pruning.choose import choose
 
 RAMP = (0.1, 0.6)
 """The gradual schedule prunes between these shares of the training."""

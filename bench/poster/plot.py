@@ -1,4 +1,4 @@
-"""The training dynamics of the published comparison: constrained and penalised, over seeds."""
+"""The poster's figure: how density, multiplier and test error went during training."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def plot_poster(
 ) -> None:
     """Draws a column for each model, with density, multiplier and test error over the epochs.
 
-    Lines are means over the seeds, bands their least and greatest; where seeds are at different
-    epochs, as far as all are.
+    A line is the mean over the seeds, its band goes from the least to the greatest. Where some
+    seeds have more epochs than others, only the epochs that all seeds have are drawn.
 
     Args:
         histories: (model, method) -> settings -> metrics of each seed, perhaps of none; the
             method is "constrained" or "penalised".
         targets: (model, method) -> target density, if it has one.
-        path: of the PNG file.
+        path: the PNG file to write.
     """
     models = list(dict.fromkeys(model for model, _ in histories))
     figure = canvas(5.2 * len(models) + 2.2, 9)
@@ -112,7 +112,7 @@ def _band(
 def _legend(
     figure: Any, axes: Any, models: list[str], counts: Mapping[str, Mapping[str, int]]
 ) -> None:
-    """One for all panels, beside them; `counts` are the seeds of each label, for each model."""
+    """One legend for all panels, below them; `counts`: label -> model -> number of seeds."""
     entries: dict[str, Any] = {}
     for axis in axes[0]:
         handles, labels = axis.get_legend_handles_labels()
@@ -125,7 +125,7 @@ def _legend(
         figure.legend(
             entries.values(),
             [f"{label} ({seeds[label]})" if label in seeds else label for label in entries],
-            title="mean and range over seeds (so many, by model)",
+            title="mean and range over seeds (in brackets: how many, for each model)",
             loc="outside lower center",
             ncols=2,
             frameon=False,

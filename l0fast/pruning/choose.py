@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
-from l0fast.layers.draw import gate_owners, own_gates
 from l0fast.layers.gated import Gated
+from l0fast.layers.handle import gate_owners, own_gates
 from l0fast.measures.amounts import Asked
 from l0fast.measures.measure import Measure
 

@@ -1,0 +1,127 @@
+"""What the values of a training's options mean."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from l0fast import _checks
+from l0fast.data import sets
+from l0fast.measures.amounts import Asked
+from l0fast.training import models
+from l0fast.training.settings import TrainerSettings
+
+RECIPES = ("default", "published")
+SWITCH: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
+DATASET_SETTINGS: dict[str, dict[str, Any]] = {
+    **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in sets.DATASETS},
+    "digits": {"epochs": 100, "batch_size": 64, "lr": 3e-3},
+}
+"""Defaults by data set."""
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses values that are not among the choices of their option."""
+    _checks.one_of("recipe", args.recipe, RECIPES)
+    _checks.one_of("skip", args.skip, tuple(SWITCH))
+    _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
+    _checks.one_of("dataset", args.dataset, sets.DATASETS)
+    if args.latency_table is not None and args.measure != "latency":
+        _checks.refuse("latency_table", args.latency_table, "--measure latency beside it")
+
+
+def number(name: str, text: Any, kind: type = float) -> Any:
+    """The number in `text`; None and numbers stay as they are."""
+    if text is None or isinstance(text, (int, float)):
+        return text
+    try:
+        return kind(text)
+    except ValueError:
+        _checks.refuse(name, text, "a whole number" if kind is int else "a number")
+
+
+def widths(text: str | None) -> list[int] | None:
+    """The numbers of `N-N-...`."""
+    if text is None:
+        return None
+    return [number("widths", part, int) for part in text.split("-")]
+
+
+def validation_fraction(args: argparse.Namespace) -> float:
+    """The share of the training examples held out; default: 1/12, in the published recipe 0."""
+    fraction: float | None = number("validation_fraction", args.validation_fraction)
+    if fraction is None:
+        fraction = 0.0 if args.recipe == "published" else 1 / 12
+    return fraction
+
+
+def default_widths(model: str) -> list[int] | None:
+    """The default hidden sizes of a model; None if it takes no `--widths`."""
+    return list(models.WIDTHS[model]) if model in models.WIDTHS else None
+
+
+def target(text: str) -> Asked:
+    """A density if `text` is a number; else `text`, which may be an amount."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def layer_densities(text: str | None, layers: list[str]) -> dict[str, Asked] | None:
+    """The targets of `NAME=D,NAME=D`, or one target for each of `layers`."""
+    if text is None:
+        return None
+    if "=" not in text:
+        return dict.fromkeys(layers, target(text))
+    targets: dict[str, Asked] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not equals or not name or name in targets:
+            _checks.refuse("layer_density", text, "NAME=DENSITY,... with each name once")
+        targets[name] = target(value)
+    return targets
+
+
+def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
+    """The settings that the options ask for; `layers` as in `layer_densities`."""
+    chosen: dict[str, Any] = dict(DATASET_SETTINGS[args.dataset])
+    if args.recipe == "published":
+        chosen.update(models.PUBLISHED_SETTINGS)
+    numbers = (
+        *("epochs", "batch_size", "lr", "gate_lr", "dual_lr"),
+        *("target_warmup", "settle", "weight_decay"),
+    )
+    for name in numbers:
+        kind = int if name in ("epochs", "batch_size") else float
+        value = number(name, getattr(args, name), kind)
+        if value is not None:
+            chosen[name] = value
+    if args.target_schedule is not None:
+        chosen["target_schedule"] = args.target_schedule
+    density = None if args.density is None else target(args.density)
+    layer_density = layer_densities(args.layer_density, layers)
+    penalty = number("penalty", args.penalty)
+    if args.dense and (density, layer_density, penalty) != (None, None, None):
+        _checks.refuse("dense", True, "no --density, --layer-density or --penalty beside it")
+    if not args.dense and density is layer_density is penalty is None:
+        _checks.refuse("density", None, "--density, --layer-density, --penalty or --dense")
+    return TrainerSettings(
+        density=density,
+        layer_density=layer_density,
+        measure=args.measure,
+        method=args.method,
+        gates=args.gates,
+        penalty=penalty,
+        penalty_per_example=args.penalty_per_example,
+        seed=number("seed", args.seed, int),
+        restarts=not args.no_restarts,
+        select=args.select,
+        augment=args.augment,
+        dual=args.dual,
+        dual_first=args.dual_first,
+        skip=SWITCH[args.skip],
+        cuda_graph=SWITCH[args.cuda_graph],
+        shrink=number("shrink", args.shrink, int),
+        **chosen,
+    )

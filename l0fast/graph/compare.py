@@ -1,0 +1,61 @@
+"""How far the outputs of two models are from each other."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 1e-2,
+    torch.bfloat16: 5e-2,
+}
+"""Largest relative error by the least precise dtype that a model computes in."""
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """The tensors in nested tuples, lists, mappings and dataclasses, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = [getattr(value, field.name) for field in dataclasses.fields(value)]
+    if isinstance(value, (tuple, list)):
+        return [tensor for part in value for tensor in tensors_of(part)]
+    return []
+
+
+def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:
+    """max |got - expected| / max |expected|, the largest over the tensors; inf if they differ in
+    number, shape, or in where they are NaN or infinite."""
+    if len(got) != len(expected):
+        return math.inf
+    worst = 0.0
+    for one, other in zip(got, expected, strict=True):
+        if one.shape != other.shape or one.dtype != other.dtype:
+            return math.inf
+        if not one.numel():
+            continue
+        if not (other.is_floating_point() or other.is_complex()):
+            if not torch.equal(one, other):
+                return math.inf
+            continue
+        wide = torch.complex128 if other.is_complex() else torch.float64
+        one, other = one.to("cpu", wide), other.to("cpu", wide)
+        finite = torch.isfinite(other)
+        same = torch.isclose(one, other, rtol=0.0, atol=0.0, equal_nan=True)
+        if not bool((torch.isfinite(one) == finite).all()) or not bool((same | finite).all()):
+            return math.inf
+        if bool(finite.any()):
+            difference = float((one - other)[finite].abs().max())
+            size = float(other[finite].abs().max())
+            if difference:
+                worst = max(worst, difference / size if size else math.inf)
+    return worst

@@ -1,0 +1,85 @@
+"""What one export of a model says of its structure, kept with the model until it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from l0fast.graph.calls import evaluating
+from l0fast.graph.capture import Trace, export, kind_of
+from l0fast.graph.sites import without_gates
+from l0fast.layers.handle import gates
+
+_OF_GATES = {"gates", "noise", "units", "settled", "training"}
+"""Attributes of layers that a plain model's structure does not hang on."""
+
+Fingerprint = tuple[Any, ...]
+
+
+def _module_print(name: str, module: nn.Module) -> Fingerprint:
+    plain = tuple(
+        (key, value)
+        for key, value in vars(module).items()
+        if type(value) in (int, str, bool) and key not in _OF_GATES
+    )
+    tensors = tuple(
+        (key, tuple(value.shape), str(value.dtype))
+        for owned in (module._parameters, module._buffers)
+        for key, value in owned.items()
+        if value is not None and key != "log_alpha"
+    )
+    kind = kind_of(module)
+    return name, kind.__module__, kind.__qualname__, plain, tensors
+
+
+def _form(leaf: object) -> Any:
+    return (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def fingerprint(model: nn.Module, args: tuple[Any, ...]) -> Fingerprint:
+    """What a model's graph hangs on: its modules with their plain attributes and the shapes of
+    their tensors, and the shapes of the example. Gates and the values of weights do not count."""
+    leaves, form = tree_flatten(args)
+    modules = tuple(_module_print(name, module) for name, module in model.named_modules())
+    return modules, str(form), tuple(map(_form, leaves))
+
+
+@dataclass(frozen=True, eq=False)
+class Structure:
+    """The graph of a model without gates, on its example."""
+
+    trace: Trace | None
+    """None where torch.export refuses the model."""
+    failure: str
+    """Why it does; "" where it does not."""
+    fingerprint: Fingerprint
+
+    @classmethod
+    def of(cls, model: nn.Module, args: tuple[Any, ...]) -> Structure:
+        """Exports a model, with its gates left out."""
+        made_from = fingerprint(model, args)
+        try:
+            with evaluating(model), without_gates(model) as plain:
+                trace = export(plain, args)
+        except Exception as failure:
+            lines = str(failure).strip().splitlines() or [""]
+            return cls(None, f"{type(failure).__name__}: {lines[0][:200]}", made_from)
+        return cls(trace, "", made_from)
+
+    def raw(self, layers: Iterable[str]) -> set[str]:
+        """Those of some layers whose weights something reads past the layer's own call."""
+        return set() if self.trace is None else self.trace.read_outside.intersection(layers)
+
+
+def structure_of(model: nn.Module, args: tuple[Any, ...]) -> Structure:
+    """The structure of a model with gates: as its handle has it, unless the model, or the form of
+    the example, has changed since."""
+    handle = gates(model)
+    known: Structure | None = handle.structure
+    if known is None or known.fingerprint != fingerprint(model, args):
+        handle.structure = known = Structure.of(model, args)
+    return known

@@ -1,0 +1,191 @@
+"""The pruned model while it is made: the modules of the gated one, and its very weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from l0fast.graph.sites import replace, tied_modules, without_gates
+from l0fast.layers.gated import Gated
+from l0fast.layers.handle import detach, gates, handles_in
+from l0fast.pruning.edits import AttributePatch, Edit, edited, in_dtype
+from l0fast.skipping.attach import stop_skipping
+
+
+@dataclass(frozen=True)
+class GateValues:
+    """The gates of a model in evaluation, with those that do not stay closed."""
+
+    layers: Mapping[str, Gated]
+    kept: Mapping[str, Tensor]
+    """Layer -> bool, of log_alpha's shape: the gates that stay."""
+    fully_open: bool = False
+    """Whether a gate that stays is 1, whatever its log_alpha."""
+
+    def of(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """z of one layer, of log_alpha's shape."""
+        layer = self.layers[name]
+        log_alpha = layer.log_alpha.detach().to(dtype or layer.log_alpha.dtype)
+        kept = self.kept[name].to(log_alpha.device)
+        if self.fully_open:
+            return kept.to(log_alpha.dtype)
+        return layer.distribution.median(log_alpha).masked_fill(~kept, 0.0)
+
+    def on_units(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
+        """z for each unit that the layer's gates serve."""
+        layer = self.layers[name]
+        return layer.spread(self.of(name, dtype).to(dtype or layer.weight.dtype))
+
+
+class Draft:
+    """A copy of a model's modules in which layers are made smaller, undone, and made anew.
+
+    Its weights are the model's own, but for the layers that have gates or get smaller.
+
+    Args:
+        model: with gates.
+        values: of its gates.
+        raw: layers whose weights stay without their gates, since something reads them past the
+            layer's own call: the gates are then a factor on the units.
+        fake: a mode of fake tensors, for shapes without weights; by default weights are shared.
+
+    Attributes:
+        source: the gated model.
+        model: the copy, of plain modules.
+        factors: names of the layers whose gates are a factor, since no weight can hold them.
+        tied: layer -> what it shares a parameter with, in words.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        values: GateValues,
+        raw: Collection[str] = (),
+        fake: FakeTensorMode | None = None,
+    ) -> None:
+        self.values, self.source, self._fake = values, model, fake
+        self.tied = tied_modules(model)
+        memo: dict[int, Any] = {id(handle): None for handle in handles_in(model).values()}
+        for owned in (model.parameters(), model.buffers()):
+            memo.update((id(one), one if fake is None else fake.from_tensor(one)) for one in owned)
+        with without_gates(model) as plain:
+            self.model = copy.deepcopy(plain, memo)
+        detach(self.model)
+        stop_skipping(self.model)
+        self.factors = {
+            name
+            for name, layer in values.layers.items()
+            if layer.gates != "weight" and (name in raw or name in self.tied)
+        }
+        self._unfolded = self.factors | {name for name in values.layers if name in raw}
+        self._full = dict(self.model.named_modules())
+        self._placed: dict[str, nn.Module] = {}
+        self._before: list[tuple[nn.Module, str, Any]] = []
+        """Attributes that were patched, and what they were."""
+        self._edits: dict[str, Edit | None] = {}
+        self._constants: Mapping[str, Tensor] = {}
+
+    def make_smaller(
+        self,
+        edits: Iterable[Edit],
+        patches: Iterable[AttributePatch] = (),
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Carries edits out, in place of those before.
+
+        Args:
+            edits, patches: to carry out.
+            constants: by layer, see `edits.edited`.
+        """
+        self.undo()
+        self._constants = constants or {}
+        self._edits = dict.fromkeys(self.values.layers)
+        self._edits.update((edit.name, edit) for edit in edits)
+        for patch in patches:
+            module = self.model.get_submodule(patch.name)
+            self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
+            setattr(module, patch.attribute, patch.value[0])
+        places = {name: self.model.get_submodule(name) for name in self._edits}
+        with self.mode():
+            self._placed = {name: self.made(name) for name in self._edits}
+        self.model = replace(self.model, {id(places[n]): new for n, new in self._placed.items()})
+
+    def mode(self) -> AbstractContextManager[object]:
+        """What the draft's tensors are computed in."""
+        return nullcontext() if self._fake is None else self._fake
+
+    def undo(self) -> None:
+        """Puts the layers of full size and the attributes back."""
+        back = {id(new): self._full[name] for name, new in self._placed.items()}
+        self.model = replace(self.model, back)
+        for module, attribute, value in reversed(self._before):
+            setattr(module, attribute, value)
+        self._placed, self._before = {}, []
+
+    def made(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
+        """One of the layers that have gates or get smaller, made anew.
+
+        Args:
+            name: of the layer.
+            dtype: of its floating tensors; the model's own by default.
+        """
+        edit, values = self._edits[name], self.values
+        full = self._full[name]
+        if name in values.layers and name not in self._unfolded:
+            layer = values.layers[name].folded(values.of(name, dtype), dtype)
+            plain: Any = in_dtype(full, None)
+            plain._parameters.update(layer._parameters)
+        else:
+            plain = in_dtype(full, dtype)
+        if edit is None:
+            return plain
+        factor = values.on_units(name, dtype) if name in self.factors else None
+        return edited(plain, edit, factor, self._constants.get(name))
+
+    @property
+    def makers(self) -> dict[str, Callable[[torch.dtype | None], nn.Module]]:
+        """Name of each layer that has been made anew -> how to make it in another dtype."""
+        return {name: functools.partial(self.made, name) for name in self._placed}
+
+    def finish(self) -> nn.Module:
+        """The model, with weights of its own: what it still shares is copied."""
+        theirs = {id(one) for one in (*self.source.parameters(), *self.source.buffers())}
+        copies: dict[int, Tensor] = {}
+        for module in self.model.modules():
+            for owned in (module._parameters, module._buffers):
+                for key, value in owned.items():
+                    if value is None or id(value) not in theirs:
+                        continue
+                    if id(value) not in copies:
+                        own = value if isinstance(value, nn.Parameter) else value.detach()
+                        copies[id(value)] = copy.deepcopy(own)
+                    owned[key] = copies[id(value)]  # type: ignore[assignment]
+        return self.model
+
+
+def all_gates(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
+    """Layer -> bool, of log_alpha's shape: every gate."""
+    return {
+        name: torch.ones(layer.log_alpha.shape, dtype=torch.bool) for name, layer in layers.items()
+    }
+
+
+def opened(model: nn.Module, raw: Collection[str] = ()) -> nn.Module:
+    """The plain model of full size with every gate open, with weights of its own.
+
+    Args:
+        model: with gates.
+        raw: see `Draft`.
+    """
+    layers = gates(model).layers
+    draft = Draft(model, GateValues(layers, all_gates(layers), fully_open=True), raw)
+    draft.make_smaller([])
+    return draft.finish()

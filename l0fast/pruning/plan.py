@@ -1,0 +1,260 @@
+"""From gates to edits: what each layer keeps, how that is carried out, and what is undone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from l0fast import _checks
+from l0fast.graph.capture import Trace, layer_size
+from l0fast.graph.liveness import Extent, Liveness, local_extents
+from l0fast.graph.sites import Site, find_sites
+from l0fast.graph.structure import Structure
+from l0fast.graph.walk import Walk
+from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.edits import AttributePatch, Edit
+from l0fast.pruning.patches import merged_tiers
+
+ALONE = "each layer by itself"
+
+Check = Callable[[Draft], tuple[float, str]]
+"""The error of a draft, and "" if it holds or what is wrong with it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How closed gates are carried out; it has been checked."""
+
+    tier: str
+    edits: tuple[Edit, ...]
+    patches: tuple[AttributePatch, ...]
+    extents: Mapping[str, Extent]
+    sites: Mapping[str, Site]
+    error: float
+    """What the check found."""
+    notes: tuple[str, ...]
+    """What was undone, and why."""
+    scaled: frozenset[str]
+    """Layers whose gates are a factor on their units: they do not get smaller by them."""
+    constants: Mapping[str, Tensor]
+    """Layer -> what goes into its bias, see `edits.edited`; where anything does."""
+    live: Liveness | None
+    """What the extents come from; None if each layer is planned by itself."""
+    rigid: tuple[str, ...]
+    """Modules in whose forward sizes are written out, see `Liveness.extents`."""
+
+    @property
+    def shrinking(self) -> list[str]:
+        """The layers that closed gates can make smaller."""
+        return [
+            name
+            for name, site in self.sites.items()
+            if site.local or (self.live is not None and not site.fixed)
+        ]
+
+
+def gated_sites(
+    draft: Draft, values: GateValues, trace: Trace | None, full: Mapping[str, str]
+) -> dict[str, Site]:
+    """The sites of a model, as its gates leave them; `full` as in `find_sites`."""
+    layers, kept = values.layers, values.kept
+    tied = {
+        name: f"its gates make its own copy of the weight of {other}"
+        if name in layers and layers[name].gates == "weight"
+        else f"it shares its weight with {other}"
+        for name, other in draft.tied.items()
+    }
+    sites = find_sites(draft.source, trace, tied, full)
+    for name, layer in layers.items():
+        if name not in sites:
+            continue
+        if name in draft.factors:
+            sites[name] = dataclasses.replace(sites[name], folds=False)
+        elif layer.gates == "input":
+            sites[name] = dataclasses.replace(sites[name], reads=layer.spread(kept[name]))
+        elif layer.gates == "output":
+            gate = values.on_units(name, torch.float64)
+            sites[name] = dataclasses.replace(sites[name], writes=kept[name], gate=gate)
+    return sites
+
+
+def edit_of(site: Site, extent: Extent, scale: str | None = None) -> Edit | None:
+    """The edit that gives a layer its extent, or None if nothing changes."""
+
+    def part(mask: Tensor) -> tuple[int, ...] | None:
+        return None if bool(mask.all()) else tuple(mask.nonzero().flatten().tolist())
+
+    def move(inner: Tensor, outer: Tensor) -> tuple[tuple[int, ...], int] | None:
+        positions = part(inner[outer])
+        return None if positions is None else (positions, int(outer.sum()))
+
+    edit = Edit(
+        site.name,
+        site.kind,
+        layer_size(site.layer),
+        part(extent.columns),
+        part(extent.rows),
+        move(extent.columns, extent.arrives),
+        move(extent.rows, extent.leaves),
+        scale,
+    )
+    plain = (edit.inputs, edit.outputs, edit.gather, edit.scatter, edit.scale)
+    return None if all(value is None for value in plain) else edit
+
+
+def constants_of(extents: Mapping[str, Extent]) -> dict[str, Tensor]:
+    """What goes into the biases of layers, where anything does."""
+    found = {name: extent.constants for name, extent in extents.items()}
+    return {name: c for name, c in found.items() if c is not None and bool(c.any())}
+
+
+def in_words(failure: Exception) -> str:
+    """What was raised, in one line."""
+    lines = str(failure).strip().splitlines() or [""]
+    return f"{type(failure).__name__}: {lines[0][:200]}"
+
+
+def new_draft(
+    model: nn.Module, values: GateValues, structure: Structure, fake: FakeTensorMode | None = None
+) -> Draft:
+    """The draft of a model whose structure is known."""
+    raw = structure.raw(values.layers)
+    draft = Draft(model, values, raw, fake)
+    for name in raw:
+        if structure.trace is not None and not structure.trace.counts[name]:
+            draft.factors.discard(name)  # nothing was ever multiplied by its gates
+    return draft
+
+
+class _Planner:
+    """Tries plans out on a draft, the furthest-reaching first."""
+
+    def __init__(self, draft: Draft, structure: Structure, check: Check) -> None:
+        self.draft, self.values, self.check = draft, draft.values, check
+        self.trace = structure.trace
+        self.notes: list[str] = []
+        if structure.failure:
+            refusal = f"torch.export refuses the model: {structure.failure}"
+            self.notes.append(f"layers are not merged, {refusal}")
+        self.fixed: dict[str, str] = {}
+        """Layers that stay full, and why."""
+        self.sites: dict[str, Site] = {}
+
+    def attempt(
+        self,
+        edits: Iterable[Edit],
+        patches: Iterable[AttributePatch] = (),
+        constants: Mapping[str, Tensor] | None = None,
+    ) -> tuple[float, str]:
+        """The error of some edits, and "" if they hold or what is wrong with them."""
+        try:
+            self.draft.make_smaller(edits, patches, constants)
+            return self.check(self.draft)
+        except Exception as failure:
+            return float("inf"), in_words(failure)
+
+    def edits_of(self, extents: Mapping[str, Extent]) -> list[Edit]:
+        """What gives every layer its extent."""
+        layers, factors = self.values.layers, self.draft.factors
+        scales = {name: layers[name].gates for name in factors}
+        pairs = ((site, extents[name]) for name, site in self.sites.items())
+        edits = [edit_of(site, extent, scales.get(site.name)) for site, extent in pairs]
+        return [edit for edit in edits if edit is not None]
+
+    def plan(self) -> Plan | None:
+        """The first plan that holds with the layers that are not fixed; None if none does."""
+        self.sites = gated_sites(self.draft, self.values, self.trace, self.fixed)
+        live: Liveness | None = None
+        tiers: Iterable[tuple[str, list[str], list[AttributePatch]]] = []
+        if self.trace is not None:
+            live = Liveness(Walk(self.trace, self.sites.values()))
+            self.draft.undo()
+            tiers = merged_tiers(
+                self.draft.model,
+                live,
+                lambda extents, patches: self.attempt(
+                    self.edits_of(extents), patches, constants_of(extents)
+                )[1],
+            )
+        tried: list[tuple[list[Edit], list[AttributePatch]]] = []
+        undone: dict[str, str] = {}
+        for tier, rigid, patches in chain(tiers, [(ALONE, [], [])]):
+            merges = live if tier != ALONE else None
+            if merges is None:
+                extents = local_extents(self.sites.values())
+            else:
+                extents = merges.extents(rigid)
+            edits = self.edits_of(extents)
+            if (edits, patches) in tried:
+                continue
+            tried.append((edits, patches))
+            constants = constants_of(extents)
+            error, failure = self.attempt(edits, patches, constants)
+            if not failure:
+                undone.pop(tier, None)
+                notes = [f"{other}: undone, {failure}" for other, failure in undone.items()]
+                return Plan(
+                    tier=tier,
+                    edits=tuple(edits),
+                    patches=tuple(patches),
+                    extents=extents,
+                    sites=self.sites,
+                    error=error,
+                    notes=(*self.notes, *notes),
+                    scaled=frozenset(self.draft.factors),
+                    constants=constants,
+                    live=merges,
+                    rigid=tuple(rigid),
+                )
+            undone.setdefault(tier, failure)
+        for tier, failure in undone.items():
+            note = f"{tier}: undone, {failure}"
+            if note not in self.notes:
+                self.notes.append(note)
+        return None
+
+    def fix_what_fails(self) -> None:
+        """Finds the layers that cannot get smaller, each by itself, and keeps them full.
+
+        Raises:
+            ValueError: not even the model of full size computes what the gated one does.
+        """
+        edits = self.edits_of(local_extents(self.sites.values()))
+        base = [edit for edit in edits if edit.scale is not None]
+        failure = self.attempt(base)[1]
+        if failure:
+            _checks.refuse(
+                "model",
+                f"{type(self.draft.model).__name__}, whose gates cannot be folded ({failure})",
+                "a model that reads the weights of its layers only by calling them",
+            )
+        rest = [edit for edit in edits if edit.scale is None]
+        each = {edit.name: self.attempt([*base, edit])[1] for edit in rest}
+        faults = {name: failure for name, failure in each.items() if failure}
+        for name in faults or each:
+            self.fixed[name] = f"made smaller: {each[name] or 'it fails together with others'}"
+
+
+def make_plan(draft: Draft, structure: Structure, check: Check) -> Plan:
+    """The furthest-reaching plan that holds; the draft is left as it says.
+
+    Tried in turn: layers merged with their neighbours; merged, with the shapes kept in modules
+    where a size is written out that no patch of an attribute mends; with the shapes kept in all;
+    each layer by itself. Where even that fails, the layers at fault stay full, and again from the
+    start.
+
+    Raises:
+        ValueError: not even the model of full size computes what the gated one does.
+    """
+    planner = _Planner(draft, structure, check)
+    while True:
+        plan = planner.plan()
+        if plan is not None:
+            return plan
+        planner.fix_what_fails()

@@ -1,0 +1,167 @@
+"""Running a model in float64 with little memory: its weights are widened while they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Maker = Callable[[torch.dtype | None], nn.Module]
+"""Makes a layer anew in a dtype."""
+
+
+def widened(value: Any, dtype: torch.dtype) -> Any:
+    """Nested arguments with their floating tensors in `dtype`."""
+
+    def one(leaf: Any) -> Any:
+        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
+        return leaf.to(dtype) if floating else leaf
+
+    return tree_map(one, value)
+
+
+def holders_that_run(model: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
+    """Name of each module with parameters -> of the module at whose call they are needed: itself
+    where its own forward runs, else the innermost module around it whose forward does.
+
+    Args:
+        model: in evaluation; it is run.
+        args: what its forward takes.
+    """
+    ran: set[str] = {""}
+    handles = [
+        module.register_forward_pre_hook(lambda _module, _args, name=name: ran.add(name))
+        for name, module in model.named_modules()
+    ]
+    try:
+        model(*args)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        if module._parameters:
+            around = name
+            while around not in ran:
+                around = around.rpartition(".")[0]
+            found[name] = around
+    return found
+
+
+def _inside(name: str, makers: Mapping[str, Maker]) -> bool:
+    """Whether a module is a layer that is made anew, or a part of one."""
+    return any(not maker or f"{name}.".startswith(f"{maker}.") for maker in makers)
+
+
+class _Swap:
+    """Puts wide tensors into some modules while one of them runs, and the own ones back."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.modules: list[nn.Module] = []
+        self.made: list[tuple[nn.Module, Maker]] = []
+        """Layers that are made anew in the dtype, and how."""
+        self._own: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._depth = 0
+
+    def _put(self, owned: dict[str, Any], wide: dict[str, Any]) -> None:
+        self._own.append((owned, dict(owned)))
+        owned.update(wide)
+
+    def enter(self, *_: Any) -> None:
+        """Pre-hook: a module that runs inside its own forward is wide already."""
+        self._depth += 1
+        if self._depth > 1:
+            return
+        for module in self.modules:
+            wide = {
+                key: nn.Parameter(value.data.to(self.dtype), requires_grad=False)
+                for key, value in module._parameters.items()
+                if value is not None and value.is_floating_point()
+            }
+            self._put(module._parameters, wide)
+        for module, make in self.made:
+            for part, new in zip(module.modules(), make(self.dtype).modules(), strict=True):
+                self._put(part._parameters, new._parameters)
+                self._put(part._buffers, new._buffers)
+
+    def leave(self, *_: Any) -> None:
+        """Hook: the module's own tensors are back."""
+        self._depth -= 1
+        if self._depth == 0:
+            self.restore()
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for owned, own in reversed(self._own):
+            owned.update(own)
+        self._own, self._depth = [], 0
+
+
+@contextmanager
+def own_buffers(model: nn.Module, dtype: torch.dtype | None) -> Generator[None]:
+    """Gives a model copies of its buffers, so that a forward cannot change its own; those of
+    floating dtypes in `dtype`, if one is named."""
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    copies: dict[int, Tensor] = {}
+    try:
+        for owned, buffers in before:
+            for key, value in buffers.items():
+                if value is None:
+                    continue
+                if id(value) not in copies:
+                    wide = dtype is not None and value.is_floating_point()
+                    copies[id(value)] = value.to(dtype, copy=True) if wide else value.clone()
+                owned[key] = copies[id(value)]
+        yield
+    finally:
+        for owned, buffers in before:
+            owned.update(buffers)
+
+
+@contextmanager
+def in_precision(
+    model: nn.Module,
+    dtype: torch.dtype | None,
+    holders: Mapping[str, str],
+    makers: Mapping[str, Maker] | None = None,
+) -> Generator[None]:
+    """Makes a model compute in `dtype`; each weight is widened as the module that needs it is
+    entered, and its own again as that is left.
+
+    Args:
+        model: to run inside.
+        dtype: None for the model's own.
+        holders: see `holders_that_run`; all of them at the root for widening at once.
+        makers: layers that are made anew in the dtype, from what they were made of.
+    """
+    makers = makers or {}
+    with own_buffers(model, dtype):
+        if dtype is None:
+            yield
+            return
+        modules = dict(model.named_modules())
+        swaps: dict[str, _Swap] = {}
+        for name in makers:
+            around = holders.get(name, name)
+            swaps.setdefault(around, _Swap(dtype)).made.append((modules[name], makers[name]))
+        for name, module in modules.items():
+            if module._parameters and not _inside(name, makers):
+                around = holders.get(name, "")
+                swaps.setdefault(around, _Swap(dtype)).modules.append(module)
+        handles: list[Any] = []
+        for name, swap in swaps.items():
+            module = modules[name]
+            handles.append(module.register_forward_pre_hook(swap.enter, prepend=True))
+            handles.append(module.register_forward_hook(swap.leave, always_call=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for swap in swaps.values():
+                swap.restore()

@@ -1,0 +1,158 @@
+"""The proof: whether a pruned model computes what the gated one does, on the user's example and on
+noise of its shape."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from l0fast.graph.calls import evaluating
+from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
+from l0fast.layers.substitute import with_log_alpha
+from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.precision import Maker, holders_that_run, in_precision, widened
+
+SEED = 0
+
+
+@contextmanager
+def _own_randomness(model: nn.Module) -> Generator[None]:
+    """The same random numbers every time, and none taken from the user's generators."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        torch.manual_seed(SEED)
+        yield
+
+
+class _Precision(TorchDispatchMode):
+    """Notes the least precise floating dtype among the results of all ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = torch.float64
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            if tensor.is_floating_point():
+                eps = torch.finfo(tensor.dtype).eps
+                if eps > torch.finfo(self.least).eps:
+                    self.least = tensor.dtype
+        return result
+
+
+def _noise(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The arguments with noise in their floating tensors, or None if they have none."""
+    if not any(t.is_floating_point() for t in tensors_of(args)):
+        return None
+    generator = torch.Generator().manual_seed(SEED)
+
+    def draw(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            return value
+        return torch.randn(value.shape, generator=generator).to(value)
+
+    return tree_map(draw, args)
+
+
+def _unlike_any(args: tuple[Any, ...], error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines() or [""]
+    shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
+    expected = f"what the model's forward takes ({type(error).__name__}: {reason[0][:200]})"
+    return ValueError(f"example_inputs: got {shapes}; expected {expected}")
+
+
+class Proof:
+    """What a gated model computes with some of its gates closed, to compare pruned ones with it.
+
+    It runs in float64, each weight widened as its module is entered; where a module reads the
+    weights of others, with all of them widened at once; where the model does not run in float64,
+    in its own dtypes.
+
+    Args:
+        model: with gates; it is run, and as it was afterwards.
+        values: of its gates.
+        args: its example.
+
+    Attributes:
+        tolerance: the largest relative error that counts as equal.
+
+    Raises:
+        ValueError: the model does not take its example.
+    """
+
+    def __init__(self, model: nn.Module, values: GateValues, args: tuple[Any, ...]) -> None:
+        # A gate that is closed has a log_alpha of minus infinity.
+        closed = {
+            name: layer.log_alpha.detach().masked_fill(
+                ~values.kept[name].to(layer.log_alpha.device), -torch.inf
+            )
+            for name, layer in values.layers.items()
+        }
+        self._holders: Mapping[str, str] = {}
+        self._dtype: torch.dtype | None = torch.float64
+        with evaluating(model), with_log_alpha(values.layers, closed):
+            self._choose(model, args)
+            noise = _noise(self.probes[0])
+            if noise is not None:
+                try:
+                    outputs = self._run(model, noise)
+                except Exception:
+                    return  # not every input is one that a model takes
+                if all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
+                    self.probes.append(noise)
+                    self.expected.append(outputs)
+
+    def _choose(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Runs the model in the best way that it runs in."""
+        ways: list[Mapping[str, str]] = [{}]
+        try:
+            with _own_randomness(model), in_precision(model, None, {}):
+                runs = holders_that_run(model, copy.deepcopy(args))
+            ways = [runs, {}]
+        except Exception:  # perhaps of the example's dtype
+            pass
+        for self._holders in ways:
+            try:
+                self._first(model, widened(args, torch.float64))
+            except Exception:
+                continue
+            return
+        self._dtype, self._holders = None, {}
+        try:
+            self._first(model, args)
+        except Exception as error:
+            raise _unlike_any(args, error) from error
+
+    def _first(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        with _Precision() as precision:
+            self.expected = [self._run(model, args)]
+        self.probes = [args]
+        self.tolerance = TOLERANCE.get(precision.least, TOLERANCE[torch.bfloat16])
+
+    def _run(
+        self, model: nn.Module, args: tuple[Any, ...], makers: Mapping[str, Maker] | None = None
+    ) -> list[Tensor]:
+        own = copy.deepcopy(args)  # a model may write into its input
+        with _own_randomness(model), in_precision(model, self._dtype, self._holders, makers):
+            return [tensor.detach().clone() for tensor in tensors_of(model(*own))]
+
+    def error(self, draft: Draft) -> float:
+        """The relative error of a draft; whatever it raises is passed on."""
+        with evaluating(draft.model):
+            got = [self._run(draft.model, args, draft.makers) for args in self.probes]
+        return max(map(relative_error, got, self.expected))
+
+    def check(self, draft: Draft) -> tuple[float, str]:
+        """The error of a draft, and "" if it counts as equal or else what is wrong."""
+        error = self.error(draft)
+        return error, "" if error <= self.tolerance else f"the output differs by {error:.3g}"

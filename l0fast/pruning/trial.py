@@ -1,0 +1,119 @@
+"""A trial of pruning: what closed gates would leave of a model, found without its weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
+
+from l0fast.graph.calls import evaluating
+from l0fast.graph.capture import is_site, layer_size
+from l0fast.graph.compare import tensors_of
+from l0fast.graph.dependencies import GateDependencies
+from l0fast.graph.structure import Structure, structure_of
+from l0fast.layers.gated import Gated
+from l0fast.layers.handle import gate_owners, gates
+from l0fast.measures.counts import Counts, element_size
+from l0fast.measures.trial import Trial
+from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.plan import Plan, make_plan, new_draft
+
+
+def widths_left(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Layer -> (inputs, outputs) that it computes with, as a plan leaves it."""
+    return {
+        name: (int(extent.columns.sum()), int(extent.rows.sum()))
+        for name, extent in plan.extents.items()
+    }
+
+
+def half_closed(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
+    """Layer -> bool, of log_alpha's shape: about half of its units stay, chosen by chance."""
+    kept: dict[str, Tensor] = {}
+    chance = torch.Generator().manual_seed(0)
+    for name, layer in layers.items():
+        kept[name] = torch.ones(layer.log_alpha.shape, dtype=torch.bool)
+        if layer.gates != "weight":
+            closed = torch.randperm(layer.num_gates, generator=chance)[layer.num_gates // 2 :]
+            kept[name][closed[: layer.num_gates - 1]] = False
+    return {name: kept[owner] for name, owner in gate_owners(layers).items()}
+
+
+class _Shapes:
+    """Runs drafts for the shapes of what they give alone."""
+
+    def __init__(self, args: tuple[Any, ...], fake: FakeTensorMode | None) -> None:
+        self.args, self.fake = args, fake
+        self.expected: list[Any] = []
+
+    def example(self) -> tuple[Any, ...]:
+        """The example, or fake tensors like it."""
+        fake = self.fake
+        if fake is None:
+            return copy.deepcopy(self.args)
+        return tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, self.args)
+
+    def of(self, model: nn.Module) -> list[Any]:
+        """Shapes and dtypes of what a model gives."""
+        with evaluating(model):
+            return [(one.shape, one.dtype) for one in tensors_of(model(*self.example()))]
+
+    def check(self, draft: Draft) -> tuple[float, str]:
+        """What make_plan asks of a draft: here, that it gives tensors of the same shapes."""
+        with draft.mode():
+            same = self.of(draft.model) == self.expected
+        return 0.0, "" if same else "its outputs have other shapes"
+
+
+def _tried(
+    model: nn.Module, structure: Structure, args: tuple[Any, ...], fake: FakeTensorMode | None
+) -> tuple[Trial, Plan]:
+    layers = gates(model).layers
+    values = GateValues(layers, half_closed(layers), fully_open=True)
+    shapes = _Shapes(args, fake)
+    draft = new_draft(model, values, structure, fake)
+    size = element_size(model)
+    full = {name: layer_size(m) for name, m in model.named_modules() if is_site(m)}
+    with draft.mode():
+        shapes.expected = shapes.of(draft.model)
+        dense = Counts.of(draft.model, shapes.example(), size, full)
+    plan = make_plan(draft, structure, shapes.check)
+    with draft.mode():
+        left = Counts.of(draft.model, shapes.example(), size, widths_left(plan))
+    on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
+    dependencies = GateDependencies(on_units, plan.sites, plan.scaled, plan.live, plan.rigid)
+    trial = Trial(
+        structure=structure,
+        sites=plan.sites,
+        shrinking=tuple(plan.shrinking),
+        live=plan.live,
+        dependencies=dependencies,
+        kept=values.kept,
+        dense=dense,
+        left=left,
+        element_size=size,
+    )
+    return trial, plan
+
+
+def tried(model: nn.Module, args: tuple[Any, ...]) -> tuple[Trial, Plan]:
+    """Prunes with about half of the units closed, for the shapes alone; the handle keeps what was
+    found as long as the model's structure stays.
+
+    Args:
+        model: with gates.
+        args: its example.
+    """
+    handle, structure = gates(model), structure_of(model, args)
+    if handle.trial is None or handle.trial[0].structure is not structure:
+        try:
+            fake = FakeTensorMode(allow_non_fake_inputs=True)
+            handle.trial = _tried(model, structure, args, fake)
+        except Exception:  # its forward asks for values
+            handle.trial = _tried(model, structure, args, None)
+    return handle.trial

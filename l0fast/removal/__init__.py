@@ -1,1 +1,0 @@
-"""What may go from a model, and the smaller model."""

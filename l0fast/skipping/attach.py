@@ -1,0 +1,227 @@
+"""Makes a model skip its closed units, once that is shown to leave its steps as they are."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from l0fast import _checks
+from l0fast.graph.calls import evaluating
+from l0fast.graph.capture import NORMS, Trace, export
+from l0fast.graph.channels import ELEMENTWISE
+from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
+from l0fast.graph.sites import without_gates
+from l0fast.graph.structure import structure_of
+from l0fast.layers.handle import ModelGates, gated_layers, gates, handle_of, own_gates
+from l0fast.layers.hooks import remove_hooks
+from l0fast.layers.substitute import with_log_alpha
+from l0fast.skipping import skip_on_device
+from l0fast.skipping.following import stop_following
+from l0fast.skipping.link import Link
+from l0fast.skipping.links import find_links
+from l0fast.skipping.skip import MULTIPLE, Skipping
+
+SLACK = 100.0
+"""Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""
+DRAWS = 6
+
+
+def skip_closed(model: nn.Module, inputs: Any, options: Any) -> None:
+    """Forward pre-hook, behind that of the draw: says which units each layer leaves out.
+
+    Raises:
+        RuntimeError: `model` is a replica of the one whose layers these are.
+    """
+    handle: ModelGates = _gates_of(model)
+    if handle.skipping is None or torch.compiler.is_compiling():
+        return
+    if getattr(model, "_is_replica", False):
+        # What a step leaves out is told to the model's own layers, and not to copies of them.
+        raise RuntimeError(
+            "skip: got a replica made by nn.DataParallel; expected "
+            "nn.parallel.DistributedDataParallel, or a model prepared with skip=False"
+        )
+    handle.skipping.clear()  # a forward that was interrupted leaves its own behind
+    draw = handle.board.latest
+    if draw.live and draw.parts:
+        handle.skipping.assign(draw, inputs, options)
+        draw.parts = []
+
+
+def _gates_of(model: nn.Module) -> ModelGates:
+    """The handle of a model that has one."""
+    handle = handle_of(model)
+    assert handle is not None
+    return handle
+
+
+def stop_skipping(model: nn.Module) -> None:
+    """Makes a model, and each part of it, compute with all units."""
+    for module in model.modules():
+        handle = handle_of(module)
+        if handle is not None:
+            handle.skipping = None
+        remove_hooks(module, lambda hook: hook is skip_closed)
+    stop_following(model)
+
+
+def _start(model: nn.Module, skipping: Skipping) -> None:
+    """Lets a model skip; undone by `stop_skipping`."""
+    _gates_of(model).skipping = skipping
+    if skip_closed not in model._forward_pre_hooks.values():
+        model.register_forward_pre_hook(skip_closed, with_kwargs=True)
+
+
+# --- the graph of a training step ---------------------------------------------------------------
+
+
+class _Ops(TorchDispatchMode):
+    """Notes the ops of a forward, but those on each element and those that draw noise."""
+
+    PASSED_OVER = frozenset(
+        {
+            *ELEMENTWISE,
+            *(f"aten::{name}" for name in ("native_dropout", "bernoulli", "bernoulli_", "rand")),
+            *(f"aten::{name}" for name in ("rand_like", "randn_like", "empty_like", "detach")),
+        }
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, list[torch.Size]]] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func._schema.name
+        if name not in self.PASSED_OVER:
+            self.found.append((name, [tensor.shape for tensor in tensors_of(result)]))
+        return result
+
+
+def _in_training(plain: nn.Module) -> None:
+    """Puts a plain model into training, but for its batch norms: one example may be too few for
+    them, and their counting is no known op."""
+    plain.train()
+    for module in plain.modules():
+        if isinstance(module, NORMS):
+            module.eval()
+
+
+def training_trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
+    """The graph of a forward in training: that of the model's structure, where training computes
+    the same, or else one of its own.
+
+    Raises:
+        Exception: whatever the model or torch.export raises.
+    """
+    devices = {p.device for p in model.parameters() if p.is_cuda}
+    found: list[Any] = []
+    own_randomness = torch.random.fork_rng(devices=list(devices))
+    with own_randomness, evaluating(model), without_gates(model) as plain:
+        for training in (False, True):
+            if training:
+                _in_training(plain)
+            with _Ops() as ops:
+                given = tensors_of(plain(*copy.deepcopy(args)))
+            found.append((ops.found, [tensor.shape for tensor in given]))
+        if found[0] != found[1]:
+            return export(plain, args)
+    structure = structure_of(model, args)
+    if structure.trace is None:
+        raise RuntimeError(f"torch.export refuses the model: {structure.failure}")
+    return structure.trace
+
+
+# --- whether it is the same ---------------------------------------------------------------------
+
+
+def _outputs(model: nn.Module, args: tuple[Any, ...], seed: int) -> list[Tensor]:
+    torch.manual_seed(seed)
+    return [tensor.detach().clone() for tensor in tensors_of(model(*copy.deepcopy(args)))]
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    return any(layer.log_alpha.is_cuda for layer in gated_layers(model).values())
+
+
+def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
+    """The largest relative difference between masked and skipped forwards of the example.
+
+    It is the model itself that runs, with other gates; afterwards all is as it was.
+    """
+    layers, worst = _gates_of(model).layers, 0.0
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    with torch.random.fork_rng(devices=list(devices)), evaluating(model):
+        for layer in layers.values():
+            layer.training = True
+        try:
+            skipping = Skipping(model, links, True, args, 1, _on_gpu(model))
+            _start(model, skipping)
+            for draw in range(DRAWS):
+                torch.manual_seed(draw)
+                values = {
+                    name: torch.empty_like(layers[name].log_alpha).normal_(0.0, 2.0)
+                    for name in own_gates(layers)
+                }
+                with with_log_alpha(layers, values):
+                    _gates_of(model).skipping = None
+                    expected = _outputs(model, args, draw)
+                    _gates_of(model).skipping = skipping
+                    worst = max(worst, relative_error(_outputs(model, args, draw), expected))
+        finally:
+            stop_skipping(model)
+            for layer in layers.values():
+                layer._forget_draws()  # they were of other gates
+            for buffer, before in buffers:  # a model may count its calls
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
+    return worst
+
+
+def _in_words(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines() or [""]
+    return f"{type(problem).__name__}: {lines[0][:200]}"
+
+
+def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -> None:
+    """Makes each step of a model leave out the units that its draw has closed.
+
+    Tried out on the example, masked against skipped. Where that fails, "auto" skips nothing.
+
+    Raises:
+        ValueError: `skip` is True, and the model cannot skip.
+    """
+    stop_skipping(model)
+    gates(model)
+    on_gpu = _on_gpu(model)
+    if skip is False or (skip == "auto" and on_gpu):
+        return  # what it saves there has not been measured
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    allowed = SLACK * max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
+    failure = ""
+    try:
+        trace = training_trace(model, args)
+    except Exception as problem:
+        trace, failure = None, _in_words(problem)
+    # A model may reshape to sizes that it has written out: the second time units stop there.
+    for views in (True, False) if trace is not None else ():
+        try:
+            links = find_links(model, trace, views)
+            error = _error(model, args, links) if links else 0.0
+        except Exception as problem:
+            failure = _in_words(problem)
+            continue
+        if links and error <= allowed:
+            multiple = skip_on_device.MULTIPLE if on_gpu else MULTIPLE
+            _start(model, Skipping(model, links, skip, args, multiple, on_gpu))
+            return
+        failure = f"it differs by {error:.3g}" if links else "no units can be followed"
+    if skip is True:
+        _checks.refuse("skip", skip, f"'auto' or False for this model ({failure})")

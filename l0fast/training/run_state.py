@@ -1,0 +1,108 @@
+"""The state of a run: all that training changes. A checkpoint is made from it and read into it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.training.checkpoint import Checkpoint, rng_state
+from l0fast.training.method import Term
+from l0fast.training.metrics import VALIDATION, Row
+from l0fast.training.shrinking import Shrinking
+
+
+@dataclass
+class RunState:
+    """All that changes while a run trains, between two epochs."""
+
+    device: torch.device
+    """Its generator is part of the state, beside that of the CPU."""
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    term: Term | None
+    """The constraint or penalty, with its multipliers; None for a dense training."""
+    shrinking: Shrinking | None = None
+    """None where the model keeps its size."""
+    epoch: int = 0
+    """Number of finished epochs."""
+    step: int = 0
+    """Number of steps taken."""
+    seconds: float = 0.0
+    """Time spent in finished epochs."""
+    history: list[Row] = field(default_factory=list)
+    """The metrics of each finished epoch."""
+    best: dict[str, Any] | None = None
+    """With `select="best"`: "epoch" and "model" (a state dict) of the best epoch so far."""
+
+    def checkpoint(self, identity: dict[str, Any]) -> Checkpoint:
+        """The state as it is now, with the tensors that training goes on to change.
+
+        Args:
+            identity: what another run must share to go on from it.
+        """
+        return Checkpoint(
+            identity=identity,
+            epoch=self.epoch,
+            step=self.step,
+            seconds=self.seconds,
+            history=self.history,
+            model=self.model.state_dict(),
+            optimizer=self.optimizer.state_dict(),
+            term=None if self.term is None else self.term.state_dict(),
+            best=self.best,
+            **({} if self.shrinking is None else self.shrinking.as_entries()),
+            **rng_state(self.device),
+        )
+
+    def load_(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Goes on where a checkpoint of this run was made, in place.
+
+        Raises:
+            ValueError: its model has other shapes; `path` is named in the message.
+        """
+        if self.shrinking is not None:
+            self.shrinking.load_(checkpoint.removals, checkpoint.idle)
+        checkpoint.refuse_other_model(path, self.model)
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        if self.term is not None:
+            self.term.load_state_dict(checkpoint.term or {})
+        self.epoch, self.step = checkpoint.epoch, checkpoint.step
+        self.seconds, self.history = checkpoint.seconds, checkpoint.history
+        self.best = checkpoint.best
+        checkpoint.restore_rng(self.device)
+
+    def start_from_(self, checkpoint: Checkpoint) -> None:
+        """Takes weights, gates, moments and noise of another run; epochs and multipliers are new.
+
+        The targets come down from the densities that the model has now.
+        """
+        self.model.load_state_dict(checkpoint.model)
+        self.optimizer.load_state_dict(checkpoint.optimizer)
+        checkpoint.restore_rng(self.device)
+        if isinstance(self.term, DensityConstraint):
+            self.term.begin_()
+
+    def keep_if_best(self) -> None:
+        """Keeps a copy of the model if it meets its targets, with the lowest validation error."""
+        row = self.history[-1]
+        if not row.get("feasible", True):
+            return
+        best = self.best and self.history[self.best["epoch"] - 1]
+        if best is None or row[VALIDATION] <= best[VALIDATION]:
+            state = {name: value.clone() for name, value in self.model.state_dict().items()}
+            self.best = {"epoch": self.epoch, "model": state}
+
+    def selected(self) -> tuple[int, nn.Module]:
+        """The epoch whose model is the run's result, and that model: the best one, or the last."""
+        if self.best is None or self.best["epoch"] == self.epoch:
+            return self.epoch, self.model
+        model = copy.deepcopy(self.model)
+        model.load_state_dict(self.best["model"])
+        return self.best["epoch"], model

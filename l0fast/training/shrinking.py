@@ -1,0 +1,75 @@
+"""`TrainerSettings.shrink` in a run: the model gets smaller between two epochs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.pruning.shrink import Idle, Removal, plan_removal, remove_, worthwhile
+from l0fast.training.settings import TrainerSettings
+
+
+@dataclass
+class Shrinking:
+    """Counts for how long gates have been idle, and removes them with their units, in place."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    """Of the model; it follows each removal."""
+    args: tuple[Any, ...]
+    """The arguments of the model's forward."""
+    skip: str | bool
+    """As in `TrainerSettings`."""
+    idle: Idle
+    removals: list[Removal] = field(default_factory=list)
+    """What has been removed so far, in order."""
+
+    def remove_idle(self) -> None:
+        """Counts one more epoch, and removes what has been idle for long enough, if it pays."""
+        kept = self.idle.count(self.model)
+        if worthwhile(kept):
+            self._keep_only(kept)
+
+    def remove_closed(self) -> None:
+        """Removes, however few they are, the gates that settling has closed for good."""
+        self._keep_only(self.idle.count(self.model))
+
+    def _keep_only(self, kept: dict[str, Tensor]) -> None:
+        """Removes what can go if only the gates in `kept` can ever open."""
+        removal, stuck = plan_removal(self.model, self.args, kept)
+        self.idle.stuck |= stuck
+        if removal is not None:
+            self._apply(removal)
+
+    def _apply(self, removal: Removal) -> None:
+        remove_(self.model, removal, self.args, self.skip, self.optimizer)
+        self.removals.append(removal)
+        self.idle.follow(removal)
+
+    def as_entries(self) -> dict[str, Any]:
+        """The entries of a checkpoint that `load_` takes."""
+        removals = [removal.as_json() for removal in self.removals]
+        return {"removals": removals or None, "idle": self.idle.as_json()}
+
+    def load_(self, removals: list[dict[str, Any]] | None, idle: Mapping[str, Any] | None) -> None:
+        """Repeats the removals of a checkpoint on the model as it was at first."""
+        for entry in removals or []:
+            self._apply(Removal.from_json(entry))
+        if idle is not None:
+            self.idle.set(idle)
+
+
+def make_shrinking(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    settings: TrainerSettings,
+    example_inputs: Tensor,
+) -> Shrinking | None:
+    """What shrinks the model of a run with these settings; None if they remove nothing."""
+    if settings.shrink is None:
+        return None
+    return Shrinking(model, optimizer, (example_inputs,), settings.skip, Idle(settings.shrink))
