@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench import (
+    bench_compaction,
     bench_gated_weight,
     bench_hard_concrete,
     bench_latency,
     bench_prune,
+    bench_scaled_weight,
     bench_skip,
     bench_skipping_linear,
     bench_step,
@@ -18,6 +20,8 @@ from bench.case import Case
 MODULES = {
     "hard_concrete": bench_hard_concrete,
     "gated_weight": bench_gated_weight,
+    "scaled_weight": bench_scaled_weight,
+    "compaction": bench_compaction,
     "step": bench_step,
     "skip": bench_skip,
     "skipping_linear": bench_skipping_linear,

@@ -18,9 +18,14 @@ TESTS: dict[str, tuple[str, ...]] = {
     "gated_weight": (
         "maths/test_gated_weight.py",
         "kernels/test_kernel_gated_weight.py",
+        *_BINDING,
+    ),
+    "scaled_weight": (
+        "maths/test_gated_weight.py",
         "kernels/test_kernel_scaled_weight.py",
         *_BINDING,
     ),
+    "compaction": ("maths/test_compaction.py", "kernels/test_kernel_compaction.py"),
     "hard_concrete": (
         "maths/test_hard_concrete.py",
         "kernels/test_kernel_hard_concrete.py",
@@ -38,6 +43,10 @@ TESTS: dict[str, tuple[str, ...]] = {
         "kernels/test_kernel_skipping_linear.py",
         "maths/test_compaction.py",
         "kernels/test_kernel_compaction.py",
+        "maths/test_packed_weight.py",
+        "kernels/test_kernel_packed_weight.py",
+        "maths/test_bounded_matmul.py",
+        "kernels/test_kernel_bounded_matmul.py",
         "skipping/test_skip_on_device.py",
         "training/test_cuda_graph.py",
     ),

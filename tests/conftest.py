@@ -7,6 +7,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 # cuBLAS is deterministic only with a fixed workspace, and reads this when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -15,6 +16,11 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import pytest
 import torch
+
+if TYPE_CHECKING:  # a GPU machine that runs only the kernels' tests need not load it
+    from matplotlib.figure import Figure
+
+    from l0fast.data.sets import Data
 
 SEED = 20210
 MNIST_FILES = (
@@ -74,6 +80,61 @@ def seeded() -> None:
     """A test's draws do not depend on the tests before it."""
     random.seed(SEED)
     torch.manual_seed(SEED)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For operations so small that they only wait for a second thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def digits() -> Data:
+    """The embedded digits, a twelfth of them held out to select by."""
+    from l0fast.data import sets
+
+    return sets.load("digits", validation_fraction=1 / 12)
+
+
+@pytest.fixture
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Downloads fail at once: nothing listens on the proxy's port."""
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_network: None
+) -> Iterator[Path]:
+    """The command starts in an empty folder, without data or network; its switches are undone."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("L0FAST_DATA_ROOT", raising=False)
+    threads = torch.get_num_threads()
+    yield tmp_path
+    torch.set_flush_denormal(False)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures saved."""
+    from matplotlib.figure import Figure
+
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(self: Figure, *args: Any, **kwargs: Any) -> None:
+        saved.append(self)
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -10,8 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from l0fast import functional
-from l0fast.maths.bounded_matmul import bounded_matmul
-from l0fast.maths.packed_weight import pack, unpack
 from tests.helpers.tolerance import rounding_tolerance
 
 EXACT = 1e-10
@@ -92,25 +89,3 @@ def test_what_lies_beyond_the_counts_is_zero() -> None:
     torch.testing.assert_close(y[:, :60], F.linear(x, weight[90:]))
     assert bool((y[:, :64] != 0).all())
     assert bool((y[:, 64:] == 0).all())
-
-
-def test_a_packed_gradient_goes_back_where_it_came_from() -> None:
-    rows, cols = functional.compaction(torch.rand(70) < 0.5, (30, 40))
-    weight, z = torch.randn(30, 40).double(), torch.rand(40).double()
-    packed = pack(weight, z, rows, cols, torch.float64)
-    dweight, dz = unpack(torch.ones_like(packed), weight, z, rows, cols)
-    opened = (rows.place < rows.count)[:, None] & (cols.place < cols.count)[None, :]
-    assert torch.equal(dweight, opened * z)
-    assert dz is not None
-    torch.testing.assert_close(dz, (opened * weight).sum(0))
-    # The row that stands first is the first open one.
-    first = int(opened.any(1).int().argmax())
-    assert torch.equal(packed[0, : int(cols.count)], (weight * z)[first][opened[first]])
-
-
-def test_products_of_16_bits_are_summed_in_32() -> None:
-    a, b = torch.full((2, 4096), 0.1, dtype=torch.bfloat16), torch.ones(4096, 3).bfloat16()
-    expected = a[0, 0].double() * 4096
-    got = bounded_matmul(a, b)
-    assert got.dtype == torch.bfloat16
-    assert float(got[0, 0]) == pytest.approx(float(expected), rel=2**-8)

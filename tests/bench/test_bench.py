@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from bench import (
     ROOT,
     __main__,
+    bench_compaction,
     bench_gated_weight,
     bench_prune,
+    bench_scaled_weight,
     bench_skip,
     bench_skipping_linear,
     bench_step,
@@ -44,7 +46,7 @@ from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping import attach
 from l0fast.training.models import build
 from tests.helpers.draws import compact
-from tests.skipping.test_skip import following
+from tests.helpers.steps import following
 
 LITTLE = timing.Effort(rounds=3, warmup=1, sample_ms=0.0, quick=True)
 
@@ -176,6 +178,41 @@ def test_bytes_an_element() -> None:
     bytes_of = bench_gated_weight.bytes_per_element
     assert [bytes_of(torch.float32, one) for one in bench_gated_weight.PASSES] == [12, 20, 32]
     assert [bytes_of(torch.bfloat16, one) for one in bench_gated_weight.PASSES] == [8, 14, 22]
+
+
+def test_orders_by_nonzero_are_the_ops() -> None:
+    sizes = (30, 1, 69)
+    alive = torch.rand(100) < 0.5
+    by_hand = bench_compaction.by_nonzero(alive, sizes)
+    for (index, place, count), order in zip(
+        by_hand, functional.compaction(alive, sizes), strict=True
+    ):
+        assert torch.equal(index, order.index.long())
+        assert torch.equal(place, order.place.long())
+        assert [count] == order.count.tolist()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_scaling_by_autograd_is_the_same_work(dim: int) -> None:
+    weight = torch.randn(6, 5, requires_grad=True)
+    log_alpha = torch.randn(weight.shape[dim], requires_grad=True)
+    found: list[tuple[torch.Tensor, ...]] = []
+    for op in (bench_scaled_weight.by_autograd, bench_scaled_weight.ours):
+        torch.manual_seed(0)
+        masked, expected_open = op(weight, log_alpha, dim)
+        loss = masked.square().sum() + expected_open.sum()
+        found.append((masked.detach(), *torch.autograd.grad(loss, (weight, log_alpha))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("stem", ["compaction", "scaled_weight"])
+def test_the_ops_own_cases_are_measured(stem: str) -> None:
+    cases = [one for one in registry.cases(quick=True) if registry.stem(one.name) == stem]
+    for one in cases:
+        if one.device == "cpu":
+            assert {row.status for row in one.run(LITTLE)} == {report.MEASURED}
+    assert {one.device for one in cases} == {"cpu", "cuda"}
 
 
 def test_every_step_trains() -> None:
@@ -494,7 +531,13 @@ def test_the_gpu_run_tests_first_and_keeps_to_its_time(
     monkeypatch.setenv("OUT", str(tmp_path / "named"))
     assert __main__.main(["--gpu"]) == 1
     assert kinds == {"cuda"}
-    assert {registry.stem(name) for name in timed} == {"gated_weight", "step", "skipping_linear"}
+    assert {registry.stem(name) for name in timed} == {
+        "gated_weight",
+        "scaled_weight",
+        "compaction",
+        "step",
+        "skipping_linear",
+    }
     assert all(seconds < 8 * 60 for seconds in times)
     assert "red: tests/kernels/test_kernel_hard_concrete.py: test_x" in capsys.readouterr().err
     rows = json.loads((tmp_path / "named" / "results.json").read_text())["rows"]

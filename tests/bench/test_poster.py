@@ -24,11 +24,10 @@ from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import METRICS, SUMMARY
 from tests import ROOT
-from tests.commands import test_cli
-from tests.commands.test_cli import a_folder_of_its_own
-from tests.plots.test_plots import figures, history
+from tests.helpers import command
+from tests.helpers.histories import history
 
-__all__ = ["a_folder_of_its_own", "figures"]  # fixtures
+pytestmark = pytest.mark.usefixtures("a_folder_of_its_own")
 
 RESULTS = ROOT / "bench" / "results" / "mnist"
 SHORT = ["--dataset", "digits", "--epochs", "1", "--device", "cpu", "--threads", "1"]
@@ -37,7 +36,7 @@ SHORT += ["--quiet", "--out", "p"]
 
 def run(*arguments: str) -> int:
     """The exit code of the command."""
-    return test_cli.run(*arguments, main=main)
+    return command.run(*arguments, main=main)
 
 
 @pytest.fixture(autouse=True)
@@ -151,7 +150,7 @@ def test_done_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_words(
     arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = test_cli.refused(capsys, *arguments, main=main, name="python -m bench.poster: ")
+    said = command.refused(capsys, *arguments, main=main, name="python -m bench.poster: ")
     assert message in said
 
 

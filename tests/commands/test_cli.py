@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,65 +15,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from l0fast import Trainer, TrainerSettings, cli, load_pruned
+from l0fast import Trainer, TrainerSettings, load_pruned
 from l0fast.data import sets
 from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import FILES, LATENCY, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.tensorboard import TENSORBOARD
 from tests import ROOT
-from tests.data.test_formats import tiny_imagefolder
-from tests.measures.test_latency import small_mlp_table
+from tests.helpers.command import refused, run, tree
+from tests.helpers.images import tiny_imagefolder
+from tests.helpers.tables import small_mlp_table
+
+pytestmark = pytest.mark.usefixtures("a_folder_of_its_own")
 
 FAST = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--threads", "1"]
-
-
-@pytest.fixture(autouse=True)
-def a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The command starts in an empty folder, without data or network; its switches are undone."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("L0FAST_DATA_ROOT", raising=False)
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    threads = torch.get_num_threads()
-    yield tmp_path
-    torch.set_flush_denormal(False)
-    torch.set_num_threads(threads)
-
-
-def tree(root: Path) -> dict[str, bytes | None]:
-    """Every path under `root`, with its content."""
-    paths = sorted(root.rglob("*"))
-    return {str(p.relative_to(root)): p.read_bytes() if p.is_file() else None for p in paths}
-
-
-def run(*arguments: str, main: Callable[[list[str]], int] = cli.main) -> int:
-    """The exit code of the command."""
-    try:
-        return main(list(arguments))
-    except SystemExit as stopped:
-        return int(stopped.code or 0)
-
-
-def refused(
-    capsys: pytest.CaptureFixture[str],
-    *arguments: str,
-    main: Callable[[list[str]], int] = cli.main,
-    name: str = "l0fast",
-) -> str:
-    """The one line that the command says before it stops with 2, having changed nothing."""
-    before = tree(Path.cwd())
-    capsys.readouterr()
-    code = run(*arguments, main=main)
-    error = capsys.readouterr().err
-    assert code == 2, error
-    assert tree(Path.cwd()) == before
-    assert error.endswith("\n")
-    assert error.count("\n") == 1, error
-    assert error.startswith(name), error
-    return error
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,11 @@ import pytest
 
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import LATENCY, SUMMARY
-from tests.commands.test_cli import a_folder_of_its_own, refused, run
-from tests.measures.test_latency import small_mlp_table
+from tests.helpers.command import refused, run
+from tests.helpers.tables import small_mlp_table
 
-__all__ = ["a_folder_of_its_own"]  # a fixture
+pytestmark = pytest.mark.usefixtures("a_folder_of_its_own")
+
 
 SHORT = ["compare", "--widths", "12-8", "--epochs", "1", "--device", "cpu", "--threads", "1"]
 SHORT += ["--quiet", "--out", "c"]

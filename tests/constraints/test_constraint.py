@@ -28,18 +28,14 @@ from l0fast.layers import handle
 from l0fast.layers.handle import gated_layers
 from l0fast.measures.density import density
 from tests.helpers.counting import Counting
+from tests.helpers.gated import gated_mlp
 
 SHIFT = 2 / 3 * math.log(11)  # P(open) = sigmoid(log_alpha + SHIFT), from the paper's constants
 
 
 def mlp(**options: Any) -> nn.Sequential:
     """8-6-4 with gates on the inputs of "0" (8 gates of 6 weights) and "2" (6 gates of 4)."""
-    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
-    sparsify_(model, **options)
-    with torch.no_grad():
-        for layer in gated_layers(model).values():
-            layer.log_alpha.normal_(0, 2)
-    return model
+    return gated_mlp(8, 6, 4, mean=0, **options)
 
 
 def gates(model: nn.Module, name: int | str) -> nn.Parameter:

@@ -20,21 +20,17 @@ from l0fast import (
     L0Penalty,
     PIControl,
     prune,
-    sparsify_,
 )
 from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
+from tests.helpers.gated import gated_mlp
 
 X = torch.randn(2, 8)
 SHIFT = 2 / 3 * math.log(11)  # P(open) = sigmoid(log_alpha + SHIFT), from the paper's constants
 
 
 def mlp(**options: Any) -> nn.Sequential:
-    model = sparsify_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)), **options)
-    with torch.no_grad():
-        for layer in gated_layers(model).values():
-            layer.log_alpha.normal_(2, 2)
-    return model
+    return gated_mlp(8, 16, 4, mean=2, **options)
 
 
 def units(opened: Mapping[str, Tensor]) -> Tensor:

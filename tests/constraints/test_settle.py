@@ -41,12 +41,10 @@ from l0fast.measures.latency import LayerLatency
 from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.folder import UNSETTLED
-from tests.layers.test_shared_gates import READERS, Stream
-from tests.training.test_cuda_graph import Stand
-from tests.training.test_resume import Stop, assert_same_run
-from tests.training.test_trainer import digits, one_thread, quick, small_mlp, trainer
-
-__all__ = ["digits", "one_thread"]  # fixtures
+from tests.helpers.capture import Stand
+from tests.helpers.plain_models import READERS, NormedStream
+from tests.helpers.runs import quick, small_lenet5, small_mlp, trainer
+from tests.helpers.same_run import Stop, assert_same_run
 
 pytestmark = pytest.mark.filterwarnings("ignore:settle. the expected density")
 
@@ -56,7 +54,7 @@ X = torch.randn(6, 1, 8, 8)
 def undecided(build: Callable[[], nn.Module] | None = None, **options: Any) -> nn.Module:
     """A gated model with open probabilities from 0.1 to 1, in training."""
     torch.manual_seed(3)
-    dense = models.build("lenet5", (1, 8, 8), 10, (6, 8, 20)) if build is None else build()
+    dense = small_lenet5() if build is None else build()
     chosen: dict[str, Any] = {"example_inputs": X} | options
     model = sparsify_(dense, **chosen)
     with torch.no_grad():
@@ -291,7 +289,7 @@ def test_a_layer_whose_gates_are_all_closed() -> None:
 def test_shared_gates_are_settled_once() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 5)
-    model = sparsify_(Stream(), example_inputs=x).train()
+    model = sparsify_(NormedStream(), example_inputs=x).train()
     layers = gated_layers(model)
     assert set(READERS) <= set(layers)
     with torch.no_grad():

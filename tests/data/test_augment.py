@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from l0fast import Trainer
 from l0fast.data.augment import augmented, padding
 from l0fast.data.sets import Data, Split
-from tests.commands.test_cli import a_folder_of_its_own, refused
-from tests.training.test_resume import Stop, assert_same_run
-from tests.training.test_trainer import digits, one_thread, quick, small_mlp
+from tests.helpers.command import refused
+from tests.helpers.runs import quick, small_mlp
+from tests.helpers.same_run import Stop, assert_same_run
 
-__all__ = ["a_folder_of_its_own", "digits", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("a_folder_of_its_own", "one_thread")
+
 
 HEIGHT, WIDTH = 24, 17
 MOST = (3, 2)

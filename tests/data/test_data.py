@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import math
 import shutil
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +12,10 @@ import pytest
 import torch
 
 from l0fast.data import formats, sets
+from tests.helpers.images import idx
 
 NAMES = [f"{part}-{kind}" for part in ("train", "t10k") for kind in formats.MNIST_KINDS]
 COUNTS = {"train": 6, "t10k": 4}
-
-
-def idx(values: torch.Tensor) -> bytes:
-    """A tensor of bytes in MNIST's format."""
-    sizes = struct.pack(f">{values.dim()}I", *values.shape)
-    return b"\0\0\x08" + bytes([values.dim()]) + sizes + bytes(values.flatten().tolist())
 
 
 def tiny_mnist(root: Path, packed: bool = True) -> dict[str, torch.Tensor]:
@@ -39,15 +33,6 @@ def tiny_mnist(root: Path, packed: bool = True) -> dict[str, torch.Tensor]:
         else:
             (raw / name).write_bytes(content)
     return tensors
-
-
-@pytest.fixture
-def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Downloads fail at once: nothing listens on the proxy's port."""
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")
-    for name in ("no_proxy", "NO_PROXY"):
-        monkeypatch.delenv(name, raising=False)
 
 
 def test_digits() -> None:

@@ -14,9 +14,7 @@ import torch
 from PIL import Image
 
 from l0fast.data import formats, sets
-from tests.data.test_data import idx, no_network
-
-__all__ = ["no_network"]
+from tests.helpers.images import idx, tiny_imagefolder
 
 CIFAR = {
     "cifar10": (
@@ -39,20 +37,6 @@ def tiny_cifar(root: Path, dataset: str, count: int = 3) -> dict[str, Any]:
         batches[name] = {"data": pixels, key: generator.integers(0, 10, count).tolist()}
         (root / folder / name).write_bytes(pickle.dumps(batches[name], protocol=2))
     return batches
-
-
-def tiny_imagefolder(root: Path, held: str = "val", sizes: Any = ((8, 6),)) -> None:
-    """Two images of two classes in train/ and in `held`, of the sizes (width, height) in turn."""
-    index = 0
-    for part in ("train", held):
-        for name in ("cat", "dog"):
-            (root / part / name).mkdir(parents=True)
-            for number in range(2):
-                colour = (30 * index, 255, number)
-                Image.new("RGB", sizes[index % len(sizes)], colour).save(
-                    root / part / name / f"{number}.png"
-                )
-                index += 1
 
 
 def normalised(pixels: torch.Tensor, mean: Any, std: Any) -> torch.Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l0fast import load_pruned, prune, save_pruned, sparsify_
 from l0fast.gating.attention import Unfused, attention_calls, unfuse_, unfused_in
 from l0fast.layers.handle import gated_layers
-from tests.gating.test_sparsify import snapshot
+from tests.helpers.gated import snapshot
 
 WIDTH, HEADS, LENGTH = 12, 3, 5
 

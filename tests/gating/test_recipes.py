@@ -13,7 +13,7 @@ import tests.helpers.plain_models as plain
 from l0fast import prune, sparsify_
 from l0fast.gating.recipes import GateTable
 from l0fast.layers.handle import gate_owners, gated_layers
-from tests.gating.test_sparsify import Net, snapshot
+from tests.helpers.gated import snapshot
 from tests.helpers.zoo import ZOO
 
 
@@ -137,18 +137,8 @@ def test_closed_means_zero(model: nn.Module, expected: dict[str, str]) -> None:
     assert {name: gates for name, (gates, _) in found.items()} == expected
 
 
-class Skip(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.head = nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = torch.relu(self.first(x))
-        return self.head(h + torch.tanh(self.second(h)))
-
-
 def test_readers_of_the_same_units_share_their_gates() -> None:
-    model: Any = Skip().double().eval()
+    model: Any = plain.LinearStream(4, 8, 2).double().eval()
     x = torch.randn(3, 4, dtype=torch.float64)
     assert placed(model, x) == dict.fromkeys(("first", "second", "head"), ("input", 1))
     assert model.head.log_alpha is model.second.log_alpha
@@ -162,7 +152,7 @@ def test_readers_of_the_same_units_share_their_gates() -> None:
 
 
 def test_linears_with_gates_of_their_own_on_the_same_units_gather() -> None:
-    model: Any = sparsify_(Skip().double().eval(), gates="input")
+    model: Any = sparsify_(plain.LinearStream(4, 8, 2).double().eval(), gates="input")
     x = torch.randn(3, 4, dtype=torch.float64)
     with torch.no_grad():
         for layer, shut in ((model.first, []), (model.second, [1, 2, 3]), (model.head, [2, 3, 4])):
@@ -211,18 +201,18 @@ def test_gates_are_not_shared_with_a_layer_that_has_none() -> None:
 
 
 def test_without_structure_each_layer_is_by_itself() -> None:
-    table = sparsify_(Net(), dry_run=True)
+    table = sparsify_(plain.Partial(), dry_run=True)
     assert "no example_inputs" in table.note
     assert [row.gates for row in table.layers] == ["output"] * 2 + ["input"] * 4
     table = sparsify_(plain.DataDependent(), example_inputs=torch.rand(2, 6), dry_run=True)
     assert "torch.export refuses the model" in table.note
     assert table.note in str(table)
     assert [row.gates for row in table.layers] == ["input", "input"]
-    assert sparsify_(Net(), gates="weight", dry_run=True).note == ""
+    assert sparsify_(plain.Partial(), gates="weight", dry_run=True).note == ""
 
 
 def test_a_dry_run_changes_nothing_and_prints() -> None:
-    model, x = Net(), torch.randn(2, 1, 6, 6)
+    model, x = plain.Partial(), torch.randn(2, 1, 6, 6)
     before = snapshot(model)
     table = sparsify_(model, example_inputs=x, exclude="head", dry_run=True)
     assert snapshot(model) == before

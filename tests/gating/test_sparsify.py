@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
@@ -15,39 +15,12 @@ from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
 from l0fast.layers.handle import draw_gates, gated_layers
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
-
-
-class Net(nn.Module):
-    """[N, 1, 6, 6] -> [N, 3], with a layer that never runs and one that runs on request."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(1, 4, 3)
-        self.norm = nn.BatchNorm2d(4)
-        self.body = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.Flatten())
-        self.fc1 = nn.Linear(20, 6)
-        self.head = nn.Linear(6, 3)
-        self.unused = nn.Linear(9, 9)
-        self.extra = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor, extra: bool = False) -> Tensor:
-        x = self.head(self.fc1(self.body(self.norm(self.conv1(x)))).relu())
-        return self.extra(x) if extra else x
-
+from tests.helpers.gated import snapshot
+from tests.helpers.plain_models import Partial
 
 CONVS = ["conv1", "body.0"]
 LINEARS = ["fc1", "head", "unused", "extra"]
 NAMES = CONVS + LINEARS
-
-
-def snapshot(model: nn.Module) -> list[tuple[Any, ...]]:
-    """What must not change where sparsify_ refuses: modules, modes, hooks, parameters' values."""
-    modules = [
-        (name, id(m), m.training, len(m._forward_pre_hooks), len(m._forward_hooks))
-        for name, m in model.named_modules()
-    ]
-    tensors = model.state_dict(keep_vars=True).items()
-    return modules + [(name, id(t), t.detach().double().sum().item()) for name, t in tensors]
 
 
 def gates_of(model: nn.Module) -> dict[str, str]:
@@ -56,7 +29,7 @@ def gates_of(model: nn.Module) -> dict[str, str]:
 
 @pytest.mark.parametrize("gates", ["auto", "input", "output", "weight"])
 def test_gates_go_where_they_are_asked_for(gates: str) -> None:
-    model = Net()
+    model = Partial()
     parameters = dict(model.named_parameters())
     assert sparsify_(model, gates=gates) is model
     conv, linear = ("output", "input") if gates == "auto" else (gates, gates)
@@ -106,9 +79,9 @@ SELECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 @pytest.mark.parametrize("name", SELECTIONS)
 def test_include_and_exclude(name: str) -> None:
     options, expected = SELECTIONS[name]
-    model = Net()
+    model = Partial()
     if not expected:
-        with pytest.raises(ValueError, match="model: got 'Net'; expected a model with a Linear"):
+        with pytest.raises(ValueError, match="model: got 'Partial'; expected a model with a"):
             sparsify_(model, **options)
     else:
         assert list(gates_of(sparsify_(model, **options))) == expected
@@ -124,7 +97,7 @@ def test_include_and_exclude(name: str) -> None:
     ids=["tensor", "tuple", "list"],
 )
 def test_example_inputs_leave_out_what_never_runs(inputs: Any, unreached: set[str]) -> None:
-    model = Net()
+    model = Partial()
     model.norm.eval()
     before = snapshot(model)
     sparsify_(model, example_inputs=inputs)
@@ -179,7 +152,7 @@ def test_tied_weights_stay_tied() -> None:
 def test_density_one_leaves_evaluation_as_it_was(gates: str, noise: str) -> None:
     if (gates, noise) == ("weight", "example"):
         noise = "batch"
-    model, x = Net().eval(), torch.randn(4, 1, 6, 6)
+    model, x = Partial().eval(), torch.randn(4, 1, 6, 6)
     expected = model(x)
     sparsify_(model, gates=gates, density_init=1.0, noise=noise)
     assert torch.equal(model(x), expected)  # to the bit
@@ -187,7 +160,7 @@ def test_density_one_leaves_evaluation_as_it_was(gates: str, noise: str) -> None
 
 def test_initial_densities() -> None:
     def densities(**options: Any) -> dict[str, float]:
-        layers = gated_layers(sparsify_(Net(), **options))
+        layers = gated_layers(sparsify_(Partial(), **options))
         return {name: layer.open_probability().mean().item() for name, layer in layers.items()}
 
     def approx(rest: float = 0.9, **named: float) -> Any:
@@ -207,13 +180,13 @@ def test_initial_densities() -> None:
 
 def test_distribution_and_noise_reach_every_layer() -> None:
     distribution = HardConcrete(temperature=0.5, bound=3.0)
-    layers = gated_layers(sparsify_(Net(), distribution=distribution, noise="example"))
+    layers = gated_layers(sparsify_(Partial(), distribution=distribution, noise="example"))
     assert {layer.distribution for layer in layers.values()} == {distribution}
     assert {layer.noise for layer in layers.values()} == {"example"}
 
 
 def test_a_model_may_be_given_gates_in_parts() -> None:
-    model = sparsify_(Net(), include="fc1", density_init=0.5)
+    model = sparsify_(Partial(), include="fc1", density_init=0.5)
     first = model.fc1
     sparsify_(model, include="conv1", gates="input")
     assert model.fc1 is first
@@ -245,7 +218,7 @@ BAD: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_a_refusal_leaves_the_model_untouched(name: str) -> None:
-    model = Net()
+    model = Partial()
     model.body.eval()
     before = snapshot(model)
     with pytest.raises(
@@ -264,7 +237,7 @@ def test_a_single_layer_is_refused_with_the_way_out() -> None:
 
 
 def test_param_groups() -> None:
-    model = sparsify_(Net(), include=["fc1", "head"])
+    model = sparsify_(Partial(), include=["fc1", "head"])
     weights, gates = param_groups(model, 0.1, 0.2, weight_decay=0.3)
     assert [id(p) for p in gates["params"]] == [id(model.fc1.log_alpha), id(model.head.log_alpha)]
     others = [id(p) for name, p in model.named_parameters() if "log_alpha" not in name]

@@ -13,7 +13,9 @@ from l0fast.graph.capture import export, is_carrier, is_site
 from l0fast.layers.handle import gated_layers
 
 
-class Net(nn.Module):
+class ReadOutside(nn.Module):
+    """Weights that are read without their layer being called."""
+
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 4)
@@ -26,7 +28,7 @@ class Net(nn.Module):
 
 
 def test_calls_are_told_from_other_readers() -> None:
-    trace = export(Net().eval(), (torch.randn(2, 3),))
+    trace = export(ReadOutside().eval(), (torch.randn(2, 3),))
     assert trace.counts == {"a": 1, "b": 1, "norm": 1}  # b by the first of its two names
     assert trace.read_outside == {"a", "b"}
     callers = {node.name: name for node, name in trace.callers.items()}

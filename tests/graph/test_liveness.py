@@ -16,7 +16,7 @@ from l0fast.graph.sites import Site
 from l0fast.graph.walk import Walk
 
 
-class Net(nn.Module):
+class Functional(nn.Module):
     """Three layers and a function of them: the first makes 6 channels that others read."""
 
     def __init__(self, forward: Callable[[Any, Tensor], Tensor], conv: bool = False) -> None:
@@ -38,8 +38,8 @@ def look(
     fixed: str = "",
     **gates: dict[str, list[int]],
 ) -> Any:
-    """The extents of a Net; b={"reads": [...]} names the units that gates leave open."""
-    model = Net(forward, conv).eval()
+    """The extents of a Functional; b={"reads": [...]} names the units that gates leave open."""
+    model = Functional(forward, conv).eval()
     x = torch.randn(2, 3, 5, 5) if conv else torch.randn(2, 3)
     sites: list[Site] = []
     for name, layer in model.named_modules():
@@ -214,7 +214,7 @@ def test_a_sum_ties_what_it_adds() -> None:
     def forward(net: Any, x: Tensor) -> Tensor:
         return net.b(net.a(x) + net.second(x).sigmoid()) + net.c(net.a.weight.new_ones(2, 6))
 
-    model: Any = Net(forward)
+    model: Any = Functional(forward)
     model.second = nn.Linear(3, 6)
     reads = torch.tensor([False, True, False, False, True, False])
     sites = [Site("a", model.a, torch.ones(3).bool(), ~reads)]
@@ -292,7 +292,7 @@ LINEAR_NETS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("name", LINEAR_NETS)
 @pytest.mark.parametrize("gates", ["input", "output"])
 def test_any_arrangement_stays_the_same_function(name: str, gates: str) -> None:
-    model = sparsify_(Net(LINEAR_NETS[name]).double(), gates=gates).eval()
+    model = sparsify_(Functional(LINEAR_NETS[name]).double(), gates=gates).eval()
     used = {"a", "b"} | ({"c"} if "branches" in name or "readers" in name else set())
     with torch.no_grad():
         for layer in (getattr(model, site) for site in used):

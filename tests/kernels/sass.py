@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests import ROOT
 
 ARCHITECTURES = (80, 90, 100)
 GATED_DTYPES = ("fp32", "bf16", "fp16", "fp32->bf16")
@@ -292,6 +295,24 @@ def _type(name: str, build: Build) -> str:
 def _run(*command: object) -> str:
     words = [str(word) for word in command]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def counted(program: str) -> list[dict[str, Any]]:
+    """What a program of this folder counts, in a child whose Triton compiles even if this
+    process's interprets."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.kernels.{program}", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return json.loads(done.stdout)
 
 
 def main() -> None:

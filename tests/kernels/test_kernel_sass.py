@@ -4,38 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 
-from tests import ROOT
-from tests.kernels.sass import ARCHITECTURES, BUDGETS, FLOOR, NAIVE, VARIANTS, Count
+from tests.kernels.sass import ARCHITECTURES, BUDGETS, FLOOR, NAIVE, VARIANTS, Count, counted
 
 GATED = [name for name in BUDGETS if name.startswith("gated_weight")]
 EVERYWHERE = [(name, arch) for name in GATED for arch in ARCHITECTURES]
 CASES = EVERYWHERE + [(name, 90) for name in BUDGETS if name not in GATED]
-
-
-def counted(program: str) -> list[dict[str, Any]]:
-    """What a program of this folder counts, in a child whose Triton compiles even if this
-    process's interprets."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{program}", "--json"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr)
-    return json.loads(done.stdout)
 
 
 @functools.cache

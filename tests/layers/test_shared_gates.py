@@ -25,29 +25,8 @@ from l0fast import (
 )
 from l0fast.layers.draw import expected_open
 from l0fast.layers.handle import gate_owners, gated_layers, own_gates
+from tests.helpers.plain_models import READERS, NormedStream
 from tests.helpers.zoo import ZOO
-
-
-class Stream(nn.Module):
-    """A hidden vector with batch norms on it, which two blocks and the head read."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8))
-        self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8), nn.BatchNorm1d(8))
-            for _ in range(2)
-        )
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.stem(x)
-        for block in self.blocks:
-            x = torch.relu(x + block(x))
-        return self.head(x)
-
-
-READERS = ("blocks.0.0", "blocks.1.0", "head")
 
 
 def example() -> Tensor:
@@ -56,7 +35,7 @@ def example() -> Tensor:
 
 def stream(skip: Any = False, **options: Any) -> Any:
     torch.manual_seed(0)
-    model = Stream().double()
+    model = NormedStream().double()
     return sparsify_(
         model, example_inputs=example(), exclude="stem.0", skip=skip, density_init=0.6, **options
     )
@@ -139,7 +118,7 @@ def test_states_load() -> None:
     other.load_state_dict(model.state_dict())
     assert torch.equal(other.blocks[0][0].log_alpha, model.head.log_alpha)
     assert other.blocks[0][0].log_alpha is other.head.log_alpha
-    model.load_state_dict(Stream().double().state_dict())  # of the dense model
+    model.load_state_dict(NormedStream().double().state_dict())  # of the dense model
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["whole", "part"])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.handle import gates
@@ -14,27 +14,10 @@ from l0fast.measures.density import density
 from l0fast.measures.flops import count_macs, count_params
 from l0fast.measures.groups import Group, gated_parameters, target_groups
 from l0fast.training.models import lenet5, mlp
+from tests.helpers.gated import gated
+from tests.helpers.plain_models import Net
 
 SIGMOID_OF_SHIFT = 0.8318  # P(open) at log_alpha = 0
-
-
-class Net(nn.Module):
-    """[N, 2, 5, 5] -> [N, 3]: 4 output gates of 19, 36 input gates of 6, 18 gates of 1."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(2, 4, 3)
-        self.fc1 = nn.Linear(36, 6)
-        self.fc2 = nn.Linear(6, 3)
-
-    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
-        x = self.conv(x).relu().flatten(1)
-        return self.fc2(self.fc1(x * scale).relu())
-
-
-def gated(**options: Any) -> Any:
-    model = sparsify_(Net(), include=["conv", "fc1"], **options)
-    return sparsify_(model, gates="weight", **options)
 
 
 def test_the_table() -> None:
@@ -107,7 +90,7 @@ def test_the_published_architectures_count_as_published() -> None:
 
 
 def test_macs_follow_the_example_and_leave_the_model_as_it_was() -> None:
-    model = Net()
+    model = Net(2, 5, 4, 6)
     model.fc1.eval()
     x = torch.randn(3, 2, 5, 5)
     one, three = count_macs(model, x[:1]), count_macs(model, (x, 2.0))

@@ -27,10 +27,6 @@ def wide_mlp() -> nn.Sequential:
     return models.mlp(6, 3, (12, 9, 7))
 
 
-def lenet() -> plain.LeNet:
-    return plain.LeNet(6, 10, 30)
-
-
 def convs() -> nn.Sequential:
     """Convolutions of several kinds, pooled: one in groups, one without bias."""
     return nn.Sequential(
@@ -53,27 +49,13 @@ def sigmoids() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 12), nn.Sigmoid(), nn.Linear(12, 9), nn.ReLU())
 
 
-class TwoReaders(nn.Module):
-    """One layer's units, read by two."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(6, 12)
-        self.left = nn.Linear(12, 5)
-        self.right = nn.Linear(12, 4)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.first(x))
-        return torch.cat([self.left(x), self.right(x)], 1)
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "mlp": (wide_mlp, FLAT),
-    "lenet": (lenet, IMAGE),
+    "lenet": (plain.small_lenet, IMAGE),
     "lenet, its sizes written out": (lambda: plain.HardCoded(6, 10, 30), IMAGE),
     "convs": (convs, IMAGE),
     "sigmoids": (sigmoids, FLAT),
-    "two readers": (TwoReaders, FLAT),
+    "two readers": (plain.TwoReaders, FLAT),
     "called twice": (plain.CalledTwice, FLAT),
     "refused by export": (plain.DataDependent, FLAT),
     "a residual": (plain.Residual, torch.randn(2, 2, 6, 6)),
@@ -240,7 +222,7 @@ def test_the_size_holds_where_the_plan_reaches_less_far_than_the_trial(
             return super().forward(x if float(x.sum()) < 1e9 else -x)
 
     model = random_gates(sparsify_(Refused(6, 10, 30)))
-    promised = tried(sparsify_(lenet()), (IMAGE,))
+    promised = tried(sparsify_(plain.small_lenet()), (IMAGE,))
     module = importlib.import_module("l0fast.pruning.prune")
     monkeypatch.setattr(module, "tried", lambda *_: promised)
     small: Any = prune(model, IMAGE, 0.2, measure="params")
@@ -272,7 +254,7 @@ def test_the_expectation_written_out() -> None:
 @pytest.mark.parametrize("gates", ["auto", "output"])
 def test_a_unit_is_read_as_long_as_one_of_its_readers_is_open(gates: str) -> None:
     """The mean of what drawn gates leave is the expectation."""
-    model = random_gates(sparsify_(TwoReaders().double(), gates=gates))
+    model = random_gates(sparsify_(plain.TwoReaders().double(), gates=gates))
     measure = constrained(model, "params", FLAT.double()).__dict__["_measure"]
     p = {name: layer.open_probability().detach() for name, layer in measure.layers.items()}
     with torch.no_grad():
@@ -286,7 +268,7 @@ def test_a_unit_is_read_as_long_as_one_of_its_readers_is_open(gates: str) -> Non
 
 
 def test_a_step_reads_nothing_back() -> None:
-    model = sparsify_(lenet())
+    model = sparsify_(plain.small_lenet())
     constraint = constrained(model, "macs", IMAGE, 0.5)
     model(IMAGE)
     with Counting() as counting:
@@ -300,7 +282,7 @@ def test_a_step_reads_nothing_back() -> None:
 
 @pytest.mark.parametrize("value", [15.0, 100.0])
 def test_gates_that_are_all_but_certain_have_finite_gradients(value: float) -> None:
-    model = sparsify_(TwoReaders())
+    model = sparsify_(plain.TwoReaders())
     constraint = constrained(model, "params", FLAT, 0.5)
     constraint.multiplier.fill_(1.0)
     for sign in (-1, 1):

@@ -23,24 +23,16 @@ from l0fast import (
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.data.sets import Data
 from l0fast.layers.handle import gated_layers
-from l0fast.measures.latency import Grids, LayerLatency
+from l0fast.measures.latency import Grids
 from l0fast.pruning import timing
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.folder import LATENCY
 from tests.helpers.counting import Counting
-from tests.training.test_trainer import digits, quick, small_mlp, trainer
-
-__all__ = ["digits"]  # a fixture
+from tests.helpers.plain_models import mlp
+from tests.helpers.runs import quick, small_mlp, trainer
+from tests.helpers.tables import by, linear, small_mlp_table
 
 X = torch.randn(4, 6)
-
-
-def linear(a: float, b: float, c: float) -> Any:
-    return lambda i, o: 1e-6 * (a * i + b * o + c * i * o)
-
-
-def by(function: Any, inputs: list[int], outputs: list[int]) -> LayerLatency:
-    return LayerLatency(inputs, outputs, [[function(i, o) for o in outputs] for i in inputs])
 
 
 def table() -> LatencyTable:
@@ -58,8 +50,7 @@ def table() -> LatencyTable:
 
 def model() -> Any:
     """6-12-9-3, with gates on all inputs, that differ."""
-    layers = [nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 3)]
-    gated = sparsify_(nn.Sequential(*layers), example_inputs=X)
+    gated = sparsify_(mlp(6, 12, 9, 3), example_inputs=X)
     with torch.no_grad():
         for layer in gated_layers(gated).values():
             layer.log_alpha.copy_(torch.linspace(3.0, -1.0, layer.num_gates))
@@ -242,15 +233,6 @@ def count_measurements(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(timing, "measure_latency", measured)
     return measured_so_far
-
-
-def small_mlp_table(costs: tuple[int, int, int]) -> LatencyTable:
-    sizes = {"fc1": (64, 32), "fc2": (32, 16), "fc3": (16, 10)}
-    layers = {
-        name: by(linear(0, 0, cost), [1, i], [1, o])
-        for (name, (i, o)), cost in zip(sizes.items(), costs, strict=True)
-    }
-    return LatencyTable(layers, 0.0, {})
 
 
 @pytest.mark.parametrize(

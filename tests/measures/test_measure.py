@@ -15,7 +15,7 @@ from l0fast.layers.handle import gated_layers
 from l0fast.measures.groups import Group
 from l0fast.measures.measure import GateMeasure
 from l0fast.training.models import mlp
-from tests.measures.test_density import gated
+from tests.helpers.gated import gated
 
 EVERYTHING = ("conv", "fc1", "fc2")
 

@@ -30,7 +30,7 @@ Y = torch.tensor([1, 2, 3, 4])
 
 def trained(build: Build) -> tuple[Any, torch.optim.Optimizer]:
     """A gated LeNet after three steps, in which gates are fully open, or closed."""
-    model: Any = sparsify_(plain.LeNet(6, 10, 30).double())
+    model: Any = sparsify_(plain.small_lenet().double())
     with torch.no_grad():
         for layer in gated_layers(model).values():
             shut = torch.rand(layer.log_alpha.shape) < 0.4
@@ -135,7 +135,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=r"^small: got 'LeNet'; expected the model that prune"):
         prune_optimizer(optimizer, model, other)
     with pytest.raises(ValueError, match=r"^small: got 'LeNet'; expected the model that prune"):
-        prune_optimizer(optimizer, model, plain.LeNet(6, 10, 30))
+        prune_optimizer(optimizer, model, plain.small_lenet())
     with pytest.raises(TypeError, match=r"^optimizer: got 'dict'; expected a torch.optim.Opt"):
         prune_optimizer({}, model, small)  # type: ignore[type-var]
     foreign = torch.optim.SGD([nn.Parameter(torch.zeros(3))], lr=0.1)

@@ -18,9 +18,9 @@ from l0fast.constraints.magnitude import (
     shared_magnitudes,
 )
 from l0fast.data.sets import Data
-from tests.training.test_trainer import digits, one_thread, quick, small_mlp, trainer
+from tests.helpers.runs import quick, small_mlp, trainer
 
-__all__ = ["digits", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize(

@@ -30,23 +30,8 @@ from l0fast.measures.measure import GateMeasure
 from l0fast.pruning.choose import Budget, choose
 from l0fast.pruning.edits import Edit, edited, gather, scatter
 from l0fast.pruning.report import Report, format_report
+from l0fast.training.models import mlp
 from tests import ROOT
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(
-        OrderedDict(
-            fc1=nn.Linear(784, 300),
-            relu1=nn.ReLU(),
-            fc2=nn.Linear(300, 100),
-            relu2=nn.ReLU(),
-            fc3=nn.Linear(100, 10),
-        )
-    )
-
-
-def small_lenet() -> plain.LeNet:
-    return plain.LeNet(6, 10, 30)
 
 
 def with_gates(model: Any, mean: float = -1.0, std: float = 1.5, **options: Any) -> Any:
@@ -106,7 +91,7 @@ def site(small: Any, name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("target", [None, 0.33, 0.05])
 def test_mlp(target: float | None) -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     x = torch.randn(5, 784, dtype=torch.float64)
     small: Any = prune(model, x, target)
     reference = with_top_gates(model, small)
@@ -181,7 +166,7 @@ def test_open_gates_change_nothing() -> None:
 
 
 def test_a_closed_layer_keeps_its_likeliest_unit() -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     with torch.no_grad():
         model.fc2.log_alpha.fill_(-5.0)
         model.fc2.log_alpha[17] = -4.0
@@ -223,7 +208,7 @@ def test_collapsed_layers_are_named(gates: str) -> None:
 
 
 def test_a_closed_conv_keeps_one_channel_of_zeros() -> None:
-    model = with_gates(small_lenet())
+    model = with_gates(plain.small_lenet())
     with torch.no_grad():
         model.conv2.log_alpha.fill_(-5.0)
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
@@ -304,7 +289,7 @@ def test_budgets_hold_and_are_used(data: st.DataObject) -> None:
 
 
 def test_forced_gates_are_counted() -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     was_open = {name: int((z > 0).sum()) for name, z in gates_of(model).items()}
     x = torch.randn(1, 784, dtype=torch.float64)
     free: Any = prune(model, x)
@@ -322,7 +307,7 @@ def test_forced_gates_are_counted() -> None:
 
 
 def test_targets_come_from_the_constraint() -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     x = torch.randn(1, 784, dtype=torch.float64)
     free: Any = prune(model, x)
     assert free.report.groups == {}
@@ -345,13 +330,13 @@ def test_targets_come_from_the_constraint() -> None:
 
 def test_targets_of_a_part_and_of_a_wrapper_hold() -> None:
     x = torch.randn(1, 784, dtype=torch.float64)
-    inner = with_gates(mlp())
+    inner = with_gates(mlp(784, 10))
     _held = DensityConstraint(inner, 0.1)
     outer = nn.Sequential(OrderedDict(net=inner, end=nn.Tanh())).eval()
     small: Any = prune(outer, x)
     assert small.report.density <= 0.1
     assert not any("l0fast" in key for module in small.modules() for key in vars(module))
-    wrapped: Any = torch.compile(with_gates(mlp()), backend="eager")
+    wrapped: Any = torch.compile(with_gates(mlp(784, 10)), backend="eager")
     _beside = DensityConstraint(wrapped, 0.1)
     inside: Any = prune(wrapped, x)
     assert inside.__class__ is nn.Sequential
@@ -384,11 +369,11 @@ def everything() -> dict[str, tuple[Any, tuple[Tensor, ...]]]:
     image, row = torch.randn(2, 1, 28, 28).double(), torch.randn(4, 6).double()
     tokens = torch.arange(10).view(2, 5)
     models = {
-        "mlp": (with_gates(mlp()), (torch.randn(3, 784).double(),)),
-        "lenet": (with_gates(small_lenet()), (image,)),
+        "mlp": (with_gates(mlp(784, 10)), (torch.randn(3, 784).double(),)),
+        "lenet": (with_gates(plain.small_lenet()), (image,)),
         "twice": (with_gates(plain.CalledTwice(), gates="output"), (row,)),
         "tied": (with_gates(plain.Tied(), gates="output"), (tokens,)),
-        "weight": (with_gates(small_lenet(), gates="weight"), (image,)),
+        "weight": (with_gates(plain.small_lenet(), gates="weight"), (image,)),
     }
     return {name: (prune(model, x), x) for name, (model, x) in models.items()}
 
@@ -466,7 +451,7 @@ def test_an_edit_leaves_its_layer_and_keeps_the_layout() -> None:
 
 
 def test_training_goes_on_after_pruning() -> None:
-    model = with_gates(small_lenet())
+    model = with_gates(plain.small_lenet())
     model.fc2.weight.requires_grad_(False)
     model.conv2.bias.requires_grad_(False)
     model.conv1.weight.grad = torch.ones_like(model.conv1.weight)
@@ -482,7 +467,7 @@ def test_training_goes_on_after_pruning() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dtype_and_mode_are_the_users(dtype: torch.dtype) -> None:
-    model = with_gates(small_lenet())
+    model = with_gates(plain.small_lenet())
     model.to(dtype).train()
     model.fc1.eval()
     x = torch.randn(2, 1, 28, 28, dtype=dtype)
@@ -498,7 +483,7 @@ def test_dtype_and_mode_are_the_users(dtype: torch.dtype) -> None:
 
 
 def test_the_model_is_not_touched() -> None:
-    model = with_gates(small_lenet()).train()
+    model = with_gates(plain.small_lenet()).train()
     _held = DensityConstraint(model, 0.2)
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
     model(x).sum().backward()
@@ -940,7 +925,7 @@ def test_a_forward_that_looks_at_its_layer() -> None:
 
 
 def test_hooks_of_the_users_stay() -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     seen: list[int] = []
     model.fc2.register_forward_hook(lambda *args: seen.append(args[1][0].shape[-1]))
     x = torch.randn(2, 784, dtype=torch.float64)
@@ -967,7 +952,7 @@ def test_an_addition_ties_what_it_adds() -> None:
 
 
 def test_weight_gates() -> None:
-    model = with_gates(small_lenet(), gates="weight")
+    model = with_gates(plain.small_lenet(), gates="weight")
     x = torch.randn(2, 1, 28, 28, dtype=torch.float64)
     small: Any = prune(model, x, 0.1)
     assert_same(small, with_top_gates(model, small), x)
@@ -1103,10 +1088,10 @@ def test_an_ungated_layer_that_changed_is_reported() -> None:
 
 
 def test_refusals() -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     x = torch.randn(2, 784, dtype=torch.float64)
     with pytest.raises(ValueError, match=r"model: got 'Sequential'; expected a model with gates"):
-        prune(mlp(), x)
+        prune(mlp(784, 10), x)
     with pytest.raises(ValueError, match=r"target: got 1.5; expected a density in"):
         prune(model, x, 1.5)
     with pytest.raises(ValueError, match=r"target: got 'abc'; expected a density"):
@@ -1130,7 +1115,7 @@ def test_refusals() -> None:
 
 
 def test_a_target_left_by_a_constraint_that_holds_no_unit_each_is_refused() -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     term = DensityConstraint(model, {"fc[12]": 0.5})
     term.set_extra_state({**term.get_extra_state(), "targets": [1e-4]})
     with pytest.raises(ValueError, match=r"target\['fc1, fc2'\]: got 0.0001; expected a density"):
@@ -1138,7 +1123,7 @@ def test_a_target_left_by_a_constraint_that_holds_no_unit_each_is_refused() -> N
 
 
 def test_a_constraint_on_a_layer_that_is_gone_is_refused() -> None:
-    model = with_gates(mlp())
+    model = with_gates(mlp(784, 10))
     _held = DensityConstraint(model, 0.5)
     model.fc3 = nn.Linear(100, 10).double()
     with pytest.raises(ValueError, match="the model's constraint names 'fc3', which has no gates"):

@@ -67,7 +67,7 @@ def test_the_target_holds_and_a_block_that_does_not_fit_is_dropped(measure: str)
 
 def test_widths_that_are_no_multiples_are_named() -> None:
     """A channel is read at 16 positions, each with a gate of its own."""
-    model: Any = sparsify_(plain.LeNet(6, 10, 30).double()).eval()
+    model: Any = sparsify_(plain.small_lenet().double()).eval()
     with torch.no_grad():
         model.fc1.log_alpha.fill_(-5.0)
         model.fc1.log_alpha[:48] = 5.0  # three channels of ten are read

@@ -41,17 +41,13 @@ class Normed(nn.Module):
         return self.fc(self.norm(self.conv(x)).mean((2, 3)))
 
 
-def lenet() -> plain.LeNet:
-    return plain.LeNet(6, 10, 30)
-
-
 CASES: dict[str, tuple[Callable[[], nn.Module], str, Tensor]] = {
-    "lenet": (lenet, "auto", IMAGE),
+    "lenet": (plain.small_lenet, "auto", IMAGE),
     "gather and scatter": (lambda: plain.HardCoded(6, 10, 30), "auto", IMAGE),
     "called twice": (plain.CalledTwice, "output", ROW),
     "tied": (plain.Tied, "output", TOKENS),
     "tied inputs": (plain.Tied, "input", TOKENS),
-    "weight": (lenet, "weight", IMAGE),
+    "weight": (plain.small_lenet, "weight", IMAGE),
     "buffers": (Normed, "auto", IMAGE),
     "one layer": (lambda: nn.Sequential(nn.Linear(6, 5)), "input", ROW),
 }
@@ -99,7 +95,7 @@ def test_back_bit_for_bit(case: str, dtype: Any, tmp_path: Path) -> None:
 
 
 def test_one_file_holds_tensors_and_the_recipe(tmp_path: Path) -> None:
-    small = pruned(lenet, "auto", IMAGE)
+    small = pruned(plain.small_lenet, "auto", IMAGE)
     path = tmp_path / "small.safetensors"
     save_pruned(small, str(path))
     with safe_open(path, "pt") as file:
@@ -116,11 +112,13 @@ def test_one_file_holds_tensors_and_the_recipe(tmp_path: Path) -> None:
 
 def test_trained_further_and_pruned_again(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    small = pruned(lenet, "auto", IMAGE)
+    small = pruned(plain.small_lenet, "auto", IMAGE)
     with torch.no_grad():
         small.fc2.weight.add_(1.0)
     save_pruned(small, path)
-    assert torch.equal(load_pruned(lenet, path).get_parameter("fc2.weight"), small.fc2.weight)
+    assert torch.equal(
+        load_pruned(plain.small_lenet, path).get_parameter("fc2.weight"), small.fc2.weight
+    )
 
     def build() -> nn.Module:
         return small
@@ -128,7 +126,7 @@ def test_trained_further_and_pruned_again(tmp_path: Path) -> None:
     smaller = pruned(build, "auto", IMAGE)
     assert sum(p.numel() for p in smaller.parameters()) < small.report.params[0]
     save_pruned(smaller, path)
-    again: Any = load_pruned(lenet, path).eval()  # from the dense model, through both
+    again: Any = load_pruned(plain.small_lenet, path).eval()  # from the dense model, through both
     assert torch.equal(again(IMAGE), smaller(IMAGE))
 
 
@@ -204,12 +202,12 @@ def rewritten(path: Path, change: Callable[[Any], Any]) -> Path:
 
 def test_files_that_are_not_ours_or_not_whole(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    save_pruned(pruned(lenet, "auto", IMAGE), path)
+    save_pruned(pruned(plain.small_lenet, "auto", IMAGE), path)
     whole = path.read_bytes()
 
     def refused(file: Path, match: str) -> None:
         with pytest.raises(ValueError, match=match) as caught:
-            load_pruned(lenet, file)
+            load_pruned(plain.small_lenet, file)
         message = str(caught.value)
         assert message.startswith(f"path: got {str(file)!r}; expected a file that save_pruned wrot")
         assert "\n" not in message
@@ -248,7 +246,7 @@ def test_files_that_are_not_ours_or_not_whole(tmp_path: Path) -> None:
 
 def test_a_recipe_of_another_model(tmp_path: Path) -> None:
     path = tmp_path / "small.safetensors"
-    save_pruned(pruned(lenet, "auto", IMAGE), path)
+    save_pruned(pruned(plain.small_lenet, "auto", IMAGE), path)
 
     def refused(build: Callable[[], Any], match: str) -> None:
         with pytest.raises(ValueError, match=match) as caught:
@@ -260,28 +258,28 @@ def test_a_recipe_of_another_model(tmp_path: Path) -> None:
     refused(lambda: plain.LeNet(7), r"its 'conv1' has \(1, 6\) inputs and outputs, not \(1, 7\)")
 
     def deeper() -> nn.Module:
-        model = lenet()
+        model = plain.small_lenet()
         model.add_module("extra", nn.Linear(1, 1))
         return model
 
     refused(deeper, "it has no 'extra.bias'")
 
     def poorer() -> nn.Module:
-        model = lenet()
+        model = plain.small_lenet()
         model.fc2 = nn.Linear(30, 10, bias=False)
         return model
 
     refused(poorer, "it has 'fc2.bias'")
 
     def wider() -> nn.Module:
-        model = lenet()
+        model = plain.small_lenet()
         model.conv1 = nn.Conv2d(1, 6, 3)
         return model
 
     refused(wider, r"its 'conv1.weight' has shape \(\d+, 1, 5, 5\), not \(\d+, 1, 3, 3\)")
 
     def other_kind() -> nn.Module:
-        model: Any = lenet()
+        model: Any = plain.small_lenet()
         model.conv1 = nn.Conv1d(1, 6, 5)
         return model
 
@@ -290,9 +288,9 @@ def test_a_recipe_of_another_model(tmp_path: Path) -> None:
     hard = tmp_path / "hard.safetensors"
     save_pruned(pruned(lambda: plain.HardCoded(6, 10, 30), "auto", IMAGE), hard)
     with pytest.raises(ValueError, match="its 'root' is a HardCoded with second=10"):
-        load_pruned(lenet, hard)  # the same layers, but another forward
+        load_pruned(plain.small_lenet, hard)  # the same layers, but another forward
     entry = {"name": "no.such", "kind": "LeNet", "attribute": "second", "value": [3, 10]}
     path = rewritten(path, lambda r: r["attributes"].append(entry))
-    refused(lenet, "it has a module 'no.such'")
+    refused(plain.small_lenet, "it has a module 'no.such'")
     with pytest.raises(TypeError, match=r"build_fn: got 'int'; expected a torch.nn.Module"):
         load_pruned(lambda: 3, path)  # type: ignore[arg-type, return-value]

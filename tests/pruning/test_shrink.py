@@ -15,19 +15,15 @@ from l0fast.data.sets import Data
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning import shrink
 from l0fast.pruning.shrink import Idle, Removal, plan_removal, remove_
-from l0fast.training import models
 from l0fast.training.folder import PRUNED, SUMMARY
-from tests.training.test_resume import Own, Stop, assert_same_run
-from tests.training.test_trainer import digits, evaluate, one_thread, quick, small_mlp, trainer
+from tests.helpers.plain_models import Noisy
+from tests.helpers.runs import evaluate, quick, small_lenet5, small_mlp, trainer
+from tests.helpers.same_run import Stop, assert_same_run
 
-__all__ = ["digits", "one_thread"]  # fixtures
-
-
-def lenet() -> nn.Module:
-    return models.build("lenet5", (1, 8, 8), 10, (6, 8, 20))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-BUILD = {"mlp": small_mlp, "lenet": lenet, "own": Own}
+BUILD = {"mlp": small_mlp, "lenet": small_lenet5, "own": Noisy}
 
 
 def prepared(kind: str) -> tuple[nn.Module, tuple[Tensor], dict[str, Tensor]]:

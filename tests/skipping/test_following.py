@@ -22,7 +22,7 @@ from l0fast.skipping import attach
 from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.following import Following, follow
 from l0fast.skipping.links import find_links
-from tests.skipping.test_skip import (
+from tests.helpers.steps import (
     EXACT,
     assert_same_step,
     chain,

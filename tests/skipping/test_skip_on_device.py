@@ -15,7 +15,7 @@ from l0fast.skipping import attach, skip_on_device
 from l0fast.skipping.following import Following
 from tests.helpers.counting import CaptureSafe
 from tests.helpers.draws import compact
-from tests.skipping.test_skip import (
+from tests.helpers.steps import (
     DENSITIES,
     EXACT,
     MODELS,

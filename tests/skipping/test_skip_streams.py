@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import l0fast
+import tests.helpers.plain_models as plain
 from l0fast import sparsify_
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.skip import MULTIPLE
 from tests.helpers.draws import compact
-from tests.skipping.test_skip import EXACT, assert_same_step, following, set_density, step
+from tests.helpers.steps import EXACT, assert_same_step, following, set_density, step
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -139,18 +140,6 @@ def behind_gates_on_outputs() -> nn.Module:
     return nn.Sequential(nn.Conv1d(3, 9, 1), spread, *ends)
 
 
-class Linears(nn.Module):
-    """A stream of linear layers whose readers have gates of their own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(6, 11), nn.Linear(11, 11), nn.Linear(11, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x).relu()
-        return self.c(h + self.b(h).tanh())
-
-
 class Sum(nn.Module):
     """What one layer closes, another may add to: it is no zero."""
 
@@ -199,7 +188,7 @@ MODELS: dict[str, tuple[Make, tuple[int, ...], dict[str, Any], list[int]]] = {
         {"gates": "output", "exclude": "1"},
         [1],
     ),
-    "own gates": (Linears, (7, 6), {"gates": "input"}, [0, 2]),
+    "own gates": (lambda: plain.LinearStream(6, 11, 5), (7, 6), {"gates": "input"}, [0, 2]),
     "a sum of gates on outputs": (Sum, (7, 6), {"gates": "output", "exclude": "d"}, [1]),
     "a reader without gates": (Partly, (7, 6), {"include": "c", "gates": "input"}, [0]),
 }

@@ -22,7 +22,7 @@ from l0fast.training.cuda_graph import ORDINARY, Steps
 from l0fast.training.models import build
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
-from tests.helpers.counting import CaptureSafe
+from tests.helpers.capture import Stand
 from tests.helpers.draws import drawn as of_latest
 
 BATCH = 32
@@ -37,28 +37,6 @@ def data() -> Data:
     inputs = torch.randn(9 * BATCH + 5, 1, 8, 8, generator=generator)
     split = Split(inputs, inputs[:, 0, 0].argmax(1))
     return Data(split, None, split, 10)
-
-
-class Stand:
-    """Stands in for CUDA: a capture that runs nothing, and a replay that runs the same step."""
-
-    def __init__(self, patch: pytest.MonkeyPatch, fail: bool = False) -> None:
-        self.captured, self.replayed, self.fail = 0, 0, fail
-        patch.setattr(cuda_graph, "why_not", lambda model, device: None)
-        patch.setattr(cuda_graph, "_stream", lambda device: None)
-        patch.setattr(cuda_graph, "_capture", self.capture)
-
-    def capture(self, step: Callable[[], None], stream: Any) -> Callable[[], None]:
-        self.captured += 1
-        if self.fail:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore")
-
-        def replay() -> None:
-            self.replayed += 1
-            with CaptureSafe():
-                step()
-
-        return replay
 
 
 def trainer(

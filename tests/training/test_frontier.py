@@ -18,10 +18,11 @@ from l0fast.layers.handle import gated_layers
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import PRUNED, SUMMARY
 from l0fast.training.frontier import FRONTIER, PLOT, format_frontier
-from tests.training.test_resume import Stop, assert_same_run
-from tests.training.test_trainer import digits, evaluate, one_thread, quick, small_mlp
+from tests.helpers.runs import evaluate, quick, small_mlp
+from tests.helpers.same_run import Stop, assert_same_run
 
-__all__ = ["digits", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 TARGETS = (0.7, 0.5, 0.3)
 

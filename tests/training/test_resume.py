@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from l0fast import Trainer, TrainerSettings, prune, sparsify_
 from l0fast._files import PARTS
@@ -33,7 +32,10 @@ from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.tensorboard import TENSORBOARD
 from tests import ROOT
-from tests.training.test_tensorboard import read_scalars
+from tests.helpers.plain_models import Noisy
+from tests.helpers.same_run import Stop, assert_same_run, summary
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 KILLS = 12
 MAIN_WRITES = 2 * 3 + 3
@@ -173,15 +175,6 @@ class Server:
         return out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations as small as these only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     one = Server(tmp_path_factory.mktemp("server"))
@@ -194,58 +187,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 # --- how runs are compared -----------------------------------------------------------------------
-
-
-def assert_same(got: Any, wanted: Any, where: str = "") -> None:
-    """Equal throughout, tensors bit for bit."""
-    assert type(got) is type(wanted), where
-    if isinstance(wanted, torch.Tensor):
-        assert got.dtype == wanted.dtype, where
-        assert torch.equal(got, wanted), where
-    elif isinstance(wanted, dict):
-        assert list(got) == list(wanted), where
-        for key in wanted:
-            assert_same(got[key], wanted[key], f"{where}.{key}")
-    elif isinstance(wanted, list | tuple):
-        assert len(got) == len(wanted), where
-        for index, (a, b) in enumerate(zip(got, wanted, strict=True)):
-            assert_same(a, b, f"{where}[{index}]")
-    else:
-        assert got == wanted, where
-
-
-def state(out: Path) -> dict[str, Any]:
-    """What a checkpoint holds, without the time it took."""
-    loaded = torch.load(out / CHECKPOINT, weights_only=True)
-    return {key: value for key, value in loaded.items() if key != "seconds"}
-
-
-def summary(out: Path) -> dict[str, Any]:
-    """The summary, without the time it took."""
-    loaded = json.loads((out / SUMMARY).read_text())
-    return {key: value for key, value in loaded.items() if not key.endswith("seconds")}
-
-
-def pruned(out: Path) -> tuple[Any, bytes]:
-    """The header and the tensors of the pruned model; safetensors orders its metadata at random."""
-    content = (out / PRUNED).read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    return json.loads(content[8:end]), content[end:]
-
-
-def assert_same_run(out: Path, wanted: Path) -> None:
-    """Two folders hold the same run: weights, optimizer, multipliers, noise, metrics, summary."""
-    assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in wanted.iterdir())
-    assert_same(state(out), state(wanted))
-    assert_same(summary(out), summary(wanted))
-    for name in {METRICS, PLOT} & {path.name for path in wanted.iterdir()}:
-        assert (out / name).read_bytes() == (wanted / name).read_bytes(), name
-    if (wanted / PRUNED).exists():
-        assert pruned(out) == pruned(wanted)
-    if (wanted / TENSORBOARD).exists():
-        assert read_scalars(out) == read_scalars(wanted)
-    if (wanted / "dense").exists():
-        assert_same_run(out / "dense", wanted / "dense")
 
 
 def assert_whole(out: Path) -> None:
@@ -369,24 +310,6 @@ def test_a_process_killed_while_it_starts(server: Server, tmp_path: Path) -> Non
 # --- the same within one process, for other models and methods -----------------------------------
 
 
-class Own(nn.Module):
-    """A model with noise and statistics of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 6, 3)
-        self.norm = nn.BatchNorm2d(6)
-        self.drop = nn.Dropout(0.2)
-        self.head = nn.Linear(6 * 36, 10)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.head(self.drop(torch.relu(self.norm(self.conv(x))).flatten(1)))
-
-
-class Stop(Exception):
-    """Stands for whatever ends a process."""
-
-
 @pytest.mark.parametrize(
     ("model", "settings", "epochs_done"),
     [
@@ -415,7 +338,7 @@ def test_resumed_in_a_new_trainer(
     def trainer(out: str) -> Trainer:
         torch.manual_seed(5)
         widths = {"mlp": (16, 8), "lenet5": (4, 6, 16)}
-        dense = Own() if model == "own" else models.build(model, (1, 8, 8), 10, widths[model])
+        dense = Noisy() if model == "own" else models.build(model, (1, 8, 8), 10, widths[model])
         chosen = TrainerSettings(epochs=3, gate_lr=0.05, dual_lr=0.2, **settings)
         return Trainer(dense, digits, chosen, out=tmp_path / out, device="cpu")
 

@@ -11,9 +11,9 @@ from l0fast import Trainer, density, prune
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.training import trainer as trainer_module
-from tests.training.test_trainer import digits, evaluate, one_thread, quick, small_mlp, trainer
+from tests.helpers.runs import evaluate, quick, small_mlp, trainer
 
-__all__ = ["digits", "one_thread"]  # fixtures
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("measure", ["gates", "params", "macs"])

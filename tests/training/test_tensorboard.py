@@ -13,6 +13,7 @@ from l0fast import Trainer, TrainerSettings
 from l0fast.data import sets
 from l0fast.training import models
 from l0fast.training.tensorboard import TENSORBOARD, scalar_writer, scalars
+from tests.helpers.same_run import read_scalars
 
 ROW: dict[str, Any] = {
     "epoch": 1,
@@ -33,19 +34,6 @@ TAGS = {
     "restarts/fc1": 0,
     "restarts/fc2": 3,
 }
-
-
-def read_scalars(out: Path) -> dict[str, list[tuple[int, float]]]:
-    """Tag -> (step, value) in the order written, as TensorBoard shows the folder of a run."""
-    name = "tensorboard.backend.event_processing.event_accumulator"
-    events: Any = pytest.importorskip(name).EventAccumulator(
-        str(out / TENSORBOARD), size_guidance={"scalars": 0}
-    )
-    events.Reload()
-    return {
-        tag: [(event.step, event.value) for event in events.Scalars(tag)]
-        for tag in events.Tags()["scalars"]
-    }
 
 
 def row(epoch: int, loss: float) -> dict[str, Any]:

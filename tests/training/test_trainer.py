@@ -7,7 +7,6 @@ import itertools
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from l0fast import (
     prune,
 )
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.data import sets
 from l0fast.data.sets import Data, Split
 from l0fast.layers.handle import gated_layers
 from l0fast.training import models
@@ -37,17 +35,11 @@ from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import FILES, METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.tensorboard import TENSORBOARD
 from tests.helpers.counting import Counting
+from tests.helpers.plain_models import LinearStream
+from tests.helpers.runs import evaluate, quick, small_mlp, trainer
 
-QUICK: dict[str, Any] = {
-    "epochs": 12,
-    "batch_size": 32,
-    "lr": 5e-3,
-    "gate_lr": 0.05,
-    "dual_lr": 0.1,
-    "target_schedule": "constant",
-    "weight_decay": 0.0,
-}
-"""A training of half a second; not this project's recipe."""
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 METRICS_OF = {
     "always": {
@@ -83,37 +75,6 @@ KINDS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Operations as small as these only wait for a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def digits() -> Data:
-    return sets.load("digits", validation_fraction=1 / 12)
-
-
-def small_mlp() -> nn.Module:
-    torch.manual_seed(0)
-    return models.build("mlp", (1, 8, 8), 10, (32, 16))
-
-
-def quick(**settings: Any) -> TrainerSettings:
-    """QUICK, with changes."""
-    chosen: dict[str, Any] = QUICK | settings
-    return TrainerSettings(**chosen)
-
-
-def trainer(digits: Data, out: Path | None = None, **settings: Any) -> Trainer:
-    identity = {"dataset": "digits", "model": "mlp"}
-    chosen = quick(**settings)
-    return Trainer(small_mlp(), digits, chosen, out=out, identity=identity, device="cpu")
-
-
 @pytest.fixture(scope="module", params=KINDS)
 def finished(
     request: pytest.FixtureRequest, digits: Data, tmp_path_factory: pytest.TempPathFactory
@@ -123,12 +84,6 @@ def finished(
     out = tmp_path_factory.mktemp(kind) / "run"
     one = trainer(digits, out, **KINDS[kind][0])
     return kind, one, one.fit(), out
-
-
-def evaluate(model: nn.Module, split: Split) -> float:
-    with torch.no_grad():
-        wrong = model.eval()(split.inputs).argmax(1) != split.targets
-    return 100 * int(wrong.sum()) / len(wrong)
 
 
 # --- what it reaches and writes ------------------------------------------------------------------
@@ -282,19 +237,12 @@ def test_without_a_folder_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-class Own(nn.Module):
+class Own(LinearStream):
     """A model of the user's: a branch, a layer that never runs, and no nn.Sequential."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(64, 24)
-        self.second = nn.Linear(24, 24)
-        self.head = nn.Linear(24, 10)
+        super().__init__(64, 24, 10)
         self.unused = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = F.relu(self.first(x))
-        return self.head(h + torch.tanh(self.second(h)))
 
 
 def test_a_model_of_the_users(digits: Data) -> None:
