@@ -5,7 +5,6 @@ Each step is told as soon as it is done, so that what a process did before it wa
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import sys
@@ -20,9 +19,10 @@ from torch import nn
 
 import l0fast
 from bench.scale.counts import counting
-from bench.scale.memory import forget_peak, peak, resident
+from bench.scale.memory import forget_peak, give_back, peak, resident
 from bench.scale.models import MODELS, Entry
 from bench.timing import one_line
+from bench.zoo.measure import untrained
 
 STEPS = ("sparsify_", "constraint", "prune")
 TARGET = 0.5
@@ -74,6 +74,11 @@ def proven(small: Any) -> tuple[int, float]:
     return small.report.params[0], small.report.max_error
 
 
+def dense_model(entry: Entry) -> nn.Module:
+    """The model, with numbers as training leaves them, so that its output depends on all of it."""
+    return untrained(entry.build())
+
+
 def close_half(model: nn.Module) -> None:
     """Closes every second gate of each layer, and leaves the others partly open, in their order."""
     with torch.no_grad():
@@ -94,7 +99,7 @@ def measure(name: str, entry: Entry) -> Iterator[Row]:
     """The row of one model, each time that more of it is known."""
     row = Row(name)
     torch.manual_seed(SEED)
-    model, example = entry.build(), entry.example()
+    model, example = dense_model(entry), entry.example()
     held = list(chain(model.parameters(), model.buffers()))
     row.params = sum(parameter.numel() for parameter in model.parameters())
     row.dense = sum(tensor.numel() * tensor.element_size() for tensor in held)
@@ -120,7 +125,7 @@ def measure(name: str, entry: Entry) -> Iterator[Row]:
         zip(STEPS, (sparsify, constrain, prune), strict=True)
     )
     for step, call in calls.items():
-        gc.collect()
+        give_back()
         row.peaks_reset = forget_peak()
         before = resident() or 0
         with counting(model) as work:

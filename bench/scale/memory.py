@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from pathlib import Path
@@ -24,6 +26,19 @@ def _status(path: str, field: str) -> int | None:
         return None
     found = [line.split()[1] for line in lines if line.startswith(f"{field}:")]
     return 1024 * int(found[0]) if found else None
+
+
+def give_back() -> None:
+    """Collects garbage, and hands freed memory back to the system where the allocator can.
+
+    glibc keeps blocks of less than 32 MiB for later: without this, what one step has freed would
+    count in the next one's peak.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def forget_peak() -> bool:

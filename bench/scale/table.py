@@ -28,9 +28,10 @@ GiB of the dense model's parameters and buffers; *s*: seconds by the clock, in b
 processor; *in all*: the three steps, and the first `torch.export` of the process, for which PyTorch
 loads what it needs; *peak*: the most resident memory of the whole process in that step, Python and
 PyTorch included, in GiB and as a multiple of the dense model's bytes, in brackets what the step
-added to what was resident before it; *exports*, *copies*: calls of `torch.export`, and copies of
-the whole model, with its weights or without; *error*: the largest relative error that `prune` found
-between the pruned and the gated model."""
+added to what was resident before it (freed memory is given back to the system between steps);
+*exports*, *copies*: calls of `torch.export`, and copies of the whole model, with its weights or
+without; *error*: the largest relative error that `prune` found between the pruned and the gated
+model, on the example."""
 
 
 def peak_budget(row: Row) -> float:

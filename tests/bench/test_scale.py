@@ -18,7 +18,7 @@ import l0fast
 from bench.scale import __main__ as command
 from bench.scale import memory
 from bench.scale.counts import counting
-from bench.scale.measure import CLOSED, OPEN, STEPS, Row, Step, close_half, measure
+from bench.scale.measure import CLOSED, OPEN, STEPS, Row, Step, close_half, dense_model, measure
 from bench.scale.models import MODELS, Entry
 from bench.scale.plot import plot
 from bench.scale.table import as_json, markdown, over_budget
@@ -86,6 +86,14 @@ def test_a_model_is_exported_once_and_copied_twice_at_most(name: str) -> None:
     assert sum(step.copies for step in row.steps) <= 2
 
 
+def test_no_tensor_is_left_as_initialisation_filled_it() -> None:
+    """ViT's head starts as zeros: whatever is pruned, its output would be the same."""
+    pytest.importorskip("torchvision")
+    model: Any = dense_model(MODELS["torchvision/vit_b_16"])
+    assert model.heads.head.weight.std() > 0
+    assert all(p.numel() == 1 or p.min() < p.max() for p in model.parameters())
+
+
 def test_half_of_the_gates_are_closed_in_a_fixed_order() -> None:
     torch.manual_seed(0)
     model = l0fast.sparsify_(Bottle(), gates="input")
@@ -120,6 +128,19 @@ def test_copies_are_counted_however_they_are_made() -> None:
         torch.export.export(model, (x,), strict=False)
     assert (work.exports, work.copies) == (1, 0)
     assert "__call__" not in vars(Bottle)
+
+
+def test_memory_that_is_free_is_given_back() -> None:
+    memory.give_back()
+    before = memory.resident()
+    if before is None or sys.platform != "linux":
+        pytest.skip("this system does not tell the memory of a process")
+    blocks = [bytearray(b"1" * 2**16) for _ in range(1600)]
+    assert (memory.resident() or 0) >= before + 80 * 2**20
+    blocks = blocks[::10]  # those that stay keep the heap from shrinking by itself
+    memory.give_back()
+    assert (memory.resident() or 0) <= before + 30 * 2**20
+    assert len(blocks) == 160
 
 
 def test_a_peak_is_forgotten() -> None:
