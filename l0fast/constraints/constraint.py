@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.constraints.defaults import default_dual, default_schedule, dual_for
-from l0fast.constraints.dual import Dual, DualAscent
+from l0fast.constraints.dual import Dual, state_in_words
 from l0fast.constraints.schedule import TargetSchedule
-from l0fast.constraints.settle import lag_in_words, settle_
+from l0fast.constraints.settle import lag_in_words, settle_, warn_of
 from l0fast.constraints.term import DensityTerm, refuse_others
 from l0fast.graph.calls import unwrapped
 from l0fast.layers.handle import gates
@@ -24,21 +23,6 @@ from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
 from l0fast.pruning.choose import Budget
 from l0fast.pruning.timing import with_table
-
-
-def _in_words(state: Mapping[str, Any]) -> str:
-    """What the extra state of a constraint says it is of."""
-    groups = ", ".join(f"{name} ({' '.join(layers)})" for name, layers in state["groups"])
-    # States of before there was another dual do not name theirs.
-    dual = state.get("dual", DualAscent.__name__)
-    scheduled = " with a schedule" if state.get("scheduled") else ""
-    return f"constraints on {groups} by {state['measure']}, moved by {dual}{scheduled}"
-
-
-def warn_of(lag: str | None) -> None:
-    """Warns the caller of a `settle`."""
-    if lag is not None:
-        warnings.warn(lag, stacklevel=3)
 
 
 class DensityConstraint(DensityTerm):
@@ -264,7 +248,7 @@ class DensityConstraint(DensityTerm):
     def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
         """Refuses the state of constraints on something else."""
         saved = state_dict.get(prefix + "_extra_state", {})
-        both = [_in_words(state) for state in (saved, self.get_extra_state()) if state]
+        both = [state_in_words(state) for state in (saved, self.get_extra_state()) if state]
         if len(set(both)) > 1:
             _checks.refuse("state_dict", both[0], both[1])
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -212,3 +213,12 @@ DUALS: dict[str, type[Dual]] = {
     "equality": EqualityAscent,
 }
 """The rules by their names in the settings and in the command."""
+
+
+def state_in_words(state: Mapping[str, Any]) -> str:
+    """What the extra state of a constraint says it is of."""
+    groups = ", ".join(f"{name} ({' '.join(layers)})" for name, layers in state["groups"])
+    # States of before there was another dual do not name theirs.
+    dual = state.get("dual", DualAscent.__name__)
+    scheduled = " with a schedule" if state.get("scheduled") else ""
+    return f"constraints on {groups} by {state['measure']}, moved by {dual}{scheduled}"

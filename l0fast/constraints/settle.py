@@ -8,6 +8,7 @@ not the model that was trained.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -39,6 +40,12 @@ def lag_in_words(densities: Mapping[str, float], targets: Mapping[str, float]) -
                 "the constraint the `steps` of the training, or a larger dual learning rate"
             )
     return None
+
+
+def warn_of(lag: str | None) -> None:
+    """Warns the caller of a `settle`."""
+    if lag is not None:
+        warnings.warn(lag, stacklevel=3)
 
 
 def _closed(of: HardConcrete) -> float:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.constraint import DensityConstraint, warn_of
+from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import EqualityAscent
-from l0fast.constraints.settle import settle_
+from l0fast.constraints.settle import settle_, warn_of
 from l0fast.constraints.term import refuse_others
 from l0fast.layers.gated import Gated
 from l0fast.measures.amounts import Asked

@@ -25,9 +25,10 @@ from l0fast.gating.selection import (
 )
 from l0fast.graph.calls import example_args
 from l0fast.graph.sites import replace
-from l0fast.layers.gated import DENSITY_INIT, GATES
+from l0fast.layers.gated import DENSITY_INIT
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.handle import attach_draw, gated_layers
+from l0fast.layers.options import GATES
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping.attach import attach_skipping, stop_skipping
 

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast.layers.gated import Gated, check_options
+from l0fast.layers.gated import Gated
+from l0fast.layers.options import check_options
 from l0fast.maths.hard_concrete import HardConcrete
 
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
 from l0fast.layers.draw import Drawn, OnDevice, OpenCounts
+from l0fast.layers.options import check_options
 from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
 
-GATES = ("input", "output", "weight")
-NOISE = ("batch", "example")
 DENSITY_INIT = 0.9
 DROPRATE_STD = 0.01
 """Spread of log_alpha around its mean in the published initialisation (droprate_init)."""
@@ -278,29 +277,3 @@ class Gated(Drawn):
     def extra_repr(self) -> str:
         units = f", units={self.units}" if self.units > 1 else ""
         return f"{super().extra_repr()}, gates={self.gates!r}{units}"  # type: ignore[misc]
-
-
-def check_options(
-    gates: str, density_init: float | None, droprate_init: float | None, noise: str
-) -> None:
-    """Refuses options of a gated layer that are out of their range."""
-    _checks.one_of("gates", gates, GATES)
-    _checks.one_of("noise", noise, NOISE)
-    if density_init is not None:
-        _checks.density("density_init", density_init)
-    if droprate_init is not None:
-        _checks.number(
-            "droprate_init",
-            droprate_init,
-            "a number in (0, 1)",
-            low=0.0,
-            high=1.0,
-            open_low=True,
-            open_high=True,
-        )
-        if density_init is not None:
-            _checks.refuse(
-                "droprate_init", droprate_init, "only one of density_init and droprate_init"
-            )
-    if gates == "weight" and noise == "example":
-        _checks.refuse("noise", noise, "'batch' where gates='weight'")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from l0fast import autograd, functional
 from l0fast.layers.draw import EVERYTHING, OnDevice
-from l0fast.layers.gated import Gated, check_options
+from l0fast.layers.gated import Gated
+from l0fast.layers.options import check_options
 from l0fast.maths.hard_concrete import HardConcrete
 
 

@@ -30,7 +30,8 @@ from l0fast.pruning.choose import Budget, choose
 from l0fast.pruning.draft import GateValues, opened
 from l0fast.pruning.plan import make_plan, new_draft
 from l0fast.pruning.proof import Proof
-from l0fast.pruning.report import Facts, attach_report, make_report
+from l0fast.pruning.report import attach_report
+from l0fast.pruning.reporting import Facts, make_report
 from l0fast.pruning.stopwatch import whole_seconds
 from l0fast.pruning.timing import with_table
 from l0fast.pruning.trial import tried, widths_left

@@ -11,7 +11,7 @@ from l0fast.constraints.defaults import WARMUP
 from l0fast.constraints.dual import DUALS
 from l0fast.constraints.schedule import POWERS
 from l0fast.data.augment import AUGMENTS
-from l0fast.layers.gated import GATES
+from l0fast.layers.options import GATES
 from l0fast.measures import amounts
 from l0fast.measures.measure import MEASURES
 

@@ -37,6 +37,7 @@ PUBLIC = {
     "density",
     "frontier",
     "functional",
+    "gates",
     "load_pruned",
     "measure_latency",
     "param_groups",

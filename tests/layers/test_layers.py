@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from l0fast import autograd, functional
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
-from l0fast.layers.gated import GATES
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.linear import L0Linear
+from l0fast.layers.options import GATES
 from l0fast.maths.hard_concrete import HardConcrete
 
 Case = tuple[Callable[..., nn.Module], tuple[Any, ...], dict[str, Any], tuple[int, ...]]
