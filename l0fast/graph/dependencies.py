@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from l0fast.graph.capture import is_carrier, layer_size
 from l0fast.graph.liveness import Liveness
@@ -40,13 +38,17 @@ def smallest(classes: Tensor) -> int:
     return int(classes.unique(return_counts=True)[1].min())
 
 
-def _untold(layer: nn.Module) -> nn.Module:
-    """A carrier of whose constants nothing is known: what they are now is no fact of structure."""
-    twin = copy.deepcopy(layer)
-    for value in (twin._parameters.get("bias"), twin._buffers.get("running_mean")):
-        if value is not None:
-            value.detach().fill_(torch.nan)
-    return twin
+Walks = tuple[Walk, Walk]
+"""A walk on which nothing is known of the constants that carriers give: what they are now is no
+fact of structure. And, where constants go into biases, one on which they are: what a carrier makes
+of closed channels is constant, whatever the constant is."""
+
+
+def _again(walks: Walks, writes: Mapping[str, Tensor]) -> Walks:
+    """The walks where some layers have other outputs open (bool [out], by layer)."""
+    untold, told = walks
+    first = untold.again(writes)
+    return first, first if told is untold else told.again(writes)
 
 
 class GateDependencies:
@@ -77,9 +79,7 @@ class GateDependencies:
         """Layer -> [in] its own gates."""
         self.writes: dict[str, Tensor] = {}
         """Layer -> [out] its own gates."""
-        self.carriers = {
-            name: _untold(site.layer) for name, site in sites.items() if is_carrier(site.layer)
-        }
+        self.carriers = {name for name, site in sites.items() if is_carrier(site.layer)}
         for name, site in sites.items():
             self.reads[name], self.writes[name] = (
                 torch.full((units,), self.always) for units in layer_size(site.layer)
@@ -131,21 +131,27 @@ class GateDependencies:
                 several += self.classes[name][own].bincount(minlength=len(several))
         # Where a class of units has several, what each of them does is found apart.
         shared = [n for n in gated if bool((several[self.classes[n]] > 1).any())]
-        zeros = self._zeros(walk, self._shut(gated))
-        alone = {name: self._zeros(walk, self._shut([name])) for name in shared}
-        others = {
-            name: self._zeros(walk, self._shut([n for n in gated if n != name])) for name in shared
-        }
+        own = {name: self.writes[name] < self.always for name in gated}
+        opened = self._opened(walk)
+        shut = _again(opened, {name: ~gates for name, gates in own.items()})
+        zeros = self._zeros(shut)
+        alone, others = (
+            {name: self._zeros(_again(walks, {name: mask(own[name])})) for name in shared}
+            for walks, mask in ((opened, torch.logical_not), (shut, torch.ones_like))
+        )
+        by_class = torch.full_like(walk.classes, self.always)
+        """The only gate of a class's units, of those that are not found apart."""
+        for name in (name for name in gated if name not in shared):
+            by_class[self.classes[name][own[name]]] = self.writes[name][own[name]]
+        gates = {name: self._gates(walk, opened, name) for name in shared}
         readers = [name for name in followed if name in zeros]
-        gates = {name: self._gates(walk, name) for name in gated}
         for name in readers:
             zero, classes = zeros[name], self._arrives(walk, name)
-            all_of, any_of = [self.reads[name]], [torch.full_like(classes, self.never)]
-            for maker in gated:
-                needed, helps = zero & (several[classes] == 1), torch.zeros_like(zero)
-                if maker in shared:
-                    needed |= alone[maker][name]
-                    helps = zero & ~others[maker][name]
+            single = zero & (several[classes] == 1)
+            all_of = [self.reads[name], by_class[classes].masked_fill(~single, self.always)]
+            any_of = [torch.full_like(classes, self.never)]
+            for maker in shared:
+                needed, helps = single | alone[maker][name], zero & ~others[maker][name]
                 gate = gates[maker][name]
                 all_of.append(gate.masked_fill(~needed, self.always))
                 any_of.append(gate.masked_fill(~helps, self.never))
@@ -165,11 +171,7 @@ class GateDependencies:
         assert units is not None
         return walk.classes[units.labels]
 
-    def _shut(self, names: list[str]) -> dict[str, Tensor]:
-        """Layer -> bool [out]: the outputs with gates."""
-        return {name: self.writes[name] < self.always for name in names}
-
-    def _gates(self, walk: Walk, maker: str) -> dict[str, Tensor]:
+    def _gates(self, walk: Walk, opened: Walks, maker: str) -> dict[str, Tensor]:
         """Layer -> [in] the maker's gate that may make each input zero, or `always`."""
         own, classes = self.writes[maker], self.classes[maker]
         if len(classes.unique()) == len(classes):
@@ -181,7 +183,7 @@ class GateDependencies:
         place = torch.arange(1, len(own) + 1)
         for bit in range(len(own).bit_length()):
             half = (own < self.always) & (place >> bit & 1 == 1)
-            for name, zero in self._zeros(walk, {maker: half}).items():
+            for name, zero in self._zeros(_again(opened, {maker: ~half})).items():
                 found[name] += zero.long() << bit
         gates = torch.cat([own.new_tensor([self.always]), own])
         return {name: gates[number.clamp(max=len(own))] for name, number in found.items()}
@@ -194,31 +196,22 @@ class GateDependencies:
             if units is not None and name not in self.carriers and not walk.sites[name].fixed
         ]
 
-    def _zeros(self, walk: Walk, shut: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Layer -> bool [in]: inputs that are zero when some outputs (bool, by layer) are closed,
-        and all others open."""
+    def _opened(self, walk: Walk) -> Walks:
+        told = walk.again({name: torch.ones_like(s.writes) for name, s in walk.sites.items()})
+        folds = any(site.folds for site in walk.sites.values())
+        untold = told.again({}, self.carriers)
+        return untold, told if folds else untold
 
-        def walked(carriers: Mapping[str, nn.Module]) -> Walk:
-            sites = [
-                replace(
-                    site,
-                    layer=carriers.get(name, site.layer),
-                    writes=~shut.get(name, torch.zeros_like(site.writes)),
-                )
-                for name, site in walk.sites.items()
-            ]
-            return Walk(walk.trace, sites)
-
-        closed = walked(self.carriers)
-        # What a carrier makes of closed channels is constant, whatever the constant is.
-        told = walked({}) if any(site.folds for site in walk.sites.values()) else closed
+    def _zeros(self, walks: Walks) -> dict[str, Tensor]:
+        """Layer -> bool [in]: inputs that are zero, or constants that go into the bias."""
+        closed, told = walks
         zeros: dict[str, Tensor] = {}
         for name in self._read(closed):
             units, known = closed.inputs[name], told.inputs[name]
             assert units is not None
             assert known is not None
             zeros[name] = (units.constant == 0) & ~closed.tainted[units.labels]
-            if walk.sites[name].folds:
+            if closed.sites[name].folds:
                 zeros[name] |= ~known.constant.isnan() & ~told.restless[known.labels]
         return zeros
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -86,16 +87,15 @@ class Liveness:
                 live[classes[writes.nonzero()[0]]] = True
         self.live = live
         """bool, by class of units: somebody reads it."""
-        labels = [narrowed(units.labels) for node in walk.values for units in walk.units(node)]
-        self._grids = [
-            walk.classes[grid] for grid in labels if sum(size > 1 for size in grid.shape) > 1
-        ]
-        """Classes of the units of each tensor that has them along several dimensions."""
+        self._known: dict[Node, Tensor] = {}
 
     def _read(self, node: Node) -> Tensor:
         """The units that a node reads."""
-        parts = (u.labels for source in node.all_input_nodes for u in self.walk.units(source))
-        return torch.cat([torch.tensor([STAYS]), *(part.unique() for part in parts)])
+        if node not in self._known:
+            parts = (u.labels for source in node.all_input_nodes for u in self.walk.units(source))
+            found = (narrowed(part).unique() for part in parts)
+            self._known[node] = torch.cat([torch.tensor([STAYS]), *found])
+        return self._known[node]
 
     def _rigid(self, modules: Collection[str] | None) -> list[tuple[Node, Tensor]]:
         """The nodes of some modules (None: of all) that may have sizes written out; their units."""
@@ -132,7 +132,7 @@ class Liveness:
         # What is left of every tensor must be whole slices along each of its dimensions.
         while True:
             before = present.clone()
-            for grid in self._grids:
+            for grid in self.walk.grids:
                 block = torch.ones_like(grid, dtype=torch.bool)
                 for dim in range(grid.dim()):
                     others = [other for other in range(grid.dim()) if other != dim]
@@ -144,9 +144,14 @@ class Liveness:
             if torch.equal(before, present):
                 return present
 
+    @cached_property
+    def _alone(self) -> Tensor:
+        """What is present where no module is rigid."""
+        return self.present()
+
     def shrinking(self) -> list[str]:
         """The modules that view, split or slice tensors which lose units, in the graph's order."""
-        present, classes = self.present(), self.walk.classes
+        present, classes = self._alone, self.walk.classes
         return list(
             dict.fromkeys(
                 self.walk.trace.callers[node]
@@ -157,7 +162,7 @@ class Liveness:
 
     def sizes(self, module: str) -> set[tuple[int, int]]:
         """(before, after) of the sizes that change in what a module views, splits or slices."""
-        present = self.present()
+        present = self._alone
         found: set[tuple[int, int]] = set()
         for node, _ in self._rigid([module]):
             for units in (u for n in (node, *node.all_input_nodes) for u in self.walk.units(n)):

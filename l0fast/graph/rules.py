@@ -18,7 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from l0fast.graph.nodes import argument, op_name, run_on, shape_of
-from l0fast.graph.units import Rule, Ties, Units, narrowed, unknown, varying
+from l0fast.graph.units import Rule, Ties, Units, narrowed, reshaped, unknown, varying
 
 
 def _zeros_only(constant: Tensor) -> Tensor:
@@ -56,10 +56,30 @@ def dropout(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | Non
     return None if argument(node, 2, "train", True) else source
 
 
+_RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::flatten")
+
+
+def _moved(node: Node, of: Mapping[Node, Tensor]) -> Any:
+    """What a node that moves elements makes of other tensors, without a copy of what repeats."""
+    shape, tensors = shape_of(node), list(of.values())
+    if shape is not None and op_name(node) in _RESHAPES:
+        return reshaped(tensors[0], shape)
+    if shape is None or op_name(node) != "aten::cat" or {t.dim() for t in tensors} != {len(shape)}:
+        return run_on(node, of)
+    dim = argument(node, 1, "dim", 0) % len(shape)
+    narrow = [narrowed(tensor) for tensor in tensors]
+    sizes = [max(part.shape[other] for part in narrow) for other in range(len(shape))]
+    parts = (
+        part.expand(*sizes[:dim], tensor.shape[dim], *sizes[dim + 1 :])
+        for part, tensor in zip(narrow, tensors, strict=True)
+    )
+    return run_on(node, dict(zip(of, parts, strict=True))).expand(shape)
+
+
 def move(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | list[Units] | None:
     """Moves elements, takes some or repeats them: done to the labels as to the values."""
-    labels = run_on(node, {source: value.labels for source, value in units.items()})
-    constants = run_on(node, {source: value.constant for source, value in units.items()})
+    labels = _moved(node, {source: value.labels for source, value in units.items()})
+    constants = _moved(node, {source: value.constant for source, value in units.items()})
     if isinstance(labels, Tensor):
         return Units(labels, constants)
     return [Units(*pair) for pair in zip(labels, constants, strict=True)]
@@ -225,6 +245,13 @@ def matmul(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     return Units(_product(first, second, shape, op_name(node), ties), unknown(shape).constant)
 
 
+def _repeated(labels: Tensor, times: int) -> Tensor:
+    """labels.repeat_interleave(times, -3), without a copy of what repeats."""
+    *outer, heads, rows, columns = labels.shape
+    several = labels.unsqueeze(-3).expand(*outer, heads, times, rows, columns)
+    return reshaped(several, (*outer, heads * times, rows, columns))
+
+
 def attention(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     """softmax(q @ k^T + mask) @ v, with heads as a dimension before the last two."""
     query, key, value = (units[source].labels for source in node.args[:3])  # type: ignore[index]
@@ -233,7 +260,7 @@ def attention(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | No
         return None
     if query.shape[-3] != key.shape[-3]:  # enable_gqa
         times = query.shape[-3] // key.shape[-3]
-        key, value = (part.repeat_interleave(times, -3) for part in (key, value))
+        key, value = (_repeated(part, times) for part in (key, value))
     scores = (*shape[:-1], key.shape[-2])
     weights = _product(query, key.transpose(-1, -2), scores, name, ties)
     if mask is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -17,12 +18,42 @@ STAYS = 0
 
 @dataclass(frozen=True)
 class Units:
-    """Who is where in a tensor."""
+    """Who is where in a tensor.
+
+    Both tensors are expanded views: they take memory only along the dimensions where they vary.
+    """
 
     labels: Tensor
     """int64, of the tensor's shape: the unit that each element belongs to."""
     constant: Tensor
     """float64, of the tensor's shape: the value that an element always has, or NaN."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "labels", _expanded(self.labels))
+        object.__setattr__(self, "constant", _expanded(self.constant))
+
+    @cached_property
+    def followed(self) -> bool:
+        """Whether any unit of a layer is in the tensor."""
+        return bool((narrowed(self.labels) != STAYS).any())
+
+    def along(self, dim: int) -> Units | None:
+        """The units along one dimension, as vectors, if they vary along no other."""
+        vectors: list[Tensor] = []
+        for values in (self.labels, self.constant):
+            narrow = narrowed(values)
+            if narrow.numel() != narrow.shape[dim]:
+                return None
+            vectors.append(narrow.flatten().expand(values.shape[dim]))
+        return Units(*vectors)
+
+    def same_as(self, other: Units) -> bool:
+        """Whether the same is known of another tensor."""
+        for mine, its in ((self.labels, other.labels), (self.constant, other.constant)):
+            one, two = narrowed(mine), narrowed(its)
+            if mine.shape != its.shape or one.shape != two.shape or bool(_apart(one, two).any()):
+                return False
+        return True
 
 
 class Ties(Protocol):
@@ -47,21 +78,65 @@ def unknown(shape: Sequence[int]) -> Units:
     )
 
 
-def _equal(first: Tensor, second: Tensor) -> Tensor:
-    return (first == second) | ((first != first) & (second != second))
+def _apart(first: Tensor, second: Tensor) -> Tensor:
+    """Where two tensors differ; NaN counts as equal to NaN."""
+    apart = first != second
+    if first.is_floating_point():
+        apart &= (first == first) | (second == second)
+    return apart
+
+
+def _varies(values: Tensor, dim: int) -> bool:
+    """Whether a tensor is not the same all along one dimension."""
+    first = values.narrow(dim, 0, 1)
+    # Mostly, the first two tell.
+    return any(bool(_apart(first, o).any()) for o in (values.narrow(dim, 1, 1), values))
+
+
+def _without_repeats(values: Tensor) -> Tensor:
+    """The tensor with size 1 along the dimensions that repeat the same memory."""
+    for dim, size in enumerate(values.shape):
+        if size > 1 and values.stride(dim) == 0:
+            values = values.narrow(dim, 0, 1)
+    return values
 
 
 def narrowed(values: Tensor) -> Tensor:
     """The tensor with size 1 wherever it does not vary along a dimension."""
+    values = _without_repeats(values)
     for dim, size in enumerate(values.shape):
-        if size <= 1:
-            continue
-        first = values.narrow(dim, 0, 1)
-        if values.stride(dim) == 0 or bool(_equal(values, first).all()):
-            values = first
+        if size > 1 and not _varies(values, dim):
+            values = values.narrow(dim, 0, 1)
     return values
+
+
+def _expanded(values: Tensor) -> Tensor:
+    """The same tensor as a view that takes memory only along the dimensions where it varies."""
+    stored, narrow = _without_repeats(values), narrowed(values)
+    if narrow.numel() < stored.numel():
+        narrow = narrow.clone()  # a view would keep the memory of all of it
+    return narrow.expand(values.shape)
 
 
 def varying(values: Tensor) -> list[int]:
     """The dimensions along which a tensor varies."""
     return [dim for dim, size in enumerate(narrowed(values).shape) if size > 1]
+
+
+def reshaped(values: Tensor, shape: Sequence[int]) -> Tensor:
+    """values.reshape(shape), where only dimensions along which it varies take memory."""
+    if 0 in shape or math.prod(shape) != values.numel():
+        return values.reshape(shape)
+    narrow, before, after = _without_repeats(values), list(values.shape), list(shape)
+    first, other = 0, 0
+    while first < len(before) and other < len(after):
+        # The next dimensions that hold as many elements before as after.
+        end, stop = first + 1, other + 1
+        while (size := math.prod(before[first:end])) != (into := math.prod(after[other:stop])):
+            end, stop = (end + 1, stop) if size < into else (end, stop + 1)
+        if all(size == 1 for size in narrow.shape[first:end]):
+            after[other:stop] = [1] * (stop - other)
+        else:
+            narrow = narrow.expand(*narrow.shape[:first], *before[first:end], *narrow.shape[end:])
+        first, other = end, stop
+    return narrow.reshape(after).expand(shape)

@@ -5,7 +5,9 @@ A unit is an output of a layer. Batch norms, and convolutions in groups, pass un
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,23 +18,15 @@ from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_norm, kind_of
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 from l0fast.graph.sites import Site
-from l0fast.graph.units import STAYS, Units, narrowed, unknown, varying
+from l0fast.graph.tied import Tied
+from l0fast.graph.units import STAYS, Units, narrowed, unknown
 
 
-def _along(units: Units, dim: int) -> Units | None:
-    """The units along one dimension, as vectors, if they vary along no other."""
-    vectors: list[Tensor] = []
-    for values in (units.labels, units.constant):
-        if any(other != dim for other in varying(values)):
-            return None
-        narrow = narrowed(values)
-        vectors.append(
-            narrow.expand(*narrow.shape[:dim], values.shape[dim], *narrow.shape[dim + 1 :])
-        )
-    return Units(*(vector.flatten() for vector in vectors))
+def _is_grid(narrow: Tensor) -> bool:
+    return sum(size > 1 for size in narrow.shape) > 1
 
 
-class Walk:
+class Walk(Tied):
     """One walk along the graph, and the units that it found.
 
     Args:
@@ -53,13 +47,9 @@ class Walk:
                 self.made[site.name] = torch.arange(total, total + size)
                 makers.append(torch.full((size,), index))
                 total += size
-        self._maker = torch.cat(makers)
-        self._names = list(self.sites)
-        self.tainted = torch.zeros(total, dtype=torch.bool)
-        """Units that are no longer sure to be zero where they were."""
-        self.restless = torch.zeros(total, dtype=torch.bool)
-        """Units that are no longer sure to be the constants that they were."""
-        self.stops: dict[str, list[str]] = {name: [] for name in self.sites}
+        super().__init__(list(self.sites), torch.cat(makers))
+        self.untold: frozenset[str] = frozenset()
+        """Carriers of whose constants nothing is known."""
         self.values: dict[Node, Any] = {}
         """Node -> the units of its tensor, or of several."""
         self.lost: dict[Node, str] = {}
@@ -70,65 +60,83 @@ class Walk:
         """Layer -> the units along its outputs."""
         self.sources: dict[str, str] = {}
         """Layer -> where its inputs come from, if they could not be followed."""
-        self._edges: list[Tensor] = []
-        self._run()
-        self.classes = self._components()
-        """Unit -> the class of units with which it exists or does not."""
+        self._written: dict[Node, tuple[Tensor, Tensor]] = {}
+        """Node that writes in place -> what it adds to `tainted`, and to `restless`."""
+        for node in self.trace.graph.nodes:
+            self._visit(node)
+        self._finish()
+        self.grids = self._grids()
+        """Classes of the units of each tensor that has them along several dimensions."""
 
-    # --- what the rules write down ------------------------------------------------------------
+    def again(self, writes: Mapping[str, Tensor], untold: Collection[str] | None = None) -> Walk:
+        """The same walk with other gates: only what changes by them is followed anew.
 
-    def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
-        first, second = torch.broadcast_tensors(narrowed(first), narrowed(second))
-        pairs = torch.stack([first.flatten(), second.flatten()])
-        pairs = pairs[:, pairs[0] != pairs[1]]
-        if pairs.numel():
-            self._edges.append(pairs.unique(dim=1))
-            for name in self.makers(pairs):
-                if reason not in self.stops[name]:
-                    self.stops[name].append(reason)
+        Args:
+            writes: layer -> bool [out]: outputs that its gates leave open, where they are others.
+            untold: carriers of whose constants nothing is to be known; as before by default.
+        """
+        walk = copy.copy(self)
+        walk.untold = self.untold if untold is None else frozenset(untold)
+        walk._hangs = self._hangs.clone()
+        walk.sites = {
+            name: replace(site, writes=writes[name]) if name in writes else site
+            for name, site in self.sites.items()
+        }
+        for kept in ("values", "lost", "inputs", "outputs", "sources", "_written"):
+            setattr(walk, kept, dict(getattr(self, kept)))
+        walk.stops = {name: list(reasons) for name, reasons in self.stops.items()}
+        changed: set[Node] = set()
+        others = walk.untold ^ self.untold
+        for node in self.trace.graph.nodes:
+            name = self.trace.calls.get(node, "")
+            if (
+                name not in others
+                and changed.isdisjoint(node.all_input_nodes)
+                and (name not in writes or torch.equal(writes[name], self.sites[name].writes))
+            ):
+                continue
+            for found in (walk.values, walk.lost, walk._written):
+                found.pop(node, None)
+            walk._visit(node)
+            before, after = self.units(node), walk.units(node)
+            if len(before) != len(after) or not all(map(Units.same_as, before, after)):
+                changed.add(node)
+        if torch.equal(walk._hangs, self._hangs):
+            walk._hangs = self._hangs  # one copy is enough
+        walk._finish()
+        return walk
 
-    def pin(self, labels: Tensor, reason: str) -> None:
-        self.tie(labels, torch.tensor(STAYS), reason)
+    def _finish(self) -> None:
+        """Sums up what the nodes did."""
+        self.classes = self._hangs = self._least()
+        self.tainted, self.restless = torch.zeros(2, len(self._maker), dtype=torch.bool)
+        """Units that are no longer sure to be zero where they were, and that are no longer sure to
+        be the constants that they were."""
+        for tainted, restless in self._written.values():
+            self.tainted[tainted], self.restless[restless] = True, True
 
-    def makers(self, labels: Tensor) -> list[str]:
-        """The layers that make some units."""
-        found = self._maker[labels.unique()].unique().tolist()
-        return [self._names[index] for index in found if index >= 0]
-
-    def reasons(self, labels: Tensor) -> str:
-        """Why those of some units that must stay do."""
-        pinned = labels[self.classes[labels] == self.classes[STAYS]]
-        stops = [reason for name in self.makers(pinned) for reason in self.stops[name]]
-        return ", ".join(dict.fromkeys(stops))
-
-    def _components(self) -> Tensor:
-        classes = torch.arange(len(self._maker))
-        edges = torch.cat([torch.empty(2, 0, dtype=torch.int64), *self._edges], 1)
-        while True:
-            least = classes[edges].amin(0)
-            following = classes.clone()
-            for end in edges:  # the class's own number takes part, so that classes merge as wholes
-                following.scatter_reduce_(0, classes[end], least, "amin")
-                following.scatter_reduce_(0, end, least, "amin")
-            following = following[following]
-            if torch.equal(following, classes):
-                return classes
-            classes = following
+    def _grids(self) -> list[Tensor]:
+        found: dict[Any, Tensor] = {}
+        for units in (part for node in self.values for part in self.units(node)):
+            labels = narrowed(units.labels)
+            key = labels.data_ptr(), labels.shape, labels.stride()
+            if _is_grid(labels) and key not in found:
+                found[key] = narrowed(self.classes[labels])
+        return [classes for classes in found.values() if _is_grid(classes)]
 
     # --- the walk -----------------------------------------------------------------------------
 
-    def _run(self) -> None:
-        for node in self.trace.graph.nodes:
-            if node in self.trace.calls:
-                self._call(node, self.sites[self.trace.calls[node]])
-            elif node.op == "output":
-                for source in node.all_input_nodes:
-                    self._pin_node(source, "the model's output")
-            elif node.op == "call_function":
-                self._op(node)
-            else:
-                known = node.name in self.trace.inputs
-                self._lose(node, f"the model's input {node.name!r}" if known else "a constant")
+    def _visit(self, node: Node) -> None:
+        if node in self.trace.calls:
+            self._call(node, self.sites[self.trace.calls[node]])
+        elif node.op == "output":
+            for source in node.all_input_nodes:
+                self._pin_node(source, "the model's output")
+        elif node.op == "call_function":
+            self._op(node)
+        else:
+            known = node.name in self.trace.inputs
+            self._lose(node, f"the model's input {node.name!r}" if known else "a constant")
 
     def units(self, node: Node) -> list[Units]:
         """The units of what a node gives: a tensor, or several."""
@@ -156,7 +164,7 @@ class Walk:
         calls = self.trace.counts[site.name]
         if shape is not None and source in self.values:
             dim = 1 if is_norm(site.layer) else len(shape) - 1 - inner
-            units = _along(self.values[source], dim)
+            units = self.values[source].along(dim)
             if units is None:
                 lost = f"{site.name!r}, along another dimension"
                 self._pin_node(source, lost)
@@ -191,7 +199,8 @@ class Walk:
             bias = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
             mean, variance = layer.running_mean.cpu().double(), layer.running_var.cpu().double()
             scale = weight / (variance + layer.eps).sqrt()
-            return units.labels, (units.constant - mean) * scale + bias
+            constant = (units.constant - mean) * scale + bias
+            return units.labels, nothing if site.name in self.untold else constant
         if not is_carrier(layer):
             return self.made[site.name], torch.where(site.writes, nothing, 0.0)
         if units is None:
@@ -201,7 +210,8 @@ class Walk:
         repeats = size // layer.groups
         # Outputs of silent inputs are their biases.
         silent = (units.constant == 0).view(layer.groups, -1).all(1).repeat_interleave(repeats)
-        constant = torch.where(silent, site.bias(), nothing)
+        bias = nothing if layer.bias is not None and site.name in self.untold else site.bias()
+        constant = torch.where(silent, bias, nothing)
         return groups[:, 0].repeat_interleave(repeats), torch.where(site.writes, constant, 0.0)
 
     def _op(self, node: Node) -> None:
@@ -223,23 +233,31 @@ class Walk:
                 self._pin_node(source, name)
             self._lose(node, name)
             if writes_in_place(node):
-                self.tainted[:] = True
+                self._written[node] = torch.arange(len(self._maker)), torch.arange(0)
             return
         self.values[node] = after
-        if not any(bool((part.labels != STAYS).any()) for part in self.units(node)):
+        if not any(part.followed for part in self.units(node)):
             self.lost[node] = self._lost(node)
         if writes_in_place(node):  # other views of the same memory no longer hold what they did
-            before = units[sources[0]]
-            was, now = narrowed(before.constant), narrowed(after.constant)
-            for marks, changed in (
-                (self.tainted, (was == 0) & (now != 0)),
-                (self.restless, (was == was) & (now != was) & self._seen_elsewhere(sources[0])),
-            ):
-                marks[before.labels[changed.expand(before.labels.shape)].unique()] = True
-            if bool((before.labels == STAYS).any()):  # perhaps a view of what was followed
-                zeros = Units(before.labels, torch.zeros_like(before.constant))
-                zero: Any = rule and rule(node, {**units, sources[0]: zeros}, self)
-                self.tainted |= bool((zero.constant != 0).any())
+            self._written[node] = self._changed(node, units, after, rule)
+
+    def _changed(
+        self, node: Node, units: dict[Node, Units], after: Units, rule: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The units whose zeros, and those whose constants, an op has written over."""
+        source = node.all_input_nodes[0]
+        before = units[source]
+        labels, was, now = torch.broadcast_tensors(
+            *(narrowed(values) for values in (before.labels, before.constant, after.constant))
+        )
+        tainted = labels[(was == 0) & (now != 0)]
+        restless = labels[(was == was) & (now != was) & self._seen_elsewhere(source)]
+        if bool((labels == STAYS).any()):  # perhaps a view of what was followed
+            zeros = replace(before, constant=was.new_zeros(()).expand(before.labels.shape))
+            zero: Any = rule(node, {**units, source: zeros}, self)
+            if bool((narrowed(zero.constant) != 0).any()):
+                tainted = torch.arange(len(self._maker))
+        return tainted, restless
 
     def _seen_elsewhere(self, node: Node) -> bool:
         """Whether what is written into a node may be read by another way than from the writer."""
@@ -249,7 +267,7 @@ class Walk:
     def _lost(self, node: Node) -> str:
         """Why an op gives no unit, where none of its inputs has any."""
         sources = node.all_input_nodes
-        if any(bool((part.labels != STAYS).any()) for s in sources for part in self.units(s)):
+        if any(part.followed for source in sources for part in self.units(source)):
             return op_name(node)
         return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
 

@@ -83,8 +83,9 @@ def _tried(
         shapes.expected = shapes.of(draft.model)
         dense = Counts.of(draft.model, shapes.example(), size, full)
     plan = make_plan(draft, structure, shapes.check)
+    widths = widths_left(plan)
     with draft.mode():
-        left = Counts.of(draft.model, shapes.example(), size, widths_left(plan))
+        left = Counts.of(draft.model, shapes.example(), size, widths)
     on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
     dependencies = GateDependencies(on_units, plan.sites, plan.scaled, plan.live, plan.rigid)
     trial = Trial(

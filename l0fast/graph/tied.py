@@ -1,0 +1,67 @@
+"""Which units can only vanish together, and whose they are: what the rules write down."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from l0fast.graph.units import STAYS, narrowed
+
+
+class Tied:
+    """Units in classes.
+
+    Args:
+        names: of the layers.
+        maker: unit -> the number of the layer that makes it, -1 for none.
+    """
+
+    classes: Tensor
+    """Unit -> the class of units with which it exists or does not: the least of them."""
+
+    def __init__(self, names: list[str], maker: Tensor) -> None:
+        self._names, self._maker = names, maker
+        self.stops: dict[str, list[str]] = {name: [] for name in names}
+        """Layer -> why some of its units cannot vanish alone."""
+        self._hangs = torch.arange(len(maker))
+        """Units form trees: each hangs on a lesser unit of its class, the least one on itself."""
+
+    def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
+        first, second = torch.broadcast_tensors(narrowed(first), narrowed(second))
+        apart = first != second
+        if not bool(apart.any()):
+            return
+        pairs = torch.stack([first[apart], second[apart]])
+        for name in self.makers(pairs):
+            if reason not in self.stops[name]:
+                self.stops[name].append(reason)
+        while pairs.numel():
+            roots = self._hangs[pairs]
+            while not torch.equal(roots, above := self._hangs[roots]):
+                roots = above
+            self._hangs[pairs] = roots  # the next search is short
+            pairs = roots[:, roots[0] != roots[1]]
+            least, other = torch.minimum(*pairs), torch.maximum(*pairs)
+            self._hangs.scatter_reduce_(0, other, least, "amin")
+
+    def pin(self, labels: Tensor, reason: str) -> None:
+        self.tie(labels, torch.tensor(STAYS), reason)
+
+    def _least(self) -> Tensor:
+        """Unit -> the least unit of its class."""
+        least = self._hangs
+        while not torch.equal(least, above := least[least]):
+            least = above
+        return least
+
+    def makers(self, labels: Tensor) -> list[str]:
+        """The layers that make some units."""
+        found = torch.zeros(len(self._names) + 1, dtype=torch.bool)
+        found[self._maker[labels]] = True  # -1 is behind the layers
+        return [self._names[index] for index in found[:-1].nonzero().flatten().tolist()]
+
+    def reasons(self, labels: Tensor) -> str:
+        """Why those of some units that must stay do."""
+        pinned = labels[self.classes[labels] == self.classes[STAYS]]
+        stops = [reason for name in self.makers(pinned) for reason in self.stops[name]]
+        return ", ".join(dict.fromkeys(stops))

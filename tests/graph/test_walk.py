@@ -1,0 +1,173 @@
+"""The walk along a graph: its classes, walking again with other gates, and its memory."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from l0fast.graph.capture import Trace, export, is_carrier
+from l0fast.graph.sites import Site, find_sites
+from l0fast.graph.tied import Tied
+from l0fast.graph.units import Units, narrowed, reshaped
+from l0fast.graph.walk import Walk
+from tests.helpers.zoo import ZOO
+
+MODELS = ["vgg", "resnet50", "mobilenet", "resnext", "densenet", "shufflenet", "unet", "vit"]
+
+
+@functools.cache
+def traced(name: str) -> tuple[Trace, dict[str, Site]]:
+    torch.manual_seed(0)
+    build, example = ZOO[name]
+    model = build().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None
+            module.running_mean.normal_()
+            nn.init.normal_(module.bias)
+    args = example()
+    trace = export(model, args if isinstance(args, tuple) else (args,))
+    return trace, find_sites(model, trace, {}, {})
+
+
+def half_closed(sites: dict[str, Site], seed: int) -> dict[str, Tensor]:
+    """Of every other layer that makes units, half of the outputs."""
+    chance = torch.Generator().manual_seed(seed)
+    makers = [name for name, site in sites.items() if not is_carrier(site.layer)]
+    return {
+        name: torch.rand(len(sites[name].writes), generator=chance) < 0.5
+        for name in makers[seed % 2 :: 2]
+    }
+
+
+def untold(layer: nn.Module) -> nn.Module:
+    """A carrier whose constants are all NaN."""
+    twin: Any = copy.deepcopy(layer)
+    for value in (twin._parameters.get("bias"), twin._buffers.get("running_mean")):
+        if value is not None:
+            value.detach().fill_(torch.nan)
+    return twin
+
+
+def assert_alike(one: Walk, other: Walk) -> None:
+    for part in ("classes", "tainted", "restless"):
+        assert torch.equal(getattr(one, part), getattr(other, part)), part
+    assert one.stops == other.stops
+    assert one.sources == other.sources
+    assert one.lost == other.lost
+    assert one.outputs.keys() == other.outputs.keys()
+    assert all(torch.equal(one.outputs[name], other.outputs[name]) for name in one.outputs)
+    assert one.inputs.keys() == other.inputs.keys()
+    for name, units in one.inputs.items():
+        assert (units is None) == (other.inputs[name] is None)
+        assert units is None or units.same_as(other.inputs[name])  # type: ignore[arg-type]
+    for node in one.trace.graph.nodes:
+        mine, theirs = one.units(node), other.units(node)
+        assert len(mine) == len(theirs)
+        assert all(map(Units.same_as, mine, theirs)), node
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_walking_again_finds_what_a_new_walk_does(name: str) -> None:
+    trace, sites = traced(name)
+    first = Walk(trace, sites.values())
+    walk = first
+    for seed in range(3):  # each from where the last one came to
+        writes = half_closed(sites, seed)
+        sites = sites | {layer: replace(sites[layer], writes=writes[layer]) for layer in writes}
+        walk = walk.again(writes)
+        assert_alike(walk, Walk(trace, sites.values()))
+    assert_alike(first, Walk(trace, traced(name)[1].values()))  # it is not changed by it
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_of_carriers_that_are_untold_no_constant_is_known(name: str) -> None:
+    trace, sites = traced(name)
+    carriers = {layer for layer, site in sites.items() if is_carrier(site.layer)}
+    writes = half_closed(sites, 0)
+    twins = [
+        replace(
+            site,
+            layer=untold(site.layer) if site.name in carriers else site.layer,
+            writes=writes.get(site.name, site.writes),
+        )
+        for site in sites.values()
+    ]
+    walk = Walk(trace, sites.values()).again(writes, carriers)
+    assert_alike(walk, Walk(trace, twins))
+    assert_alike(
+        walk.again({layer: sites[layer].writes for layer in writes}, ()),
+        Walk(trace, sites.values()),
+    )
+
+
+@pytest.mark.parametrize("name", [*MODELS, "gpt2", "bert", "llama"])
+def test_tensors_take_memory_only_where_they_vary(name: str) -> None:
+    trace, sites = traced(name)
+    walk = Walk(trace, sites.values())
+    for units in (part for node in walk.values for part in walk.units(node)):
+        for values in (units.labels, units.constant):
+            needed = narrowed(values).numel()
+            sizes = [size for size, step in zip(values.shape, values.stride(), strict=True) if step]
+            assert torch.Size(sizes).numel() == needed
+            assert values.untyped_storage().nbytes() <= 8 * max(needed, len(walk.classes))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_class_is_its_least_unit(seed: int) -> None:
+    torch.manual_seed(seed)
+    size = 200
+    tied = Tied(["a", "b"], torch.arange(size) % 3 - 1)
+    expected = list(range(size))
+    for number in (1, 5, 40, 3, 20):
+        pairs = torch.randint(0, size, (2, number))
+        if number == 40:  # a chain, whose ends come first
+            pairs[0], pairs[1] = torch.arange(60, 100), torch.arange(61, 101)
+            pairs = pairs[:, torch.randperm(40)]
+        tied.tie(pairs[0], pairs[1], "why")
+        for one, other in pairs.T.tolist():
+            low, high = sorted((expected[one], expected[other]))
+            expected = [low if label == high else label for label in expected]
+    assert tied._least().tolist() == expected
+
+
+def test_who_makes_what_is_tied_is_told_why() -> None:
+    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]))
+    tied.tie(torch.tensor([1, 3]), torch.tensor([2, 3]), "first")
+    tied.pin(torch.tensor([0, 4]), "second")
+    tied.pin(torch.tensor([4]), "second")
+    assert tied.stops == {"a": ["first"], "b": [], "c": ["second"]}
+    assert tied._least().tolist() == [0, 1, 1, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("before", "varies", "after"),
+    [
+        ((2, 5, 3, 4), (2, 3), (2, 5, 12)),
+        ((2, 5, 3, 4), (2,), (2, 5, 12)),
+        ((2, 5, 12), (2,), (10, 3, 2, 2)),
+        ((2, 6, 4), (1,), (4, 3, 4)),
+        ((2, 6, 4), (0, 2), (12, 4, 1)),
+        ((1, 6, 1, 4), (1,), (6, 1, 4)),
+        ((6, 4), (), (3, 8)),
+        ((6, 4), (0,), (3, 8)),
+        ((), (), (1, 1)),
+        ((1,), (), ()),
+        ((0, 3), (), (3, 0)),
+    ],
+)
+def test_a_reshape_copies_only_what_varies(
+    before: tuple[int, ...], varies: tuple[int, ...], after: tuple[int, ...]
+) -> None:
+    sizes = [size if dim in varies else 1 for dim, size in enumerate(before)]
+    values = torch.arange(torch.Size(sizes).numel()).view(sizes).expand(before)
+    found = reshaped(values, after)
+    assert torch.equal(found, values.reshape(after))
+    if before[:2] == (2, 5):
+        assert found.stride(0) == 0
