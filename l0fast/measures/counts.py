@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from l0fast.graph.compare import tensors_of
-from l0fast.measures.flops import count_activations, count_macs, count_params
+from l0fast.measures.flops import Ops, count_ops, count_params
 from l0fast.measures.groups import Group
 
 
@@ -19,22 +20,16 @@ def element_size(model: nn.Module) -> int:
     return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
 
 
-def _ops(model: nn.Module, args: tuple[Any, ...]) -> tuple[dict[str, int], dict[str, int]]:
-    return count_macs(model, args), count_activations(model, args)
-
-
-def _without_numbers(
-    model: nn.Module, args: tuple[Any, ...]
-) -> tuple[dict[str, int], dict[str, int]]:
-    """(MACs, activations) by module, of forwards for the shapes alone where the model runs so."""
+def _without_numbers(model: nn.Module, args: tuple[Any, ...]) -> Ops:
+    """The ops of a forward for the shapes alone, where the model runs so."""
     if any(isinstance(p, FakeTensor) for p in (*model.parameters(), *tensors_of(args))):
-        return _ops(model, args)
+        return count_ops(model, args)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
             like = tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, args)
-            return _ops(model, like)
+            return count_ops(model, like)
     except Exception:  # its forward asks for values
-        return _ops(model, args)
+        return count_ops(model, args)
 
 
 @dataclass(frozen=True)
@@ -48,6 +43,8 @@ class Counts:
     """Bytes of what its layers give."""
     widths: dict[str, tuple[int, int]]
     """(inputs, outputs) of each layer that a plan may make smaller."""
+    outputs: list[tuple[torch.Size, torch.dtype]]
+    """Shape and dtype of each tensor that the model gives."""
 
     @classmethod
     def of(
@@ -65,12 +62,13 @@ class Counts:
             size: bytes of a number, which is not that of `model` where it was widened.
             widths: its own.
         """
-        macs, elements = _without_numbers(model, args)
+        ops = _without_numbers(model, args)
         return cls(
             params={name: count_params(module) for name, module in model.named_modules()},
-            macs=macs,
-            memory={name: size * number for name, number in elements.items()},
+            macs=ops.macs,
+            memory={name: size * number for name, number in ops.elements.items()},
             widths=widths,
+            outputs=ops.outputs,
         )
 
     def whole(self) -> dict[str, int]:

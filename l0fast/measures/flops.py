@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from l0fast.graph.calls import evaluating, example_args
+from l0fast.graph.compare import tensors_of
 from l0fast.layers.handle import gated_layers
 
 
@@ -23,43 +24,55 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
 
     Matrix products and convolutions count, as `torch.utils.flop_counter` does.
     """
-    return {name: flops // 2 for name, flops in _counted(model, example_inputs).items()}
+    return count_ops(model, example_args(example_inputs)).macs
 
 
-def count_activations(model: nn.Module, example_inputs: Any) -> dict[str, int]:
-    """Elements that the layers of a model give in one forward on `example_inputs`, by module name
-    ("" is all): the outputs of Linears, convolutions, batch norms and products of matrices.
+class Ops(NamedTuple):
+    """What one forward of a model does; each by module name ("" is all)."""
 
-    Source: Radosavovic et al., 2020 (activations: the size of the output tensors of layers).
-    """
-    from torch.utils.flop_counter import flop_registry
+    macs: dict[str, int]
+    """Multiply-accumulates, see `count_macs`."""
+    elements: dict[str, int]
+    """That its layers give: the outputs of Linears, convolutions, batch norms and products of
+    matrices.
 
-    def elements(*_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
-        return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
-
-    norms = (op for name in BATCH_NORMS if (op := getattr(torch.ops.aten, name, None)))
-    return _counted(model, example_inputs, dict.fromkeys([*flop_registry, *norms], elements))
+    Source: Radosavovic et al., 2020 (activations: the size of the output tensors of layers)."""
+    outputs: list[tuple[torch.Size, torch.dtype]]
+    """Shape and dtype of each tensor that the model gives."""
 
 
 BATCH_NORMS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")
 
 
-def _counted(model: nn.Module, example_inputs: Any, formulas: Any = None) -> dict[str, int]:
-    """What the ops of one forward sum up to, by module name; by default their FLOPs."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode  # it loads Triton
+def _elements(*_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
+    return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
 
+
+def count_ops(model: nn.Module, args: tuple[Any, ...]) -> Ops:
+    """Counts what one forward of `model` on `args` does."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode, flop_registry  # it loads Triton
+
+    norms = (op for name in BATCH_NORMS if (op := getattr(torch.ops.aten, name, None)))
+    formulas: dict[Any, Any] = dict.fromkeys([*flop_registry, *norms], _elements)
+    flops = FlopCounterMode(display=False)
+    elements = FlopCounterMode(display=False, custom_mapping=formulas)
     fused = torch.backends.mha.get_fastpath_enabled()
-    names = {id(module): name for name, module in model.named_modules()}
-    root = type(model).__name__
-    counter = FlopCounterMode(display=False, custom_mapping=formulas)
     try:
         # Attention in one fused op would count for nothing.
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), counter:
-            model(*example_args(example_inputs))
+        with evaluating(model), sdpa_kernel(SDPBackend.MATH), flops, elements:
+            given = tensors_of(model(*args))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-    counts = counter.get_flop_counts()
+    macs = {name: count // 2 for name, count in _by_module(flops, model).items()}
+    shapes = [(tensor.shape, tensor.dtype) for tensor in given]
+    return Ops(macs, _by_module(elements, model), shapes)
+
+
+def _by_module(counter: Any, model: nn.Module) -> dict[str, int]:
+    """What a counter has summed up, by module name."""
+    counts, root = counter.get_flop_counts(), type(model).__name__
+    names = {id(module): name for name, module in model.named_modules()}
     found = {name: sum(counts.get(f"{root}.{name}", {}).values()) for name in names.values()}
     return found | {"": counter.get_total_flops()}

@@ -34,7 +34,7 @@ from l0fast.pruning.report import attach_report
 from l0fast.pruning.reporting import Facts, make_report
 from l0fast.pruning.stopwatch import whole_seconds
 from l0fast.pruning.timing import with_table
-from l0fast.pruning.trial import tried, widths_left
+from l0fast.pruning.trial import known_dense, tried, widths_left
 
 Targets = dict[str, tuple[Group, Asked]]
 
@@ -204,7 +204,7 @@ def prune(
         proof = Proof(model, values, args)
         structure = structure_of(model, args)
         draft = new_draft(model, values, structure)
-        dense = Counts.of(draft.model, args, size, {})
+        dense = known_dense(model, structure) or Counts.of(draft.model, args, size, {})
         plan = make_plan(draft, structure, proof.check)
         left = Counts.of(draft.model, args, size, widths_left(plan))
         spent: dict[str, float] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from l0fast.graph.calls import evaluating
 from l0fast.graph.capture import is_site, layer_size
-from l0fast.graph.compare import tensors_of
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
@@ -44,48 +43,30 @@ def half_closed(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
     return {name: kept[owner] for name, owner in gate_owners(layers).items()}
 
 
-class _Shapes:
-    """Runs drafts for the shapes of what they give alone."""
-
-    def __init__(self, args: tuple[Any, ...], fake: FakeTensorMode | None) -> None:
-        self.args, self.fake = args, fake
-        self.expected: list[Any] = []
-
-    def example(self) -> tuple[Any, ...]:
-        """The example, or fake tensors like it."""
-        fake = self.fake
-        if fake is None:
-            return copy.deepcopy(self.args)
-        return tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, self.args)
-
-    def of(self, model: nn.Module) -> list[Any]:
-        """Shapes and dtypes of what a model gives."""
-        with evaluating(model):
-            return [(one.shape, one.dtype) for one in tensors_of(model(*self.example()))]
-
-    def check(self, draft: Draft) -> tuple[float, str]:
-        """What make_plan asks of a draft: here, that it gives tensors of the same shapes."""
-        with draft.mode():
-            same = self.of(draft.model) == self.expected
-        return 0.0, "" if same else "its outputs have other shapes"
-
-
 def _tried(
     model: nn.Module, structure: Structure, args: tuple[Any, ...], fake: FakeTensorMode | None
 ) -> tuple[Trial, Plan]:
     layers = gates(model).layers
     values = GateValues(layers, half_closed(layers), fully_open=True)
-    shapes = _Shapes(args, fake)
     draft = new_draft(model, values, structure, fake)
     size = element_size(model)
     full = {name: layer_size(m) for name, m in model.named_modules() if is_site(m)}
-    with draft.mode():
-        shapes.expected = shapes.of(draft.model)
-        dense = Counts.of(draft.model, shapes.example(), size, full)
-    plan = make_plan(draft, structure, shapes.check)
-    widths = widths_left(plan)
-    with draft.mode():
-        left = Counts.of(draft.model, shapes.example(), size, widths)
+
+    def counted(widths: dict[str, tuple[int, int]]) -> Counts:
+        with draft.mode():
+            own = copy.deepcopy(args) if fake is None else _fake_like(args, fake)
+            return Counts.of(draft.model, own, size, widths)
+
+    dense = counted(full)
+    left = dense
+
+    def check(_: Draft) -> tuple[float, str]:
+        nonlocal left
+        left = counted({})
+        same = left.outputs == dense.outputs
+        return 0.0, "" if same else "its outputs have other shapes"
+
+    plan = make_plan(draft, structure, check)
     on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
     dependencies = GateDependencies(on_units, plan.sites, plan.scaled, plan.live, plan.rigid)
     trial = Trial(
@@ -96,10 +77,14 @@ def _tried(
         dependencies=dependencies,
         kept=values.kept,
         dense=dense,
-        left=left,
+        left=replace(left, widths=widths_left(plan)),
         element_size=size,
     )
     return trial, plan
+
+
+def _fake_like(args: tuple[Any, ...], fake: FakeTensorMode) -> tuple[Any, ...]:
+    return tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, args)
 
 
 def tried(model: nn.Module, args: tuple[Any, ...]) -> tuple[Trial, Plan]:
@@ -118,3 +103,9 @@ def tried(model: nn.Module, args: tuple[Any, ...]) -> tuple[Trial, Plan]:
         except Exception:  # its forward asks for values
             handle.trial = _tried(model, structure, args, None)
     return handle.trial
+
+
+def known_dense(model: nn.Module, structure: Structure) -> Counts | None:
+    """What a trial has counted of the dense model, if there was one."""
+    found = gates(model).trial
+    return found[0].dense if found is not None and found[0].structure is structure else None

@@ -27,7 +27,7 @@ from l0fast.skipping.skip import MULTIPLE, Skipping
 
 SLACK = 100.0
 """Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""
-DRAWS = 6
+DRAWS = 3
 
 
 def skip_closed(model: nn.Module, inputs: Any, options: Any) -> None:

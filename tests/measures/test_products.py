@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from l0fast import DensityConstraint, prune, sparsify_
 from l0fast.layers.handle import gated_layers
 from l0fast.measures import products
-from l0fast.measures.flops import count_activations
+from l0fast.measures.flops import count_ops
 from l0fast.measures.measure import SIZES
 from tests.helpers.zoo import ZOO
 
@@ -152,6 +152,6 @@ def test_what_is_not_reckoned_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
 def test_activations_are_what_layers_and_products_give() -> None:
     first = (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     net = nn.Sequential(*first, nn.Flatten(), nn.Linear(36, 3))
-    counts = count_activations(net, torch.randn(2, 2, 5, 5))
+    counts = count_ops(net, (torch.randn(2, 2, 5, 5),)).elements
     assert counts == {"": 2 * (36 + 36 + 3), "0": 72, "1": 72, "2": 0, "3": 0, "4": 6}
     assert net.training
