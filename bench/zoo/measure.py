@@ -30,6 +30,7 @@ from l0fast.graph.capture import is_carrier
 from l0fast.graph.compare import relative_error, tensors_of
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.precision import widened
+from l0fast.pruning.report import Report
 
 PROBES = 16
 """How many inputs and weights tell which parameters are dead with the gates as they are."""
@@ -132,7 +133,7 @@ def influential(model: nn.Module, entry: Entry, probes: int) -> dict[str, Tensor
     return found
 
 
-def _left_out(report: dict[str, Any], model: nn.Module, name: str, shape: torch.Size) -> Any:
+def _left_out(report: Report, model: nn.Module, name: str, shape: torch.Size) -> Any:
     """Two bool tensors of a parameter's shape: gone, and left out by a gather or scatter."""
     gone = torch.zeros(shape, dtype=torch.bool)
     gathered = gone.clone()
@@ -193,13 +194,14 @@ def _time(result: Result, dense: nn.Module, small: nn.Module, args: tuple[Any, .
     result.speedup = paired_ratios(samples["dense"], samples["pruned"]).p50
 
 
-def _read_report(result: Result, report: dict[str, Any]) -> None:
+def _read_report(result: Result, report: Report) -> None:
     status = Counter(site["status"] for site in report.sites)
     result.removed, result.compacted, result.kept = (
         status[word] for word in ("removed", "compacted", "kept")
     )
     result.tier, result.notes = report.tier, report.notes
-    result.params, result.macs = tuple(report.params), tuple(report.macs)
+    result.params = report.params[0], report.params[1]
+    result.macs = report.macs[0], report.macs[1]
     for site in report.sites:
         if site["status"] != "removed":
             result.not_removed.setdefault(site["reason"], []).append(site["name"])

@@ -258,7 +258,7 @@ class Gated(Drawn):
         else:
             weight = self._mask_inputs(weight, z)
         dense.weight = nn.Parameter(weight, self.weight.requires_grad)
-        if self.bias is not None and (dtype is not None or self.gates == "output"):
+        if self.bias is not None and bias is not None and (dtype or self.gates == "output"):
             dense.bias = nn.Parameter(bias, self.bias.requires_grad)
         return dense
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ def with_log_alpha(layers: Mapping[str, Gated], values: Mapping[str, Tensor]) ->
         id(layers[name].log_alpha): nn.Parameter(value, layers[name].log_alpha.requires_grad)
         for name, value in values.items()
     }
-    before = [
+    before: list[tuple[Any, nn.Parameter]] = [
         (layer, layer.log_alpha) for layer in layers.values() if id(layer.log_alpha) in others
     ]
     try:

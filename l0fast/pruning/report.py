@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from l0fast import _checks
 from l0fast._tables import aligned
 from l0fast.layers.handle import handle_of
 from l0fast.measures.amounts import words
@@ -95,6 +96,18 @@ def report_of(model: nn.Module) -> Report | None:
         if isinstance(found, Report):
             return found
     return None
+
+
+def required_report(small: nn.Module) -> Report:
+    """The same, of a model that must have one.
+
+    Raises:
+        ValueError: it has none.
+    """
+    report = report_of(small)
+    if report is None:
+        _checks.refuse("small", type(small).__name__, "a model that prune returned")
+    return report
 
 
 def attach_report(model: nn.Module, report: Report) -> None:

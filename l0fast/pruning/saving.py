@@ -18,7 +18,7 @@ from l0fast._files import write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
 from l0fast.graph.capture import is_site, layer_size
 from l0fast.pruning.edits import AttributePatch, Edit, apply
-from l0fast.pruning.report import Report, attach_report, report_of
+from l0fast.pruning.report import Report, attach_report, required_report
 
 KEY = "l0fast"
 """The metadata's entry."""
@@ -41,9 +41,7 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: the model is not pruned, holds state that is no tensor, or there is no folder.
     """
-    report = report_of(small)
-    if report is None:
-        _checks.refuse("small", type(small).__name__, "a model that prune returned")
+    report = required_report(small)
     path = Path(path)
     if not path.parent.is_dir():
         _checks.refuse("path", str(path), f"a file in a folder that exists, not {path.parent}")

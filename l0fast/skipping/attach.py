@@ -211,7 +211,9 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
     except Exception as problem:
         trace, failure = None, _in_words(problem)
     # A model may reshape to sizes that it has written out: the second time units stop there.
-    for views in (True, False) if trace is not None else ():
+    for views in (True, False):
+        if trace is None:
+            break
         try:
             links = find_links(model, trace, views)
             error = _error(model, args, links) if links else 0.0

@@ -22,7 +22,7 @@ from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.prune import prune
-from l0fast.pruning.report import report_of
+from l0fast.pruning.report import required_report
 from l0fast.training.arguments import check_arguments, json_facts
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
@@ -228,7 +228,7 @@ class Trainer:
         else:
             self.pruned = prune(model, self.example_inputs, self.term)
             error = error_percent(self.pruned, self.data.test)
-            report = report_of(self.pruned)
+            report = required_report(self.pruned)
             outcome = outcome_of_pruned(report, self.settings, self.history, epoch, error)
         graph = self._steps.status
         summary = summarise(self.identity, self.settings, self.state, epoch, outcome, graph)

@@ -260,7 +260,7 @@ def test_the_count_of_a_step_is_not_computed_again(gates: str) -> None:
     layers = list(gated_layers(model).values())
     model(example())
     alone = L0Linear(6, 4)
-    gates(alone)  # as a constraint on it does
+    handle.gates(alone)  # as a constraint on it does
     alone(torch.ones(1, 6))
     for group in (layers, [alone]):
         with Count() as count:
