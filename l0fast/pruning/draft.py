@@ -106,7 +106,8 @@ class Draft:
             constants: by layer, see `edits.edited`.
         """
         self.undo()
-        self._constants = constants or {}
+        # Constants change no shape.
+        self._constants = constants or {} if self._fake is None else {}
         self._edits = dict.fromkeys(self.values.layers)
         self._edits.update((edit.name, edit) for edit in edits)
         for patch in patches:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.helpers.draws import compact
 from l0fast import (
     AugmentedLagrangian,
     Constraints,
@@ -382,7 +383,7 @@ def test_closed_units_are_skipped() -> None:
         model(X.double()).square().sum().backward()
         if skip:
             layer: Any = gated_layers(model)["fc2"]
-            assert len(layer._compact.cols) == int(opened(model)["fc2"].sum())
+            assert len(compact(layer).cols) == int(opened(model)["fc2"].sum())
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
