@@ -165,9 +165,10 @@ class Drawn:
     def _given(self) -> Tensor | None:
         """The gates that a model's draw has for this call, or None."""
         for board, place in self._places:
-            z = board.latest.z[place]
-            if z is not None and in_force(board.latest):
-                return z
+            if in_force(board.latest):
+                z = board.latest.z[place]
+                if z is not None:
+                    return z
         return None
 
     def _compact_here(self) -> Compact | OnDevice | None:

@@ -398,7 +398,7 @@ def test_the_default_dtype_does_not_matter() -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_a_replica_is_refused(training: bool) -> None:
-    """nn.DataParallel calls shallow copies, of which a layer's own forward knows nothing."""
+    """nn.DataParallel calls shallow copies, which are not told what a step leaves out."""
     skipped, masked, x = pair()
     replica: Any = skipped.train(training)._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match=r"^skip: got a replica made by nn.DataParallel; exp"):
