@@ -438,6 +438,8 @@ def test_autocast_with_a_constraint() -> None:
         assert (half - exact).norm() < 0.05 * exact.norm()
 
 
+# torch.compile looks at the draw's tensors, and hides this warning only where it is no error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("gates", ["auto", "weight"])
 def test_compile_traces_a_model_once_for_all_steps(gates: str, training: bool) -> None:
@@ -464,6 +466,8 @@ def test_compile_traces_a_model_once_for_all_steps(gates: str, training: bool) -
             constraint.step()
 
 
+# torch.compile looks at the draw's tensors, and hides this warning only where it is no error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_loss_and_a_constraint_may_go_backward_apart() -> None:
     model, x = gated(), example()
     constraint = DensityConstraint(model, 0.5)
