@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def example_args(example_inputs: Any) -> tuple[Any, ...]:
@@ -31,15 +31,36 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
+def own_buffers(model: nn.Module, dtype: torch.dtype | None = None) -> Generator[None]:
+    """Gives a model copies of its buffers, so that a forward cannot change its own; those of
+    floating dtypes in `dtype`, if one is named."""
+    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
+    copies: dict[int, Tensor] = {}
+    try:
+        for owned, buffers in before:
+            for key, value in buffers.items():
+                if value is None:
+                    continue
+                if id(value) not in copies:
+                    wide = dtype is not None and value.is_floating_point()
+                    copies[id(value)] = value.to(dtype, copy=True) if wide else value.clone()
+                owned[key] = copies[id(value)]
+        yield
+    finally:
+        for owned, buffers in before:
+            owned.update(buffers)
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Generator[None, None, None]:
     """Puts the model into evaluation, without autograd, and every module back after it.
 
-    Back are also plain attributes that a forward has set, such as a cache or a counter.
+    Back are also buffers, and plain attributes that a forward has set, such as a cache.
     """
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), own_buffers(model):
             yield
     finally:
         for module, attributes in before:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_map
 
+from l0fast.graph.calls import own_buffers
+
 Maker = Callable[[torch.dtype | None], nn.Module]
 """Makes a layer anew in a dtype."""
 
@@ -105,27 +107,6 @@ class _Swap:
         for owned, own in reversed(self._own):
             owned.update(own)
         self._own, self._depth = [], 0
-
-
-@contextmanager
-def own_buffers(model: nn.Module, dtype: torch.dtype | None) -> Generator[None]:
-    """Gives a model copies of its buffers, so that a forward cannot change its own; those of
-    floating dtypes in `dtype`, if one is named."""
-    before = [(module._buffers, dict(module._buffers)) for module in model.modules()]
-    copies: dict[int, Tensor] = {}
-    try:
-        for owned, buffers in before:
-            for key, value in buffers.items():
-                if value is None:
-                    continue
-                if id(value) not in copies:
-                    wide = dtype is not None and value.is_floating_point()
-                    copies[id(value)] = value.to(dtype, copy=True) if wide else value.clone()
-                owned[key] = copies[id(value)]
-        yield
-    finally:
-        for owned, buffers in before:
-            owned.update(buffers)
 
 
 @contextmanager

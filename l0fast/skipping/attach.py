@@ -157,7 +157,6 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
     """
     layers, worst = _gates_of(model).layers, 0.0
     devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     with torch.random.fork_rng(devices=list(devices)), evaluating(model):
         for layer in layers.values():
             layer.training = True
@@ -179,9 +178,6 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
             stop_skipping(model)
             for layer in layers.values():
                 layer._forget_draws()  # they were of other gates
-            for buffer, before in buffers:  # a model may count its calls
-                if not torch.equal(buffer, before):
-                    buffer.copy_(before)
     return worst
 
 

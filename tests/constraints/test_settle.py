@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.helpers.draws import compact
 from l0fast import (
     AugmentedLagrangian,
     Constraints,
@@ -43,6 +42,7 @@ from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.folder import UNSETTLED
 from tests.helpers.capture import Stand
+from tests.helpers.draws import compact
 from tests.helpers.plain_models import READERS, NormedStream
 from tests.helpers.runs import quick, small_lenet5, small_mlp, trainer
 from tests.helpers.same_run import Stop, assert_same_run
