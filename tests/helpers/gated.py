@@ -14,7 +14,7 @@ from tests.helpers.plain_models import Net, mlp
 
 def gated(**options: Any) -> Any:
     """4 gates on outputs of 19 parameters, 36 on inputs of 6, and 18 on single weights."""
-    model = sparsify_(Net(2, 5, 4, 6), include=["conv", "fc1"], **options)
+    model = sparsify_(Net(), include=["conv", "fc1"], **options)
     return sparsify_(model, gates="weight", **options)
 
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -26,13 +27,26 @@ from l0fast.layers.draw import expected_open
 from l0fast.layers.handle import attach_draw, detach, gated_layers
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
-from tests.helpers.plain_models import Net
+
+
+def net() -> nn.Sequential:
+    """[N, 2, 6, 6] -> [N, 3]: gates on 6 channels, 96 inputs and 8 inputs."""
+    return nn.Sequential(
+        OrderedDict(
+            conv=nn.Conv2d(2, 6, 3),
+            relu1=nn.ReLU(),
+            flatten=nn.Flatten(),
+            fc1=nn.Linear(96, 8),
+            relu2=nn.ReLU(),
+            fc2=nn.Linear(8, 3),
+        )
+    )
 
 
 def gated(model: nn.Module | None = None, **options: Any) -> Any:
     """A model with gates, half of them closed at a time."""
     options.setdefault("density_init", 0.5)
-    return sparsify_(model or Net(2, 6, 6, 8), **options)
+    return sparsify_(model or net(), **options)
 
 
 def example() -> Tensor:
@@ -352,7 +366,7 @@ def test_copies_and_pickles_draw_for_themselves(
 
 
 def test_state_dicts_go_from_and_into_the_dense_model() -> None:
-    dense, model = Net(2, 6, 6, 8), gated(gates="weight")
+    dense, model = net(), gated(gates="weight")
     kept = model.fc1.log_alpha.detach().clone()
     assert model.load_state_dict(dense.state_dict()) == ([], [])
     assert torch.equal(model.fc1.weight, dense.fc1.weight)  # type: ignore[arg-type]
@@ -380,7 +394,7 @@ class Checkpointed(nn.Module):
     [("batch", "auto"), ("batch", "output"), ("batch", "weight"), ("example", "auto")],
 )
 def test_activation_checkpointing_replays_the_same_gates(noise: str, gates: str) -> None:
-    model = gated(Checkpointed(Net(2, 6, 6, 8)), gates=gates, noise=noise)
+    model = gated(Checkpointed(net()), gates=gates, noise=noise)
     constraint = DensityConstraint(model, 0.5)
     constraint.multiplier.fill_(1.0)
     x = example()
@@ -408,7 +422,7 @@ def test_a_checkpointed_model_draws_again_what_it_drew() -> None:
 
 
 def test_checkpoints_of_two_forwards_are_refused_rather_than_confused() -> None:
-    model = gated(Checkpointed(Net(2, 6, 6, 8)))
+    model = gated(Checkpointed(net()))
     model(example())  # thrown away: it waits for no backward
     model(example()).sum().backward()
     model(example()).sum().backward()

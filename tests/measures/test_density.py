@@ -90,7 +90,7 @@ def test_the_published_architectures_count_as_published() -> None:
 
 
 def test_macs_follow_the_example_and_leave_the_model_as_it_was() -> None:
-    model = Net(2, 5, 4, 6)
+    model = Net()
     model.fc1.eval()
     x = torch.randn(3, 2, 5, 5)
     one, three = count_macs(model, x[:1]), count_macs(model, (x, 2.0))
