@@ -103,7 +103,7 @@ class GateDependencies:
         }
         """Layer -> the ways to the inputs that it computes with."""
         self.classes = {name: torch.full_like(own, STAYS) for name, own in self.writes.items()}
-        """Layer -> the class of each output; STAYS where it does not hang on who reads it."""
+        """Layer -> the class of each output; STAYS where it does not depend on who reads it."""
         self.viewed = torch.ones(1, dtype=torch.bool)
         """bool, by class: its units are there, if only as zeros, whoever reads them."""
         self._readers = torch.zeros(0, 3).long()

@@ -15,7 +15,7 @@ from l0fast.graph.sites import without_gates
 from l0fast.layers.handle import gates
 
 _OF_GATES = {"gates", "noise", "units", "settled", "training"}
-"""Attributes of layers that a plain model's structure does not hang on."""
+"""Attributes of layers that do not change a plain model's structure."""
 
 Fingerprint = tuple[Any, ...]
 
@@ -41,7 +41,7 @@ def _form(leaf: object) -> Any:
 
 
 def fingerprint(model: nn.Module, args: tuple[Any, ...]) -> Fingerprint:
-    """What a model's graph hangs on: its modules with their plain attributes and the shapes of
+    """What decides a model's graph: its modules with their plain attributes and the shapes of
     their tensors, and the shapes of the example. Gates and the values of weights do not count."""
     leaves, form = tree_flatten(args)
     modules = tuple(_module_print(name, module) for name, module in model.named_modules())

@@ -251,7 +251,7 @@ def make_plan(draft: Draft, structure: Structure, check: Check) -> Plan:
     """The furthest-reaching plan that holds; the draft is left as it says.
 
     Tried in turn: layers merged with their neighbours; merged, with the shapes kept in modules
-    where a size is written out that no patch of an attribute mends; with the shapes kept in all;
+    where a size is written out that no attribute patch fixes; with the shapes kept in all;
     each layer by itself. Where even that fails, the layers at fault stay full, and again from the
     start.
 
