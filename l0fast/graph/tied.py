@@ -23,8 +23,8 @@ class Tied:
         self._names, self._maker = names, maker
         self.stops: dict[str, list[str]] = {name: [] for name in names}
         """Layer -> why some of its units cannot vanish alone."""
-        self._hangs = torch.arange(len(maker))
-        """Units form trees: the parent of each is a lesser unit of its class, that of the least is itself."""
+        self._parent = torch.arange(len(maker))
+        """Units form trees: the parent of each is a lesser unit of its class; the least is its own."""
 
     def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
         first, second = torch.broadcast_tensors(narrowed(first), narrowed(second))
@@ -36,20 +36,20 @@ class Tied:
             if reason not in self.stops[name]:
                 self.stops[name].append(reason)
         while pairs.numel():
-            roots = self._hangs[pairs]
-            while not torch.equal(roots, above := self._hangs[roots]):
+            roots = self._parent[pairs]
+            while not torch.equal(roots, above := self._parent[roots]):
                 roots = above
-            self._hangs[pairs] = roots  # the next search is short
+            self._parent[pairs] = roots  # the next search is short
             pairs = roots[:, roots[0] != roots[1]]
             least, other = torch.minimum(*pairs), torch.maximum(*pairs)
-            self._hangs.scatter_reduce_(0, other, least, "amin")
+            self._parent.scatter_reduce_(0, other, least, "amin")
 
     def pin(self, labels: Tensor, reason: str) -> None:
         self.tie(labels, torch.tensor(STAYS), reason)
 
     def _least(self) -> Tensor:
         """Unit -> the least unit of its class."""
-        least = self._hangs
+        least = self._parent
         while not torch.equal(least, above := least[least]):
             least = above
         return least
