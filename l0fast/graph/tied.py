@@ -24,7 +24,7 @@ class Tied:
         self.stops: dict[str, list[str]] = {name: [] for name in names}
         """Layer -> why some of its units cannot vanish alone."""
         self._parent = torch.arange(len(maker))
-        """Units form trees: the parent of each is a lesser unit of its class; the least is its own."""
+        """Units form trees: a parent is a lesser unit of the class, or the unit itself."""
 
     def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
         first, second = torch.broadcast_tensors(narrowed(first), narrowed(second))
