@@ -25,12 +25,17 @@ def net() -> nn.Sequential:
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(1))
 
 
-def gated(**options: Any) -> nn.Module:
+def gated(**options: Any) -> Any:
     model = sparsify_(net(), example_inputs=X, **options)
     with torch.no_grad():
         for layer in gated_layers(model).values():
             layer.log_alpha.fill_(9.0)
     return model
+
+
+def report_of(*args: Any, **options: Any) -> Any:
+    """What `prune` reports."""
+    return prune(*args, **options).report
 
 
 def ours(model: nn.Module) -> dict[str, set[str]]:
@@ -89,13 +94,13 @@ def test_a_constraint_that_is_deleted_is_gone() -> None:
     model = gated()
     first = DensityConstraint(model, 0.3)
     assert gates(model).constraints == (first,)
-    assert prune(model, X).report.density <= 0.3
+    assert report_of(model, X).density <= 0.3
     seen = weakref.ref(first)
     del first
     gc.collect()
     assert seen() is None
     assert gates(model).constraints == ()
-    assert prune(model, X).report.density == 1.0
+    assert report_of(model, X).density == 1.0
     second = DensityConstraint(model, {"0": 0.5})
     with pytest.warns(UserWarning, match="^settle: "):
         second.settle()  # there is no other target any more
@@ -115,12 +120,12 @@ def test_a_constraint_that_lives_keeps_another_from_settling() -> None:
 def test_prune_holds_the_constraint_that_is_named() -> None:
     model = gated()
     loose, tight = DensityConstraint(model, 0.8), DensityConstraint(model, {"2": 0.25})
-    kept = {site["name"]: site["gates_open"] for site in prune(model, X, loose).report.sites}
+    kept = {site["name"]: site["gates_open"] for site in report_of(model, X, loose).sites}
     assert kept["2"] > 3
-    both = prune(model, X).report
+    both = report_of(model, X)
     assert both.density <= 0.8
     assert {site["name"]: site["gates_open"] for site in both.sites}["2"] == 3
-    named = prune(model, X, target=tight).report
+    named = report_of(model, X, target=tight)
     assert list(named.groups) == ["2"]
     with pytest.raises(
         ValueError, match=r"^target: got 'DensityConstraint'; expected a constraint"
@@ -128,7 +133,7 @@ def test_prune_holds_the_constraint_that_is_named() -> None:
         prune(gated(include="0"), X, target=loose)
     with pytest.raises(ValueError, match=r"^measure: got 'macs'; expected a target beside it"):
         prune(model, X, target=tight, measure="macs")
-    assert prune(model, X, L0Penalty(model, 0.1)).report.groups == {}
+    assert report_of(model, X, L0Penalty(model, 0.1)).groups == {}
 
 
 def test_copies_have_handles_of_their_own() -> None:
@@ -138,7 +143,7 @@ def test_copies_have_handles_of_their_own() -> None:
     assert gates(twin) is not gates(model)
     assert gates(twin).structure is gates(model).structure
     assert all(layer is twin.get_submodule(n) for n, layer in gates(twin).layers.items())
-    assert prune(twin, X).report.density <= 0.4  # as long as the constraint lives
+    assert report_of(twin, X).density <= 0.4  # as long as the constraint lives
     again: Any = pickle.loads(pickle.dumps(model))
     assert gates(again).constraints == ()
     assert len(gates(again).skipping.links) == len(gates(model).skipping.links)
@@ -149,7 +154,7 @@ def test_copies_have_handles_of_their_own() -> None:
     del constraint
     both: Any = copy.deepcopy((model, DensityConstraint(model, 0.2)))
     assert gates(both[0]).constraints[-1] is both[1]
-    assert prune(both[0], X).report.density <= 0.2
+    assert report_of(both[0], X).density <= 0.2
 
 
 def test_a_model_is_freed_without_the_collector() -> None:
