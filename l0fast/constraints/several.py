@@ -98,6 +98,10 @@ class Constraints(Asking, nn.Module):
         """Name -> gated layer of the model."""
         return self._terms[0].layers
 
+    def parts(self) -> list[Asking]:
+        """The constraints."""
+        return [*self._terms]
+
     def asked(self) -> dict[str, tuple[Group, Asked]]:
         """What each target is about, and the target."""
         found = [one for term in self._terms for one in term.asked().values()]

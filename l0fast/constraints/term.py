@@ -64,7 +64,7 @@ class DensityTerm(Asking, nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.handle.add_constraint(self)  # that of a model which was copied with it
+        self.handle.add_constraint(self)  # the model was copied with it
 
     @property
     def settled(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
@@ -51,20 +52,37 @@ def own_buffers(model: nn.Module, dtype: torch.dtype | None = None) -> Generator
             owned.update(buffers)
 
 
+MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
+"""Attributes that every module has."""
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """What the lists, dicts and sets that a module keeps hold now."""
+    return {
+        key: copy.copy(value)
+        for key, value in vars(module).items()
+        if key not in MODULE_ATTRIBUTES and type(value) in (list, dict, set)
+    }
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None, None, None]:
     """Puts the model into evaluation, without autograd, and every module back after it.
 
-    Back are also buffers, and plain attributes that a forward has set, such as a cache.
+    Back are also buffers, attributes that a forward has set, and the contents of lists, dicts and
+    sets that a module keeps, such as a cache.
     """
-    before = [(module, dict(vars(module))) for module in model.modules()]
+    before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     try:
         model.eval()
         with torch.no_grad(), own_buffers(model):
             yield
     finally:
-        for module, attributes in before:
+        for module, attributes, contents in before:
             now = vars(module)
             for key in [key for key in now if key not in attributes]:
                 del now[key]
             now.update(attributes)
+            for key, content in contents.items():
+                now[key].clear()
+                (now[key].extend if isinstance(content, list) else now[key].update)(content)

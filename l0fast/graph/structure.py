@@ -20,11 +20,17 @@ _OF_GATES = {"gates", "noise", "units", "settled", "training"}
 Fingerprint = tuple[Any, ...]
 
 
+def _is_plain(value: object) -> bool:
+    if type(value) is tuple:
+        return all(map(_is_plain, value))
+    return type(value) in (int, str, bool)
+
+
 def _module_print(name: str, module: nn.Module) -> Fingerprint:
     plain = tuple(
         (key, value)
         for key, value in vars(module).items()
-        if type(value) in (int, str, bool) and key not in _OF_GATES
+        if _is_plain(value) and key not in _OF_GATES
     )
     tensors = tuple(
         (key, tuple(value.shape), str(value.dtype))

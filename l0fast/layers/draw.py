@@ -121,7 +121,7 @@ def in_force(draw: Draw) -> bool:
     if replayed and any(not _spent(ref()) for ref in draw.earlier if ref() is not None):
         raise RuntimeError(
             "activation checkpointing: got several forward passes before a backward; expected "
-            "a backward after each (its gates are gone), or noise='example'"
+            "a backward after each (the first forward's gates are gone), or noise='example'"
         )
     return replayed
 

@@ -264,7 +264,7 @@ def _draw_group(
 
 
 def _outdate(layer: Drawn, board: Board) -> None:
-    """What an outer or inner model has drawn for a layer before does not hold any more."""
+    """Drops what the other models of this layer drew for it."""
     for other, place in layer._places:
         if other is not board:
             other.latest.z[place] = None

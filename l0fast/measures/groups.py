@@ -54,6 +54,10 @@ class Asking:
         """Name of each target -> what it is about, and the target."""
         return {}
 
+    def parts(self) -> list[Asking]:
+        """The single constraints that this one is made of, perhaps itself alone."""
+        return [self]
+
 
 def target_groups(
     layers: Mapping[str, Gated],

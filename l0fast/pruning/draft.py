@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_map
 
+from l0fast.graph.calls import MODULE_ATTRIBUTES
 from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import detach, gates, handles_in
@@ -73,7 +75,10 @@ class Draft:
     ) -> None:
         self.values, self.source, self._fake = values, model, fake
         self.tied = tied_modules(model)
-        memo: dict[int, Any] = {id(handle): None for handle in handles_in(model).values()}
+        # The copy has no handle, and whatever holds a constraint there holds None.
+        memo: dict[int, Any] = {}
+        for handle in handles_in(model).values():
+            memo.update((id(one), None) for one in (handle, *handle.constraints))
         for owned in (model.parameters(), model.buffers()):
             memo.update((id(one), one if fake is None else fake.from_tensor(one)) for one in owned)
         with without_gates(model) as plain:
@@ -85,6 +90,7 @@ class Draft:
             for name, layer in values.layers.items()
             if layer.gates != "weight" and (name in raw or name in self.tied)
         }
+        # Layers whose weights stay without their gates.
         self._unfolded = self.factors | {name for name in values.layers if name in raw}
         self._full = dict(self.model.named_modules())
         self._placed: dict[str, nn.Module] = {}
@@ -160,15 +166,21 @@ class Draft:
         """The model, with weights of its own: what it still shares is copied."""
         theirs = {id(one) for one in (*self.source.parameters(), *self.source.buffers())}
         copies: dict[int, Tensor] = {}
+
+        def own(value: Any) -> Any:
+            if not isinstance(value, Tensor) or id(value) not in theirs:
+                return value
+            if id(value) not in copies:
+                plain = value if isinstance(value, nn.Parameter) else value.detach()
+                copies[id(value)] = copy.deepcopy(plain)
+            return copies[id(value)]
+
         for module in self.model.modules():
             for owned in (module._parameters, module._buffers):
-                for key, value in owned.items():
-                    if value is None or id(value) not in theirs:
-                        continue
-                    if id(value) not in copies:
-                        own = value if isinstance(value, nn.Parameter) else value.detach()
-                        copies[id(value)] = copy.deepcopy(own)
-                    owned[key] = copies[id(value)]  # type: ignore[assignment]
+                owned.update((key, own(value)) for key, value in owned.items())
+            for key, value in vars(module).items():  # references beside the registries
+                if key not in MODULE_ATTRIBUTES and type(value) in (list, tuple, dict):
+                    vars(module)[key] = tree_map(own, value)
         return self.model
 
 

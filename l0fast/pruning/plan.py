@@ -128,7 +128,7 @@ def new_draft(
     raw = {
         name
         for name in structure.raw(values.layers)
-        # Single weights with gates become a copy: who shares them reads on what there was.
+        # Single weights with gates become a copy: other layers go on reading the original.
         if not (name in tied and values.layers[name].gates == "weight")
     }
     draft = Draft(model, values, raw, fake)

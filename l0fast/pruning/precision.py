@@ -28,8 +28,8 @@ def widened(value: Any, dtype: torch.dtype) -> Any:
 
 
 def holders_that_run(model: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
-    """Name of each module with parameters -> of the module at whose call they are needed: itself
-    where its own forward runs, else the innermost module around it whose forward does.
+    """Name of each module with parameters -> name of the module that needs them when it is called:
+    the same one where its own forward runs, else the innermost module around it that runs.
 
     Args:
         model: in evaluation; it is run.
@@ -116,13 +116,13 @@ def in_precision(
     holders: Mapping[str, str],
     makers: Mapping[str, Maker] | None = None,
 ) -> Generator[None]:
-    """Makes a model compute in `dtype`; each weight is widened as the module that needs it is
-    entered, and its own again as that is left.
+    """Makes a model compute in `dtype`: each weight is widened when the module that needs it is
+    entered, and put back when that module is left.
 
     Args:
         model: to run inside.
         dtype: None for the model's own.
-        holders: see `holders_that_run`; all of them at the root for widening at once.
+        holders: see `holders_that_run`; {} widens all weights when the model is entered.
         makers: layers that are made anew in the dtype, from what they were made of.
     """
     makers = makers or {}

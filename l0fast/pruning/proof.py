@@ -79,7 +79,7 @@ class Proof:
     in its own dtypes.
 
     Args:
-        model: with gates; it is run, and as it was afterwards.
+        model: with gates; it is run, and is the same afterwards.
         values: of its gates.
         args: its example.
 

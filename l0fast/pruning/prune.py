@@ -39,12 +39,22 @@ from l0fast.pruning.trial import known_dense, tried, widths_left
 Targets = dict[str, tuple[Group, Asked]]
 
 
-def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> Targets:
-    """The targets of the constraints, on a model and its parts, that are alive."""
+def _held(model: nn.Module, named: Asking | None) -> dict[Group, Asked] | None:
+    """The targets of the constraints, on a model and its parts, that are alive.
+
+    Args:
+        model: with gates.
+        named: only those of this constraint; None is returned where it is not one of them.
+    """
+    wanted = None if named is None else {id(part) for part in named.parts()}
     held: dict[Group, Asked] = {}
+    found: set[int] = set()
     for outer, handle in handles_in(model).items():
         prefix = f"{outer}." if outer else ""
         for constraint in handle.constraints:
+            if wanted is not None and id(constraint) not in wanted:
+                continue
+            found.add(id(constraint))
             for group, target in constraint.asked().values():
                 names = tuple(prefix + name for name in group.layers)
                 measure = group.measure
@@ -52,7 +62,18 @@ def _left_targets(model: nn.Module, layers: Mapping[str, Gated]) -> Targets:
                     measure = measure.under(prefix)
                 whole = None if group.whole is None else outer
                 held[Group(names, measure, whole)] = target
-    return _titled(held, layers)
+    return held if wanted is None or wanted <= found else None
+
+
+def _named(model: nn.Module, layers: Mapping[str, Gated], target: Asking) -> dict[Group, Asked]:
+    """The targets of one constraint, on the model, on a part of it, or on what it is a copy of."""
+    held = _held(model, target)
+    if held is not None:
+        return held
+    sizes = {name: layer.all_gates for name, layer in layers.items()}
+    if any(sizes.get(name) != layer.all_gates for name, layer in target.layers.items()):
+        _checks.refuse("target", type(target).__name__, "a constraint on this model")
+    return dict(target.asked().values())
 
 
 def _titled(held: Mapping[Group, Asked], layers: Mapping[str, Gated]) -> Targets:
@@ -94,11 +115,9 @@ def _request(
     if not named and measure != "gates":
         _checks.refuse("measure", measure_name(measure), "a target beside it")
     if target is None:
-        asked = _left_targets(model, layers)
+        asked = _titled(_held(model, None) or {}, layers)
     elif isinstance(target, Asking):
-        if not target.layers.keys() <= layers.keys():
-            _checks.refuse("target", type(target).__name__, "a constraint on this model")
-        asked = _titled(dict(target.asked().values()), layers)
+        asked = _titled(_named(model, layers, target), layers)
     else:
         asked = target_groups(layers, target, with_table(measure, model, example_inputs))
     sized = any(is_of_pruned(group.measure) for group, _ in asked.values())
@@ -166,7 +185,7 @@ def prune(
                 and the memory of activations in bytes, are those of one forward of the example.
             latency: [after, before], measured now, in seconds for one forward of the example, if
                 a target is one of latency (what that holds is the table's prediction), or None.
-            sites: a dict for each gated layer, and for each other that changed: name, kind,
+            sites: a dict for each gated layer, and for each other layer that changed: name, kind,
                 gates ("input", "output", "weight" or None), gates_open, gates_total, forced,
                 in and out ([kept, of]), status ("removed": closed units do not exist any more,
                 "compacted": left out, with a gather or scatter; "kept": full size), reason.

@@ -177,3 +177,20 @@ def test_a_gated_layer_alone_is_copied_alone() -> None:
     assert alone._places == ()
     z: Tensor = alone(torch.randn(2, 12))
     assert z.shape == (2, 8)
+
+
+def test_a_constraint_on_a_part_is_held_on_that_part() -> None:
+    inner = sparsify_(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)), example_inputs=X)
+    outer = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6), inner)
+    constraint = DensityConstraint(inner, 0.3)
+    sparsify_(outer, example_inputs=X)
+    for target in (None, constraint):
+        (group,) = report_of(outer, X, target).groups.values()
+        assert group["layers"] == ["3.0", "3.2"]
+
+
+def test_a_constraint_that_a_list_holds_stays_out_of_the_pruned_model() -> None:
+    model = gated()
+    model.terms = [DensityConstraint(model, 0.5)]
+    assert prune(model, X).terms == [None]
+    assert gates(model).constraints == (model.terms[0],)

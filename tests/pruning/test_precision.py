@@ -93,3 +93,26 @@ def test_the_proof_is_of_float64_and_leaves_no_trace(build: Any) -> None:
     theirs = {p.data_ptr() for p in model.parameters()}
     assert not any(p.data_ptr() in theirs for p in small.parameters())
     torch.testing.assert_close(small(X), model(X))
+
+
+class Keeps(nn.Module):
+    """Refers to a parameter in a list, and writes into one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+        self.decayed = [self.b.bias]
+        self.log: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.log.append(x)
+        return self.b(self.a(x).relu())
+
+
+def test_what_a_module_keeps_in_lists_is_its_own() -> None:
+    model: Any = sparsify_(Keeps(), example_inputs=X, skip=True)
+    model.log.append(X)
+    small: Any = prune(model, X)
+    assert len(model.log) == len(small.log) == 1
+    assert small.decayed[0] is not model.b.bias
+    assert small.decayed[0].data_ptr() != model.b.bias.data_ptr()
