@@ -13,6 +13,12 @@ def refuse(name: str, got: object, expected: str, error: type[Exception] = Value
     raise error(f"{name}: got {got!r}; expected {expected}")
 
 
+def one_line(error: Exception) -> str:
+    """What was raised, for a message: its class and its first line."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 def number(
     name: str,
     value: object,

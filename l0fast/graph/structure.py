@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from l0fast import _checks
 from l0fast.graph.calls import evaluating
 from l0fast.graph.capture import Trace, export, kind_of
 from l0fast.graph.sites import without_gates
@@ -72,8 +73,7 @@ class Structure:
             with evaluating(model), without_gates(model) as plain:
                 trace = export(plain, args)
         except Exception as failure:
-            lines = str(failure).strip().splitlines() or [""]
-            return cls(None, f"{type(failure).__name__}: {lines[0][:200]}", made_from)
+            return cls(None, _checks.one_line(failure), made_from)
         return cls(trace, "", made_from)
 
     def raw(self, layers: Iterable[str]) -> set[str]:

@@ -114,12 +114,6 @@ def constants_of(extents: Mapping[str, Extent]) -> dict[str, Tensor]:
     return {name: c for name, c in found.items() if c is not None and bool(c.any())}
 
 
-def in_words(failure: Exception) -> str:
-    """What was raised, in one line."""
-    lines = str(failure).strip().splitlines() or [""]
-    return f"{type(failure).__name__}: {lines[0][:200]}"
-
-
 def new_draft(
     model: nn.Module, values: GateValues, structure: Structure, fake: FakeTensorMode | None = None
 ) -> Draft:
@@ -163,7 +157,7 @@ class _Planner:
             self.draft.make_smaller(edits, patches, constants)
             return self.check(self.draft)
         except Exception as failure:
-            return float("inf"), in_words(failure)
+            return float("inf"), _checks.one_line(failure)
 
     def edits_of(self, extents: Mapping[str, Extent]) -> list[Edit]:
         """What gives every layer its extent."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from l0fast import _checks
 from l0fast.graph.calls import evaluating
 from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
 from l0fast.layers.substitute import with_log_alpha
@@ -65,9 +66,8 @@ def _noise(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def _unlike_any(args: tuple[Any, ...], error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines() or [""]
     shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
-    expected = f"what the model's forward takes ({type(error).__name__}: {reason[0][:200]})"
+    expected = f"what the model's forward takes ({_checks.one_line(error)})"
     return ValueError(f"example_inputs: got {shapes}; expected {expected}")
 
 

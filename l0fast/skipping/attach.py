@@ -181,11 +181,6 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
     return worst
 
 
-def _in_words(problem: Exception) -> str:
-    lines = str(problem).strip().splitlines() or [""]
-    return f"{type(problem).__name__}: {lines[0][:200]}"
-
-
 def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -> None:
     """Makes each step of a model leave out the units that its draw has closed.
 
@@ -205,7 +200,7 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
     try:
         trace = training_trace(model, args)
     except Exception as problem:
-        trace, failure = None, _in_words(problem)
+        trace, failure = None, _checks.one_line(problem)
     # A model may reshape to sizes that it has written out: the second time units stop there.
     for views in (True, False):
         if trace is None:
@@ -214,7 +209,7 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
             links = find_links(model, trace, views)
             error = _error(model, args, links) if links else 0.0
         except Exception as problem:
-            failure = _in_words(problem)
+            failure = _checks.one_line(problem)
             continue
         if links and error <= allowed:
             multiple = skip_on_device.MULTIPLE if on_gpu else MULTIPLE
