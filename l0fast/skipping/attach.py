@@ -80,15 +80,10 @@ def _start(model: nn.Module, skipping: Skipping) -> None:
 
 
 class _Ops(TorchDispatchMode):
-    """Notes the ops of a forward, but those on each element and those that draw noise."""
+    """Notes the ops of a forward, but those on each element; noise is drawn for the units that are
+    there, so that it counts."""
 
-    PASSED_OVER = frozenset(
-        {
-            *ELEMENTWISE,
-            *(f"aten::{name}" for name in ("native_dropout", "bernoulli", "bernoulli_", "rand")),
-            *(f"aten::{name}" for name in ("rand_like", "randn_like", "empty_like", "detach")),
-        }
-    )
+    PASSED_OVER = frozenset({*ELEMENTWISE, "aten::detach"})
 
     def __init__(self) -> None:
         super().__init__()
