@@ -77,7 +77,7 @@ class Walk(Tied):
         """
         walk = copy.copy(self)
         walk.untold = self.untold if untold is None else frozenset(untold)
-        walk._hangs = self._hangs.clone()
+        walk._parent = self._parent.clone()
         walk.sites = {
             name: replace(site, writes=writes[name]) if name in writes else site
             for name, site in self.sites.items()
@@ -101,14 +101,14 @@ class Walk(Tied):
             before, after = self.units(node), walk.units(node)
             if len(before) != len(after) or not all(map(Units.same_as, before, after)):
                 changed.add(node)
-        if torch.equal(walk._hangs, self._hangs):
-            walk._hangs = self._hangs  # one copy is enough
+        if torch.equal(walk._parent, self._parent):
+            walk._parent = self._parent  # one copy is enough
         walk._finish()
         return walk
 
     def _finish(self) -> None:
         """Sums up what the nodes did."""
-        self.classes = self._hangs = self._least()
+        self.classes = self._parent = self._least()
         self.tainted, self.restless = torch.zeros(2, len(self._maker), dtype=torch.bool)
         """Units that are no longer sure to be zero where they were, and that are no longer sure to
         be the constants that they were."""

@@ -107,6 +107,27 @@ def test_of_carriers_that_are_untold_no_constant_is_known(name: str) -> None:
     )
 
 
+class Uneven(nn.Module):
+    """A closed channel is 0 in one half of what the second layer reads, and 1 in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(1, 4, 1), nn.Conv2d(4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.b(torch.cat([y, y + 1], 2))
+
+
+def test_walking_again_leaves_the_first_walk_as_it_was() -> None:
+    trace = export(model := Uneven().eval(), (torch.randn(1, 1, 3, 3),))
+    sites = find_sites(model, trace, {}, {})
+    first = Walk(trace, sites.values())
+    again = first.again({"a": torch.tensor([True, False, True, True])})
+    assert not bool(again.classes[again.made["a"]].any())  # the new tie pins what is read
+    assert_alike(first, Walk(trace, sites.values()))
+
+
 @pytest.mark.parametrize("name", [*MODELS, "gpt2", "bert", "llama"])
 def test_tensors_take_memory_only_where_they_vary(name: str) -> None:
     trace, sites = traced(name)
