@@ -51,7 +51,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "training/test_cuda_graph.py",
     ),
     "prune": ("pruning/test_prune.py",),
-    "latency": ("measures/test_latency.py", "measures/test_timing.py"),
+    "latency": ("measures/test_latency.py", "pruning/test_timing.py"),
 }
 """What is timed -> the files in tests/ that say it is right."""
 ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")

@@ -52,6 +52,21 @@ def own_buffers(model: nn.Module, dtype: torch.dtype | None = None) -> Generator
             owned.update(buffers)
 
 
+@contextmanager
+def own_randomness(model: nn.Module, seed: int | None = None) -> Generator[None]:
+    """Takes no random numbers from the user's generators: after it they are where they were.
+
+    Args:
+        model: says which devices have a generator.
+        seed: for the same random numbers every time.
+    """
+    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=sorted(devices, key=str)):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
 MODULE_ATTRIBUTES = frozenset(vars(nn.Module()))
 """Attributes that every module has."""
 

@@ -20,14 +20,18 @@ def element_size(model: nn.Module) -> int:
     return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
 
 
+def fake_like(args: tuple[Any, ...], fake: FakeTensorMode) -> tuple[Any, ...]:
+    """Nested arguments with fake tensors for their tensors."""
+    return tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, args)
+
+
 def _without_numbers(model: nn.Module, args: tuple[Any, ...]) -> Ops:
     """The ops of a forward for the shapes alone, where the model runs so."""
     if any(isinstance(p, FakeTensor) for p in (*model.parameters(), *tensors_of(args))):
         return count_ops(model, args)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            like = tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, args)
-            return count_ops(model, like)
+            return count_ops(model, fake_like(args, fake))
     except Exception:  # its forward asks for values
         return count_ops(model, args)
 

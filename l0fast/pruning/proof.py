@@ -4,8 +4,7 @@ noise of its shape."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,22 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from l0fast import _checks
-from l0fast.graph.calls import evaluating
+from l0fast.graph.calls import evaluating, own_randomness
 from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.precision import Maker, holders_that_run, in_precision, widened
 
 SEED = 0
-
-
-@contextmanager
-def _own_randomness(model: nn.Module) -> Generator[None]:
-    """The same random numbers every time, and none taken from the user's generators."""
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    with torch.random.fork_rng(devices=sorted(devices, key=str)):
-        torch.manual_seed(SEED)
-        yield
 
 
 class _Precision(TorchDispatchMode):
@@ -116,7 +106,7 @@ class Proof:
         """Runs the model in the best way that it runs in."""
         ways: list[Mapping[str, str]] = [{}]
         try:
-            with _own_randomness(model), in_precision(model, None, {}):
+            with own_randomness(model, SEED), in_precision(model, None, {}):
                 runs = holders_that_run(model, copy.deepcopy(args))
             ways = [runs, {}]
         except Exception:  # perhaps of the example's dtype
@@ -143,7 +133,7 @@ class Proof:
         self, model: nn.Module, args: tuple[Any, ...], makers: Mapping[str, Maker] | None = None
     ) -> list[Tensor]:
         own = copy.deepcopy(args)  # a model may write into its input
-        with _own_randomness(model), in_precision(model, self._dtype, self._holders, makers):
+        with own_randomness(model, SEED), in_precision(model, self._dtype, self._holders, makers):
             return [tensor.detach().clone() for tensor in tensors_of(model(*own))]
 
     def error(self, draft: Draft) -> float:

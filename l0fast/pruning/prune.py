@@ -217,13 +217,15 @@ def prune(
     request = _request(model, example_inputs, target, measure)
     args, budgets = example_args(example_inputs), request.budgets
     size = element_size(model)
+    dense: Counts | None = None
     while True:
         kept = choose(layers, budgets, round_to)
         values = GateValues(layers, kept)
         proof = Proof(model, values, args)
         structure = structure_of(model, args)
         draft = new_draft(model, values, structure)
-        dense = known_dense(model, structure) or Counts.of(draft.model, args, size, {})
+        if dense is None:
+            dense = known_dense(model, structure) or Counts.of(draft.model, args, size, {})
         plan = make_plan(draft, structure, proof.check)
         left = Counts.of(draft.model, args, size, widths_left(plan))
         spent: dict[str, float] = {}

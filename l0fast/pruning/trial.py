@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_map
 
 from l0fast.graph.capture import is_site, layer_size
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, gates
-from l0fast.measures.counts import Counts, element_size
+from l0fast.measures.counts import Counts, element_size, fake_like
 from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.plan import Plan, make_plan, new_draft
@@ -54,7 +53,7 @@ def _tried(
 
     def counted(widths: dict[str, tuple[int, int]]) -> Counts:
         with draft.mode():
-            own = copy.deepcopy(args) if fake is None else _fake_like(args, fake)
+            own = copy.deepcopy(args) if fake is None else fake_like(args, fake)
             return Counts.of(draft.model, own, size, widths)
 
     dense = counted(full)
@@ -81,10 +80,6 @@ def _tried(
         element_size=size,
     )
     return trial, plan
-
-
-def _fake_like(args: tuple[Any, ...], fake: FakeTensorMode) -> tuple[Any, ...]:
-    return tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, args)
 
 
 def tried(model: nn.Module, args: tuple[Any, ...]) -> tuple[Trial, Plan]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import _checks
-from l0fast.graph.calls import evaluating
+from l0fast.graph.calls import evaluating, own_randomness
 from l0fast.graph.capture import NORMS, Trace, export
 from l0fast.graph.channels import ELEMENTWISE
 from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
@@ -115,10 +115,8 @@ def training_trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
     Raises:
         Exception: whatever the model or torch.export raises.
     """
-    devices = {p.device for p in model.parameters() if p.is_cuda}
     found: list[Any] = []
-    own_randomness = torch.random.fork_rng(devices=list(devices))
-    with own_randomness, evaluating(model), without_gates(model) as plain:
+    with own_randomness(model), evaluating(model), without_gates(model) as plain:
         for training in (False, True):
             if training:
                 _in_training(plain)
@@ -151,8 +149,7 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
     It is the model itself that runs, with other gates; afterwards all is as it was.
     """
     layers, worst = _gates_of(model).layers, 0.0
-    devices = {parameter.device for parameter in model.parameters() if parameter.is_cuda}
-    with torch.random.fork_rng(devices=list(devices)), evaluating(model):
+    with own_randomness(model), evaluating(model):
         for layer in layers.values():
             layer.training = True
         try:

@@ -26,7 +26,7 @@ class Split(nn.Module):
 
 
 class Pair(nn.Module):
-    """Two of them, one of which no attribute mends."""
+    """Two of them, one of which no attribute patch fixes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,9 +83,9 @@ def test_where_no_attribute_helps_the_shape_stays_and_the_rest_shrinks() -> None
     assert {row["name"] for row in small.report.attributes} == {"good"}
 
 
-def test_a_mend_is_read_back_or_refused() -> None:
-    mend = AttributePatch("h.0", "Attention", "num_heads", (3, 4))
-    assert AttributePatch.from_json(mend.as_json()) == mend
+def test_a_patch_is_read_back_or_refused() -> None:
+    patch = AttributePatch("h.0", "Attention", "num_heads", (3, 4))
+    assert AttributePatch.from_json(patch.as_json()) == patch
     for key, value in (("value", [5, 4]), ("value", [0, 4]), ("value", [3]), ("more", 1)):
         with pytest.raises((ValueError, TypeError)):
-            AttributePatch.from_json({**mend.as_json(), key: value})
+            AttributePatch.from_json({**patch.as_json(), key: value})

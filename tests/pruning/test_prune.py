@@ -827,8 +827,8 @@ def test_an_attribute_follows_its_size() -> None:
     assert small.report.notes == []
     left = sizes(small.conv2)[0]
     assert small.second == left < model.second == 10
-    mend = {"name": "", "kind": "HardCoded", "attribute": "second", "value": [left, 10]}
-    assert small.report.attributes == [mend]
+    patch = {"name": "", "kind": "HardCoded", "attribute": "second", "value": [left, 10]}
+    assert small.report.attributes == [patch]
     assert f"second: {left} instead of 10" in format_report(small.report)
 
 

@@ -103,7 +103,7 @@ def test_pruned_it_is_the_same_function_and_smaller(name: str, how: str) -> None
 
 
 GATHERS = {
-    # The sizes of its heads are computed from the model's width, which no attribute mends.
+    # The sizes of its heads are computed from the model's width, which no attribute patch fixes.
     "gpt2": {"h.0.attn.c_attn", "h.0.attn.c_proj", "h.1.attn.c_attn", "h.1.attn.c_proj"},
     # Pixels, and positions of a flattened channel, have a gate each.
     "lenet": {"fc1"},
