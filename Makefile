@@ -8,6 +8,8 @@ STAMP  := .venv/.installed
 TRITON := 3.6.0
 OLDEST := .venv/triton36
 DEMO   := runs/demo
+# Tests run in so many processes.
+WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -39,7 +41,7 @@ demo: $(STAMP)
 	@echo 'summary: $(DEMO)/summary.json'
 
 test: $(STAMP)
-	$(PY) -m pytest -m "not gpu"
+	$(PY) -m pytest -n $(WORKERS) -m "not gpu"
 
 $(OLDEST)/.installed: $(STAMP)
 	rm -rf $(OLDEST)
@@ -48,7 +50,7 @@ $(OLDEST)/.installed: $(STAMP)
 
 test-triton36: $(OLDEST)/.installed
 	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -c 'import triton; assert triton.__version__ == "$(TRITON)", triton.__file__'
-	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -m pytest -m "not gpu" tests/kernels
+	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -m pytest -n $(WORKERS) -m "not gpu" tests/kernels
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

@@ -32,7 +32,9 @@ MNIST_FILES = (
 
 # More threads than this cost small operations more than they give, and the sums of a run with
 # many cores would differ from those of one with few.
-if "OMP_NUM_THREADS" not in os.environ:
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers have the cores
+    torch.set_num_threads(1)
+elif "OMP_NUM_THREADS" not in os.environ:
     torch.set_num_threads(min(2, os.cpu_count() or 1))
 
 try:

@@ -14,6 +14,7 @@ from l0fast.layers.draw import OnDevice
 from l0fast.layers.handle import gated_layers
 from l0fast.maths.compaction import Order, bound
 from l0fast.skipping import attach
+from tests.helpers.draws import compact
 from tests.helpers.interpreter import DEVICE, kernel_test
 from tests.helpers.tolerance import assert_no_more_wrong
 from tests.kernels.kernel_checks import assert_written, guarded
@@ -175,7 +176,7 @@ def test_a_training_step_is_the_masked_step(part: float, monkeypatch: pytest.Mon
                 )
         torch.manual_seed(1)
         y = model(x)
-        assert (isinstance(layers["2"]._compact, OnDevice)) == skip
+        assert isinstance(compact(layers["2"]), OnDevice) == skip
         y.square().sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         steps.append({"y": y.detach(), **gradients})
