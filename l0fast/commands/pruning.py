@@ -13,10 +13,8 @@ from l0fast import _checks
 from l0fast.commands.values import layer_densities
 from l0fast.commands.values import target as one_target
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.constraints.settle import mark_
 from l0fast.data import sets
 from l0fast.gating.sparsify import sparsify_
-from l0fast.layers.handle import gated_layers
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import density
 from l0fast.pruning.prune import prune as prune_model
@@ -56,10 +54,7 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
     for entry in checkpoint.removals or []:
         remove_(model, Removal.from_json(entry), (example,), False)
     checkpoint.refuse_other(path, identity, model)
-    number, state = checkpoint.selected
-    model.load_state_dict(state)
-    settled = number > 0 and checkpoint.history[number - 1].get("settled", False)
-    mark_(gated_layers(model).values(), settled)
+    model.load_state_dict(checkpoint.selected[1])
     return checkpoint, model, example
 
 

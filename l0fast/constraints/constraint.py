@@ -115,7 +115,7 @@ class DensityConstraint(DensityTerm):
         measure = with_table(measure, model, example_inputs)
         named = target_groups(gates(model).layers, target, measure)
         super().__init__(model, [group for group, _ in named.values()], example_inputs)
-        self.schedule = schedule
+        self.schedule, self.steps = schedule, steps
         self.measure = measure_name(measure)
         self.groups = {name: group for name, (group, _) in named.items()}
         totals: list[float] = self.__dict__["_measure"].totals
@@ -182,7 +182,7 @@ class DensityConstraint(DensityTerm):
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         refuse_others([self])
         warn_of(self.lag())
-        settle_(self.layers, self.budgets(), optimizer)
+        settle_(self.handle, self.budgets(), optimizer)
         self.reset_multipliers_()
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ class DensityConstraint(DensityTerm):
     def _move(self) -> None:
         self.dual.step_(self.multiplier, self.violation, self.dual_lr, *self._memory)
 
-    def forward(self) -> Tensor:
+    def value(self) -> Tensor:
         """0-d: the dual's term of (density - target), summed over the constraints; 0 once the
         gates are settled."""
         if self.settled:
@@ -240,7 +240,7 @@ class DensityConstraint(DensityTerm):
         if self.schedule is not None:
             self.taken += 1
 
-    def step(self) -> None:
+    def advance_(self) -> None:
         """Moves the multipliers and puts every log_alpha back into its bounds."""
         self.ascend_()
         self.project_()

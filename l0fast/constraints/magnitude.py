@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
-from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gate_owners
+from l0fast.constraints.ranking import scores, shared_magnitudes
 from l0fast.measures.amounts import Asked
 from l0fast.measures.groups import AnyMeasure
 from l0fast.pruning.choose import choose
@@ -24,57 +23,6 @@ EVENTS = 50
 """How often the gradual schedule prunes, about."""
 OPEN, CLOSED = 40.0, -40.0
 """log_alpha of a gate that every draw opens, and of one that every draw closes."""
-
-
-def magnitudes(layer: Gated) -> Tensor:
-    """The root mean square of the parameters that each gate controls, of log_alpha's shape.
-
-    Within a layer it ranks units as the L2 norm of their weights does. Of a single weight it is the
-    absolute value.
-    """
-    squares = layer.weight.detach().square()
-    if layer.gates == "weight":
-        return squares.sqrt()
-    if layer.gates == "output":
-        units = squares.flatten(1).sum(1)
-        if layer.bias is not None:
-            units = units + layer.bias.detach().square()
-        return (units / layer.group_size).sqrt()
-    by_input = squares.flatten(2).sum(2) if squares.dim() > 2 else squares
-    # In each group of a convolution, the columns are the inputs of that group.
-    groups = getattr(layer, "groups", 1)
-    units = by_input.unflatten(0, (groups, -1)).sum(1).flatten()
-    return (units.view(-1, layer.units).sum(1) / layer.group_size).sqrt()
-
-
-def shared_magnitudes(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
-    """Name of each layer with gates of its own -> their magnitudes, over all that share them."""
-    squares: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
-    for name, owner in gate_owners(layers).items():
-        layer = layers[name]
-        total = magnitudes(layer).square() * layer.group_size
-        squares[owner] = squares[owner] + total if owner in squares else total
-        sizes[owner] = sizes.get(owner, 0) + layer.group_size
-    return {owner: (total / sizes[owner]).sqrt() for owner, total in squares.items()}
-
-
-def scores(squares: Tensor) -> Tensor:
-    """How late each unit of a layer goes, in [0, 1], comparable between layers; of its shape.
-
-    Equals:
-        squares[u] / squares[squares >= squares[u]].sum()
-    the share of what would be left of the layer if it went next: the last one has 1. Ranked by the
-    norms alone, whole layers but for one unit go, as layers are of different scales.
-
-    Source: Lee, Park, Mo, Ahn, Shin, 2021 (LAMP), of single weights; here of units, too.
-    """
-    wide = torch.promote_types(squares.dtype, torch.float32)
-    ordered, places = squares.flatten().to(wide).sort()
-    left = ordered.flip(0).cumsum(0).flip(0)
-    found = torch.empty_like(ordered)
-    found[places] = ordered / left.clamp_min(torch.finfo(left.dtype).tiny)
-    return found.view(squares.shape)
 
 
 class MagnitudePruning(DensityConstraint):
@@ -114,7 +62,7 @@ class MagnitudePruning(DensityConstraint):
     ) -> None:
         _checks.whole("steps", steps)
         super().__init__(model, target, measure=measure, example_inputs=example_inputs)
-        self.done = 0
+        self.steps, self.done = steps, 0
         first, last = (int(share * steps) for share in (RAMP if gradual else (AT_ONCE, AT_ONCE)))
         self.first, self.last = max(first, 1), max(last, 1)
         self.every = max((last - first) // EVENTS, 1)
@@ -124,11 +72,13 @@ class MagnitudePruning(DensityConstraint):
                 layer.log_alpha.fill_(OPEN)
         self._nothing = torch.zeros((), dtype=self._dtype, device=self._device)
 
-    def forward(self) -> Tensor:
+    learns = False
+
+    def value(self) -> Tensor:
         """0-d: nothing."""
         return self._nothing
 
-    def step(self) -> None:
+    def advance_(self) -> None:
         """Counts, and prunes where the schedule says so."""
         self.done += 1
         if self.first <= self.done <= self.last:

@@ -51,12 +51,8 @@ class L0Penalty(DensityTerm):
         self.names = (WHOLE_MODEL,)
         self._take_over()
 
-    def forward(self) -> Tensor:
+    def value(self) -> Tensor:
         """0-d: coefficient * density; 0 once the gates are settled."""
         if self.settled:
             return torch.zeros_like(self.coefficient)
         return self.coefficient * self.densities().squeeze(0)
-
-    def step(self) -> None:
-        """Puts every log_alpha back into its bounds; there is no multiplier to move."""
-        self.project_()

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 from l0fast import _checks
-from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gate_owners, own_gates
+from l0fast.layers.draw import SETTLED
+from l0fast.layers.handle import ModelGates, gate_owners, own_gates
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.pruning.choose import Budget, choose
 
@@ -55,7 +55,7 @@ def _closed(of: HardConcrete) -> float:
 
 @torch.no_grad()
 def settle_(
-    layers: Mapping[str, Gated],
+    handle: ModelGates,
     budgets: list[Budget],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
@@ -68,7 +68,7 @@ def settle_(
     and what goes its lower bound. Layers that are settled stay as they are.
 
     Args:
-        layers: of one model.
+        handle: of the model.
         budgets: all its targets.
         optimizer: loses what it remembers of every log_alpha.
 
@@ -79,8 +79,9 @@ def settle_(
     if not (optimizer is None or isinstance(optimizer, torch.optim.Optimizer)):
         expected = "a torch.optim.Optimizer or None"
         _checks.refuse("optimizer", type(optimizer).__name__, expected, TypeError)
-    if is_settled(layers.values()):
+    if handle.settled:
         return
+    layers = handle.layers
     kept = choose(layers, budgets, fill=True)
     limited = {name for one in budgets for name in one.layers}
     owners = gate_owners(layers)
@@ -93,20 +94,7 @@ def settle_(
         log_alpha.copy_(of.location(z).where(stays, _closed(of)))
         if optimizer is not None:
             optimizer.state.pop(log_alpha, None)
-    mark_(layers.values(), True)
-
-
-def is_settled(layers: Iterable[Gated]) -> bool:
-    """Whether the gates of a model are decided; all of them are, or none."""
-    return all(layer.settled for layer in layers)
-
-
-def mark_(layers: Iterable[Gated], settled: bool) -> None:
-    """Says whether gates are decided; they stay as they are."""
-    for layer in layers:
-        if layer.settled != settled:  # else what was drawn stays
-            layer.settled = settled
-            layer._forget_draws()
+    handle.set_stage(SETTLED)
 
 
 @torch.no_grad()

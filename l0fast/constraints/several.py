@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.constraints.attach import Attachable
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.settle import settle_, warn_of
 from l0fast.constraints.term import refuse_others
 from l0fast.layers.gated import Gated
+from l0fast.layers.handle import ModelGates
 from l0fast.measures.amounts import Asked
 from l0fast.measures.groups import Asking, Group, measure_name
 
@@ -44,7 +46,7 @@ def _check_reachable(equal: DensityConstraint, other: DensityConstraint) -> None
             _checks.refuse(f"constraints: density of {name!r}", wanted, expected)
 
 
-class Constraints(Asking, nn.Module):
+class Constraints(Attachable, nn.Module):
     """Several constraints on one model as one: add its call to the loss.
 
     Equals:
@@ -107,11 +109,36 @@ class Constraints(Asking, nn.Module):
         found = [one for term in self._terms for one in term.asked().values()]
         return {str(place): one for place, one in enumerate(found)}
 
-    def forward(self) -> Tensor:
-        """0-d: the sum of the constraints' terms."""
-        return torch.stack([term() for term in self._terms]).sum()
+    @property
+    def handle(self) -> ModelGates:
+        """Of the model."""
+        return self._terms[0].handle
 
-    def step(self) -> None:
+    @property
+    def steps(self) -> int | None:
+        """Of the whole training, if the constraints know it."""
+        return max((term.steps for term in self._terms if term.steps), default=None)
+
+    @property
+    def learns(self) -> bool:
+        """Whether the gates are trained."""
+        return self._terms[0].learns
+
+    def begin_(self) -> None:
+        """Lets the targets come down from the densities that the model has now."""
+        for term in self._terms:
+            term.begin_()
+
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Refuses the state of constraints on something else."""
+        for index, term in enumerate(self._terms):
+            term.check_state(state_dict, f"{prefix}constraints.{index}.")
+
+    def value(self) -> Tensor:
+        """0-d: the sum of the constraints' terms."""
+        return torch.stack([term.value() for term in self._terms]).sum()
+
+    def advance_(self) -> None:
         """Moves all multipliers and puts every log_alpha back into its bounds."""
         for term in self._terms:
             term.ascend_()
@@ -128,7 +155,7 @@ class Constraints(Asking, nn.Module):
         for term in self._terms:
             warn_of(term.lag())
         settle_(
-            self._terms[0].layers,
+            self.handle,
             [one for term in self._terms for one in term.budgets()],
             optimizer,
         )
@@ -136,7 +163,5 @@ class Constraints(Asking, nn.Module):
             term.reset_multipliers_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # All of them before the first is changed.
-        for index, term in enumerate(self._terms):
-            term.check_state(state_dict, f"{prefix}constraints.{index}.")
+        self.check_state(state_dict, prefix)  # all of them before the first is changed
         super()._load_from_state_dict(state_dict, prefix, *args)

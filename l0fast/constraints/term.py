@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
+from l0fast.constraints.attach import Attachable
+from l0fast.constraints.settle import hold_, settle_
 from l0fast.graph.calls import example_args
+from l0fast.layers.draw import DRAWN, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates
 from l0fast.measures.footprint import measure_of
@@ -33,7 +35,7 @@ def refuse_others(terms: Sequence[DensityTerm]) -> None:
         _checks.refuse("settle", "; ".join(found), expected)
 
 
-class DensityTerm(Asking, nn.Module):
+class DensityTerm(Attachable, nn.Module):
     """Expected densities of groups of a model's gated layers, and the projection after a step."""
 
     handle: ModelGates
@@ -59,7 +61,7 @@ class DensityTerm(Asking, nn.Module):
 
     def _take_over(self) -> None:
         """Ends the making of a term: from here on gates have noise, whatever was trained before."""
-        mark_(self.layers.values(), False)
+        self.handle.set_stage(DRAWN)
         self.handle.add_constraint(self)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -69,7 +71,7 @@ class DensityTerm(Asking, nn.Module):
     @property
     def settled(self) -> bool:
         """Whether the gates are decided (see `settle`)."""
-        return is_settled(self.layers.values())
+        return self.handle.settled
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Decides all gates, for the last part of a training; call it once, between two steps.
@@ -88,7 +90,7 @@ class DensityTerm(Asking, nn.Module):
                 others beside them, or `optimizer` is none.
         """
         refuse_others([self])
-        settle_(self.layers, self.budgets(), optimizer)
+        settle_(self.handle, self.budgets(), optimizer)
 
     def budgets(self) -> list[Budget]:
         """The targets."""
@@ -100,7 +102,7 @@ class DensityTerm(Asking, nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes it over, for the model's layers."""
-        mark_(self.layers.values(), state.get("settled", False))
+        self.handle.set_stage(SETTLED if state.get("settled", False) else DRAWN)
 
     @property
     def layers(self) -> dict[str, Gated]:
@@ -126,6 +128,26 @@ class DensityTerm(Asking, nn.Module):
         opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
         spent = zip(measure.spent(opened), measure.totals, strict=True)
         return [cost / total for cost, total in spent]
+
+    def begin_(self) -> None:
+        """Starts what the term counts from the gates as they are now."""
+
+    def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
+        """Refuses the state of a term on something else."""
+
+    def advance_(self) -> None:
+        """Ends a step: puts every log_alpha back into its bounds."""
+        self.project_()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # A model in half precision may hold its constraint: multipliers stay in float32.
+        kept = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, buffer in kept.items():
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = buffer.to(moved.device)
+        return self
 
     @torch.no_grad()
     def project_(self) -> None:

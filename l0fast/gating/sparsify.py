@@ -27,8 +27,9 @@ from l0fast.graph.calls import example_args
 from l0fast.graph.sites import replace
 from l0fast.layers.gated import DENSITY_INIT
 from l0fast.layers.gated_types import GATED_TYPES
-from l0fast.layers.handle import attach_draw, gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.layers.options import GATES
+from l0fast.layers.sampling import attach_draw
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping.attach import attach_skipping, stop_skipping
 

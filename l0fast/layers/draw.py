@@ -137,6 +137,11 @@ class Board:
         """By place: the latest count of a layer."""
 
 
+DRAWN, OPEN, SETTLED = "drawn", "open", "settled"
+STAGES = (DRAWN, OPEN, SETTLED)
+"""What the gates of a layer may be (see `Drawn.stage`)."""
+
+
 class Drawn:
     """A layer whose gates are drawn for it, and where it finds them."""
 
@@ -145,18 +150,30 @@ class Drawn:
     distribution: HardConcrete
     log_alpha: nn.Parameter
     training: bool
-    settled: bool = False
-    """Whether its gates are decided: training then has those of evaluation, without noise."""
+    stage: str = DRAWN
+    """Whether training draws its gates, or has those of evaluation, without noise: all of them
+    open, as before a training under a constraint, or settled, as at its end."""
     units: int
     """How many consecutive inputs each gate serves; 1 for gates that are not on inputs."""
     _places: tuple[tuple[Board, int], ...] = ()
     """The boards of the models that it belongs to, and its place on each."""
 
     def open_probability(self) -> Tensor:
-        """P(z > 0) of each gate, of log_alpha's shape, differentiable; 0 or 1 once settled."""
-        if self.settled:
-            return (self.distribution.median(self.log_alpha) > 0).to(self.log_alpha.dtype)
-        return self.distribution.open_probability(self.log_alpha)
+        """P(z > 0) of each gate, of log_alpha's shape, differentiable; 0 or 1 without noise."""
+        if self.stage == DRAWN:
+            return self.distribution.open_probability(self.log_alpha)
+        return (self.evaluation_gates() > 0).to(self.log_alpha.dtype)
+
+    @property
+    def settled(self) -> bool:
+        """Whether its gates are decided."""
+        return self.stage == SETTLED
+
+    def evaluation_gates(self) -> Tensor:
+        """z in evaluation, of log_alpha's shape: the median of each gate."""
+        if self.stage == OPEN:
+            return torch.ones_like(self.log_alpha)
+        return self.distribution.median(self.log_alpha)
 
     def spread(self, values: Tensor) -> Tensor:
         """What each gate has, [..., num_gates], for each of the units that it serves."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
-from l0fast.layers.draw import Drawn, OnDevice, OpenCounts
+from l0fast.layers.draw import DRAWN, STAGES, Drawn, OnDevice, OpenCounts
 from l0fast.layers.options import check_options
 from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
@@ -160,28 +160,24 @@ class Gated(Drawn):
         biases = 1 if self.gates == "output" and self.bias is not None else 0
         return self.weight.numel() // max(self.num_gates, 1) + biases
 
-    def evaluation_gates(self) -> Tensor:
-        """z in evaluation: the median of each gate, of log_alpha's shape."""
-        return self.distribution.median(self.log_alpha)
-
     def _z(self) -> Tensor:
         """Gates that serve this whole call, one for each unit."""
         z = self._given() if self.training else None
         if z is not None:
             return self.spread(z.to(self.weight.dtype))
-        if self.settled or not self.training:
+        if self.stage != DRAWN or not self.training:
             return self.spread(self.evaluation_gates().to(self.weight.dtype))
         gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
         self._count(OpenCounts(gates.expected_open))
         return self.spread(gates.z.to(self.weight.dtype))
 
     def _example_z(self, x: Tensor, dim: int) -> Tensor:
-        """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it; once
-        they are settled, the same for all."""
-        batched = x.dim() > -dim and not self.settled
+        """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it;
+        without noise, the same for all."""
+        batched = x.dim() > -dim and self.stage == DRAWN
         examples = x.shape[0] if batched else 1
         shape = [1] * x.dim()
-        if self.settled:
+        if self.stage != DRAWN:
             z = self.spread(self.evaluation_gates())
         else:
             log_alpha = self.log_alpha.expand(examples, -1)
@@ -194,7 +190,7 @@ class Gated(Drawn):
     def _masked(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias with their gates multiplied in."""
         if self.gates == "weight":
-            if self.settled or not self.training:
+            if self.stage != DRAWN or not self.training:
                 return mask(self.weight, self._z(), None), self.bias
             masked, expected_open = functional.gated_weight(
                 self.weight, self.log_alpha, distribution=self.distribution
@@ -232,7 +228,7 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "units", "distribution", "settled", "_full", "_places")
+        own = ("gates", "noise", "units", "distribution", "stage", "_full", "_places")
         dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
         return dense
@@ -264,7 +260,15 @@ class Gated(Drawn):
 
     # --- what a module must do ------------------------------------------------------------------
 
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        destination[prefix + "stage"] = torch.tensor(STAGES.index(self.stage))
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        stage = state_dict.pop(prefix + "stage", None)
+        if stage is not None:
+            self.stage = STAGES[int(stage)]
+            self._forget_draws()
         # The state of the dense layer loads too: the gates then stay as they are.
         key = prefix + "log_alpha"
         if key not in state_dict and prefix + "weight" in state_dict:

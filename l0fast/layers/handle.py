@@ -2,8 +2,9 @@
 
 A training step of a model that `sparsify_` has prepared, from top to bottom:
 
-1. The model's forward starts. `draw_gates`, a forward pre-hook, samples the gates of all layers by
-   one op for each distribution, dtype and device, and puts them on the handle's board.
+1. The model's forward starts. `draw_gates` (in `sampling`), a forward pre-hook, samples the gates
+   of all layers by one op for each distribution, dtype and device, and puts them on the handle's
+   board.
 2. `skip_closed` (in `skipping`), the next pre-hook, says which units each layer leaves out.
 3. Each gated layer takes its gates from the board and multiplies them in (see `gated`).
 4. The forward ends. `release_gates` ends the draw.
@@ -19,13 +20,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from l0fast import _checks, functional
+from l0fast import _checks
 from l0fast._tables import aligned
-from l0fast.layers.draw import Board, Draw, Drawn, OpenCounts
-from l0fast.layers.hooks import remove_hooks
-from l0fast.layers.ties import ATTRIBUTE, attach_ties, detach_ties
+from l0fast.layers.draw import Board, Drawn
+from l0fast.layers.ties import ATTRIBUTE
 
 
 def gated_layers(model: nn.Module) -> dict[str, Any]:
@@ -65,6 +65,8 @@ class ModelGates:
         self.removed: Any = None
         self.sharing: dict[str, str] = {}
         self._constraints: list[weakref.ref[Any]] = []
+        self._copies: list[weakref.ref[ModelGates]] = []
+        self._follows = False
         self._set_layers(layers)
 
     def _set_layers(self, layers: Mapping[str, Any]) -> None:
@@ -102,6 +104,7 @@ class ModelGates:
 
     def add_constraint(self, constraint: nn.Module) -> None:
         """Notes a constraint, by a weak reference: one that is deleted is gone."""
+        self._follows = False
         self._constraints.append(weakref.ref(constraint))
 
     def forget_constraints(self) -> None:
@@ -115,6 +118,26 @@ class ModelGates:
         """Whether the gates are decided; all of them are, or none."""
         return all(layer.settled for layer in self.layers.values())
 
+    def set_stage(self, stage: str) -> None:
+        """Says what all gates are (see `Drawn.stage`), here and in the copies that follow."""
+        for layer in self.layers.values():
+            if layer.stage != stage:  # else what was drawn stays
+                layer.stage = stage
+                layer._forget_draws()
+        self._copies = [ref for ref in self._copies if ref() is not None]
+        for copied in (ref() for ref in self._copies):
+            if copied is not None and copied._follows:
+                copied.set_stage(stage)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The log_alpha of all gated layers, each once."""
+        found = {id(layer.log_alpha): layer.log_alpha for layer in self.layers.values()}
+        return list(found.values())
+
+    def forget_counts(self) -> None:
+        """Drops what the latest draw has counted, as when a backward has gone through it."""
+        self.board.counted = [None] * len(self.layers)
+
     def __str__(self) -> str:
         owners = gate_owners(self.layers)
         rows = [("layer", "kind", "gates", "open", "of", "expected", "shared with")]
@@ -126,7 +149,7 @@ class ModelGates:
                 counts = str(opened), str(layer.num_gates), f"{expected:.4f}"
                 rows.append((name, type(layer).__name__, layer.gates, *counts, shared))
         lines = aligned(rows, left=3)
-        lines.append("settled" if self.settled else "not settled")
+        lines.append(f"gates: {', '.join(dict.fromkeys(one.stage for one in self._drawn))}")
         lines += [str(constraint) for constraint in self.constraints]
         if self.skipping is not None:
             lines.append(f"skipping: {len(self.skipping.links)} links")
@@ -143,6 +166,10 @@ class ModelGates:
         new.structure, new.trial = self.structure, self.trial  # frozen
         new.removed, new.sharing = self.removed, {}
         new._constraints = list(self._constraints)
+        # An average of the weights is a copy: its gates are settled when the model's are, as long
+        # as it has no constraint of its own.
+        new._copies, new._follows = [], True
+        self._copies.append(weakref.ref(new))
         new._set_layers({name: copy.deepcopy(layer, memo) for name, layer in self.layers.items()})
         new.skipping = copy.deepcopy(self.skipping, memo)
         return new
@@ -153,6 +180,7 @@ class ModelGates:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.structure = self.trial = None
         self._constraints, self.sharing = [], {}
+        self._copies, self._follows = [], False
         self.skipping, self.removed = state["skipping"], state["removed"]
         self._set_layers(state["layers"])
 
@@ -188,110 +216,3 @@ def gates(model: nn.Module) -> ModelGates:
         handle = model.__dict__[ATTRIBUTE] = ModelGates(layers)
     handle.follow(model)
     return handle
-
-
-# --- the draw ---------------------------------------------------------------------------------
-
-
-def _drawn_outside(layer: Drawn, board: Board) -> bool:
-    """Whether an outer model of this one has drawn for a layer already."""
-    return any(
-        other is not board and other.latest.live and other.latest.z[place] is not None
-        for other, place in layer._places
-    )
-
-
-def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
-    """Forward pre-hook: samples the gates of all the model's layers in one op."""
-    if getattr(model, "_is_replica", False):  # of nn.DataParallel: its layers draw their own
-        return
-    handle: ModelGates = model.__dict__[ATTRIBUTE]
-    board = handle.board
-    # By distribution, device and dtype: each log_alpha, and the layers that share it.
-    groups: dict[Any, dict[int, tuple[Tensor, list[int]]]] = {}
-    members: dict[int, tuple[Tensor, list[int]]] = {}
-    last: Any = None, None, None
-    for place, layer in enumerate(handle._drawn):
-        if not layer.training or layer.noise == "example" or layer.gates == "weight":
-            continue
-        if len(layer._places) > 1 and _drawn_outside(layer, board):
-            continue
-        log_alpha = layer.log_alpha
-        key = layer.distribution, log_alpha.device, log_alpha.dtype, layer.settled
-        if key[0] is not last[0] or key[1:] != last[1:]:  # hashing it costs more than all else here
-            members, last = groups.setdefault(key, {}), key
-        members.setdefault(id(log_alpha), (log_alpha, []))[1].append(place)
-    if not groups:
-        return
-    earlier = [] if torch.compiler.is_compiling() else board.latest.waiting()
-    board.latest = draw = Draw(len(handle._drawn), True, earlier)
-    for (distribution, _, dtype, settled), members in groups.items():
-        log_alphas, sharing = zip(*members.values(), strict=True)
-        _draw_group(handle, draw, log_alphas, sharing, distribution, dtype, settled)
-
-
-def _draw_group(
-    handle: ModelGates,
-    draw: Draw,
-    log_alphas: tuple[Tensor, ...],
-    sharing: tuple[list[int], ...],
-    distribution: Any,
-    dtype: torch.dtype,
-    settled: bool,
-) -> None:
-    """Samples the gates of one group, and puts them and their counts on the board."""
-    layers = handle._drawn
-    sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
-    flat = torch.cat(log_alphas)
-    work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
-    if settled:  # the same in every forward, and with nothing to count
-        z = distribution.median(work)
-    else:
-        z, totals = functional.draw(work, sizes, distribution)
-        if not torch.compiler.is_compiling() and totals.grad_fn is not None:
-            draw.nodes.append(weakref.ref(totals.grad_fn))
-        counts = OpenCounts(totals)
-        for index, places in enumerate(sharing):
-            for place in places:
-                layers[place]._count(counts, index)
-    for places, part in zip(sharing, z.split(sizes), strict=True):
-        for place in places:
-            draw.z[place] = part
-            if len(layers[place]._places) > 1:
-                _outdate(layers[place], handle.board)
-    if handle.skipping is not None and not torch.compiler.is_compiling():
-        draw.parts.append((z, sizes, [[layers[place] for place in places] for places in sharing]))
-
-
-def _outdate(layer: Drawn, board: Board) -> None:
-    """Drops what the other models of this layer drew for it."""
-    for other, place in layer._places:
-        if other is not board:
-            other.latest.z[place] = None
-
-
-def release_gates(model: nn.Module, _inputs: Any = None, _output: Any = None) -> None:
-    """Forward hook: the model's draw is over; a layer called outside a forward draws its own."""
-    handle: ModelGates = model.__dict__[ATTRIBUTE]
-    handle.board.latest.live = False
-    handle.board.latest.parts = []
-
-
-def attach_draw(model: nn.Module) -> ModelGates:
-    """Makes `model` draw the gates of all its layers at the start of its forward."""
-    handle = gates(model)
-    if draw_gates not in model._forward_pre_hooks.values():
-        model.register_forward_pre_hook(draw_gates)
-        model.register_forward_hook(release_gates, always_call=True)
-    attach_ties(model)
-    return handle
-
-
-def detach(model: nn.Module) -> None:
-    """Takes the handles and their hooks off a model and all inside it."""
-    for module in model.modules():
-        handle = module.__dict__.pop(ATTRIBUTE, None)
-        if handle is not None:
-            handle._leave(handle.board)
-        detach_ties(module)
-        remove_hooks(module, lambda hook: hook is draw_gates or hook is release_gates)

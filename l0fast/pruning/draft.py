@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 from l0fast.graph.calls import MODULE_ATTRIBUTES
 from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import detach, gates, handles_in
+from l0fast.layers.handle import gates, handles_in
+from l0fast.layers.sampling import detach
 from l0fast.pruning.edits import AttributePatch, Edit, edited, in_dtype
 from l0fast.skipping.attach import stop_skipping
 

@@ -12,10 +12,9 @@ from torch import nn
 from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.magnitude import MagnitudePruning
-from l0fast.constraints.settle import is_settled
 from l0fast.constraints.stall import find_stalls
 from l0fast.data.sets import Data, Split
-from l0fast.layers.handle import gated_layers
+from l0fast.layers.handle import gates
 from l0fast.measures.density import density
 from l0fast.training.method import Term
 
@@ -99,7 +98,7 @@ def _gate_metrics(model: nn.Module) -> Row:
             }
             for layer in table.layers
         },
-        "settled": is_settled(gated_layers(model).values()),
+        "settled": gates(model).settled,
         "collapsed": [layer.name for layer in table.layers if not layer.open_gates],
     }
 

@@ -9,14 +9,8 @@ import torch
 from torch import nn
 
 from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
-from l0fast.constraints.magnitude import (
-    CLOSED,
-    OPEN,
-    MagnitudePruning,
-    magnitudes,
-    scores,
-    shared_magnitudes,
-)
+from l0fast.constraints.magnitude import CLOSED, OPEN, MagnitudePruning
+from l0fast.constraints.ranking import magnitudes, scores, shared_magnitudes
 from l0fast.data.sets import Data
 from tests.helpers.runs import quick, small_mlp, trainer
 

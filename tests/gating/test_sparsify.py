@@ -12,8 +12,9 @@ from torch import nn
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
-from l0fast.layers.handle import draw_gates, gated_layers
+from l0fast.layers.handle import gated_layers
 from l0fast.layers.linear import L0Linear
+from l0fast.layers.sampling import draw_gates
 from l0fast.maths.hard_concrete import HardConcrete
 from tests.helpers.gated import snapshot
 from tests.helpers.plain_models import Partial

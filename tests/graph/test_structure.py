@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from l0fast import DensityConstraint, prune, sparsify_
 from l0fast.graph import structure
 from l0fast.graph.structure import Structure, fingerprint, structure_of
+from l0fast.layers.draw import SETTLED
 from l0fast.layers.handle import gated_layers, gates
 
 
@@ -60,7 +61,7 @@ def test_gates_and_weights_do_not_change_it(exports: list[Structure]) -> None:
         for parameter in model.parameters():
             parameter.add_(1.0)
     for layer in gated_layers(model).values():
-        layer.settled = True
+        layer.stage = SETTLED
     structure_of(model.eval(), (torch.zeros(4, 6),))
     assert len(exports) == 1
 

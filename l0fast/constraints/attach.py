@@ -1,0 +1,149 @@
+"""The door of attaching: a constraint is called and stepped by the user, or by an optimizer."""
+
+from __future__ import annotations
+
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+from l0fast.constraints.attachment import Attachment
+from l0fast.layers.handle import ModelGates
+from l0fast.measures.groups import Asking
+
+
+def own_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The PyTorch optimizer inside the wrappers of Accelerate and Lightning."""
+    found = optimizer
+    while isinstance(inner := getattr(found, "optimizer", None), torch.optim.Optimizer):
+        found = inner
+    if not isinstance(found, torch.optim.Optimizer):
+        _checks.refuse("optimizer", type(optimizer).__name__, "a torch.optim.Optimizer", TypeError)
+    return found
+
+
+class Attachable(Asking):
+    """A constraint, a penalty or several: called and stepped by the user, or by an optimizer."""
+
+    handle: ModelGates
+    learns: bool = True
+    """Whether the gates are trained."""
+    steps: int | None = None
+    """Of the whole training, if it is known."""
+
+    @property
+    def attachment(self) -> Attachment | None:
+        """What `attach` has made, or None."""
+        return self.__dict__.get("_attachment")
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy has no part in the optimizer's steps.
+        state = cast("dict[str, Any]", super().__getstate__())
+        return {key: value for key, value in state.items() if key != "_attachment"}
+
+    def _refuse_attached(self, what: str, instead: str) -> None:
+        if self.attachment is not None:
+            name = type(self).__name__
+            raise RuntimeError(
+                f"{name}: got a call of {what} while it is attached; expected {instead}, as "
+                "optimizer.step() does this, or detach() first"
+            )
+
+    def value(self) -> Tensor:
+        """0-d: the term to add to the loss."""
+        raise NotImplementedError
+
+    def advance_(self) -> None:
+        """Ends a step."""
+        raise NotImplementedError
+
+    def forward(self) -> Tensor:
+        """0-d: the term to add to the loss."""
+        if torch.is_grad_enabled():
+            self._refuse_attached("the constraint", "a loss without its term")
+        return self.value()
+
+    def step(self) -> None:
+        """Ends a step, after the optimizer's: moves what multipliers there are, and puts every
+        log_alpha back into its bounds."""
+        self._refuse_attached("step()", "none")
+        self.advance_()
+
+    def attach(
+        self,
+        optimizer: Any,
+        *,
+        settle: float = 0.1,
+        start: float = 0.25,
+        steps: int | None = None,
+        gate_lr: float | None = None,
+    ) -> Self:
+        """Makes the constraint a part of `optimizer.step()`: the training loop stays as it is.
+
+        From here on each step of the optimizer adds the gradient of the constraint's term to that
+        of the gates, moves the gates by an Adam of their own and then the multipliers. Gradient
+        accumulation, clipping, GradScaler, closures and the optimizer's learning rate do not
+        change that. The state of it all is in the optimizer's `state_dict`, under "l0fast": a
+        training that loads it (after this call) goes on exactly where it was.
+
+        Args:
+            optimizer: of the weights; whether it has the gates, too, makes no difference. A
+                wrapper of Accelerate or Lightning, or a list: steps of the first are counted, and
+                the others leave the gates alone.
+            settle: the share of the steps at the end that train without noise, with the gates
+                decided (see `settle`), in [0, 1); 0 for never.
+            start: the share of the steps at the beginning in which all gates are open, without
+                noise, in [0, 1). After it the gates are set by the magnitudes of their units. With
+                0 they are drawn from the first step, from the density that they have.
+            steps: of the whole training, >= 1; by default those that the constraint was given.
+            gate_lr: learning rate of the gates' Adam, > 0; by default by `steps` (see
+                `param_groups`).
+
+        Returns:
+            The constraint itself.
+
+        Raises:
+            ValueError, TypeError: no optimizer, steps unknown, a share out of its range, gates that
+                do not require grad, or a model that has an attached constraint.
+        """
+        optimizers = [own_optimizer(one) for one in _as_list(optimizer)]
+        if not optimizers:
+            _checks.refuse("optimizer", optimizer, "a torch.optim.Optimizer", TypeError)
+        shares = {"settle": settle, "start": start}
+        for name, share in shares.items():
+            _checks.number(name, share, "a share in [0, 1)", low=0.0, high=1.0, open_high=True)
+        if settle + start >= 1:
+            _checks.refuse("start + settle", start + settle, "less than 1")
+        if gate_lr is not None:
+            _checks.number("gate_lr", gate_lr, "a number > 0", low=0.0, open_low=True)
+        steps = self.steps if steps is None else steps
+        if steps is None:
+            _checks.refuse("steps", None, "the number of steps of the whole training")
+        _checks.whole("steps", steps)
+        for constraint in self.handle.constraints:
+            if constraint.attachment is not None:
+                expected = "one attached constraint on a model (several in Constraints)"
+                _checks.refuse("attach", f"{type(constraint).__name__} attached", expected)
+        if self.learns:
+            frozen = [n for n, one in self.handle.layers.items() if not one.log_alpha.requires_grad]
+            if frozen:
+                words = f"gates that do not require grad: {', '.join(frozen)}"
+                expected = "gates to train (call log_alpha.requires_grad_() on these layers)"
+                _checks.refuse("attach", words, expected)
+        attachment = Attachment(self, optimizers, steps, start, settle, gate_lr)
+        for part in {id(one): one for one in (self, *self.parts())}.values():
+            part.__dict__["_attachment"] = attachment
+        return self
+
+    def detach(self) -> None:
+        """Undoes `attach`: the gates and multipliers stay as they are."""
+        if self.attachment is None:
+            return
+        self.attachment.remove()
+        for part in (self, *self.parts()):
+            part.__dict__.pop("_attachment", None)
+
+
+def _as_list(optimizer: Any) -> list[Any]:
+    return list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]

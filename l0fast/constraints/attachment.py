@@ -1,0 +1,265 @@
+"""Attaching a constraint to an optimizer: what the method adds happens inside `optimizer.step()`.
+
+An attached training, from its first step to its last:
+
+1. The start: all gates are open, without noise; the weights learn which units matter.
+2. Each `log_alpha` is set by the rank of its unit's magnitude (see `start`). From here on gates are
+   drawn, and the targets come down.
+3. After each step of the optimizer: the gradient of the constraint's term is added to that of the
+   gates, an Adam of their own moves them, and the multipliers move.
+4. For the last part the gates are settled (see `settle`).
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+from l0fast.constraints.hidden import HiddenGradients
+from l0fast.constraints.start import spread_
+from l0fast.gating.param_groups import default_gate_lr
+from l0fast.layers.draw import DRAWN, OPEN
+
+STATE = "l0fast"
+"""Key of the attachment's state in the optimizer's state."""
+FEW_STEPS = 150
+"""Fewer steps than this are too few for gates to be learned: see `bench/results/attach`."""
+
+
+class Attachment:
+    """A constraint inside the steps of an optimizer.
+
+    Attributes:
+        taken: how many steps of the optimizer there have been.
+        steps: of the whole training.
+        first: the step before which all gates are open.
+        last: the step before which the gates settle, or None.
+    """
+
+    def __init__(
+        self,
+        term: Any,
+        optimizers: Sequence[torch.optim.Optimizer],
+        steps: int,
+        start: float,
+        settle: float,
+        gate_lr: float | None,
+    ) -> None:
+        self.term, self.steps, self.taken = term, steps, 0
+        self.first = math.ceil(start * steps) if term.learns else 0
+        self.last = steps - math.ceil(settle * steps) if settle and term.learns else None
+        self.gate_lr = default_gate_lr(steps) if gate_lr is None else gate_lr
+        self._optimizers = list(optimizers)
+        self._hidden = HiddenGradients(self.gates)
+        self._loaded: Any = None
+        self._versions: list[int] = []
+        self._touched = 0
+        self._warned: set[str] = set()
+        self._resumed = bool(optimizers[0].state)
+        self._joined: list[Tensor] = []
+        gates = self.gates()
+        device = gates[0].device.type
+        self._adam = torch.optim.Adam(
+            gates,
+            lr=self.gate_lr,
+            fused=device in ("cpu", "cuda") and all(gate.is_floating_point() for gate in gates),
+            capturable=device == "cuda",
+        )
+        for optimizer in self._optimizers:
+            self._join(optimizer, gates)
+        if term.learns and steps < FEW_STEPS:
+            self._warn(
+                f"{steps} steps are few to learn gates in: expect more errors than in {FEW_STEPS} "
+                "or more"
+            )
+        if self.first:
+            term.handle.set_stage(OPEN)
+        self._removers = [remove for one in self._optimizers for remove in self._hook(one)]
+
+    def gates(self) -> list[Tensor]:
+        """The log_alpha of every gated layer, each once; asked anew, as they may be replaced."""
+        return self.term.handle.parameters()
+
+    @property
+    def starting(self) -> bool:
+        """Whether all gates are still open (see the start)."""
+        return self.taken < self.first
+
+    # --- the optimizer -------------------------------------------------------------------------
+
+    def _join(self, optimizer: torch.optim.Optimizer, gates: list[Tensor]) -> None:
+        """Puts the gates into the counting optimizer's last group where it lacks them: then
+        zero_grad, unscaling and clipping reach their gradients. It never steps them."""
+        held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        if optimizer is self._optimizers[0]:
+            self._joined = [gate for gate in gates if id(gate) not in held]
+            optimizer.param_groups[-1]["params"].extend(self._joined)
+
+    def _hook(self, optimizer: torch.optim.Optimizer) -> list[Callable[[], None]]:
+        counting = optimizer is self._optimizers[0]
+        after = self._after if counting else self._hidden.give_back
+        handles = [
+            optimizer.register_step_pre_hook(self._hidden.before),
+            optimizer.register_step_post_hook(after),
+        ]
+        if counting:
+            handles.append(optimizer.register_state_dict_post_hook(self._save))
+            handles.append(optimizer.register_load_state_dict_pre_hook(self._check))
+            handles.append(optimizer.register_load_state_dict_post_hook(self._load))
+        return [handle.remove for handle in handles]
+
+    def remove(self) -> None:
+        """Takes the hooks off the optimizers, and the gates that were put into one out of it."""
+        for remove in self._removers:
+            remove()
+        group = self._optimizers[0].param_groups[-1]
+        joined = set(map(id, self._joined))
+        group["params"][:] = [one for one in group["params"] if id(one) not in joined]
+        if self.starting:
+            self.term.handle.set_stage(DRAWN)
+
+    # --- the step ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, _args: Any, _kwargs: Any) -> None:
+        """Post-hook of the step: the gates' and the multipliers' part of it."""
+        grads = self._hidden.take()
+        if grads is None:
+            return
+        # A fused optimizer is left the unscaling, and the decision to skip, by a GradScaler.
+        skipped: Any = getattr(optimizer, "found_inf", None)
+        if skipped is not None and bool(skipped):
+            return
+        self._look()
+        self.taken += 1
+        if self.taken <= self.first:
+            if self.taken == self.first:
+                spread_(self.term)
+        else:
+            if self.term.learns:
+                self._move(grads, getattr(optimizer, "grad_scale", None))
+            self.term.advance_()
+        if self.taken == self.last and not self.term.settled:
+            self.term.settle(self._adam)
+        self._versions = [gate._version for gate in self.gates()]
+
+    def _move(self, grads: Sequence[Tensor | None], scale: Tensor | None) -> None:
+        """One step of Adam on the gates, by the loss's gradient and the constraint's."""
+        gates = self.gates()
+        trained = [gate for gate in gates if gate.requires_grad]
+        pulls: dict[int, Tensor | None] = {}
+        if not self.term.settled and trained:
+            self.term.handle.forget_counts()  # their graph is spent
+            with torch.enable_grad():
+                value = self.term.value()
+            found = torch.autograd.grad(value, trained, allow_unused=True)
+            pulls = dict(zip(map(id, trained), found, strict=True))
+        self._bind(gates)
+        for gate, grad in zip(gates, grads, strict=True):
+            pull = pulls.get(id(gate))
+            if grad is not None and scale is not None:
+                grad = grad / scale.to(grad.device)
+            gate.grad = pull if grad is None else grad if pull is None else grad.add(pull)
+        self._adam.step()
+        for gate in gates:
+            gate.grad = None
+
+    def _bind(self, gates: list[Tensor]) -> None:
+        """Moves the gates' moments to the parameters that stand for them now."""
+        group = self._adam.param_groups[0]
+        before: list[Tensor] = group["params"]
+        if all(old is new for old, new in zip(before, gates, strict=True)):
+            return
+        state = self._adam.state
+        moments = [state.pop(old, None) for old in before]
+        for new, kept in zip(gates, moments, strict=True):
+            if kept:
+                state[new] = {key: value.to(new.device) for key, value in kept.items()}
+        group["params"] = gates
+
+    def _look(self) -> None:
+        """Warns, once each, of what keeps gates from being trained as they should."""
+        if not self.term.learns:
+            return
+        if self._resumed and not self.taken:
+            self._warn(
+                "the optimizer had a state before attach, without the constraint's: if this "
+                "training is resumed, attach first and load the optimizer's state then"
+            )
+        gates = self.gates()
+        if not all(gate.requires_grad for gate in gates):
+            self._warn("gates do not require grad: something froze them after attach")
+        versions = [gate._version for gate in gates]
+        touched = self._versions and versions != self._versions
+        self._touched = self._touched + 1 if touched else 0
+        if self._touched > 1:  # once is a state that was loaded
+            self._warn(
+                "something else changes the gates between two steps: another optimizer has them "
+                "(attach it too: attach([first, second]))"
+            )
+
+    def _warn(self, words: str) -> None:
+        if words not in self._warned:
+            self._warned.add(words)
+            warnings.warn(f"attach: {words}", stacklevel=2)
+
+    # --- the state -----------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Steps, moments of the gates, and the constraint's own state."""
+        return {
+            "taken": self.taken,
+            "steps": self.steps,
+            "gates": self._adam.state_dict()["state"],
+            "constraint": self.term.state_dict(),
+        }
+
+    def check_state(self, state: Any) -> None:
+        """Refuses a state that is none of this attachment's."""
+        if not isinstance(state, dict) or {"taken", "steps", "gates", "constraint"} - state.keys():
+            _checks.refuse("state", type(state).__name__, "the state of an attached constraint")
+        self.term.check_state(state["constraint"])
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on where a state was saved.
+
+        Raises:
+            ValueError: it is the state of constraints on something else.
+        """
+        self.check_state(state)
+        self.term.load_state_dict(state["constraint"])
+        self._bind(self.gates())
+        mine = self._adam.state_dict()
+        self._adam.load_state_dict({**mine, "state": state["gates"]})
+        self.taken, self._resumed = state["taken"], False
+        if state["steps"] != self.steps:
+            self._warn(f"the state was of a training of {state['steps']} steps, not {self.steps}")
+        if self.starting:
+            self.term.handle.set_stage(OPEN)
+        self._versions = []
+
+    def _save(self, _optimizer: Any, state: dict[str, Any]) -> None:
+        state[STATE] = self.state_dict()
+
+    def _check(self, _optimizer: Any, state: dict[str, Any]) -> dict[str, Any]:
+        state = dict(state)
+        self._loaded = state.pop(STATE, None)
+        if self._loaded is not None:
+            self.check_state(self._loaded)
+        return state
+
+    def _load(self, _optimizer: Any) -> None:
+        loaded, self._loaded = self._loaded, None
+        if loaded is None:
+            self._warn(
+                "the optimizer's state has nothing of the constraint: multipliers, schedule and "
+                "steps go on as they are here. Attach before the state is saved and loaded"
+            )
+        else:
+            self.load_state_dict(loaded)
