@@ -9,6 +9,7 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.constraints.attachment import Attachment
+from l0fast.constraints.watch import Watch
 from l0fast.layers.handle import ModelGates
 from l0fast.measures.groups import Asking
 
@@ -40,7 +41,7 @@ class Attachable(Asking):
     def __getstate__(self) -> dict[str, Any]:
         # A copy has no part in the optimizer's steps.
         state = cast("dict[str, Any]", super().__getstate__())
-        return {key: value for key, value in state.items() if key != "_attachment"}
+        return {key: value for key, value in state.items() if key not in ("_attachment", "_watch")}
 
     def _refuse_attached(self, what: str, instead: str) -> None:
         if self.attachment is not None:
@@ -68,7 +69,14 @@ class Attachable(Asking):
         """Ends a step, after the optimizer's: moves what multipliers there are, and puts every
         log_alpha back into its bounds."""
         self._refuse_attached("step()", "none")
+        watch: Watch = self.__dict__.setdefault("_watch", Watch())
+        watch.look(self)
         self.advance_()
+        watch.after(self)
+
+    def lags(self) -> list[float]:
+        """How far each density is above its target in force; a penalty has none."""
+        return [0.0]
 
     def attach(
         self,

@@ -28,8 +28,11 @@ from l0fast.layers.draw import DRAWN, OPEN
 
 STATE = "l0fast"
 """Key of the attachment's state in the optimizer's state."""
-FEW_STEPS = 150
-"""Fewer steps than this are too few for gates to be learned: see `bench/results/attach`."""
+FEW_STEPS = 200
+"""With fewer steps than this the pruned model ends well below the dense one. At 25 % of the
+parameters of an MLP, accuracy on digits, dense / pruned (means of 3 seeds, batch 64): 100 steps
+.935 / .809, 150 steps .940 / .897, 200 steps .951 / .921, 300 steps .955 / .946, 600 steps .971 /
+.966; MNIST: 100 steps .877 / .828, 200 steps .903 / .882."""
 
 
 class Attachment:
@@ -75,8 +78,8 @@ class Attachment:
             self._join(optimizer, gates)
         if term.learns and steps < FEW_STEPS:
             self._warn(
-                f"{steps} steps are few to learn gates in: expect more errors than in {FEW_STEPS} "
-                "or more"
+                f"{steps} steps are few to learn gates in: the pruned model will be well below the "
+                f"dense one. Give it {FEW_STEPS} or more"
             )
         if self.first:
             term.handle.set_stage(OPEN)
@@ -105,7 +108,7 @@ class Attachment:
         counting = optimizer is self._optimizers[0]
         after = self._after if counting else self._hidden.give_back
         handles = [
-            optimizer.register_step_pre_hook(self._hidden.before),
+            optimizer.register_step_pre_hook(self._before if counting else self._hidden.before),
             optimizer.register_step_post_hook(after),
         ]
         if counting:
@@ -124,6 +127,11 @@ class Attachment:
         if self.starting:
             self.term.handle.set_stage(DRAWN)
 
+    def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        """Pre-hook of the step that counts."""
+        self._look()
+        return self._hidden.before(optimizer, args, kwargs)
+
     # --- the step ------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -136,7 +144,6 @@ class Attachment:
         skipped: Any = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             return
-        self._look()
         self.taken += 1
         if self.taken <= self.first:
             if self.taken == self.first:

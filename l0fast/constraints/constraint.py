@@ -194,6 +194,11 @@ class DensityConstraint(DensityTerm):
         return lag_in_words(densities, self.targets)
 
     @torch.no_grad()
+    def lags(self) -> list[float]:
+        """How far each density is above its target in force."""
+        return (self.densities() - self.current_target).tolist()
+
+    @torch.no_grad()
     def begin_(self) -> None:
         """Lets the targets come down from the densities that the model has now, if they come down;
         as a constraint does when it is built. For a model whose state is loaded after that."""

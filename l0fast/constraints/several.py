@@ -124,6 +124,10 @@ class Constraints(Attachable, nn.Module):
         """Whether the gates are trained."""
         return self._terms[0].learns
 
+    def lags(self) -> list[float]:
+        """How far each density is above its target in force."""
+        return [lag for term in self._terms for lag in term.lags()]
+
     def begin_(self) -> None:
         """Lets the targets come down from the densities that the model has now."""
         for term in self._terms:
