@@ -11,9 +11,9 @@ from torch import Tensor
 
 STILL = 10
 """After so many steps in which no gate has changed there is a warning."""
-LOOK = 0.2
+LOOK = 0.1
 """Share of the steps after which the gates should have moved."""
-LEAST_MOVE = 0.5
+LEAST_MOVE = 0.3
 """How far at least, in the mean, while their density lags; from open to closed is about 3."""
 LAG = 0.1
 """A density that is further above the target in force lags."""
@@ -57,7 +57,7 @@ class Watch:
         lag = max(term.lags())
         pairs = zip(gates, self._before, strict=True)
         moved = max(abs(float(gate.double().mean() - before)) for gate, before in pairs)
-        if lag > LAG and moved < LEAST_MOVE:
+        if lag > LAG and moved < LEAST_MOVE and self._still < STILL:
             self._warn(
                 f"after {self._count} of {term.steps} steps the density is {lag:.2g} above the "
                 f"target in force, and the gates have moved by {moved:.2g} (from open to closed it "

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.graph.calls import example_args, unwrapped
 from l0fast.graph.structure import structure_of
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gates, handles_in
+from l0fast.layers.handle import gates, handles_in, own_gates
 from l0fast.measures.amounts import Asked, share
 from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.footprint import Footprint, measure_of
@@ -132,6 +133,24 @@ def _request(
     return _Request({name: group for name, (group, _) in asked.items()}, budgets)
 
 
+FORCED = 0.2
+"""Share of the gates that are open in evaluation; if targets close more, there is a warning."""
+
+
+def _warn_of_force(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> None:
+    """Warns where the targets close much that the training left open."""
+    opened = {name: layers[name].evaluation_gates() > 0 for name in own_gates(layers)}
+    total = sum(int(gates.sum()) for gates in opened.values())
+    closed = sum(int((gates & ~kept[n].to(gates.device)).sum()) for n, gates in opened.items())
+    if closed > FORCED * total:
+        warnings.warn(
+            f"prune: closes {closed} of the {total} gates that are open, to hold the target; the "
+            "model was not trained without them. Train to the end under the constraint, and load "
+            "no checkpoint from before the target was met",
+            stacklevel=3,
+        )
+
+
 def prune(
     model: nn.Module,
     example_inputs: Any,
@@ -242,4 +261,5 @@ def prune(
         seconds = whole_seconds([small, opened(model, structure.raw(layers))], args)
     facts = Facts(kept, request.groups, budgets, spent, round_to, proof.tolerance, seconds)
     attach_report(small, make_report(model, plan, facts, dense, left))
+    _warn_of_force(layers, kept)
     return small

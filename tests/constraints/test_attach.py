@@ -397,6 +397,25 @@ def test_a_state_says_what_the_gates_are() -> None:
         assert {layer.stage for layer in gates(fresh).layers.values()} == {stage}
 
 
+def test_a_checkpoint_from_before_the_target_is_told_when_it_is_pruned() -> None:
+    model = made()
+    optimizer = adamw(model)
+    constraint = constrained(model).attach(optimizer)
+    train(model, optimizer, 60)
+    early = copy.deepcopy(model.state_dict())
+    train(model, optimizer, STEPS - 60)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prune(model, X)
+    model.load_state_dict(early)  # as load_best_model_at_end does
+    with pytest.warns(
+        UserWarning, match=r"prune: closes \d+ of the 48 gates that are open"
+    ) as seen:
+        small: Any = prune(model, X)
+    assert seen[0].filename == __file__
+    assert small.report.density <= 0.4 < constraint.densities()
+
+
 def test_detach_gives_the_loop_back() -> None:
     model = made()
     weights = [p for n, p in model.named_parameters() if "log_alpha" not in n]

@@ -63,7 +63,7 @@ SLOW: dict[str, Make] = {
 
 @pytest.mark.parametrize("name", SLOW)
 def test_gates_that_move_too_slowly_are_told(name: str) -> None:
-    with pytest.warns(UserWarning, match=r"after 60 of 300 steps the density is 0\.\d+ above"):
+    with pytest.warns(UserWarning, match=r"after 30 of 300 steps the density is 0\.\d+ above"):
         run(SLOW[name], 60)
 
 
