@@ -35,6 +35,11 @@ parameters of an MLP, accuracy on digits, dense / pruned (means of 3 seeds, batc
 .966; MNIST: 100 steps .877 / .828, 200 steps .903 / .882."""
 
 
+def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer has a state of steps before; Adagrad has one before its first."""
+    return any(float(one.get("step", 1)) > 0 for one in optimizer.state.values() if one)
+
+
 class Attachment:
     """A constraint inside the steps of an optimizer.
 
@@ -64,7 +69,7 @@ class Attachment:
         self._versions: list[int] = []
         self._touched = 0
         self._warned: set[str] = set()
-        self._resumed = bool(optimizers[0].state)
+        self._resumed = _has_stepped(optimizers[0])
         self._joined: list[Tensor] = []
         gates = self.gates()
         device = gates[0].device.type

@@ -592,6 +592,13 @@ def test_frozen_gates_are_refused_and_told(model: nn.Module) -> None:
         train(model, optimizer, 60)
 
 
+def test_an_optimizer_with_a_state_before_its_first_step_is_new(model: nn.Module) -> None:
+    optimizer = torch.optim.Adagrad(model.parameters())
+    constrained(model).attach(optimizer)
+    assert optimizer.state
+    train(model, optimizer, 2)
+
+
 def test_a_training_that_is_too_short_is_told(model: nn.Module) -> None:
     with pytest.warns(UserWarning, match="199 steps are few"):
         constrained(model, steps=199).attach(adamw(model))

@@ -24,11 +24,12 @@ def test_its_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pruned.append(names["small"])
     first, loaded, *_ = pruned
     assert first is not loaded
-    assert first.report.density <= 0.25
+    kept, whole = first.report.params
+    assert 0.2 < kept / whole <= 0.25
+    assert sum(p.numel() for p in loaded.parameters()) == kept
+    assert names["accuracy"] > 0.88  # .93 to .95; the rest is chance
     with torch.no_grad():
         assert torch.equal(first.eval()(names["x"]), loaded.eval()(names["x"]))
-    size, whole = (sum(p.numel() for p in part.parameters()) for part in (loaded, names["model"]))
-    assert size < whole / 2
 
 
 def test_its_links_lead_somewhere() -> None:
