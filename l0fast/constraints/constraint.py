@@ -191,7 +191,7 @@ class DensityConstraint(DensityTerm):
         if self.settled:
             return None
         densities = dict(zip(self.names, self.densities().tolist(), strict=True))
-        return lag_in_words(densities, self.targets)
+        return lag_in_words(densities, self.targets, self.steps)
 
     @torch.no_grad()
     def lags(self) -> list[float]:

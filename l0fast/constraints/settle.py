@@ -30,14 +30,22 @@ LAG_OF_TARGET = 0.5
 target, is worth a warning."""
 
 
-def lag_in_words(densities: Mapping[str, float], targets: Mapping[str, float]) -> str | None:
-    """What to say where settling closes much at once, or None."""
+def lag_in_words(
+    densities: Mapping[str, float], targets: Mapping[str, float], steps: int | None
+) -> str | None:
+    """What to say where settling closes much at once, or None; `steps` as the constraint has them."""
+    if steps is None:
+        advice = "Give the constraint the `steps` of the training, or a larger dual learning rate"
+    else:
+        advice = (
+            "The gates have not followed: give Adam l0fast.param_groups(model, lr, steps=...), or "
+            "attach the constraint"
+        )
     for name, density in densities.items():
         if density > targets[name] + min(LAG, LAG_OF_TARGET * targets[name]):
             return (
                 f"settle: the expected density of {name!r} is {density:.3g}, far above its "
-                f"target {targets[name]:.3g}: what is closed now was trained with. Give "
-                "the constraint the `steps` of the training, or a larger dual learning rate"
+                f"target {targets[name]:.3g}: what is closed now was trained with. {advice}"
             )
     return None
 

@@ -84,11 +84,13 @@ class Counted(NamedTuple):
 class Draw:
     """The gates that one forward of a model uses."""
 
-    __slots__ = ("compacts", "earlier", "live", "nodes", "parts", "z")
+    __slots__ = ("compacts", "earlier", "live", "nodes", "parts", "unrecorded", "z")
 
     def __init__(self, places: int, live: bool, earlier: list[Any]) -> None:
         self.live = live
         """Whether that forward is still running."""
+        self.unrecorded = False
+        """Whether a layer has had its gates while autograd was off."""
         self.z: list[Tensor | None] = [None] * places
         """By place: the gates [num_gates] of a layer, if this draw has any for it."""
         self.parts: list[tuple[Tensor, tuple[int, ...], list[list[Any]]]] = []
@@ -100,6 +102,21 @@ class Draw:
         """Weak references to the autograd nodes of the counts."""
         self.earlier = earlier
         """The same of draws before, which waited for their backward."""
+
+    def see_grad_mode(self) -> None:
+        """Notes a forward without autograd, and refuses to replay it with autograd.
+
+        Raises:
+            RuntimeError: reentrant activation checkpointing, which would walk the draw's graph once
+                for each segment.
+        """
+        if self.live:
+            self.unrecorded |= not torch.is_grad_enabled()
+        elif self.unrecorded and torch.is_grad_enabled():
+            raise RuntimeError(
+                "activation checkpointing: got use_reentrant=True; expected use_reentrant=False "
+                "(all segments share the gates of one draw)"
+            )
 
     def waiting(self) -> list[Any]:
         """References to the nodes, of this draw and earlier, that wait for their backward."""
@@ -185,6 +202,8 @@ class Drawn:
             if in_force(board.latest):
                 z = board.latest.z[place]
                 if z is not None:
+                    if z.requires_grad and not torch.compiler.is_compiling():
+                        board.latest.see_grad_mode()
                     return z
         return None
 

@@ -412,6 +412,26 @@ def test_activation_checkpointing_replays_the_same_gates(noise: str, gates: str)
         assert torch.equal(plain, replayed)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad:UserWarning")
+def test_reentrant_checkpoints_are_refused_in_words() -> None:
+    class Reentrant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for layer in (self.one, self.two):
+                x = checkpoint(layer, x.relu(), use_reentrant=True)
+            return x
+
+    model = sparsify_(Reentrant(), example_inputs=torch.randn(4, 8))
+    with torch.no_grad():
+        model(torch.randn(4, 8))  # a forward without autograd is no fault
+    loss = model(torch.randn(4, 8, requires_grad=True)).sum()
+    with pytest.raises(RuntimeError, match="got use_reentrant=True; expected use_reentrant=False"):
+        loss.backward()
+
+
 def test_a_checkpointed_model_draws_again_what_it_drew() -> None:
     model, x = gated(), example()
     results = []
