@@ -33,7 +33,7 @@ target, is worth a warning."""
 def lag_in_words(
     densities: Mapping[str, float], targets: Mapping[str, float], steps: int | None
 ) -> str | None:
-    """What to say where settling closes much at once, or None; `steps` as the constraint has them."""
+    """What to say where settling closes much at once, or None; `steps` of the constraint."""
     if steps is None:
         advice = "Give the constraint the `steps` of the training, or a larger dual learning rate"
     else:
