@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.constraints.settle import hold_, is_settled, mark_, settle_
-from l0fast.graph.calls import example_args
+from l0fast.graph.calls import Example
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates
 from l0fast.measures.footprint import measure_of
@@ -44,7 +44,7 @@ class DensityTerm(Asking, nn.Module):
         handle = gates(model)
         layers = dict(handle.layers)
         sized = is_of_pruned(groups[0].measure)
-        trial = tried(model, example_args(example_inputs))[0] if sized else None
+        trial = tried(model, Example.of(example_inputs))[0] if sized else None
         measure = measure_of(layers, groups, trial)
         # The layers belong to the model: kept out of this module's children and state.
         self.__dict__.update(handle=handle, _layers=layers, _measure=measure)
