@@ -20,6 +20,7 @@ from bench.bench_step import STILL, dense_step
 from bench.case import Case, Goal, Variant, measure
 from bench.report import Row
 from bench.timing import Call, Effort, rotating
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.shrink import plan_removal, remove_
 from l0fast.training.models import build
@@ -193,9 +194,9 @@ def _settled(skip: str | bool, shrunk: bool = False) -> nn.Module:
         with torch.no_grad():
             layer.log_alpha.copy_(torch.where(kept[name], 40.0, -40.0))
     if shrunk:
-        removal, _ = plan_removal(model, (example,), kept)
+        removal, _ = plan_removal(model, Example.of(example), kept)
         assert removal is not None
-        remove_(model, removal, (example,), skip)
+        remove_(model, removal, Example.of(example), skip)
     return model
 
 

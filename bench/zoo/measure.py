@@ -26,6 +26,7 @@ from torch import Tensor, nn
 import l0fast
 from bench.timing import Effort, cpu_sample, interleaved, paired_ratios, quartiles
 from bench.zoo.models import ZOO, Entry
+from l0fast.graph.calls import Example
 from l0fast.graph.capture import is_carrier
 from l0fast.graph.compare import relative_error, tensors_of
 from l0fast.layers.handle import gated_layers
@@ -122,7 +123,7 @@ def influential(model: nn.Module, entry: Entry, probes: int) -> dict[str, Tensor
             for parameter in parameters.values():
                 size = parameter.square().mean().sqrt()
                 parameter.copy_(size * torch.randn_like(parameter))
-        outputs = tensors_of(model(*widened(entry.example(), torch.float64)))
+        outputs = tensors_of(widened(Example.of(entry.example()), torch.float64).call(model))
         score = torch.stack(
             [(t * torch.randn_like(t)).sum() for t in outputs if t.is_floating_point()]
         ).sum()
@@ -226,7 +227,7 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
         if not row.gates:
             result.without_gates.setdefault(row.reason, []).append(row.name)
     result.notes += [table.note] if table.note else []
-    args = widened(example, torch.float64)
+    args = widened(Example.of(example), torch.float64).args
     model = copy.deepcopy(dense).double()
     l0fast.sparsify_(model, example_inputs=args, density_init=0.7, skip=False)
     set_gates(model)
@@ -242,7 +243,7 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
     result.notes = notes + result.notes
 
     fresh = [entry.example() for _ in range(FRESH)]
-    wide = [widened(one, torch.float64) for one in fresh]
+    wide = [widened(Example.of(one), torch.float64).args for one in fresh]
     model.eval()
     result.error_float64 = _largest_error(small, model, wide)
     _count_dead(result, model, small, entry)

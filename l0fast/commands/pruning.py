@@ -15,6 +15,7 @@ from l0fast.commands.values import target as one_target
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data import sets
 from l0fast.gating.sparsify import sparsify_
+from l0fast.graph.calls import Example
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import density
 from l0fast.pruning.prune import prune as prune_model
@@ -52,7 +53,7 @@ def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
         gates = identity.get("gates", "auto")
         sparsify_(model, gates=gates, example_inputs=example, skip=False)
     for entry in checkpoint.removals or []:
-        remove_(model, Removal.from_json(entry), (example,), False)
+        remove_(model, Removal.from_json(entry), Example.of(example), False)
     checkpoint.refuse_other(path, identity, model)
     model.load_state_dict(checkpoint.selected[1])
     return checkpoint, model, example

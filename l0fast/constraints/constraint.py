@@ -56,8 +56,9 @@ class DensityConstraint(DensityTerm):
             layer name -> open probabilities (of log_alpha's shape) and returns a 0-d tensor,
             differentiable, which must not fall when a probability rises; only with one number
             as target.
-        example_inputs: what the model's forward takes (a tuple for several arguments); needed by
-            all measures of the pruned model, to see which layer feeds which.
+        example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
+            or a dict of keyword arguments; needed by all measures of the pruned model, to see which
+            layer feeds which.
         steps: of the whole training, >= 1. With it, what is not named below is as it serves every
             model here: the targets come down in a cubic over the first half, and the multipliers
             move by ascent with restarts, at a dual learning rate of 1 / least target.

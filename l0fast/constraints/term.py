@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.attach import Attachable
 from l0fast.constraints.settle import hold_, settle_
-from l0fast.graph.calls import example_args
+from l0fast.graph.calls import Example
 from l0fast.layers.draw import DRAWN, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates
@@ -46,7 +46,7 @@ class DensityTerm(Attachable, nn.Module):
         handle = gates(model)
         layers = dict(handle.layers)
         sized = is_of_pruned(groups[0].measure)
-        trial = tried(model, example_args(example_inputs))[0] if sized else None
+        trial = tried(model, Example.of(example_inputs))[0] if sized else None
         measure = measure_of(layers, groups, trial)
         # The layers belong to the model: kept out of this module's children and state.
         self.__dict__.update(handle=handle, _layers=layers, _measure=measure)

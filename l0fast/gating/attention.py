@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from l0fast.graph.calls import Example
 from l0fast.graph.sites import replace
 
 UNFUSED = "unfused"
@@ -92,7 +93,7 @@ def _call_of(name: str, module: nn.MultiheadAttention, args: Any, options: Any) 
     )
 
 
-def attention_calls(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Unfused | str]:
+def attention_calls(model: nn.Module, example: Example) -> dict[str, Unfused | str]:
     """Name of each nn.MultiheadAttention that runs on an example -> see `_call_of`."""
     found: dict[str, Unfused | str] = {}
     names = {
@@ -114,7 +115,7 @@ def attention_calls(model: nn.Module, args: tuple[Any, ...]) -> dict[str, Unfuse
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         if names:
-            model(*args)
+            example.try_on(model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
         for handle in handles:

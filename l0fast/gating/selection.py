@@ -12,7 +12,7 @@ from l0fast import _checks
 from l0fast.gating.attention import Unfused, attention_calls, unfuse_
 from l0fast.gating.recipes import Choice, GateRow, by_structure, without_structure
 from l0fast.graph import capture
-from l0fast.graph.calls import evaluating, example_args
+from l0fast.graph.calls import Example, evaluating
 from l0fast.graph.sites import light_copy
 from l0fast.graph.structure import Structure
 from l0fast.layers.gated_types import GATED_TYPES
@@ -77,12 +77,12 @@ def fused_rows(model: nn.Module, reasons: Mapping[str, str]) -> list[GateRow]:
 
 
 def with_ordinary_attention(
-    model: ModelT, example_inputs: Any
+    model: ModelT, example: Example
 ) -> tuple[ModelT, dict[str, Unfused], dict[str, str]]:
     """A copy, with the same parameters, whose fused attentions are ordinary where they can be:
     these, and why the others cannot."""
     with evaluating(model):
-        found = attention_calls(model, example_args(example_inputs))
+        found = attention_calls(model, example)
     calls = {name: call for name, call in found.items() if isinstance(call, Unfused)}
     reasons = {name: call for name, call in found.items() if isinstance(call, str)}
     return (unfuse_(light_copy(model), calls) if calls else model), calls, reasons  # type: ignore[return-value]
@@ -94,8 +94,12 @@ def gated_inside(name: str, layers: Iterable[str]) -> bool:
     return any(layer.startswith(f"{fused}.") for layer in layers)
 
 
-def run_by(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) -> set[int]:
-    """The ids of the layers that run when the model is given `example_inputs`."""
+def run_by(model: nn.Module, layers: dict[str, nn.Module], example: Example) -> set[int]:
+    """The ids of the layers that run when the model is called as in an example.
+
+    Raises:
+        ValueError: the model does not take it.
+    """
     reached: set[int] = set()
     handles = [
         layer.register_forward_pre_hook(lambda module, _: reached.add(id(module)))
@@ -103,7 +107,7 @@ def run_by(model: nn.Module, layers: dict[str, nn.Module], example_inputs: Any) 
     ]
     try:
         with evaluating(model):
-            model(*example_args(example_inputs))
+            example.try_on(model)
     finally:
         for handle in handles:
             handle.remove()
@@ -132,15 +136,15 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    model: nn.Module, gates: str, layers: dict[str, nn.Module], example_inputs: Any
+    model: nn.Module, gates: str, layers: dict[str, nn.Module], example: Example | None
 ) -> Chosen:
     """Where the gates of some layers go."""
     if gates != "auto":
         return Chosen({name: Choice(gates) for name in layers})
-    if example_inputs is None:
+    if example is None:
         note = "each layer by itself: no example_inputs, so the model's structure is not known"
         return Chosen(without_structure(layers), note=note)
-    structure = Structure.of(model, example_args(example_inputs))
+    structure = Structure.of(model, example)
     if structure.trace is None:
         note = f"each layer by itself: torch.export refuses the model, {structure.failure}"
         return Chosen(without_structure(layers), structure, note)

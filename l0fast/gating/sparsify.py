@@ -23,7 +23,7 @@ from l0fast.gating.selection import (
     run_by,
     with_ordinary_attention,
 )
-from l0fast.graph.calls import example_args
+from l0fast.graph.calls import Example
 from l0fast.graph.sites import replace
 from l0fast.layers.gated import DENSITY_INIT
 from l0fast.layers.gated_types import GATED_TYPES
@@ -110,8 +110,9 @@ def sparsify_(
         droprate_init: for replicating papers, see `L0Linear`; a number or a mapping.
         distribution: of the gates; HardConcrete() by default.
         noise: "batch" or "example", see `L0Linear`.
-        example_inputs: what the model's forward takes (a tuple for several arguments); where
-            given, layers that never run on it are left out, and closed units can be skipped.
+        example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
+            or a dict of keyword arguments; where given, layers that never run on it are left out,
+            and closed units can be skipped.
         skip: whether a training step leaves out of its computation the units whose gates are drawn
             closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
             units can be followed from the layers that make them to those that read them; False:
@@ -122,18 +123,20 @@ def sparsify_(
             would not; it prints as a table.
 
     Raises:
-        ValueError: no layer is left to gate, a pattern matches none, or an option is out of range.
+        ValueError: no layer is left to gate, a pattern matches none, an option is out of range, or
+            the model does not take its example.
         TypeError: an option of a wrong type.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
     _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
+    example = None if example_inputs is None else Example.of(example_inputs)
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
-    if gates == "auto" and example_inputs is not None:
-        twin, calls, fused = with_ordinary_attention(model, example_inputs)
-    considered = _considered(twin, include, exclude, example_inputs)
-    chosen = choose(twin, gates, considered, example_inputs)
+    if gates == "auto" and example is not None:
+        twin, calls, fused = with_ordinary_attention(model, example)
+    considered = _considered(twin, include, exclude, example)
+    chosen = choose(twin, gates, considered, example)
     choices = chosen.choices
     if dry_run:
         rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
@@ -163,8 +166,8 @@ def sparsify_(
     handle = attach_draw(model)
     if chosen.structure is not None:
         handle.structure = chosen.structure
-    if example_inputs is not None:
-        attach_skipping(model, example_args(example_inputs), skip)
+    if example is not None:
+        attach_skipping(model, example, skip)
     return model
 
 
@@ -191,7 +194,10 @@ def _check_call(
 
 
 def _considered(
-    model: nn.Module, include: Selection | None, exclude: Selection | None, example_inputs: Any
+    model: nn.Module,
+    include: Selection | None,
+    exclude: Selection | None,
+    example: Example | None,
 ) -> dict[str, nn.Module]:
     """Name -> layer that may have gates: named by the caller, and run by the example."""
     layers = eligible(model)
@@ -202,8 +208,8 @@ def _considered(
     if exclude is not None:
         drop = matcher("exclude", exclude, names)
         layers = {name: layer for name, layer in layers.items() if not drop(name, layer)}
-    if example_inputs is not None:
-        reached = run_by(model, layers, example_inputs)
+    if example is not None:
+        reached = run_by(model, layers, example)
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
     return layers
 

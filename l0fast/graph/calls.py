@@ -3,32 +3,134 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from l0fast import _checks
+from l0fast.graph.compare import tensors_of
 
 
-def example_args(example_inputs: Any) -> tuple[Any, ...]:
-    """The positional arguments of a model's forward that `example_inputs` stands for."""
-    return tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """What a model's forward is called with."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, example_inputs: Any) -> Example:
+        """The call that a user's `example_inputs` stands for: a mapping (a dict, or a batch of
+        Hugging Face's) has keyword arguments, a tuple or list has positional ones, and anything
+        else is the only argument."""
+        if isinstance(example_inputs, Mapping):
+            return cls(kwargs=dict(example_inputs))
+        several = isinstance(example_inputs, (tuple, list))
+        return cls(tuple(example_inputs) if several else (example_inputs,))
+
+    def call(self, model: nn.Module) -> Any:
+        """What a model gives."""
+        return model(*self.args, **self.kwargs)
+
+    def try_on(self, model: nn.Module) -> Any:
+        """The same, for the first call of a user's model.
+
+        Raises:
+            ValueError: the model does not take the example.
+        """
+        try:
+            return self.call(model)
+        except Exception as error:
+            self.refuse(error)
+
+    def refuse(self, error: Exception) -> NoReturn:
+        """Says that a model, which has raised `error`, does not take the example."""
+        given = {name: _shape(value) for name, value in self.kwargs.items()}
+        problem = f"what the model's forward takes ({_checks.one_line(error)})"
+        try:
+            _checks.refuse(
+                "example_inputs", given or [_shape(value) for value in self.args], problem
+            )
+        except ValueError as refused:
+            raise refused from error
+
+    def tensors(self) -> list[Tensor]:
+        """Its tensors, in order."""
+        return tensors_of([*self.args, *self.kwargs.values()])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Example:
+        """The same call with other tensors; where one is given twice, so is what it is changed
+        to."""
+        changed: dict[int, Tensor] = {}
+
+        def one(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            if id(leaf) not in changed:
+                changed[id(leaf)] = change(leaf)
+            return changed[id(leaf)]
+
+        args, kwargs = tree_map(one, (self.args, dict(self.kwargs)))
+        return Example(args, kwargs)
+
+    def copy(self) -> Example:
+        """A call of its own: a model may write into its input."""
+        memo: dict[int, Any] = {id(one): one.detach().clone() for one in self.tensors()}
+        return Example(*copy.deepcopy((self.args, dict(self.kwargs)), memo))
 
 
 _WRAPPERS = {
     "OptimizedModule": "_orig_mod",
     "DistributedDataParallel": "module",
     "DataParallel": "module",
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "_LightningModuleWrapperBase": "_forward_module",
+    "_FabricModule": "_forward_module",
 }
 """Classes that stand around a user's model -> where they keep it."""
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The user's own model, out of what torch.compile and data parallelism put around it."""
-    while type(model).__name__ in _WRAPPERS:
-        model = model.get_submodule(_WRAPPERS[type(model).__name__])
-    return model
+    """The user's own model, out of what torch.compile, data parallelism and trainers put around
+    it."""
+    while True:
+        kinds = [kind.__name__ for kind in type(model).__mro__ if kind.__name__ in _WRAPPERS]
+        if not kinds:
+            return model
+        model = model.get_submodule(_WRAPPERS[kinds[0]])
+
+
+def _wraps_own_forward(module: nn.Module) -> bool:
+    """Whether a module has a forward of its own that wraps that of its class, as mixed precision
+    of accelerate does; what moves inputs between devices is no such wrapper."""
+    inner = vars(module).get("forward")
+    if inner is None or "_hf_hook" in vars(module):
+        return False
+    own = type(module).forward
+    while True:
+        inner = getattr(inner, "__func__", inner)
+        if inner is own:
+            return True
+        inner = getattr(inner, "__wrapped__", None)
+        if inner is None:
+            return False
+
+
+def strip_forwards(model: nn.Module) -> None:
+    """Gives a model, and all in it, the forward of its class back, where a wrapper is around it."""
+    for module in model.modules():
+        if _wraps_own_forward(module):
+            for key in ("forward", "_original_forward"):
+                vars(module).pop(key, None)
 
 
 @contextmanager
@@ -82,7 +184,8 @@ def _contents(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Generator[None, None, None]:
-    """Puts the model into evaluation, without autograd, and every module back after it.
+    """Puts the model into evaluation, without autograd and without wrappers around its forward, and
+    every module back after it.
 
     Back are also buffers, attributes that a forward has set, and the contents of lists, dicts and
     sets that a module keeps, such as a cache.
@@ -90,6 +193,7 @@ def evaluating(model: nn.Module) -> Generator[None, None, None]:
     before = [(module, dict(vars(module)), _contents(module)) for module in model.modules()]
     try:
         model.eval()
+        strip_forwards(model)
         with torch.no_grad(), own_buffers(model):
             yield
     finally:

@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
+from l0fast.graph.calls import Example
 from l0fast.graph.nodes import op_name
 
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -102,8 +104,8 @@ def _without_dataclasses(value: Any) -> Any:
     return value if parts is None else [_without_dataclasses(part) for part in parts]
 
 
-def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
-    """The graph of one forward of `model`, in evaluation.
+def export(model: nn.Module, example: Example) -> Trace:
+    """The graph of one forward of `model` on an example, in evaluation.
 
     torch.export refuses a dataclass that nobody has registered as an output: it sees the fields.
 
@@ -113,7 +115,7 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
     plain = model.register_forward_hook(lambda _model, _args, given: _without_dataclasses(given))
     try:
         with _quietly(), torch.no_grad():
-            program = torch.export.export(model, args, strict=False)
+            program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         plain.remove()
     program.graph.eliminate_dead_code()  # what nobody reads ties no units
@@ -157,6 +159,10 @@ def export(model: nn.Module, args: tuple[Any, ...]) -> Trace:
         foreign = (user for user in node.users if user not in calls)
         if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
             read_outside.add(names[id(held_by[0])])
-    return Trace(
-        program.graph, calls, callers, {str(name) for name in signature.user_inputs}, read_outside
-    )
+    # Those that are tensors: the text of another one may be the name of any node.
+    inputs = {
+        spec.arg.name
+        for spec in signature.input_specs
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    }
+    return Trace(program.graph, calls, callers, inputs, read_outside)

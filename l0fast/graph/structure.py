@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from l0fast import _checks
-from l0fast.graph.calls import evaluating
+from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import Trace, export, kind_of
 from l0fast.graph.sites import without_gates
 from l0fast.layers.handle import gates
 
-_OF_GATES = {"gates", "noise", "units", "settled", "training"}
+_OF_GATES = {"gates", "noise", "units", "stage", "training"}
 """Attributes of layers that do not change a plain model's structure."""
 
 Fingerprint = tuple[Any, ...]
@@ -47,10 +47,10 @@ def _form(leaf: object) -> Any:
     return (tuple(leaf.shape), str(leaf.dtype)) if isinstance(leaf, Tensor) else repr(leaf)
 
 
-def fingerprint(model: nn.Module, args: tuple[Any, ...]) -> Fingerprint:
+def fingerprint(model: nn.Module, example: Example) -> Fingerprint:
     """What decides a model's graph: its modules with their plain attributes and the shapes of
     their tensors, and the shapes of the example. Gates and the values of weights do not count."""
-    leaves, form = tree_flatten(args)
+    leaves, form = tree_flatten((example.args, dict(sorted(example.kwargs.items()))))
     modules = tuple(_module_print(name, module) for name, module in model.named_modules())
     return modules, str(form), tuple(map(_form, leaves))
 
@@ -66,13 +66,19 @@ class Structure:
     fingerprint: Fingerprint
 
     @classmethod
-    def of(cls, model: nn.Module, args: tuple[Any, ...]) -> Structure:
-        """Exports a model, with its gates left out."""
-        made_from = fingerprint(model, args)
+    def of(cls, model: nn.Module, example: Example) -> Structure:
+        """Exports a model, with its gates left out.
+
+        Raises:
+            ValueError: the model does not take the example.
+        """
+        made_from = fingerprint(model, example)
         try:
             with evaluating(model), without_gates(model) as plain:
-                trace = export(plain, args)
+                trace = export(plain, example)
         except Exception as failure:
+            with own_randomness(model), evaluating(model):
+                example.copy().try_on(model)
             return cls(None, _checks.one_line(failure), made_from)
         return cls(trace, "", made_from)
 
@@ -81,11 +87,11 @@ class Structure:
         return set() if self.trace is None else self.trace.read_outside.intersection(layers)
 
 
-def structure_of(model: nn.Module, args: tuple[Any, ...]) -> Structure:
+def structure_of(model: nn.Module, example: Example) -> Structure:
     """The structure of a model with gates: as its handle has it, unless the model, or the form of
     the example, has changed since."""
     handle = gates(model)
     known: Structure | None = handle.structure
-    if known is None or known.fingerprint != fingerprint(model, args):
-        handle.structure = known = Structure.of(model, args)
+    if known is None or known.fingerprint != fingerprint(model, example):
+        handle.structure = known = Structure.of(model, example)
     return known

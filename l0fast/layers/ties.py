@@ -1,4 +1,4 @@
-"""Gates that several layers share stay shared, however a state is loaded into the model."""
+"""Gates that several layers share stay shared, however a state is saved and loaded."""
 
 from __future__ import annotations
 
@@ -47,16 +47,35 @@ def _after(model: nn.Module, _keys: Any) -> None:
         model.get_submodule(name)._parameters[GATES] = gates
 
 
+def _saved(model: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
+    """Post-hook of saving: gives each layer a copy of its own of gates that are shared, since
+    safetensors refuses tensors with one memory.
+
+    Parameters themselves (of keep_vars=True) stay.
+    """
+    for name, owner in _sharing(model).items():
+        key = f"{prefix}{name}.{GATES}"
+        if name != owner and key in state and not isinstance(state[key], nn.Parameter):
+            state[key] = state[key].clone()
+
+
 def attach_ties(model: nn.Module) -> None:
-    """Makes whatever loads a state into `model`, or into what it is a part of, keep the ties."""
+    """Makes whatever saves the state of `model`, or of what it is a part of, copy what is tied, and
+    whatever loads one keep the ties."""
     if _after not in model._load_state_dict_post_hooks.values():
         model.register_load_state_dict_pre_hook(_before)
         model.register_load_state_dict_post_hook(_after)
+        model.register_state_dict_post_hook(_saved)
 
 
 def detach_ties(module: nn.Module) -> None:
     """Undoes `attach_ties`."""
-    for hooks in (module._load_state_dict_pre_hooks, module._load_state_dict_post_hooks):
+    for hooks in (
+        module._load_state_dict_pre_hooks,
+        module._load_state_dict_post_hooks,
+        module._state_dict_hooks,
+    ):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_before, _after):  # PyTorch wraps those of the first
+            own = getattr(hook, "hook", hook)  # PyTorch wraps those of the first
+            if own in (_before, _after, _saved):
                 del hooks[key]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map
 
-from l0fast.graph.compare import tensors_of
+from l0fast.graph.calls import Example
 from l0fast.measures.flops import Ops, count_ops, count_params
 from l0fast.measures.groups import Group
 
@@ -20,20 +18,15 @@ def element_size(model: nn.Module) -> int:
     return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
 
 
-def fake_like(args: tuple[Any, ...], fake: FakeTensorMode) -> tuple[Any, ...]:
-    """Nested arguments with fake tensors for their tensors."""
-    return tree_map(lambda v: fake.from_tensor(v) if isinstance(v, Tensor) else v, args)
-
-
-def _without_numbers(model: nn.Module, args: tuple[Any, ...]) -> Ops:
+def _without_numbers(model: nn.Module, example: Example) -> Ops:
     """The ops of a forward for the shapes alone, where the model runs so."""
-    if any(isinstance(p, FakeTensor) for p in (*model.parameters(), *tensors_of(args))):
-        return count_ops(model, args)
+    if any(isinstance(p, FakeTensor) for p in (*model.parameters(), *example.tensors())):
+        return count_ops(model, example)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as fake:
-            return count_ops(model, fake_like(args, fake))
+            return count_ops(model, example.map(fake.from_tensor))
     except Exception:  # its forward asks for values
-        return count_ops(model, args)
+        return count_ops(model, example)
 
 
 @dataclass(frozen=True)
@@ -54,19 +47,19 @@ class Counts:
     def of(
         cls,
         model: nn.Module,
-        args: tuple[Any, ...],
+        example: Example,
         size: int,
         widths: dict[str, tuple[int, int]],
     ) -> Counts:
         """Counts a model.
 
         Args:
-            model: to run on `args`.
-            args: what its forward takes.
+            model: to run on the example.
+            example: what its forward takes.
             size: bytes of a number, which is not that of `model` where it was widened.
             widths: its own.
         """
-        ops = _without_numbers(model, args)
+        ops = _without_numbers(model, example)
         return cls(
             params={name: count_params(module) for name, module in model.named_modules()},
             macs=ops.macs,

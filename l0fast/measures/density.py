@@ -54,13 +54,14 @@ def density(model: nn.Module, example_inputs: Any = None) -> DensityTable:
 
     Args:
         model: a model with gates.
-        example_inputs: what its forward takes; where given, the table has MACs.
+        example_inputs: what its forward takes: a tensor, a tuple of positional arguments, or a dict
+            of keyword arguments; where given, the table has MACs.
 
     Returns:
         DensityTable(layers, total), which prints as a table.
 
     Raises:
-        ValueError: the model has no gates.
+        ValueError: the model has no gates, or does not take the example.
     """
     layers = gates(model).layers
     macs = None if example_inputs is None else count_macs(model, example_inputs)

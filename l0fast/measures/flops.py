@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from l0fast.graph.calls import evaluating, example_args
+from l0fast.graph.calls import Example, evaluating
 from l0fast.graph.compare import tensors_of
 from l0fast.layers.handle import gated_layers
 
@@ -23,8 +23,15 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     """Multiply-accumulates of one forward on `example_inputs`, by module name ("" is all).
 
     Matrix products and convolutions count, as `torch.utils.flop_counter` does.
+
+    Raises:
+        ValueError: the model does not take the example.
     """
-    return count_ops(model, example_args(example_inputs)).macs
+    example = Example.of(example_inputs)
+    try:
+        return count_ops(model, example).macs
+    except Exception as error:
+        example.refuse(error)
 
 
 class Ops(NamedTuple):
@@ -48,8 +55,8 @@ def _elements(*_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
     return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
 
 
-def count_ops(model: nn.Module, args: tuple[Any, ...]) -> Ops:
-    """Counts what one forward of `model` on `args` does."""
+def count_ops(model: nn.Module, example: Example) -> Ops:
+    """Counts what one forward of `model` on an example does."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode, flop_registry  # it loads Triton
 
@@ -62,7 +69,7 @@ def count_ops(model: nn.Module, args: tuple[Any, ...]) -> Ops:
         # Attention in one fused op would count for nothing.
         torch.backends.mha.set_fastpath_enabled(False)
         with evaluating(model), sdpa_kernel(SDPBackend.MATH), flops, elements:
-            given = tensors_of(model(*args))
+            given = tensors_of(example.call(model))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     macs = {name: count // 2 for name, count in _by_module(flops, model).items()}

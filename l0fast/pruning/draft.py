@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from l0fast.graph.calls import MODULE_ATTRIBUTES
+from l0fast.graph.calls import MODULE_ATTRIBUTES, strip_forwards
 from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
@@ -86,6 +86,7 @@ class Draft:
             self.model = copy.deepcopy(plain, memo)
         detach(self.model)
         stop_skipping(self.model)
+        strip_forwards(self.model)
         self.factors = {
             name
             for name, layer in values.layers.items()

@@ -7,33 +7,27 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_map
 
-from l0fast.graph.calls import own_buffers
+from l0fast.graph.calls import Example, own_buffers
 
 Maker = Callable[[torch.dtype | None], nn.Module]
 """Makes a layer anew in a dtype."""
 
 
-def widened(value: Any, dtype: torch.dtype) -> Any:
-    """Nested arguments with their floating tensors in `dtype`."""
-
-    def one(leaf: Any) -> Any:
-        floating = isinstance(leaf, Tensor) and leaf.is_floating_point()
-        return leaf.to(dtype) if floating else leaf
-
-    return tree_map(one, value)
+def widened(example: Example, dtype: torch.dtype) -> Example:
+    """An example with its floating tensors in `dtype`."""
+    return example.map(lambda one: one.to(dtype) if one.is_floating_point() else one)
 
 
-def holders_that_run(model: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
+def holders_that_run(model: nn.Module, example: Example) -> dict[str, str]:
     """Name of each module with parameters -> name of the module that needs them when it is called:
     the same one where its own forward runs, else the innermost module around it that runs.
 
     Args:
         model: in evaluation; it is run.
-        args: what its forward takes.
+        example: what its forward takes.
     """
     ran: set[str] = {""}
     handles = [
@@ -41,7 +35,7 @@ def holders_that_run(model: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
         for name, module in model.named_modules()
     ]
     try:
-        model(*args)
+        example.call(model)
     finally:
         for handle in handles:
             handle.remove()

@@ -3,17 +3,14 @@ noise of its shape."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
-from l0fast import _checks
-from l0fast.graph.calls import evaluating, own_randomness
+from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
@@ -41,24 +38,18 @@ class _Precision(TorchDispatchMode):
         return result
 
 
-def _noise(args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """The arguments with noise in their floating tensors, or None if they have none."""
-    if not any(t.is_floating_point() for t in tensors_of(args)):
+def _noise(example: Example) -> Example | None:
+    """An example with noise in its floating tensors, or None if it has none."""
+    if not any(tensor.is_floating_point() for tensor in example.tensors()):
         return None
     generator = torch.Generator().manual_seed(SEED)
 
-    def draw(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+    def draw(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
             return value
         return torch.randn(value.shape, generator=generator).to(value)
 
-    return tree_map(draw, args)
-
-
-def _unlike_any(args: tuple[Any, ...], error: Exception) -> ValueError:
-    shapes = [tuple(a.shape) if isinstance(a, Tensor) else type(a).__name__ for a in args]
-    expected = f"what the model's forward takes ({_checks.one_line(error)})"
-    return ValueError(f"example_inputs: got {shapes}; expected {expected}")
+    return example.map(draw)
 
 
 class Proof:
@@ -71,7 +62,7 @@ class Proof:
     Args:
         model: with gates; it is run, and is the same afterwards.
         values: of its gates.
-        args: its example.
+        example: of what it takes.
 
     Attributes:
         tolerance: the largest relative error that counts as equal.
@@ -80,7 +71,7 @@ class Proof:
         ValueError: the model does not take its example.
     """
 
-    def __init__(self, model: nn.Module, values: GateValues, args: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module, values: GateValues, example: Example) -> None:
         # A gate that is closed has a log_alpha of minus infinity.
         closed = {
             name: layer.log_alpha.detach().masked_fill(
@@ -91,7 +82,7 @@ class Proof:
         self._holders: Mapping[str, str] = {}
         self._dtype: torch.dtype | None = torch.float64
         with evaluating(model), with_log_alpha(values.layers, closed):
-            self._choose(model, args)
+            self._choose(model, example)
             noise = _noise(self.probes[0])
             if noise is not None:
                 try:
@@ -102,44 +93,44 @@ class Proof:
                     self.probes.append(noise)
                     self.expected.append(outputs)
 
-    def _choose(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def _choose(self, model: nn.Module, example: Example) -> None:
         """Runs the model in the best way that it runs in."""
         ways: list[Mapping[str, str]] = [{}]
         try:
             with own_randomness(model, SEED), in_precision(model, None, {}):
-                runs = holders_that_run(model, copy.deepcopy(args))
+                runs = holders_that_run(model, example.copy())
             ways = [runs, {}]
         except Exception:  # perhaps of the example's dtype
             pass
         for self._holders in ways:
             try:
-                self._first(model, widened(args, torch.float64))
+                self._first(model, widened(example, torch.float64))
             except Exception:
                 continue
             return
         self._dtype, self._holders = None, {}
         try:
-            self._first(model, args)
+            self._first(model, example)
         except Exception as error:
-            raise _unlike_any(args, error) from error
+            example.refuse(error)
 
-    def _first(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def _first(self, model: nn.Module, example: Example) -> None:
         with _Precision() as precision:
-            self.expected = [self._run(model, args)]
-        self.probes = [args]
+            self.expected = [self._run(model, example)]
+        self.probes = [example]
         self.tolerance = TOLERANCE.get(precision.least, TOLERANCE[torch.bfloat16])
 
     def _run(
-        self, model: nn.Module, args: tuple[Any, ...], makers: Mapping[str, Maker] | None = None
+        self, model: nn.Module, example: Example, makers: Mapping[str, Maker] | None = None
     ) -> list[Tensor]:
-        own = copy.deepcopy(args)  # a model may write into its input
+        own = example.copy()
         with own_randomness(model, SEED), in_precision(model, self._dtype, self._holders, makers):
-            return [tensor.detach().clone() for tensor in tensors_of(model(*own))]
+            return [tensor.detach().clone() for tensor in tensors_of(own.call(model))]
 
     def error(self, draft: Draft) -> float:
         """The relative error of a draft; whatever it raises is passed on."""
         with evaluating(draft.model):
-            got = [self._run(draft.model, args, draft.makers) for args in self.probes]
+            got = [self._run(draft.model, probe, draft.makers) for probe in self.probes]
         return max(map(relative_error, got, self.expected))
 
     def check(self, draft: Draft) -> tuple[float, str]:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.graph.calls import example_args, unwrapped
+from l0fast.graph.calls import Example, unwrapped
 from l0fast.graph.structure import structure_of
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in, own_gates
@@ -122,7 +122,7 @@ def _request(
     else:
         asked = target_groups(layers, target, with_table(measure, model, example_inputs))
     sized = any(is_of_pruned(group.measure) for group, _ in asked.values())
-    trial = tried(model, example_args(example_inputs))[0] if sized else None
+    trial = tried(model, Example.of(example_inputs))[0] if sized else None
     budgets: list[Budget] = []
     for name, (group, value) in asked.items():
         by = measure_of(layers, [group], trial)
@@ -174,7 +174,8 @@ def prune(
 
     Args:
         model: a model with gates.
-        example_inputs: what its forward takes (a tuple for several arguments).
+        example_inputs: what its forward takes: a tensor, a tuple of positional arguments, or a dict
+            of keyword arguments.
         target: the density that must not be exceeded: a number for the whole model, or layer
             name or glob pattern -> number; or a constraint (or `Constraints`) on the model, whose
             targets are held. Default: the targets of all constraints on the model that are alive,
@@ -234,19 +235,19 @@ def prune(
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
     request = _request(model, example_inputs, target, measure)
-    args, budgets = example_args(example_inputs), request.budgets
+    example, budgets = Example.of(example_inputs), request.budgets
     size = element_size(model)
     dense: Counts | None = None
     while True:
         kept = choose(layers, budgets, round_to)
         values = GateValues(layers, kept)
-        proof = Proof(model, values, args)
-        structure = structure_of(model, args)
+        proof = Proof(model, values, example)
+        structure = structure_of(model, example)
         draft = new_draft(model, values, structure)
         if dense is None:
-            dense = known_dense(model, structure) or Counts.of(draft.model, args, size, {})
+            dense = known_dense(model, structure) or Counts.of(draft.model, example, size, {})
         plan = make_plan(draft, structure, proof.check)
-        left = Counts.of(draft.model, args, size, widths_left(plan))
+        left = Counts.of(draft.model, example, size, widths_left(plan))
         spent: dict[str, float] = {}
         for one in budgets:
             by = one.measure
@@ -258,7 +259,7 @@ def prune(
     small = draft.finish()
     seconds: list[float] | None = None
     if any(isinstance(group.measure, LatencyTable) for group in request.groups.values()):
-        seconds = whole_seconds([small, opened(model, structure.raw(layers))], args)
+        seconds = whole_seconds([small, opened(model, structure.raw(layers))], example)
     facts = Facts(kept, request.groups, budgets, spent, round_to, proof.tolerance, seconds)
     attach_report(small, make_report(model, plan, facts, dense, left))
     _warn_of_force(layers, kept)

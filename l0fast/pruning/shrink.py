@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0fast.graph.calls import Example
 from l0fast.graph.capture import is_carrier
 from l0fast.graph.sites import without_gates
 from l0fast.graph.structure import structure_of
@@ -100,7 +101,7 @@ class Idle:
 
 
 def plan_removal(
-    model: nn.Module, args: tuple[Any, ...], kept: dict[str, Tensor]
+    model: nn.Module, example: Example, kept: dict[str, Tensor]
 ) -> tuple[Removal | None, set[str]]:
     """What can go, with neither gather nor scatter, if only the gates of `kept` can open; and the
     layers that stand in the way.
@@ -112,8 +113,8 @@ def plan_removal(
     kept = {name: mask.clone() for name, mask in kept.items()}
     found: set[str] = set()
     while not all(bool(mask.all()) for mask in kept.values()):
-        values, structure = GateValues(layers, kept), structure_of(model, args)
-        proof = Proof(model, values, args)
+        values, structure = GateValues(layers, kept), structure_of(model, example)
+        proof = Proof(model, values, example)
         plan = make_plan(new_draft(model, values, structure), structure, proof.check)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
         stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}
@@ -158,7 +159,7 @@ def _removal(model: nn.Module, edits: list[Edit], patches: list[AttributePatch])
 def remove_(
     model: nn.Module,
     removal: Removal,
-    args: tuple[Any, ...],
+    example: Example,
     skip: str | bool,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
@@ -170,7 +171,7 @@ def remove_(
     handle, earlier = gates(model), recipe_of(model)
     if earlier.dense is None:
         with without_gates(model) as plain:
-            dense = Counts.of(plain, args, element_size(model), {}).whole()
+            dense = Counts.of(plain, example, element_size(model), {}).whole()
         earlier = replace(earlier, dense=dense)
     layers = handle.layers
     for layer in layers.values():
@@ -211,7 +212,7 @@ def remove_(
         layers=[*earlier.layers, *(edit.as_json() for edit in removal.edits)],
         attributes=[*earlier.attributes, *(patch.as_json() for patch in removal.patches)],
     )
-    attach_skipping(model, args, skip)
+    attach_skipping(model, example, skip)
 
 
 def _follow(optimizer: torch.optim.Optimizer, replaced: Mapping[int, Any]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
+
+from l0fast.graph.calls import Example
 
 ROUNDS = (8, 25)
 """Samples of each call, at least and at most, and"""
@@ -68,20 +69,20 @@ def quartiles(builds: list[Build], device: torch.device) -> list[float]:
     return [statistics.quantiles(column, n=4)[0] for column in zip(*samples, strict=True)]
 
 
-def whole(models: list[nn.Module], args: tuple[Any, ...]) -> Build:
-    return lambda: [lambda model=model: model(*args) for model in models]
+def whole(models: list[nn.Module], example: Example) -> Build:
+    return lambda: [lambda model=model: example.call(model) for model in models]
 
 
 def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def whole_seconds(models: list[nn.Module], args: tuple[Any, ...]) -> list[float]:
-    """Seconds of one forward of each of some models, in evaluation."""
+def whole_seconds(models: list[nn.Module], example: Example) -> list[float]:
+    """Seconds of one forward of each of some models on an example, in evaluation."""
     training = [model.training for model in models]
     try:
         with torch.no_grad():
-            return quartiles([whole([m.eval() for m in models], args)], device_of(models[0]))
+            return quartiles([whole([m.eval() for m in models], example)], device_of(models[0]))
     finally:
         for model, mode in zip(models, training, strict=True):
             model.train(mode)

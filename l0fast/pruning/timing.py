@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from l0fast.graph.calls import evaluating, example_args, unwrapped
+from l0fast.graph.calls import Example, evaluating, unwrapped
 from l0fast.graph.capture import NORMS, is_carrier, layer_size
 from l0fast.graph.sites import light_copy
 from l0fast.graph.sites import replace as replace_modules
@@ -39,8 +39,8 @@ def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
 
     Args:
         model: a model with gates.
-        example_inputs: what its forward takes (a tuple for several arguments); its batch size is
-            the one that is timed.
+        example_inputs: what its forward takes: a tensor, a tuple of positional arguments, or a dict
+            of keyword arguments; its batch size is the one that is timed.
 
     Returns:
         LatencyTable, for `DensityConstraint(measure=...)` and `prune(measure=...)`.
@@ -50,11 +50,11 @@ def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
     """
     model = unwrapped(model)
     gates(model)
-    args = example_args(example_inputs)
-    trial, plan = tried(model, args)
+    example = Example.of(example_inputs)
+    trial, plan = tried(model, example)
     dense = opened(model, trial.structure.raw(gates(model).layers))
     small = apply(light_copy(dense.eval()), list(plan.edits), plan.patches)
-    return _table(trial, plan, [dense, small], args)
+    return _table(trial, plan, [dense, small], example)
 
 
 def with_table(measure: AnyMeasure, model: nn.Module, example_inputs: Any) -> AnyMeasure:
@@ -72,40 +72,44 @@ class _Recorded(nn.Module):
         self.outputs: list[Tensor] = []
         self.calls = 0
 
-    def hook(self, _layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def hook(
+        self, _layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> None:
         """Of the layer itself."""
-        self.inputs.append(inputs[0])
+        (given,) = (*args, *kwargs.values())
+        self.inputs.append(given)
         self.outputs.append(output)
 
-    def forward(self, _input: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         self.calls += 1
         return self.outputs[(self.calls - 1) % len(self.outputs)]
 
 
-def _recorded(model: nn.Module, names: list[str], args: tuple[Any, ...]) -> dict[str, _Recorded]:
+def _recorded(model: nn.Module, names: list[str], example: Example) -> dict[str, _Recorded]:
     """What some layers are given and give in one forward, by name."""
     records = {name: _Recorded() for name in names}
-    hooks = [model.get_submodule(n).register_forward_hook(r.hook) for n, r in records.items()]
+    hooks = [
+        model.get_submodule(name).register_forward_hook(record.hook, with_kwargs=True)
+        for name, record in records.items()
+    ]
     with evaluating(model):
-        model(*args)
+        example.call(model)
     for hook in hooks:
         hook.remove()
     return records
 
 
-def _table(
-    tried: Trial, plan: Plan, models: list[nn.Module], args: tuple[Any, ...]
-) -> LatencyTable:
+def _table(tried: Trial, plan: Plan, models: list[nn.Module], example: Example) -> LatencyTable:
     """The table of a model that was tried; of the plain models with all units, and with those that
     the trial left."""
     edits = {edit.name: edit for edit in plan.edits}
-    records = [_recorded(model, list(tried.shrinking), args) for model in models]
+    records = [_recorded(model, list(tried.shrinking), example) for model in models]
     empty: list[nn.Module] = []
     for model, of in zip(models, records, strict=True):
         twin = light_copy(model)
         layers_of = {id(twin.get_submodule(name)): record for name, record in of.items()}
         empty.append(replace_modules(twin, layers_of))
-    builds = [whole([*models, *empty], args)]
+    builds = [whole([*models, *empty], example)]
     number = 4
     alike: dict[str, _Sides] = {}  # networks repeat their blocks
     kinds: dict[str, str] = {}
@@ -129,8 +133,8 @@ def _table(
     about = {
         "device": _device_name(device_of(models[0])),
         "threads": torch.get_num_threads(),
-        "dtypes": [str(part.dtype) for part in args if isinstance(part, Tensor)],
-        "shapes": [list(part.shape) for part in args if isinstance(part, Tensor)],
+        "dtypes": [str(part.dtype) for part in example.tensors()],
+        "shapes": [list(part.shape) for part in example.tensors()],
         "torch": str(torch.__version__),  # a checkpoint loads plain text alone
     }
     return LatencyTable(*_completed(layers, positions, tried, seconds), about)

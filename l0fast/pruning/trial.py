@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from l0fast.graph.calls import Example
 from l0fast.graph.capture import is_site, layer_size
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, gates
-from l0fast.measures.counts import Counts, element_size, fake_like
+from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.plan import Plan, make_plan, new_draft
@@ -43,7 +42,7 @@ def half_closed(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
 
 
 def _tried(
-    model: nn.Module, structure: Structure, args: tuple[Any, ...], fake: FakeTensorMode | None
+    model: nn.Module, structure: Structure, example: Example, fake: FakeTensorMode | None
 ) -> tuple[Trial, Plan]:
     layers = gates(model).layers
     values = GateValues(layers, half_closed(layers), fully_open=True)
@@ -53,7 +52,7 @@ def _tried(
 
     def counted(widths: dict[str, tuple[int, int]]) -> Counts:
         with draft.mode():
-            own = copy.deepcopy(args) if fake is None else fake_like(args, fake)
+            own = example.copy() if fake is None else example.map(fake.from_tensor)
             return Counts.of(draft.model, own, size, widths)
 
     dense = counted(full)
@@ -82,21 +81,21 @@ def _tried(
     return trial, plan
 
 
-def tried(model: nn.Module, args: tuple[Any, ...]) -> tuple[Trial, Plan]:
+def tried(model: nn.Module, example: Example) -> tuple[Trial, Plan]:
     """Prunes with about half of the units closed, for the shapes alone; the handle keeps what was
     found as long as the model's structure stays.
 
     Args:
         model: with gates.
-        args: its example.
+        example: of what it takes.
     """
-    handle, structure = gates(model), structure_of(model, args)
+    handle, structure = gates(model), structure_of(model, example)
     if handle.trial is None or handle.trial[0].structure is not structure:
         try:
             fake = FakeTensorMode(allow_non_fake_inputs=True)
-            handle.trial = _tried(model, structure, args, fake)
+            handle.trial = _tried(model, structure, example, fake)
         except Exception:  # its forward asks for values
-            handle.trial = _tried(model, structure, args, None)
+            handle.trial = _tried(model, structure, example, None)
     return handle.trial
 
 

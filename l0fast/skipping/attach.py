@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from typing import Any
 
 import torch
@@ -10,20 +10,20 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import _checks
-from l0fast.graph.calls import evaluating, own_randomness
+from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import NORMS, Trace, export
 from l0fast.graph.channels import ELEMENTWISE
 from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
-from l0fast.graph.sites import without_gates
+from l0fast.graph.sites import light_copy, without_gates
 from l0fast.graph.structure import structure_of
 from l0fast.layers.handle import ModelGates, gated_layers, gates, handle_of, own_gates
 from l0fast.layers.hooks import remove_hooks
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.skipping import skip_on_device
 from l0fast.skipping.following import stop_following
-from l0fast.skipping.link import Link
+from l0fast.skipping.link import End, Link
 from l0fast.skipping.links import find_links
-from l0fast.skipping.skip import MULTIPLE, Skipping
+from l0fast.skipping.skip import MULTIPLE, Skipping, size_of
 
 SLACK = 100.0
 """Times the tolerance of a pruned model: how much masked and skipped may differ by rounding."""
@@ -48,7 +48,8 @@ def skip_closed(model: nn.Module, inputs: Any, options: Any) -> None:
     handle.skipping.clear()  # a forward that was interrupted leaves its own behind
     draw = handle.board.latest
     if draw.live and draw.parts:
-        handle.skipping.assign(draw, inputs, options)
+        call = Example(inputs, options)
+        handle.skipping.assign(draw, call, lambda: _tried_out(model, handle.skipping, call))
         draw.parts = []
 
 
@@ -108,9 +109,9 @@ def _in_training(plain: nn.Module) -> None:
             module.eval()
 
 
-def training_trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
-    """The graph of a forward in training: that of the model's structure, where training computes
-    the same, or else one of its own.
+def training_trace(model: nn.Module, example: Example) -> Trace:
+    """The graph of a forward on an example in training: that of the model's structure, where
+    training computes the same, or else one of its own.
 
     Raises:
         Exception: whatever the model or torch.export raises.
@@ -121,11 +122,11 @@ def training_trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
             if training:
                 _in_training(plain)
             with _Ops() as ops:
-                given = tensors_of(plain(*copy.deepcopy(args)))
+                given = tensors_of(example.copy().call(plain))
             found.append((ops.found, [tensor.shape for tensor in given]))
         if found[0] != found[1]:
-            return export(plain, args)
-    structure = structure_of(model, args)
+            return export(plain, example)
+    structure = structure_of(model, example)
     if structure.trace is None:
         raise RuntimeError(f"torch.export refuses the model: {structure.failure}")
     return structure.trace
@@ -134,16 +135,16 @@ def training_trace(model: nn.Module, args: tuple[Any, ...]) -> Trace:
 # --- whether it is the same ---------------------------------------------------------------------
 
 
-def _outputs(model: nn.Module, args: tuple[Any, ...], seed: int) -> list[Tensor]:
+def _outputs(model: nn.Module, example: Example, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
-    return [tensor.detach().clone() for tensor in tensors_of(model(*copy.deepcopy(args)))]
+    return [tensor.detach().clone() for tensor in tensors_of(example.copy().call(model))]
 
 
 def _on_gpu(model: nn.Module) -> bool:
     return any(layer.log_alpha.is_cuda for layer in gated_layers(model).values())
 
 
-def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
+def _error(model: nn.Module, example: Example, links: list[Link]) -> float:
     """The largest relative difference between masked and skipped forwards of the example.
 
     It is the model itself that runs, with other gates; afterwards all is as it was.
@@ -153,7 +154,7 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
         for layer in layers.values():
             layer.training = True
         try:
-            skipping = Skipping(model, links, True, args, 1, _on_gpu(model))
+            skipping = Skipping(model, links, True, example, 1, _on_gpu(model))
             _start(model, skipping)
             for draw in range(DRAWS):
                 torch.manual_seed(draw)
@@ -163,9 +164,9 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
                 }
                 with with_log_alpha(layers, values):
                     _gates_of(model).skipping = None
-                    expected = _outputs(model, args, draw)
+                    expected = _outputs(model, example, draw)
                     _gates_of(model).skipping = skipping
-                    worst = max(worst, relative_error(_outputs(model, args, draw), expected))
+                    worst = max(worst, relative_error(_outputs(model, example, draw), expected))
         finally:
             stop_skipping(model)
             for layer in layers.values():
@@ -173,7 +174,52 @@ def _error(model: nn.Module, args: tuple[Any, ...], links: list[Link]) -> float:
     return worst
 
 
-def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -> None:
+def _allowed(model: nn.Module) -> float:
+    """How much masked and skipped may differ."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return SLACK * max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
+
+
+def _ends(model: nn.Module, links: list[Link]) -> list[Any]:
+    """What decides what links leave out: the ends of each, by the names of the layers."""
+    names = {id(module): name for name, module in model.named_modules()}
+
+    def of(end: End) -> tuple[str, list[int] | None]:
+        return names[id(end.layer)], None if end.labels is None else end.labels.tolist()
+
+    return [
+        (list(map(of, link.makers)), list(map(of, link.readers)), link.channels, link.zeros)
+        for link in links
+    ]
+
+
+def _tried_out(model: nn.Module, skipping: Skipping, call: Example) -> float | None:
+    """The size that takes as long as the example, in calls of the form of this one; None where
+    they are to be computed masked.
+
+    A call may compute more than the example: a loss, where it has labels. The same units must be
+    followed along its own graph, and leaving them out must change nothing. It is all done on a
+    copy of the modules: the model is in the midst of a step.
+    """
+    devices = {parameter.device.type for parameter in model.parameters()}
+    try:
+        with contextlib.ExitStack() as stack:
+            for device in devices:
+                stack.enter_context(torch.autocast(device, enabled=False))
+            twin, call = light_copy(model), call.copy()
+            stop_skipping(twin)
+            links = find_links(twin, training_trace(twin, call), skipping.views)
+            if _ends(twin, links) != _ends(model, skipping.links):
+                return None
+            if _error(twin, call, links) > _allowed(model):
+                return None
+    except Exception:
+        return None
+    takes, of_example = (sum(link.work for link in some) for some in (links, skipping.links))
+    return size_of(call) * (of_example / takes if takes and of_example else 1.0)
+
+
+def attach_skipping(model: nn.Module, example: Example, skip: str | bool) -> None:
     """Makes each step of a model leave out the units that its draw has closed.
 
     Tried out on the example, masked against skipped. Where that fails, "auto" skips nothing.
@@ -186,11 +232,9 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
     on_gpu = _on_gpu(model)
     if skip is False or (skip == "auto" and on_gpu):
         return  # what it saves there has not been measured
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    allowed = SLACK * max(TOLERANCE.get(dtype, TOLERANCE[torch.bfloat16]) for dtype in dtypes)
     failure = ""
     try:
-        trace = training_trace(model, args)
+        trace = training_trace(model, example)
     except Exception as problem:
         trace, failure = None, _checks.one_line(problem)
     # A model may reshape to sizes that it has written out: the second time units stop there.
@@ -199,13 +243,13 @@ def attach_skipping(model: nn.Module, args: tuple[Any, ...], skip: str | bool) -
             break
         try:
             links = find_links(model, trace, views)
-            error = _error(model, args, links) if links else 0.0
+            error = _error(model, example, links) if links else 0.0
         except Exception as problem:
             failure = _checks.one_line(problem)
             continue
-        if links and error <= allowed:
+        if links and error <= _allowed(model):
             multiple = skip_on_device.MULTIPLE if on_gpu else MULTIPLE
-            _start(model, Skipping(model, links, skip, args, multiple, on_gpu))
+            _start(model, Skipping(model, links, skip, example, multiple, on_gpu, views))
             return
         failure = f"it differs by {error:.3g}" if links else "no units can be followed"
     if skip is True:

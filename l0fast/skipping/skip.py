@@ -8,13 +8,14 @@ others compact: no zeros are put in and taken out again between them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from l0fast.graph.compare import tensors_of
+from l0fast.graph.calls import Example
 from l0fast.layers.draw import Compact, Draw, Drawn, OnDevice
 from l0fast.layers.hooks import foreign_hooks, seen_backward
 from l0fast.skipping import skip_on_device
@@ -34,15 +35,34 @@ MULTIPLE = 4
 different, even widths run faster (Linears do not). The units added are closed, and so masked."""
 
 
-def _tensor_form(leaf: object) -> tuple[torch.dtype, int] | None:
-    return (leaf.dtype, leaf.dim()) if isinstance(leaf, Tensor) else None
+FORMS = 8
+"""So many forms of calls beside the example's are tried out."""
+
+Form = tuple[Any, ...]
 
 
-def form_of(args: tuple[Any, ...], options: dict[str, Any]) -> list[object]:
+def _form(value: object) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype, value.dim()
+    if type(value) not in (tuple, list, dict):
+        return repr(value)
+    leaves, structure = tree_flatten(value)
+    return str(structure), *map(_form, leaves)
+
+
+def form_of(example: Example) -> Form:
     """How a forward is called: its tensors' dtypes and ranks, and everything else as it is."""
-    leaves, structure = tree_flatten((tuple(args), options))
-    forms = [_tensor_form(leaf) or repr(leaf) for leaf in leaves]
-    return [str(structure), *forms]
+    named = sorted(example.kwargs.items()) if len(example.kwargs) > 1 else example.kwargs.items()
+    return tuple(map(_form, example.args)), tuple((name, _form(value)) for name, value in named)
+
+
+def size_of(example: Example) -> int:
+    """Elements of the first tensor of a call, whatever the order of its keyword arguments."""
+    args, kwargs = example.args, example.kwargs
+    if args and isinstance(args[0], Tensor):
+        return max(args[0].numel(), 1)
+    found = Example((*args, *(kwargs[name] for name in sorted(kwargs)))).tensors()
+    return max(found[0].numel(), 1) if found else 1
 
 
 def _opened(draw: Draw) -> dict[int, Tensor]:
@@ -59,8 +79,10 @@ class Skipping:
     """The links of a model, and whether closed units are skipped on them.
 
     What is left out depends on the gates and on the size of the input alone, so that a training
-    that is resumed takes the very steps of one that was not interrupted. A call of another form
-    than the example's, and a model that has been changed since, are computed masked.
+    that is resumed takes the very steps of one that was not interrupted. The first call of another
+    form than the example's (with labels, or by keyword) is tried out like the example; such calls,
+    where skipping may change something, and a model that has been changed since, are computed
+    masked.
 
     Args:
         model: the model that draws.
@@ -68,8 +90,9 @@ class Skipping:
         mode: "auto": a link where it pays, on a CPU; True: every link.
         on_gpu: with gates drawn on a GPU; then chains of linear layers are computed with no read by
             the host, if no convolution needs one.
-        args: the example.
+        example: of the calls.
         multiple: of how many units are computed, on a CPU where a link is convolved.
+        views: whether units are followed across ops that may have sizes written out.
     """
 
     def __init__(
@@ -77,18 +100,20 @@ class Skipping:
         model: nn.Module,
         links: list[Link],
         mode: str | bool,
-        args: tuple[Any, ...],
+        example: Example,
         multiple: int = MULTIPLE,
         on_gpu: bool = False,
+        views: bool = True,
     ) -> None:
         self._rounded = [on_gpu or link.convolved for link in links]
         self.on_gpu = on_gpu
         convolved = any(link.convolved for link in links)
         self.unread = on_gpu and not convolved and any(link.linear for link in links)
         self.links, self.mode, self.multiple = links, mode, multiple
-        self.form = form_of(args, {})
-        self._tensors = [_tensor_form(one) for one in args]
-        self.size = max(next((tensor.numel() for tensor in tensors_of(args)), 1), 1)
+        self.views = views
+        self.form, self.size = form_of(example), float(size_of(example))
+        self._others: dict[Form, float | None] = {}
+        """Other forms -> the size that takes as long as the example; None: they are masked."""
         found = {id(layer): layer for link in links for layer in link.layers()}
         self._layers = list(found.values())
         self._following: list[tuple[nn.Module, Following]] = [
@@ -103,16 +128,21 @@ class Skipping:
         for _, following in self._following:
             following.compact = None
 
-    def _like_the_example(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        if options or None in self._tensors:
-            return form_of(args, options) == self.form
-        return [_tensor_form(one) for one in args] == self._tensors  # a tenth of the time
+    def _examples(self, call: Example, try_out: Callable[[], float | None]) -> float | None:
+        """How many times the example's work a call is; None: it is computed masked."""
+        form = form_of(call)
+        size = self.size if form == self.form else self._others.get(form)
+        if form != self.form and form not in self._others:
+            capturing = self.on_gpu and torch.cuda.is_current_stream_capturing()
+            if len(self._others) == FORMS or capturing:
+                return None
+            self._others[form] = size = try_out()
+        return None if size is None else size_of(call) / size
 
-    def holds(self, args: tuple[Any, ...], options: dict[str, Any]) -> bool:
-        """Whether this is a call like the example, of the model as it was."""
+    def holds(self) -> bool:
+        """Whether the model is as it was."""
         return (
-            self._like_the_example(args, options)
-            and all(list(children.values()) == known for children, known in self._children)
+            all(list(children.values()) == known for children, known in self._children)
             and not seen_backward()
             and not any(foreign_hooks(layer) for layer in self._layers)
             and not any("forward" in layer.__dict__ for layer in self._layers)
@@ -122,16 +152,18 @@ class Skipping:
             )
         )
 
-    def assign(self, draw: Draw, inputs: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def assign(self, draw: Draw, call: Example, try_out: Callable[[], float | None]) -> None:
         """Tells each layer what it leaves out in this step.
 
         Args:
             draw: the model's, in force as long as this forward is.
-            inputs, options: of the model's forward.
+            call: of the model's forward.
+            try_out: says what is noted of the form of this call, if it is a new one.
         """
         if self.mode == "auto" and any(z.is_cuda for z, _, _ in draw.parts):
             return  # the host would have to wait for the gates
-        if not self.holds(inputs, options):
+        examples = self._examples(call, try_out) if self.holds() else None
+        if examples is None:
             return
         opened = _opened(draw)
         if self.unread:
@@ -139,9 +171,9 @@ class Skipping:
         elif self.on_gpu:
             device = next(iter(opened.values())).device
             seen = skip_on_device.read_back(opened)
-            draw.compacts.update(skip_on_device.send(self._compacts(seen, inputs), device))
+            draw.compacts.update(skip_on_device.send(self._compacts(seen, examples), device))
         else:
-            draw.compacts.update(self._compacts(opened, inputs))
+            draw.compacts.update(self._compacts(opened, examples))
         for layer, following in self._following:
             following.compact, following.draw = draw.compacts.get(id(layer)), draw
 
@@ -163,12 +195,8 @@ class Skipping:
         """Whether this step has drawn all the gates of a link's layers."""
         return all(id(layer) in opened for layer in link.layers() if isinstance(layer, Drawn))
 
-    def _compacts(self, opened: dict[int, Tensor], inputs: tuple[Any, ...]) -> dict[int, Compact]:
+    def _compacts(self, opened: dict[int, Tensor], examples: float) -> dict[int, Compact]:
         """What each layer leaves out, where the host can see the gates."""
-        first = inputs[0] if inputs else None
-        if not isinstance(first, Tensor):
-            first = next(iter(tensors_of(inputs)), None)
-        examples = 1.0 if first is None else first.numel() / self.size
         rows: dict[int, Tensor] = {}
         cols: dict[int, tuple[Tensor, Tensor | None]] = {}
         for link, rounded in zip(self.links, self._rounded, strict=True):

@@ -18,6 +18,7 @@ from l0fast._files import write_atomically, write_text
 from l0fast._tables import aligned
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.measures import amounts
 from l0fast.measures.amounts import Asked, named
@@ -125,7 +126,7 @@ def folder_name(target: Asked) -> str:
 def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], examples: Tensor) -> None:
     """Adds to each row the milliseconds of its pruned model and of the dense one."""
     dense.to(examples.device)
-    dense_seconds, *seconds = whole_seconds([dense, *pruned], (examples,))
+    dense_seconds, *seconds = whole_seconds([dense, *pruned], Example.of(examples))
     for row, each in zip(rows, seconds, strict=True):
         row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * dense_seconds
 

@@ -40,7 +40,7 @@ def make_term(
         settings: of the run.
         steps: of the whole run.
         examples: number of training examples.
-        example_inputs: what the model's forward takes.
+        example_inputs: as in `sparsify_`.
         table: the latency table, where latency was measured before.
     """
     if settings.penalty is not None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0fast.graph.calls import Example
 from l0fast.pruning.shrink import Idle, Removal, plan_removal, remove_, worthwhile
 from l0fast.training.settings import TrainerSettings
 
@@ -20,8 +21,8 @@ class Shrinking:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     """Of the model; it follows each removal."""
-    args: tuple[Any, ...]
-    """The arguments of the model's forward."""
+    example: Example
+    """Of what the model's forward takes."""
     skip: str | bool
     """As in `TrainerSettings`."""
     idle: Idle
@@ -40,13 +41,13 @@ class Shrinking:
 
     def _keep_only(self, kept: dict[str, Tensor]) -> None:
         """Removes what can go if only the gates in `kept` can ever open."""
-        removal, stuck = plan_removal(self.model, self.args, kept)
+        removal, stuck = plan_removal(self.model, self.example, kept)
         self.idle.stuck |= stuck
         if removal is not None:
             self._apply(removal)
 
     def _apply(self, removal: Removal) -> None:
-        remove_(self.model, removal, self.args, self.skip, self.optimizer)
+        remove_(self.model, removal, self.example, self.skip, self.optimizer)
         self.removals.append(removal)
         self.idle.follow(removal)
 
@@ -67,9 +68,11 @@ def make_shrinking(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     settings: TrainerSettings,
-    example_inputs: Tensor,
+    example_inputs: Any,
 ) -> Shrinking | None:
     """What shrinks the model of a run with these settings; None if they remove nothing."""
     if settings.shrink is None:
         return None
-    return Shrinking(model, optimizer, (example_inputs,), settings.skip, Idle(settings.shrink))
+    return Shrinking(
+        model, optimizer, Example.of(example_inputs), settings.skip, Idle(settings.shrink)
+    )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from l0fast import load_pruned, prune, save_pruned, sparsify_
 from l0fast.gating.attention import Unfused, attention_calls, unfuse_, unfused_in
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from tests.helpers.gated import snapshot
 
@@ -65,7 +66,7 @@ def test_it_computes_what_the_fused_one_does(
     nn.init.normal_(model.attention.in_proj_bias)
     nn.init.normal_(model.attention.out_proj.bias)
     x = torch.randn(*shape, WIDTH, dtype=torch.float64)
-    calls = attention_calls(model, (x,))
+    calls = attention_calls(model, Example.of(x))
     again = unfuse_(copy.deepcopy(model), calls)  # type: ignore[arg-type]
     assert unfused_in(again) == list(calls.values())
     for got, expected in zip(again(x), model(x), strict=True):
@@ -89,7 +90,7 @@ def test_the_parameters_are_the_same_and_train() -> None:
 def test_attention_dropout_is_active_in_training_alone() -> None:
     model = Self(dropout=0.5, batch_first=True)
     x = torch.randn(2, LENGTH, WIDTH)
-    again: Any = unfuse_(model, attention_calls(model.eval(), (x,)))  # type: ignore[arg-type]
+    again: Any = unfuse_(model, attention_calls(model.eval(), Example.of(x)))  # type: ignore[arg-type]
     assert torch.equal(again(x), again(x))
     again.train()
     assert not torch.equal(again(x), again(x))

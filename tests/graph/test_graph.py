@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
+from l0fast.graph.calls import Example
 from l0fast.graph.capture import export, is_carrier, is_site
 from l0fast.layers.handle import gated_layers
 
@@ -28,7 +29,7 @@ class ReadOutside(nn.Module):
 
 
 def test_calls_are_told_from_other_readers() -> None:
-    trace = export(ReadOutside().eval(), (torch.randn(2, 3),))
+    trace = export(ReadOutside().eval(), Example.of(torch.randn(2, 3)))
     assert trace.counts == {"a": 1, "b": 1, "norm": 1}  # b by the first of its two names
     assert trace.read_outside == {"a", "b"}
     callers = {node.name: name for node, name in trace.callers.items()}
@@ -70,7 +71,7 @@ class Giver(nn.Module):
 
 def test_outputs_that_are_dataclasses_are_followed() -> None:
     model, x = Giver(), torch.randn(2, 3)
-    export(model.eval(), (x,))
+    export(model.eval(), Example.of(x))
     assert not model._forward_hooks
     sparsify_(model, example_inputs=x)
     with torch.no_grad():

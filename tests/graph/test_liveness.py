@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
+from l0fast.graph.calls import Example
 from l0fast.graph.capture import export
 from l0fast.graph.liveness import Liveness, local_extents
 from l0fast.graph.sites import Site
@@ -52,7 +53,7 @@ def look(
                     masks[side] = torch.zeros(size, dtype=torch.bool)
                     masks[side][opened] = True
             sites.append(Site(name, layer, **masks, fixed=fixed if name == "b" else ""))
-    return Liveness(Walk(export(model, (x,)), sites)).extents([""] if rigid else [])
+    return Liveness(Walk(export(model, Example.of(x)), sites)).extents([""] if rigid else [])
 
 
 def units(mask: Tensor) -> list[int]:
@@ -220,7 +221,7 @@ def test_a_sum_ties_what_it_adds() -> None:
     sites = [Site("a", model.a, torch.ones(3).bool(), ~reads)]
     sites += [Site("second", model.second, torch.ones(3).bool(), torch.ones(6).bool())]
     sites += [Site(n, getattr(model, n), reads, torch.ones(4).bool()) for n in "bc"]
-    found = Liveness(Walk(export(model.eval(), (torch.randn(2, 3),)), sites)).extents()
+    found = Liveness(Walk(export(model.eval(), Example.of(torch.randn(2, 3))), sites)).extents()
     assert units(found["a"].leaves) == units(found["second"].rows) == [0, 1, 4]
     assert units(found["a"].rows) == [0]  # its own gates close the two, but it keeps a unit
     assert units(found["b"].columns) == [1, 4]

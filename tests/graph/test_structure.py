@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, prune, sparsify_
 from l0fast.graph import structure
+from l0fast.graph.calls import Example
 from l0fast.graph.structure import Structure, fingerprint, structure_of
 from l0fast.layers.draw import SETTLED
 from l0fast.layers.handle import gated_layers, gates
@@ -62,7 +63,7 @@ def test_gates_and_weights_do_not_change_it(exports: list[Structure]) -> None:
             parameter.add_(1.0)
     for layer in gated_layers(model).values():
         layer.stage = SETTLED
-    structure_of(model.eval(), (torch.zeros(4, 6),))
+    structure_of(model.eval(), Example.of(torch.zeros(4, 6)))
     assert len(exports) == 1
 
 
@@ -76,8 +77,8 @@ def test_what_changes_it(exports: list[Structure], change: str) -> None:
         model.c = nn.Linear(8, 5)
     if change == "attribute":
         model.repeats = 2
-    assert structure_of(model, (x,)) is exports[1]
-    assert structure_of(model, (x,)) is exports[1]
+    assert structure_of(model, Example.of(x)) is exports[1]
+    assert structure_of(model, Example.of(x)) is exports[1]
     assert len(exports) == 2
 
 
@@ -86,11 +87,11 @@ def test_it_leaves_the_model_as_it_was() -> None:
     model.b.eval()
     before = [(n, id(m), m.training, sorted(vars(m))) for n, m in model.named_modules()]
     gates(model).structure = None
-    structure_of(model, (X,))
+    structure_of(model, Example.of(X))
     assert [(n, id(m), m.training, sorted(vars(m))) for n, m in model.named_modules()] == before
 
 
 def test_gates_do_not_show_in_a_fingerprint() -> None:
     plain = Net()
-    before = fingerprint(plain, (X,))
-    assert fingerprint(sparsify_(plain, example_inputs=X), (X,)) == before
+    before = fingerprint(plain, Example.of(X))
+    assert fingerprint(sparsify_(plain, example_inputs=X), Example.of(X)) == before

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from l0fast.graph.calls import Example
 from l0fast.graph.capture import Trace, export, is_carrier
 from l0fast.graph.sites import Site, find_sites
 from l0fast.graph.tied import Tied
@@ -32,7 +33,7 @@ def traced(name: str) -> tuple[Trace, dict[str, Site]]:
             module.running_mean.normal_()
             nn.init.normal_(module.bias)
     args = example()
-    trace = export(model, args if isinstance(args, tuple) else (args,))
+    trace = export(model, Example.of(args))
     return trace, find_sites(model, trace, {}, {})
 
 
@@ -120,7 +121,7 @@ class Uneven(nn.Module):
 
 
 def test_walking_again_leaves_the_first_walk_as_it_was() -> None:
-    trace = export(model := Uneven().eval(), (torch.randn(1, 1, 3, 3),))
+    trace = export(model := Uneven().eval(), Example.of(torch.randn(1, 1, 3, 3)))
     sites = find_sites(model, trace, {}, {})
     first = Walk(trace, sites.values())
     again = first.again({"a": torch.tensor([True, False, True, True])})

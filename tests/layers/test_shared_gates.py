@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 
 from l0fast import (
@@ -122,7 +122,7 @@ def test_states_load() -> None:
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["whole", "part"])
-@pytest.mark.parametrize("how", ["assign", "load_model", "load_file"])
+@pytest.mark.parametrize("how", ["assign", "load_model", "load_file", "one name"])
 def test_loading_keeps_the_ties(how: str, inside: bool, tmp_path: Path) -> None:
     model, other = stream(), copy.deepcopy(stream())
     with torch.no_grad():
@@ -134,12 +134,18 @@ def test_loading_keeps_the_ties(how: str, inside: bool, tmp_path: Path) -> None:
     own = len(own_gates(gated_layers(other)))
     if how == "assign":
         other.load_state_dict(model.state_dict(), assign=True)
-    else:
+    elif how == "load_model":
         save_model(model, str(tmp_path / "model.safetensors"))
-        if how == "load_model":
-            load_model(other, tmp_path / "model.safetensors")
+        load_model(other, tmp_path / "model.safetensors")
+    else:
+        save_file(model.state_dict(), tmp_path / "model.safetensors")
+        state = load_file(tmp_path / "model.safetensors")
+        if how == "load_file":
+            other.load_state_dict(state)
         else:
-            state = load_file(tmp_path / "model.safetensors")
+            alone = {name for name, _ in model.named_parameters()}  # each tensor once
+            state = {name: value for name, value in state.items() if name in alone}
+            assert len(state) < len(model.state_dict())
             with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: .*log_alpha"):
                 other.load_state_dict(state)  # as PyTorch does for other tied parameters
             other.load_state_dict(state, strict=False, assign=True)
@@ -153,6 +159,22 @@ def test_loading_keeps_the_ties(how: str, inside: bool, tmp_path: Path) -> None:
     small = prune(gated, example())
     assert not small._load_state_dict_post_hooks
     assert not small._load_state_dict_pre_hooks
+    assert not small._state_dict_hooks
+
+
+def test_a_saved_state_has_a_copy_for_each_layer() -> None:
+    model = stream()
+    whole = nn.Sequential(model)
+    names = [f"{name}.log_alpha" for name in READERS]
+    for state in (model.state_dict(), {n[2:]: v for n, v in whole.state_dict().items()}):
+        found = [state[name] for name in names]
+        assert len({one.data_ptr() for one in found}) == len(names)
+        assert all(torch.equal(one, model.head.log_alpha) for one in found)
+        assert found[0].data_ptr() == model.head.log_alpha.data_ptr()
+        alone = state["blocks.0.2.log_alpha"]
+        assert alone.data_ptr() == model.blocks[0][2].log_alpha.data_ptr()
+    kept = model.state_dict(keep_vars=True)
+    assert all(kept[name] is model.head.log_alpha for name in names)
 
 
 @pytest.mark.parametrize(("target", "round_to"), [(0.3, 1), (0.6, 1), (0.7, 4)])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import tests.helpers.plain_models as plain
 from l0fast import DensityConstraint, prune, sparsify_
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.measures.measure import SIZES
 from l0fast.pruning.trial import tried
@@ -222,7 +223,7 @@ def test_the_size_holds_where_the_plan_reaches_less_far_than_the_trial(
             return super().forward(x if float(x.sum()) < 1e9 else -x)
 
     model = random_gates(sparsify_(Refused(6, 10, 30)))
-    promised = tried(sparsify_(plain.small_lenet()), (IMAGE,))
+    promised = tried(sparsify_(plain.small_lenet()), Example.of(IMAGE))
     module = importlib.import_module("l0fast.pruning.prune")
     monkeypatch.setattr(module, "tried", lambda *_: promised)
     small: Any = prune(model, IMAGE, 0.2, measure="params")

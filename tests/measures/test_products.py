@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, prune, sparsify_
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.measures import products
 from l0fast.measures.flops import count_ops
@@ -152,6 +153,6 @@ def test_what_is_not_reckoned_is_refused_by_name(monkeypatch: pytest.MonkeyPatch
 def test_activations_are_what_layers_and_products_give() -> None:
     first = (nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
     net = nn.Sequential(*first, nn.Flatten(), nn.Linear(36, 3))
-    counts = count_ops(net, (torch.randn(2, 2, 5, 5),)).elements
+    counts = count_ops(net, Example.of(torch.randn(2, 2, 5, 5))).elements
     assert counts == {"": 2 * (36 + 36 + 3), "0": 72, "1": 72, "2": 0, "3": 0, "4": 6}
     assert net.training

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.precision import holders_that_run, in_precision
 
@@ -40,7 +41,7 @@ X = torch.randn(4, 6)
 
 def test_each_weight_is_wide_while_its_module_runs() -> None:
     model = Net().eval()
-    holders = holders_that_run(model, (X,))
+    holders = holders_that_run(model, Example.of(X))
     # What a list holds, its owner reads.
     assert holders == {"": "", "parts": "", "a": "a", "norm": "norm", "b": "b"}
     model.seen.clear()
@@ -59,7 +60,7 @@ def test_each_weight_is_wide_while_its_module_runs() -> None:
 
 def test_everything_is_put_back_after_an_error() -> None:
     model = Net().eval()
-    holders = holders_that_run(model, (X,))
+    holders = holders_that_run(model, Example.of(X))
     with pytest.raises(RuntimeError, match="dtype"), in_precision(model, torch.float64, holders):
         model(X)  # of another dtype
     assert model.wide() == 0

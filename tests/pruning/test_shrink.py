@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, Trainer, density, load_pruned, param_groups, prune, sparsify_
 from l0fast.data.sets import Data
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning import shrink
 from l0fast.pruning.shrink import Idle, Removal, plan_removal, remove_
@@ -47,10 +48,10 @@ def test_the_model_gets_smaller_and_computes_the_same(kind: str) -> None:
     wanted = model(*args)
     before = sum(p.numel() for p in model.parameters())
     layers = gated_layers(model)
-    removal, _ = plan_removal(model, args, kept)
+    removal, _ = plan_removal(model, Example.of(args), kept)
     assert removal is not None
     assert Removal.from_json(json.loads(json.dumps(removal.as_json()))) == removal
-    remove_(model, removal, args, False)
+    remove_(model, removal, Example.of(args), False)
     torch.testing.assert_close(model(*args), wanted)
     assert gated_layers(model) == layers  # the same objects
     assert sum(p.numel() for p in model.parameters()) < before
@@ -67,9 +68,9 @@ def test_targets_count_against_the_first_size(kind: str) -> None:
     term = DensityConstraint(model, 0.6)
     before, table = term.densities().item(), density(model)
     small: Any = prune(model, args)
-    removal, _ = plan_removal(model, args, kept)
+    removal, _ = plan_removal(model, Example.of(args), kept)
     assert removal is not None
-    remove_(model, removal, args, False)
+    remove_(model, removal, Example.of(args), False)
     again: Any = prune(model, args)
     # What is gone opened with a probability of 0.45 %, or is not read by anybody.
     assert before - 0.2 < term.densities().item() < before
@@ -95,9 +96,9 @@ def test_the_optimizer_goes_on() -> None:
     old: Any = layer.weight
     moments = optimizer.state[old]["exp_avg"].clone()
     weight = old.detach().clone()
-    removal, _ = plan_removal(model, args, kept)
+    removal, _ = plan_removal(model, Example.of(args), kept)
     assert removal is not None
-    remove_(model, removal, args, False, optimizer)
+    remove_(model, removal, Example.of(args), False, optimizer)
     new: Any = layer.weight
     edit = next(edit for edit in removal.edits if edit.name == "fc2")
     assert edit.inputs is not None
@@ -151,12 +152,12 @@ def test_what_would_need_more_than_leaving_out_stays() -> None:
     args = (torch.randn(5, 1, 8, 8),)
     model = sparsify_(Cosine(), gates="output", include="conv", example_inputs=args)
     kept = {"conv": torch.tensor([True, False, True, False, True, True])}
-    assert plan_removal(model, args, kept) == (None, {"conv"})
+    assert plan_removal(model, Example.of(args), kept) == (None, {"conv"})
     mlp, args, kept = prepared("mlp")
     for name in ("fc2", "fc3"):
         kept[name].fill_(True)
     # The inputs of the first layer arrive in full: it would have to gather.
-    assert plan_removal(mlp, args, kept) == (None, {"fc1"})
+    assert plan_removal(mlp, Example.of(args), kept) == (None, {"fc1"})
     idle = Idle(1, stuck={"fc1"})
     assert bool(idle.count(mlp)["fc1"].all())  # it is not tried again
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import DensityConstraint, measure_latency, prune, sparsify_
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning import stopwatch
 from l0fast.pruning.stopwatch import quartiles, whole_seconds
@@ -50,7 +51,8 @@ def test_quartiles_are_of_each_call() -> None:
 def test_models_are_timed_in_evaluation_and_left_as_they_were() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
     assert all(
-        seconds > 0 for seconds in whole_seconds([model, nn.Linear(3, 3)], (torch.ones(1, 3),))
+        seconds > 0
+        for seconds in whole_seconds([model, nn.Linear(3, 3)], Example.of(torch.ones(1, 3)))
     )
     assert model.training
 

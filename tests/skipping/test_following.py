@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from l0fast import sparsify_
+from l0fast.graph.calls import Example
 from l0fast.graph.sites import find_sites
 from l0fast.layers.handle import gates
 from l0fast.skipping import attach
@@ -297,7 +298,7 @@ def test_the_trial_leaves_the_model_as_it_was(
     stop_skipping(model)
     model(x)
     model.norm.eval()
-    found = find_links(model, attach.training_trace(model, (x,)))
+    found = find_links(model, attach.training_trace(model, Example.of(x)))
     called: list[bool] = []
 
     def outputs(*args: Any) -> list[Tensor]:
@@ -324,9 +325,9 @@ def test_the_trial_leaves_the_model_as_it_was(
     before = state(), {name: value.clone() for name, value in model.state_dict().items()}
     if failing > 0:
         with pytest.raises(ValueError, match="failing"):
-            attach._error(model, (x,), found)
+            attach._error(model, Example.of(x), found)
     else:
-        assert attach._error(model, (x,), found) <= EXACT
+        assert attach._error(model, Example.of(x), found) <= EXACT
     assert any(called)
     assert state() == before[0]
     assert gates(model).skipping is None
@@ -339,6 +340,6 @@ def test_the_trial_takes_no_copy_of_the_model(monkeypatch: pytest.MonkeyPatch) -
     torch.manual_seed(0)
     x = torch.randn(8, 6).double()
     model: Any = sparsify_(Counted().double(), include="b", gates="input", example_inputs=x)
-    found = find_links(model, attach.training_trace(model, (x,)))
+    found = find_links(model, attach.training_trace(model, Example.of(x)))
     monkeypatch.setattr(nn.Parameter, "__deepcopy__", None)
-    assert attach._error(model, (x,), found) <= EXACT
+    assert attach._error(model, Example.of(x), found) <= EXACT

@@ -21,6 +21,7 @@ import l0fast
 from bench.counting import dispatched
 from l0fast import sparsify_
 from l0fast.data.sets import load
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.link import End, Link
@@ -464,13 +465,13 @@ def test_what_a_convolution_computes_is_rounded_up(convolved: bool) -> None:
 
 def test_auto_skips_where_it_pays() -> None:
     link = Link([], [], work=10_000_000)
-    plan = Skipping(nn.Identity(), [], "auto", (torch.zeros(1),))
+    plan = Skipping(nn.Identity(), [], "auto", Example.of(torch.zeros(1)))
     most = round(1000 * (1 - OVERHEAD / 10_000_000))
     assert plan.pays(link, most - 1, 1000, 1.0)
     assert not plan.pays(link, most + 1, 1000, 1.0)
     assert plan.pays(link, most + 1, 1000, 1.1)  # more examples
     assert not plan.pays(link, 1, 1000, 0.1)
-    always = Skipping(nn.Identity(), [], True, (torch.zeros(1),))
+    always = Skipping(nn.Identity(), [], True, Example.of(torch.zeros(1)))
     assert always.pays(link, 999, 1000, 1e-9)
     assert not always.pays(link, 1000, 1000, 1.0)
 
@@ -479,7 +480,7 @@ def test_auto_reckons_with_the_weights_it_picks() -> None:
     readers = [End(nn.Linear(1000, 100), None), End(nn.BatchNorm1d(1000), None)]
     link = Link([End(nn.Linear(2, 1000), None)], readers, 1000, work=100_000_000)
     assert link.weights == 102_000
-    plan = Skipping(nn.Identity(), [], "auto", (torch.zeros(1),))
+    plan = Skipping(nn.Identity(), [], "auto", Example.of(torch.zeros(1)))
     # Where 100 M * (1 - kept) = OVERHEAD + PER_WEIGHT * 102,000 * kept.
     most = round(1000 * (1e8 - OVERHEAD) / (1e8 + PER_WEIGHT * 102_000))
     assert plan.pays(link, most - 1, 1000, 1.0)
