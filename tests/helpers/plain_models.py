@@ -262,3 +262,33 @@ class Pair(nn.Module):
     def forward(self, x: Tensor, hidden: bool = False) -> Tensor:
         h = self.a(x).relu()
         return h.mean() + self.b(h) if hidden else self.b(h)
+
+
+class ByKeyword(nn.Module):
+    """Takes keyword arguments alone, some of them no tensors, as models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 24), nn.Linear(24, 16), nn.Linear(16, 5)
+
+    def forward(
+        self,
+        *,
+        x: Tensor,
+        mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        times: int = 1,
+        activation: str = "relu",
+        hidden: bool | None = None,
+    ) -> Any:
+        h = getattr(torch, activation)(self.a(x * times))
+        h = torch.relu(self.b(h))
+        y = self.c(h)
+        if mask is not None:
+            y = y * mask.unsqueeze(-1)
+        given = {"y": y}
+        if labels is not None:
+            given["loss"] = nn.functional.cross_entropy(y, labels)
+        if hidden:
+            given["hidden"] = h.square().mean()
+        return given
