@@ -6,6 +6,7 @@ They are of plain PyTorch, and importable where l0fast is not installed.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 import torch.nn.functional as F

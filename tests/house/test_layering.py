@@ -28,6 +28,7 @@ LEVELS: dict[str, int] = {
     "data": 11,
     "plots": 11,
     "training": 12,
+    "integrations": 12,
     "commands": 13,
     "cli": 14,
     "__init__": 15,

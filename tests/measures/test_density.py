@@ -97,7 +97,7 @@ def test_macs_follow_the_example_and_leave_the_model_as_it_was() -> None:
     assert {name: 3 * macs for name, macs in one.items()} == three
     assert (model.training, model.fc1.training, model.fc2.training) == (True, False, True)
     assert count_macs(nn.Conv2d(4, 4, 3, groups=2), torch.randn(1, 4, 5, 5)) == {"": 9 * 9 * 4 * 2}
-    with pytest.raises(ValueError, match="example_inputs: .*conv2d"):
+    with pytest.raises(ValueError, match=r"example_inputs: .*conv2d"):
         count_macs(model, torch.randn(3, 1))
     assert (model.training, model.fc1.training) == (True, False)
 

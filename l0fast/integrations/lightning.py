@@ -1,0 +1,66 @@
+"""A callback for the Trainer of Lightning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback
+
+from l0fast.integrations.recipe import Recipe, given
+
+
+class L0Callback(Callback):
+    """Trains a model's gates under a constraint, inside the Trainer's own steps.
+
+    Equals:
+        constraint = DensityConstraint(module, target, steps=...)
+        constraint.attach(trainer.optimizers)
+    when the fit starts, and `detach()` at its end. Gradient accumulation, clipping, mixed precision
+    and schedules stay the Trainer's. The state is in the checkpoint, with the optimizer's:
+    `fit(ckpt_path=...)` goes on exactly where the training was.
+
+    Args:
+        constraint: on the model; or None, with `target` and its like in its place.
+        target, measure, example_inputs: of a `DensityConstraint` to make, on the LightningModule.
+        settle, start, gate_lr: of `attach`.
+
+    Attributes:
+        constraint: once the fit has started.
+
+    Raises:
+        ValueError, TypeError: neither a constraint nor a target, or both.
+    """
+
+    def __init__(
+        self,
+        constraint: Any = None,
+        *,
+        target: Any = None,
+        measure: Any = None,
+        example_inputs: Any = None,
+        settle: float | None = None,
+        start: float | None = None,
+        gate_lr: float | None = None,
+    ) -> None:
+        options = given(target=target, measure=measure, example_inputs=example_inputs)
+        self._recipe = Recipe(
+            constraint, options, given(settle=settle, start=start, gate_lr=gate_lr)
+        )
+
+    @property
+    def constraint(self) -> Any:
+        """The constraint, once the fit has started."""
+        return self._recipe.constraint
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Attaches the constraint; Lightning loads the optimizers' states after that."""
+        steps = int(trainer.estimated_stepping_batches)
+        self._recipe.begin(pl_module, trainer.optimizers, steps)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """Logs densities and multipliers."""
+        pl_module.log_dict(self._recipe.metrics())
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Detaches the constraint, which stays on the model for `prune`."""
+        self._recipe.end()

@@ -1,0 +1,76 @@
+"""What the callbacks share: a constraint, or how to make one when the training begins."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from l0fast import _checks
+from l0fast.constraints.attach import Attachable
+from l0fast.constraints.attachment import Attachment
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.graph.calls import unwrapped
+from l0fast.layers.handle import handles_in
+
+
+class Recipe:
+    """A constraint that a callback attaches to its trainer's optimizer.
+
+    Args:
+        constraint: a term on the model, or None: then `DensityConstraint(model, **options)` is made
+            when the training begins and its number of steps is known.
+        options: of the constraint; target at least.
+        attach: options of `attach`: settle, start, gate_lr.
+
+    Raises:
+        ValueError, TypeError: neither a constraint nor a target, or both.
+    """
+
+    def __init__(self, constraint: Any, options: dict[str, Any], attach: dict[str, Any]) -> None:
+        if constraint is not None and not isinstance(constraint, Attachable):
+            got, expected = type(constraint).__name__, "a constraint, or target=... in its place"
+            _checks.refuse("constraint", got, expected, TypeError)
+        if (constraint is None) == ("target" not in options):
+            got = "neither" if constraint is None else "both"
+            _checks.refuse("constraint, target", got, "one of the two")
+        self.constraint: Any = constraint
+        self._options, self._attach = options, attach
+
+    def begin(self, model: nn.Module, optimizers: list[Any], steps: int) -> Attachment:
+        """Makes the constraint, if there is none, and attaches it to the optimizers."""
+        if self.constraint is None:
+            # The gates may be on a part of it, as those of the network in a LightningModule.
+            parts = list(handles_in(unwrapped(model)))
+            if len(parts) == 1:
+                model = unwrapped(model).get_submodule(parts[0])
+            self.constraint = DensityConstraint(model, **self._options, steps=steps)
+        attached: Attachment | None = self.constraint.attachment
+        if attached is None:
+            attached = self.constraint.attach(optimizers, steps=steps, **self._attach).attachment
+        assert attached is not None
+        return attached
+
+    def end(self) -> None:
+        """Takes the constraint off the optimizers; it stays on the model, for `prune`."""
+        if self.constraint is not None:
+            self.constraint.detach()
+
+    @torch.no_grad()
+    def metrics(self) -> dict[str, float]:
+        """The expected densities and multipliers, by name."""
+        found: dict[str, float] = {}
+        for part in self.constraint.parts():
+            if isinstance(part, DensityConstraint):
+                multipliers = part.multiplier.tolist()
+                for name, density, own in zip(
+                    part.names, part.densities().tolist(), multipliers, strict=True
+                ):
+                    found[f"l0_density/{name}"], found[f"l0_multiplier/{name}"] = density, own
+        return found
+
+
+def given(**options: Any) -> dict[str, Any]:
+    """The options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}

@@ -1,0 +1,114 @@
+"""A callback for the Trainer of Hugging Face transformers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from l0fast import _checks
+from l0fast.integrations.recipe import Recipe, given
+
+STATE = "attachment"
+
+
+class L0Callback(TrainerCallback, ExportableState):
+    """Trains a model's gates under a constraint, inside the Trainer's own steps.
+
+    Equals:
+        constraint = DensityConstraint(model, target, steps=...)
+        constraint.attach(trainer.optimizer)
+    when the training begins, and `detach()` at its end. Gradient accumulation, clipping, mixed
+    precision and schedules stay the Trainer's. `resume_from_checkpoint` goes on exactly where the
+    training was: the state is in the checkpoint's trainer_state.json. With
+    `load_best_model_at_end` the best model is chosen among those after the gates have settled.
+
+    Args:
+        constraint: on the model; or None, with `target` and its like in its place.
+        target, measure, example_inputs: of a `DensityConstraint` to make.
+        settle, start, gate_lr: of `attach`.
+
+    Attributes:
+        constraint: once the training has begun.
+
+    Raises:
+        ValueError, TypeError: neither a constraint nor a target, or both.
+    """
+
+    def __init__(
+        self,
+        constraint: Any = None,
+        *,
+        target: Any = None,
+        measure: Any = None,
+        example_inputs: Any = None,
+        settle: float | None = None,
+        start: float | None = None,
+        gate_lr: float | None = None,
+    ) -> None:
+        options = given(target=target, measure=measure, example_inputs=example_inputs)
+        self._recipe = Recipe(
+            constraint, options, given(settle=settle, start=start, gate_lr=gate_lr)
+        )
+        self._attachment: Any = None
+        self._settled = False
+
+    @property
+    def constraint(self) -> Any:
+        """The constraint, once the training has begun."""
+        return self._recipe.constraint
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Attaches the constraint, and goes on where a checkpoint was saved."""
+        if getattr(args, "restore_callback_states_from_checkpoint", False):
+            got, expected = True, "False (this callback restores its state without it)"
+            _checks.refuse("restore_callback_states_from_checkpoint", got, expected)
+        saved = self._saved(state)
+        with warnings.catch_warnings():
+            if saved is not None:
+                # The optimizer has been loaded before; what it lacks is in `saved`.
+                warnings.filterwarnings("ignore", "attach: the optimizer had a state")
+            attachment = self._recipe.begin(kwargs["model"], [kwargs["optimizer"]], state.max_steps)
+        self._attachment = attachment
+        if saved is not None:
+            attachment.load_state_dict(saved)
+        self._settled = self.constraint.settled
+
+    @staticmethod
+    def _saved(state: Any) -> dict[str, Any] | None:
+        found = state.stateful_callbacks.get(L0Callback.__name__) if state.global_step else None
+        found = found[-1] if isinstance(found, list) else found
+        text = None if found is None else found["attributes"].get(STATE)
+        if text is None:
+            return None
+        return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Forgets the best model of before the gates have settled: it is larger than the target."""
+        if self.constraint.settled and not self._settled:
+            self._settled = True
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Adds densities and multipliers to the row that is logged."""
+        if self._attachment is not None and state.log_history:
+            state.log_history[-1].update(self._recipe.metrics())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Detaches the constraint, which stays on the model for `prune`."""
+        self._recipe.end()
+        self._attachment = None
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the callback."""
+        attributes: dict[str, Any] = {}
+        if self._attachment is not None:
+            buffer = io.BytesIO()
+            torch.save(self._attachment.state_dict(), buffer)
+            attributes[STATE] = base64.b64encode(buffer.getvalue()).decode("ascii")
+        return {"args": {}, "attributes": attributes}

@@ -1,0 +1,114 @@
+"""The callback for Lightning's Trainer takes the plain loop's training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.helpers.digits import (
+    BATCH,
+    STEPS,
+    TARGET,
+    Seeded,
+    assert_same_training,
+    assert_within,
+    digits,
+    plain,
+    prepared,
+)
+
+lightning = pytest.importorskip("lightning")
+
+from l0fast.integrations.lightning import L0Callback  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore"),
+]
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, parts: int = 1) -> None:
+        super().__init__()
+        self.net = prepared()
+        self.seeded = Seeded(self.net, parts)
+
+    def training_step(self, batch: Any, _index: int) -> torch.Tensor:
+        return self.seeded(*batch)["loss"]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.net.parameters(), 1e-3, weight_decay=0.0)
+
+
+def fit(module: Module, out: Path, parts: int = 1, ckpt: Any = None, **options: Any) -> Any:
+    x, y, _, _ = digits()
+    loader = torch.utils.data.DataLoader(
+        torch.utils.data.TensorDataset(x, y), batch_size=BATCH // parts
+    )
+    example = {"x": torch.zeros(2, 64)}
+    made = L0Callback(target=TARGET, measure="params", example_inputs=example)
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        default_root_dir=str(out),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=parts,
+        max_epochs=1,
+        enable_checkpointing=options.pop("enable_checkpointing", False),
+        callbacks=[made, *options.pop("callbacks", [])],
+        **options,
+    )
+    trainer.fit(module, loader, ckpt_path=ckpt)
+    return trainer, made
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[nn.Module, Any]:
+    torch.set_num_threads(1)
+    return plain()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_it_takes_the_plain_loops_training(
+    parts: int, tmp_path: Path, expected: tuple[nn.Module, Any]
+) -> None:
+    module = Module(parts)
+    trainer, made = fit(module, tmp_path, parts)
+    assert trainer.global_step == STEPS
+    assert_same_training(module.net, expected[0])
+    torch.testing.assert_close(made.constraint.multiplier, expected[1].multiplier)
+    assert made.constraint.attachment is None
+    assert_within(module.net)
+    assert trainer.callback_metrics["l0_density/model"] <= TARGET
+
+
+@pytest.mark.parametrize("stop", [30, 100, 190])
+def test_killed_and_resumed_it_ends_bit_equal(stop: int, tmp_path: Path) -> None:
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+            if trainer.global_step == stop:
+                trainer.save_checkpoint(tmp_path / "stopped.ckpt")
+                raise RuntimeError("killed")
+
+    whole = Module()
+    fit(whole, tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(Module(), tmp_path, callbacks=[Stop()])
+    resumed = Module()
+    resumed.seeded.count = stop
+    fit(resumed, tmp_path, ckpt=tmp_path / "stopped.ckpt")
+    mine = resumed.net.state_dict()
+    for name, one in whole.net.state_dict().items():
+        assert torch.equal(one, mine[name]), name
+    assert_within(resumed.net)
+
+
+def test_bf16_and_clipping_stay_within_the_target(tmp_path: Path) -> None:
+    module = Module()
+    fit(module, tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert_within(module.net)

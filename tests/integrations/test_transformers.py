@@ -1,0 +1,183 @@
+"""The callback for Hugging Face's Trainer takes the plain loop's training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from l0fast import prune
+from tests.helpers.digits import (
+    BATCH,
+    STEPS,
+    TARGET,
+    Seeded,
+    assert_same_training,
+    assert_within,
+    constrained,
+    digits,
+    plain,
+    prepared,
+)
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from l0fast.integrations.transformers import L0Callback  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning"),
+]
+
+
+class Rows(Dataset[Any]):
+    def __len__(self) -> int:
+        return STEPS * BATCH
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return {"x": self.x[row], "labels": self.y[row]}
+
+    def __init__(self) -> None:
+        self.x, self.y, _, _ = digits()
+
+
+class InOrder(transformers.Trainer):
+    """Batches in the order of the data."""
+
+    def _get_train_sampler(self, *_args: Any) -> Any:
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def arguments(out: Path, parts: int = 1, **options: Any) -> Any:
+    defaults: dict[str, Any] = {
+        "max_steps": STEPS,
+        "save_strategy": "no",
+        "per_device_train_batch_size": BATCH // parts,
+        "gradient_accumulation_steps": parts,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+        "report_to": [],
+        "disable_tqdm": True,
+        "logging_steps": 50,
+        "use_cpu": True,
+        "optim": "adamw_torch",
+    }
+    return transformers.TrainingArguments(output_dir=str(out), **{**defaults, **options})
+
+
+def callback() -> L0Callback:
+    return L0Callback(target=TARGET, measure="params", example_inputs={"x": torch.zeros(2, 64)})
+
+
+def fit(out: Path, net: nn.Module, made: L0Callback, parts: int = 1, **options: Any) -> Any:
+    *_, x, y = digits()
+    test = [{"x": one, "labels": label} for one, label in zip(x, y, strict=True)]
+    return InOrder(
+        Seeded(net, parts),
+        arguments(out, parts, **options),
+        train_dataset=Rows(),
+        eval_dataset=test,
+        callbacks=[made],
+    )
+
+
+@pytest.fixture(scope="module")
+def expected() -> tuple[nn.Module, Any]:
+    torch.set_num_threads(1)
+    return plain()
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_it_takes_the_plain_loops_training(
+    parts: int, tmp_path: Path, expected: tuple[nn.Module, Any]
+) -> None:
+    net, made = prepared(), callback()
+    trainer = fit(tmp_path, net, made, parts)
+    trainer.train()
+    assert_same_training(net, expected[0])
+    torch.testing.assert_close(made.constraint.multiplier, expected[1].multiplier)
+    assert made.constraint.attachment is None
+    assert_within(net)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert {"l0_density/model", "l0_multiplier/model"} <= rows[-1].keys()
+    assert rows[-1]["l0_density/model"] <= TARGET
+
+
+@pytest.mark.parametrize("stop", [30, 100, 190])
+def test_killed_and_resumed_it_ends_bit_equal(stop: int, tmp_path: Path) -> None:
+    class Stop(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+            if state.global_step == stop:
+                control.should_save = control.should_training_stop = True
+            return control
+
+    whole = prepared()
+    fit(tmp_path / "whole", whole, callback()).train()
+    trainer = fit(tmp_path / "parts", prepared(), callback())
+    trainer.add_callback(Stop())
+    trainer.train()
+    net = prepared()
+    resumed = fit(tmp_path / "parts", net, callback())
+    resumed.model.count = stop
+    resumed.train(resume_from_checkpoint=True)
+    for (name, one), two in zip(whole.state_dict().items(), net.state_dict().values(), strict=True):
+        assert torch.equal(one, two), name
+    assert_within(net)
+
+
+def test_the_best_model_is_one_within_the_target(tmp_path: Path) -> None:
+    """Accuracy is the best before gates close: such a checkpoint is not the one that is loaded."""
+    net = prepared()
+    trainer = fit(
+        tmp_path,
+        net,
+        callback(),
+        save_strategy="steps",
+        eval_strategy="steps",
+        save_steps=10,
+        eval_steps=10,
+        load_best_model_at_end=True,
+        metric_for_best_model="later",
+        greater_is_better=False,
+    )
+    # Whatever is asked for, the first evaluation is the best and each later one is worse.
+    trainer.compute_metrics = lambda _: {"later": trainer.state.global_step}
+    trainer.train()
+    assert trainer.state.best_global_step == 180  # the first after they have settled
+    assert_within(net)
+
+
+def test_a_constraint_of_the_users_own_and_what_is_refused(tmp_path: Path) -> None:
+    net = prepared()
+    own = constrained(net)
+    made = L0Callback(own, start=0.5)
+    fit(tmp_path, net, made, num_train_epochs=1, max_steps=-1).train()
+    assert made.constraint is own
+    assert_within(net)
+    with pytest.raises(
+        ValueError, match="constraint, target: got neither; expected one of the two"
+    ):
+        L0Callback()
+    with pytest.raises(ValueError, match="constraint, target: got both"):
+        L0Callback(constrained(net), target=0.5)
+    with pytest.raises(TypeError, match="constraint: got 'Net'; expected a constraint"):
+        L0Callback(net)
+    again = fit(tmp_path, net, callback(), restore_callback_states_from_checkpoint=True)
+    with pytest.raises(ValueError, match="restore_callback_states_from_checkpoint: got True"):
+        again.train()
+
+
+def test_bf16_leaves_no_wrapper_and_prunes(tmp_path: Path) -> None:
+    net = prepared()
+    trainer = fit(tmp_path, net, callback(), bf16=True)
+    trainer.train()
+    assert_within(net)
+    small = prune(trainer.model.net, {"x": torch.zeros(2, 64)})
+    assert not any("forward" in vars(module) for module in small.modules())
