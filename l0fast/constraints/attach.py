@@ -72,7 +72,6 @@ class Attachable(Asking):
         watch: Watch = self.__dict__.setdefault("_watch", Watch())
         watch.look(self)
         self.advance_()
-        watch.after(self)
 
     def lags(self) -> list[float]:
         """How far each density is above its target in force; a penalty has none."""

@@ -23,41 +23,43 @@ class Watch:
     """What one constraint has seen of the steps of a training loop."""
 
     def __init__(self) -> None:
-        self._count = self._still = 0
-        self._versions: list[int] = []
+        self._count = 0
         self._before: list[Tensor] = []
 
     @torch.no_grad()
     def look(self, term: Any) -> None:
-        """Called after the optimizer's step, before the term's own: warns, once each, where gates
-        do not move, or too slowly."""
-        if not term.learns or torch.compiler.is_compiling() or term.settled:
+        """Called after the optimizer's step, before the term's own: warns, once, where gates do not
+        move, or too slowly. It reads values back at two steps of a training."""
+        if not term.learns or term.settled or torch.compiler.is_compiling():
+            return
+        self._count += 1
+        at = math.ceil(LOOK * term.steps) if term.steps else STILL
+        if self._count > max(at, STILL) or self._count not in (1, STILL, at):
             return
         gates = term.handle.parameters()
-        self._count += 1
+        if gates[0].is_cuda and torch.cuda.is_current_stream_capturing():
+            return
+        means = [gate.mean() for gate in gates]
         if self._count == 1:
-            self._before = [gate.double().mean() for gate in gates] if term.steps else []
-        if self._versions:
-            unchanged = all(g._version == v for g, v in zip(gates, self._versions, strict=False))
-            self._still = self._still + 1 if unchanged else 0
-            if self._still == STILL:
-                self._warn(
-                    f"no gate has changed in {STILL} steps: they do not require grad, or no "
-                    "optimizer has them. Give the optimizer l0fast.param_groups(model, lr, "
-                    "steps=...), or attach the constraint to it"
-                )
-        if term.steps and self._count == math.ceil(LOOK * term.steps) > STILL:
-            self._pace(term, gates)
+            self._before = means
+            return
+        pairs = zip(means, self._before, strict=True)
+        moved = max(abs(float(now) - float(before)) for now, before in pairs)
+        # Gates in no optimizer keep their gradients.
+        left = any(gate.grad is not None or not gate.requires_grad for gate in gates)
+        if self._count == STILL and moved == 0 and left and max(term.lags()) > LAG:
+            self._count = max(at, STILL)  # it is told once
+            self._warn(
+                f"no gate has changed in {STILL} steps: they do not require grad, or no optimizer "
+                "has them. Give the optimizer l0fast.param_groups(model, lr, steps=...), or attach "
+                "the constraint to it"
+            )
+        elif term.steps and self._count == at >= STILL and moved < LEAST_MOVE:
+            self._pace(term, moved)
 
-    def after(self, term: Any) -> None:
-        """Called after the term's own step, which changes gates, too."""
-        self._versions = [gate._version for gate in term.handle.parameters()]
-
-    def _pace(self, term: Any, gates: list[Tensor]) -> None:
+    def _pace(self, term: Any, moved: float) -> None:
         lag = max(term.lags())
-        pairs = zip(gates, self._before, strict=True)
-        moved = max(abs(float(gate.double().mean() - before)) for gate, before in pairs)
-        if lag > LAG and moved < LEAST_MOVE and self._still < STILL:
+        if lag > LAG:
             self._warn(
                 f"after {self._count} of {term.steps} steps the density is {lag:.2g} above the "
                 f"target in force, and the gates have moved by {moved:.2g} (from open to closed it "

@@ -216,7 +216,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         if self.term is not None:
-            self.term.step()
+            self.term.advance_()
         self._loss_sum += loss.detach() * len(index)
         self._errors += (logits.detach().argmax(1) != y).sum()
 
