@@ -9,6 +9,7 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.constraints.attachment import Attachment
+from l0fast.constraints.processes import check_sharding
 from l0fast.constraints.watch import Watch
 from l0fast.layers.handle import ModelGates
 from l0fast.measures.groups import Asking
@@ -132,6 +133,7 @@ class Attachable(Asking):
             if constraint.attachment is not None:
                 expected = "one attached constraint on a model (several in Constraints)"
                 _checks.refuse("attach", f"{type(constraint).__name__} attached", expected)
+        check_sharding("attach", self.handle.layers)
         if self.learns:
             frozen = [n for n, one in self.handle.layers.items() if not one.log_alpha.requires_grad]
             if frozen:

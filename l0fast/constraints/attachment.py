@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
+from l0fast.constraints.processes import averaged
 from l0fast.constraints.start import spread_
 from l0fast.gating.param_groups import default_gate_lr
 from l0fast.layers.draw import DRAWN, OPEN
@@ -38,6 +40,13 @@ parameters of an MLP, accuracy on digits, dense / pruned (means of 3 seeds, batc
 def _has_stepped(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer has a state of steps before; Adagrad has one before its first."""
     return any(float(one.get("step", 1)) > 0 for one in optimizer.state.values() if one)
+
+
+def _is_initial(optimizer: torch.optim.Optimizer, kwargs: Any) -> bool:
+    """Whether a step is the one by which `torch.distributed.checkpoint` makes an optimizer's state:
+    without learning rates or gradients."""
+    named = "closure" in kwargs and kwargs["closure"] is None
+    return named and not optimizer.state and not any(g.get("lr") for g in optimizer.param_groups)
 
 
 class Attachment:
@@ -66,19 +75,14 @@ class Attachment:
         self._optimizers = list(optimizers)
         self._hidden = HiddenGradients(self.gates)
         self._loaded: Any = None
+        self._without_ours = self._initial = False
         self._versions: list[int] = []
         self._touched = 0
         self._warned: set[str] = set()
         self._resumed = _has_stepped(optimizers[0])
         self._joined: list[Tensor] = []
         gates = self.gates()
-        device = gates[0].device.type
-        self._adam = torch.optim.Adam(
-            gates,
-            lr=self.gate_lr,
-            fused=device in ("cpu", "cuda") and all(gate.is_floating_point() for gate in gates),
-            capturable=device == "cuda",
-        )
+        self._adam = GateAdam(gates, self.gate_lr)
         for optimizer in self._optimizers:
             self._join(optimizer, gates)
         if term.learns and steps < FEW_STEPS:
@@ -126,6 +130,8 @@ class Attachment:
         """Takes the hooks off the optimizers, and the gates that were put into one out of it."""
         for remove in self._removers:
             remove()
+        for gate in self.gates():
+            self._optimizers[0].state.pop(gate, None)
         group = self._optimizers[0].param_groups[-1]
         joined = set(map(id, self._joined))
         group["params"][:] = [one for one in group["params"] if id(one) not in joined]
@@ -134,7 +140,9 @@ class Attachment:
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
         """Pre-hook of the step that counts."""
-        self._look()
+        self._initial = _is_initial(optimizer, kwargs)
+        if not self._initial:
+            self._look()
         return self._hidden.before(optimizer, args, kwargs)
 
     # --- the step ------------------------------------------------------------------------------
@@ -144,6 +152,9 @@ class Attachment:
         """Post-hook of the step: the gates' and the multipliers' part of it."""
         grads = self._hidden.take()
         if grads is None:
+            return
+        if self._initial:
+            self._adam.show_in(optimizer, self.gates())
             return
         # A fused optimizer is left the unscaling, and the decision to skip, by a GradScaler.
         skipped: Any = getattr(optimizer, "found_inf", None)
@@ -158,8 +169,10 @@ class Attachment:
                 self._move(grads, getattr(optimizer, "grad_scale", None))
             self.term.advance_()
         if self.taken == self.last and not self.term.settled:
-            self.term.settle(self._adam)
-        self._versions = [gate._version for gate in self.gates()]
+            self.term.settle(self._adam.adam)
+        gates = self.gates()
+        self._adam.show_in(optimizer, gates)
+        self._versions = [gate._version for gate in gates]
 
     def _move(self, grads: Sequence[Tensor | None], scale: Tensor | None) -> None:
         """One step of Adam on the gates, by the loss's gradient and the constraint's."""
@@ -172,31 +185,24 @@ class Attachment:
                 value = self.term.value()
             found = torch.autograd.grad(value, trained, allow_unused=True)
             pulls = dict(zip(map(id, trained), found, strict=True))
-        self._bind(gates)
-        for gate, grad in zip(gates, grads, strict=True):
+        total: list[Tensor | None] = []
+        for gate, grad in zip(gates, averaged(grads, gates, self.term.handle.layers), strict=True):
             pull = pulls.get(id(gate))
             if grad is not None and scale is not None:
                 grad = grad / scale.to(grad.device)
-            gate.grad = pull if grad is None else grad if pull is None else grad.add(pull)
-        self._adam.step()
-        for gate in gates:
-            gate.grad = None
-
-    def _bind(self, gates: list[Tensor]) -> None:
-        """Moves the gates' moments to the parameters that stand for them now."""
-        group = self._adam.param_groups[0]
-        before: list[Tensor] = group["params"]
-        if all(old is new for old, new in zip(before, gates, strict=True)):
-            return
-        state = self._adam.state
-        moments = [state.pop(old, None) for old in before]
-        for new, kept in zip(gates, moments, strict=True):
-            if kept:
-                state[new] = {key: value.to(new.device) for key, value in kept.items()}
-        group["params"] = gates
+            total.append(pull if grad is None else grad if pull is None else grad.add(pull))
+        self._adam.step(gates, total)
 
     def _look(self) -> None:
         """Warns, once each, of what keeps gates from being trained as they should."""
+        if self._without_ours:
+            self._without_ours = False
+            self._warn(
+                "the optimizer's state that was loaded has nothing of the constraint: multipliers, "
+                "schedule and steps go on as they are here. Attach before the state is saved and "
+                "loaded; a distributed checkpoint needs `constraint.attachment` beside the "
+                "optimizer"
+            )
         if not self.term.learns:
             return
         if self._resumed and not self.taken:
@@ -224,11 +230,16 @@ class Attachment:
     # --- the state -----------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Steps, moments of the gates, and the constraint's own state."""
+        """Steps, moments of the gates, and the constraint's own state.
+
+        `optimizer.state_dict()` has it. Checkpoints that take the optimizer's state apart, such as
+        those of `torch.distributed.checkpoint`, need it beside that: an attachment can be saved
+        and loaded like a model or an optimizer, as one entry of what is saved.
+        """
         return {
             "taken": self.taken,
             "steps": self.steps,
-            "gates": self._adam.state_dict()["state"],
+            "gates": self._adam.state_dict(self.gates()),
             "constraint": self.term.state_dict(),
         }
 
@@ -246,10 +257,8 @@ class Attachment:
         """
         self.check_state(state)
         self.term.load_state_dict(state["constraint"])
-        self._bind(self.gates())
-        mine = self._adam.state_dict()
-        self._adam.load_state_dict({**mine, "state": state["gates"]})
-        self.taken, self._resumed = state["taken"], False
+        self._adam.load_state_dict(self.gates(), state["gates"])
+        self.taken, self._resumed, self._without_ours = state["taken"], False, False
         if state["steps"] != self.steps:
             self._warn(f"the state was of a training of {state['steps']} steps, not {self.steps}")
         if self.starting:
@@ -268,10 +277,6 @@ class Attachment:
 
     def _load(self, _optimizer: Any) -> None:
         loaded, self._loaded = self._loaded, None
-        if loaded is None:
-            self._warn(
-                "the optimizer's state has nothing of the constraint: multipliers, schedule and "
-                "steps go on as they are here. Attach before the state is saved and loaded"
-            )
-        else:
+        self._without_ours = loaded is None  # unless the attachment loads its own before a step
+        if loaded is not None:
             self.load_state_dict(loaded)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.defaults import default_dual, default_schedule, dual_for
 from l0fast.constraints.dual import Dual, state_in_words
+from l0fast.constraints.processes import same_table
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.settle import lag_in_words, settle_, warn_of
 from l0fast.constraints.term import DensityTerm, refuse_others
@@ -113,7 +114,7 @@ class DensityConstraint(DensityTerm):
             expected = "a Dual, such as DualAscent(), a function that returns one, or None"
             _checks.refuse("dual", dual, expected, TypeError)
         model = unwrapped(model)
-        measure = with_table(measure, model, example_inputs)
+        measure = same_table(with_table(measure, model, example_inputs))
         named = target_groups(gates(model).layers, target, measure)
         super().__init__(model, [group for group, _ in named.values()], example_inputs)
         self.schedule, self.steps = schedule, steps

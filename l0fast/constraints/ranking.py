@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from l0fast.graph.sharding import full
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners
 
@@ -17,13 +18,13 @@ def magnitudes(layer: Gated) -> Tensor:
     Within a layer it ranks units as the L2 norm of their weights does. Of a single weight it is the
     absolute value.
     """
-    squares = layer.weight.detach().square()
+    squares = full(layer.weight.detach()).square()
     if layer.gates == "weight":
         return squares.sqrt()
     if layer.gates == "output":
         units = squares.flatten(1).sum(1)
         if layer.bias is not None:
-            units = units + layer.bias.detach().square()
+            units = units + full(layer.bias.detach()).square()
         return (units / layer.group_size).sqrt()
     by_input = squares.flatten(2).sum(2) if squares.dim() > 2 else squares
     # In each group of a convolution, the columns are the inputs of that group.

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.constraints.attach import Attachable
+from l0fast.constraints.processes import check_sharding
 from l0fast.constraints.settle import hold_, settle_
 from l0fast.graph.calls import Example
+from l0fast.graph.sharding import with_full_weights
 from l0fast.layers.draw import DRAWN, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates
@@ -45,8 +47,10 @@ class DensityTerm(Attachable, nn.Module):
         super().__init__()
         handle = gates(model)
         layers = dict(handle.layers)
+        check_sharding(type(self).__name__, layers)
         sized = is_of_pruned(groups[0].measure)
-        trial = tried(model, Example.of(example_inputs))[0] if sized else None
+        with with_full_weights(model):
+            trial = tried(model, Example.of(example_inputs))[0] if sized else None
         measure = measure_of(layers, groups, trial)
         # The layers belong to the model: kept out of this module's children and state.
         self.__dict__.update(handle=handle, _layers=layers, _measure=measure)

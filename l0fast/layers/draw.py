@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from l0fast.maths.compaction import Order
@@ -159,6 +160,23 @@ STAGES = (DRAWN, OPEN, SETTLED)
 """What the gates of a layer may be (see `Drawn.stage`)."""
 
 
+def several_processes() -> bool:
+    """Whether this process is one of several that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def all_open(log_alpha: Tensor) -> Tensor:
+    """Gates of 1, of log_alpha's shape.
+
+    Of several processes, log_alpha gets a gradient of 0: DistributedDataParallel waits for one of
+    every parameter.
+    """
+    ones = torch.ones_like(log_alpha)
+    if not (log_alpha.requires_grad and torch.is_grad_enabled() and several_processes()):
+        return ones
+    return ones + 0 * log_alpha
+
+
 class Drawn:
     """A layer whose gates are drawn for it, and where it finds them."""
 
@@ -189,7 +207,7 @@ class Drawn:
     def evaluation_gates(self) -> Tensor:
         """z in evaluation, of log_alpha's shape: the median of each gate."""
         if self.stage == OPEN:
-            return torch.ones_like(self.log_alpha)
+            return all_open(self.log_alpha)
         return self.distribution.median(self.log_alpha)
 
     def spread(self, values: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import functional
-from l0fast.layers.draw import DRAWN, SETTLED, Board, Draw, Drawn, OpenCounts
+from l0fast.layers.draw import DRAWN, SETTLED, Board, Draw, Drawn, OpenCounts, all_open
 from l0fast.layers.handle import ModelGates, gates
 from l0fast.layers.hooks import remove_hooks
 from l0fast.layers.ties import ATTRIBUTE, attach_ties, detach_ties
@@ -67,7 +67,7 @@ def _draw_group(
     flat = torch.cat(log_alphas)
     work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
     if stage != DRAWN:  # the same in every forward, and with nothing to count
-        z = distribution.median(work) if stage == SETTLED else torch.ones_like(work)
+        z = distribution.median(work) if stage == SETTLED else all_open(work)
     else:
         z, totals = functional.draw(work, sizes, distribution)
         if not torch.compiler.is_compiling() and totals.grad_fn is not None:

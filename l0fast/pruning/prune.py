@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, unwrapped
+from l0fast.graph.sharding import on_full_weights
 from l0fast.graph.structure import structure_of
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in, own_gates
@@ -147,10 +148,11 @@ def _warn_of_force(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> N
             f"prune: closes {closed} of the {total} gates that are open, to hold the target; the "
             "model was not trained without them. Train to the end under the constraint, and load "
             "no checkpoint from before the target was met",
-            stacklevel=3,
+            stacklevel=4,  # the caller of `on_full_weights`
         )
 
 
+@on_full_weights
 def prune(
     model: nn.Module,
     example_inputs: Any,

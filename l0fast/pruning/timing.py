@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0fast.graph.calls import Example, evaluating, unwrapped
 from l0fast.graph.capture import NORMS, is_carrier, layer_size
+from l0fast.graph.sharding import on_full_weights
 from l0fast.graph.sites import light_copy
 from l0fast.graph.sites import replace as replace_modules
 from l0fast.layers.handle import gates
@@ -29,6 +30,7 @@ POINTS = 5
 """Widths along each side of a layer."""
 
 
+@on_full_weights
 def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
     """Times every layer of a model at a grid of widths, on the model's own device and threads.
 
