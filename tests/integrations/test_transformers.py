@@ -162,10 +162,10 @@ def test_a_constraint_of_the_users_own_and_what_is_refused(tmp_path: Path) -> No
     assert made.constraint is own
     assert_within(net)
     with pytest.raises(
-        ValueError, match="constraint, target: got neither; expected one of the two"
+        ValueError, match="constraint, target: got 'neither'; expected one of the two"
     ):
         L0Callback()
-    with pytest.raises(ValueError, match="constraint, target: got both"):
+    with pytest.raises(ValueError, match="constraint, target: got 'both'"):
         L0Callback(constrained(net), target=0.5)
     with pytest.raises(TypeError, match="constraint: got 'Net'; expected a constraint"):
         L0Callback(net)
