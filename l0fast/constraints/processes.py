@@ -33,16 +33,16 @@ def check_sharding(name: str, layers: Mapping[str, Any]) -> None:
     Raises:
         ValueError: gates are sharded, or weights by something other than FSDP2.
     """
-    sharded = [key for key, layer in layers.items() if is_sharded(layer.log_alpha)]
-    if sharded:
-        words = f"sharded gates: {', '.join(sharded)}"
-        _checks.refuse(name, words, f"gates on every process: fully_shard(module, {IGNORED})")
     # parallelize_module leaves this mark.
     split = [key for key, one in layers.items() if hasattr(one, "_distribute_module_applied")]
     if split:
         words = f"tensor parallelism of gated layers: {', '.join(split)}"
         expected = "layers without gates there (sparsify_(model, exclude=...)), or FSDP2 or DDP"
         _checks.refuse(name, words, expected)
+    sharded = [key for key, layer in layers.items() if is_sharded(layer.log_alpha)]
+    if sharded:
+        words = f"sharded gates: {', '.join(sharded)}"
+        _checks.refuse(name, words, f"gates on every process: fully_shard(module, {IGNORED})")
     flat = [key for key, one in layers.items() if hasattr(one.weight, "_fsdp_flattened")]
     if flat or any("weight" not in one._parameters for one in layers.values()):
         expected = f"torch.distributed.fsdp.fully_shard(module, {IGNORED})"
