@@ -16,7 +16,7 @@ from l0fast.graph.calls import Example
 from l0fast.graph.sharding import with_full_weights
 from l0fast.layers.draw import DRAWN, SETTLED
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import ModelGates, gates, own_gates
+from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
 from l0fast.measures.footprint import measure_of
 from l0fast.measures.groups import Asking, Group, measure_name
 from l0fast.measures.measure import Measure, is_of_pruned
@@ -45,6 +45,7 @@ class DensityTerm(Attachable, nn.Module):
 
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()
+        refuse_adapters(type(self).__name__, model)
         handle = gates(model)
         layers = dict(handle.layers)
         check_sharding(type(self).__name__, layers)

@@ -17,7 +17,8 @@ class L0Callback(Callback):
         constraint.attach(trainer.optimizers)
     when the fit starts, and `detach()` at its end. Gradient accumulation, clipping, mixed precision
     and schedules stay the Trainer's. The state is in the checkpoint, with the optimizer's:
-    `fit(ckpt_path=...)` goes on exactly where the training was.
+    `fit(ckpt_path=...)` goes on exactly where the training was. Each `ModelCheckpoint` with a
+    `monitor` looks for the best anew once the gates have settled.
 
     Args:
         constraint: on the model; or None, with `target` and its like in its place.
@@ -46,6 +47,7 @@ class L0Callback(Callback):
         self._recipe = Recipe(
             constraint, options, given(settle=settle, start=start, gate_lr=gate_lr)
         )
+        self._settled = False
 
     @property
     def constraint(self) -> Any:
@@ -56,6 +58,20 @@ class L0Callback(Callback):
         """Attaches the constraint; Lightning loads the optimizers' states after that."""
         steps = int(trainer.estimated_stepping_batches)
         self._recipe.begin(pl_module, trainer.optimizers, steps)
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Notes what a checkpoint has restored."""
+        self._settled = self.constraint.settled
+
+    def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        """Forgets the best models of before the gates have settled: they are larger than the
+        target."""
+        if self.constraint.settled and not self._settled:
+            self._settled = True
+            for checkpoint in trainer.checkpoint_callbacks:
+                if getattr(checkpoint, "monitor", None) is not None:
+                    checkpoint.best_k_models.clear()
+                    checkpoint.best_model_path, checkpoint.best_model_score = "", None
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Logs densities and multipliers."""

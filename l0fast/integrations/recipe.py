@@ -12,7 +12,7 @@ from l0fast.constraints.attach import Attachable
 from l0fast.constraints.attachment import Attachment
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.graph.calls import unwrapped
-from l0fast.layers.handle import handles_in
+from l0fast.layers.handle import handles_in, refuse_adapters
 
 
 class Recipe:
@@ -37,10 +37,15 @@ class Recipe:
             _checks.refuse("constraint, target", got, "one of the two")
         self.constraint: Any = constraint
         self._options, self._attach = options, attach
+        self._attachment: Attachment | None = None
 
     def begin(self, model: nn.Module, optimizers: list[Any], steps: int) -> Attachment:
-        """Makes the constraint, if there is none, and attaches it to the optimizers."""
-        if self.constraint is None:
+        """Makes the constraint of this training, if none was given, and attaches it."""
+        refuse_adapters("attach", model)
+        # A training that was interrupted has left it on the optimizer of then.
+        if self._attachment is not None and self.constraint.attachment is self._attachment:
+            self.constraint.detach()
+        if self._options:
             # The gates may be on a part of it, as those of the network in a LightningModule.
             parts = list(handles_in(unwrapped(model)))
             if len(parts) == 1:
@@ -50,12 +55,14 @@ class Recipe:
         if attached is None:
             attached = self.constraint.attach(optimizers, steps=steps, **self._attach).attachment
         assert attached is not None
+        self._attachment = attached
         return attached
 
     def end(self) -> None:
         """Takes the constraint off the optimizers; it stays on the model, for `prune`."""
         if self.constraint is not None:
             self.constraint.detach()
+        self._attachment = None
 
     @torch.no_grad()
     def metrics(self) -> dict[str, float]:

@@ -8,13 +8,25 @@ import warnings
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from l0fast import _checks
 from l0fast.integrations.recipe import Recipe, given
+from l0fast.layers.handle import gated_layers
 
 STATE = "attachment"
+
+
+def _refuse_without_gates(model: nn.Module, optimizer: Any) -> None:
+    """The Trainer loads an optimizer's state before `attach` puts the gates into its groups: their
+    sizes would not match."""
+    held = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    missing = [name for name, one in gated_layers(model).items() if id(one.log_alpha) not in held]
+    if missing:
+        got, expected = f"one without the gates of {missing[0]}", "one that has model.parameters()"
+        _checks.refuse("optimizer", got, expected)
 
 
 class L0Callback(TrainerCallback, ExportableState):
@@ -37,7 +49,8 @@ class L0Callback(TrainerCallback, ExportableState):
         constraint: once the training has begun.
 
     Raises:
-        ValueError, TypeError: neither a constraint nor a target, or both.
+        ValueError, TypeError: neither a constraint nor a target, or both; when the training begins,
+            an optimizer without the gates, or `load_best_model_at_end` where they never settle.
     """
 
     def __init__(
@@ -68,16 +81,23 @@ class L0Callback(TrainerCallback, ExportableState):
         if getattr(args, "restore_callback_states_from_checkpoint", False):
             got, expected = True, "False (this callback restores its state without it)"
             _checks.refuse("restore_callback_states_from_checkpoint", got, expected)
+        _refuse_without_gates(kwargs["model"], kwargs["optimizer"])
         saved = self._saved(state)
         with warnings.catch_warnings():
             if saved is not None:
                 # The optimizer has been loaded before; what it lacks is in `saved`.
                 warnings.filterwarnings("ignore", "attach: the optimizer had a state")
             attachment = self._recipe.begin(kwargs["model"], [kwargs["optimizer"]], state.max_steps)
+        if args.load_best_model_at_end and attachment.last is None:
+            self._recipe.end()
+            expected = "gates that settle (settle > 0): no model before is within the target"
+            _checks.refuse("load_best_model_at_end", True, expected)
         self._attachment = attachment
         if saved is not None:
             attachment.load_state_dict(saved)
         self._settled = self.constraint.settled
+        # The Trainer saves into this entry, which a checkpoint without the callback lacks.
+        state.stateful_callbacks.setdefault(L0Callback.__name__, {})
 
     @staticmethod
     def _saved(state: Any) -> dict[str, Any] | None:

@@ -44,6 +44,15 @@ def own_gates(layers: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(gate_owners(layers).values()))
 
 
+def refuse_adapters(name: str, model: nn.Module) -> None:
+    """Refuses adapters, such as LoRA, on gated layers: they read and write units that the gates
+    close, so that merged they are another model."""
+    for path, module in model.named_modules():
+        if isinstance(module._modules.get("base_layer"), Drawn):
+            words = f"an adapter on the gated layer {path}"
+            _checks.refuse(name, words, "adapters merged before sparsify_, or on other layers")
+
+
 class ModelGates:
     """What l0fast keeps with one model; it prints as a table of the gated layers.
 

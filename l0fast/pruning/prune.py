@@ -13,9 +13,8 @@ from l0fast import _checks
 from l0fast.graph.calls import Example, unwrapped
 from l0fast.graph.sharding import on_full_weights
 from l0fast.graph.structure import structure_of
-from l0fast.layers.draw import Drawn
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gates, handles_in, own_gates
+from l0fast.layers.handle import gates, handles_in, own_gates, refuse_adapters
 from l0fast.measures.amounts import Asked, share
 from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.footprint import Footprint, measure_of
@@ -237,10 +236,7 @@ def prune(
         if isinstance(module, Asking):
             expected = f"a model without it (prune the part of the model beside {name!r})"
             _checks.refuse("model", type(module).__name__, expected)
-        if isinstance(module._modules.get("base_layer"), Drawn):
-            # The adapter reads and writes units that the gates close: merged, it is another model.
-            words = f"an adapter on the gated layer {name}"
-            _checks.refuse("prune", words, "adapters merged before sparsify_, or on other layers")
+    refuse_adapters("prune", model)
     request = _request(model, example_inputs, target, measure)
     example, budgets = Example.of(example_inputs), request.budgets
     size = element_size(model)

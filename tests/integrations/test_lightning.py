@@ -45,7 +45,13 @@ class Module(lightning.LightningModule):
 
 
 def fit(
-    module: Module, out: Path, parts: int = 1, ckpt: Any = None, epochs: int = 1, **options: Any
+    module: Module,
+    out: Path,
+    parts: int = 1,
+    ckpt: Any = None,
+    epochs: int = 1,
+    made: L0Callback | None = None,
+    **options: Any,
 ) -> Any:
     x, y, _, _ = digits()
     x, y = x[: len(x) // epochs], y[: len(y) // epochs]
@@ -53,7 +59,7 @@ def fit(
         torch.utils.data.TensorDataset(x, y), batch_size=BATCH // parts
     )
     example = {"x": torch.zeros(2, 64)}
-    made = L0Callback(target=TARGET, measure="params", example_inputs=example)
+    made = made or L0Callback(target=TARGET, measure="params", example_inputs=example)
     trainer = lightning.Trainer(
         accelerator="cpu",
         default_root_dir=str(out),
@@ -117,4 +123,33 @@ def test_killed_and_resumed_it_ends_bit_equal(stop: int, tmp_path: Path) -> None
 def test_bf16_and_clipping_stay_within_the_target(tmp_path: Path) -> None:
     module = Module()
     fit(module, tmp_path, precision="bf16-mixed", gradient_clip_val=1.0)
+    assert_within(module.net)
+
+
+class Watched(Module):
+    """What is monitored is the best at first."""
+
+    def training_step(self, batch: Any, _index: int) -> torch.Tensor:
+        self.log("later", float(self.global_step), on_step=False, on_epoch=True)
+        return super().training_step(batch, _index)
+
+
+def test_the_best_model_is_one_within_the_target(tmp_path: Path) -> None:
+    saving: Any = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, "{epoch}", monitor="later")
+    fit(Watched(), tmp_path, epochs=20, callbacks=[saving], enable_checkpointing=True)
+    assert Path(saving.best_model_path).name == "epoch=17.ckpt"  # its last step settles
+
+
+def test_a_callback_serves_a_second_training_after_an_interrupted_one(tmp_path: Path) -> None:
+    class Kill(lightning.Callback):
+        def on_train_batch_end(self, trainer: Any, *_args: Any) -> None:
+            if trainer.global_step == 30:
+                raise RuntimeError("killed")
+
+    example = {"x": torch.zeros(2, 64)}
+    made = L0Callback(target=TARGET, measure="params", example_inputs=example)
+    with pytest.raises(RuntimeError, match="killed"):
+        fit(Module(), tmp_path, made=made, callbacks=[Kill()])
+    module = Module()
+    fit(module, tmp_path, made=made)
     assert_within(module.net)

@@ -86,6 +86,8 @@ def test_adapters_on_gated_layers_are_refused() -> None:
         constraint.attach(optimizer)
     with pytest.raises(ValueError, match=r"prune: got 'an adapter on the gated layer o_proj'"):
         prune(adapted.base_model.model, torch.randn(2, 8))
+    with pytest.raises(ValueError, match=r"DensityConstraint: got 'an adapter on the gated layer"):
+        DensityConstraint(adapted, 0.5, steps=200)
 
 
 def test_gates_that_an_adapter_has_frozen_are_refused() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from l0fast import prune
+from l0fast import gates, prune
 from tests.helpers.digits import (
     BATCH,
     STEPS,
@@ -181,3 +181,74 @@ def test_bf16_leaves_no_wrapper_and_prunes(tmp_path: Path) -> None:
     assert_within(net)
     small = prune(trainer.model.net, {"x": torch.zeros(2, 64)})
     assert not any("forward" in vars(module) for module in small.modules())
+
+
+def test_the_best_model_needs_gates_that_settle(tmp_path: Path) -> None:
+    made = L0Callback(constrained(net := prepared()), settle=0.0)
+    trainer = fit(
+        tmp_path,
+        net,
+        made,
+        save_strategy="steps",
+        eval_strategy="steps",
+        load_best_model_at_end=True,
+    )
+    with pytest.raises(ValueError, match="load_best_model_at_end: got True; expected gates that"):
+        trainer.train()
+    assert made.constraint.attachment is None
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Interrupt(transformers.TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 30:
+            raise Interrupted("by hand")
+
+
+@pytest.mark.parametrize("interrupted", [True, False])
+def test_a_callback_serves_a_second_training(interrupted: bool, tmp_path: Path) -> None:
+    """Its constraint is on the second model, and on the optimizer of the second trainer."""
+    made = callback()
+    first = fit(tmp_path, prepared(), made)
+    if interrupted:
+        first.add_callback(Interrupt())
+        with pytest.raises(Interrupted, match="by hand"):
+            first.train()
+    else:
+        first.train()
+    net = prepared()
+    fit(tmp_path, net, made).train()
+    assert gates(net).constraints == (made.constraint,)
+    assert_within(net)
+
+
+def test_it_goes_on_from_a_checkpoint_without_it(tmp_path: Path) -> None:
+    before = InOrder(
+        Seeded(prepared()), arguments(tmp_path, save_strategy="steps", save_steps=10, max_steps=10)
+    )
+    before.train_dataset = Rows()
+    before.train()
+    net = prepared()
+    trainer = fit(tmp_path, net, callback(), save_strategy="steps", save_steps=100)
+    with pytest.warns(UserWarning, match="the optimizer had a state before attach"):
+        trainer.train(resume_from_checkpoint=True)
+    assert (tmp_path / f"checkpoint-{STEPS}").is_dir()
+
+
+def test_an_optimizer_without_the_gates_is_refused(tmp_path: Path) -> None:
+    net = prepared()
+    weights = [one for name, one in net.named_parameters() if not name.endswith("log_alpha")]
+    optimizer = torch.optim.AdamW(weights, 1e-3)
+    constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    trainer = InOrder(
+        Seeded(net),
+        arguments(tmp_path),
+        train_dataset=Rows(),
+        callbacks=[callback()],
+        optimizers=(optimizer, constant),
+    )
+    with pytest.raises(ValueError, match=r"optimizer: got .one without the gates of net\.body\.0"):
+        trainer.train()
