@@ -9,7 +9,7 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.constraints.attachment import Attachment
-from l0fast.constraints.processes import check_sharding
+from l0fast.constraints.processes import check_sharding, mesh_of
 from l0fast.constraints.watch import Watch
 from l0fast.layers.handle import ModelGates
 from l0fast.measures.groups import Asking
@@ -64,6 +64,11 @@ class Attachable(Asking):
         """0-d: the term to add to the loss."""
         if torch.is_grad_enabled():
             self._refuse_attached("the constraint", "a loss without its term")
+            if mesh_of(self.handle.layers) is not None and self.attachment is None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: got a call on a model that FSDP2 shards; expected "
+                    "attach(optimizer), which averages the gradients of the gates"
+                )
         return self.value()
 
     def step(self) -> None:

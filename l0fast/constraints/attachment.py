@@ -23,7 +23,7 @@ from torch import Tensor
 from l0fast import _checks
 from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
-from l0fast.constraints.processes import averaged
+from l0fast.constraints.processes import averaged, mark_partial, own_part
 from l0fast.constraints.start import spread_
 from l0fast.gating.param_groups import default_gate_lr
 from l0fast.layers.draw import DRAWN, OPEN
@@ -75,7 +75,7 @@ class Attachment:
         self._optimizers = list(optimizers)
         self._hidden = HiddenGradients(self.gates)
         self._loaded: Any = None
-        self._without_ours = self._initial = False
+        self._without_ours = self._initial = self._just_loaded = False
         self._versions: list[int] = []
         self._touched = 0
         self._warned: set[str] = set()
@@ -93,6 +93,7 @@ class Attachment:
         if self.first:
             term.handle.set_stage(OPEN)
         self._removers = [remove for one in self._optimizers for remove in self._hook(one)]
+        self._removers += mark_partial(gates, term.handle.layers)
 
     def gates(self) -> list[Tensor]:
         """The log_alpha of every gated layer, each once; asked anew, as they may be replaced."""
@@ -143,6 +144,7 @@ class Attachment:
         self._initial = _is_initial(optimizer, kwargs)
         if not self._initial:
             self._look()
+            self._just_loaded = False
         return self._hidden.before(optimizer, args, kwargs)
 
     # --- the step ------------------------------------------------------------------------------
@@ -184,7 +186,8 @@ class Attachment:
             with torch.enable_grad():
                 value = self.term.value()
             found = torch.autograd.grad(value, trained, allow_unused=True)
-            pulls = dict(zip(map(id, trained), found, strict=True))
+            own = [None if one is None else own_part(one) for one in found]
+            pulls = dict(zip(map(id, trained), own, strict=True))
         total: list[Tensor | None] = []
         for gate, grad in zip(gates, averaged(grads, gates, self.term.handle.layers), strict=True):
             pull = pulls.get(id(gate))
@@ -258,7 +261,8 @@ class Attachment:
         self.check_state(state)
         self.term.load_state_dict(state["constraint"])
         self._adam.load_state_dict(self.gates(), state["gates"])
-        self.taken, self._resumed, self._without_ours = state["taken"], False, False
+        self.taken, self._just_loaded = state["taken"], True
+        self._resumed = self._without_ours = False
         if state["steps"] != self.steps:
             self._warn(f"the state was of a training of {state['steps']} steps, not {self.steps}")
         if self.starting:
@@ -277,6 +281,7 @@ class Attachment:
 
     def _load(self, _optimizer: Any) -> None:
         loaded, self._loaded = self._loaded, None
-        self._without_ours = loaded is None  # unless the attachment loads its own before a step
+        # Unless the attachment has loaded its own, or does so before the next step.
+        self._without_ours = loaded is None and not self._just_loaded
         if loaded is not None:
             self.load_state_dict(loaded)

@@ -8,7 +8,7 @@ from the same gates, and need no communication.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,37 @@ def check_sharding(name: str, layers: Mapping[str, Any]) -> None:
         _checks.refuse(name, "a model in FullyShardedDataParallel", expected)
 
 
+def mesh_of(layers: Mapping[str, Any]) -> Any:
+    """The mesh of the processes among which FSDP2 shards the weights of gated layers, or None."""
+    if not several_processes():
+        return None
+    return next((one.weight.device_mesh for one in layers.values() if is_sharded(one.weight)), None)
+
+
+def mark_partial(gates: Sequence[Tensor], layers: Mapping[str, Any]) -> list[Callable[[], None]]:
+    """Makes the gradients of gates say that each process has its own, to be averaged; returns what
+    undoes it. Without FSDP2 nothing is done.
+
+    They are DTensors as those of the weights are: clipping and unscaling refuse a mixture.
+    """
+    mesh = mesh_of(layers)
+    if mesh is None:
+        return []
+    from torch.distributed.tensor import DTensor, Partial
+
+    placements = [Partial("avg")] * mesh.ndim
+
+    def marked(grad: Tensor) -> Tensor:
+        return DTensor.from_local(grad, mesh, placements, run_check=False)
+
+    return [gate.register_hook(marked).remove for gate in gates if gate.requires_grad]
+
+
+def own_part(grad: Tensor) -> Tensor:
+    """What this process has of a gradient."""
+    return grad.to_local() if is_sharded(grad) else grad  # type: ignore[attr-defined]
+
+
 def averaged(
     grads: Sequence[Tensor | None], gates: Sequence[Tensor], layers: Mapping[str, Any]
 ) -> list[Tensor | None]:
@@ -65,7 +96,7 @@ def averaged(
         gates: as many.
         layers: name -> gated layer.
     """
-    mesh = next((one.weight.device_mesh for one in layers.values() if is_sharded(one.weight)), None)
+    mesh = mesh_of(layers)
     if mesh is None:
         return list(grads)
     check_sharding("attach", layers)  # a forward before it had left a part of the weights whole
@@ -85,7 +116,7 @@ def averaged(
 
 
 def _or_zeros(grad: Tensor | None, gate: Tensor) -> Tensor:
-    return torch.zeros_like(gate) if grad is None else grad
+    return torch.zeros_like(gate) if grad is None else own_part(grad)
 
 
 def same_table(measure: Any) -> Any:

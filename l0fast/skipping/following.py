@@ -153,6 +153,8 @@ def passes_on(layer: nn.Module) -> bool:
 
 def can_follow(layer: nn.Module) -> bool:
     """Whether a layer without gates can leave out channels."""
+    if isinstance(layer, nn.SyncBatchNorm):  # each process has other units open
+        return False
     if type(layer) in NORMS:
         norm: Any = layer
         return norm.running_mean is not None and norm.momentum is not None
