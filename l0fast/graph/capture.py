@@ -6,16 +6,19 @@ import logging
 import warnings
 from collections import Counter
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field
+from io import StringIO
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
 from l0fast.graph.calls import Example
+from l0fast.graph.compare import values_of
 from l0fast.graph.nodes import op_name
 
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -82,39 +85,52 @@ class Trace:
 
 @contextmanager
 def _quietly() -> Generator[None]:
-    """torch.export speaks of its own affairs: not while we use it."""
+    """torch.export speaks of its own affairs, on stderr too: not while we use it."""
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         logger.setLevel(level)
 
 
-def _without_dataclasses(value: Any) -> Any:
-    """What a model gives, its dataclasses as the lists of their fields."""
-    if isinstance(value, Mapping):  # a registered class, or a dict, which is its own structure
-        return value
-    parts: Any = value if type(value) in (tuple, list) else None
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = [getattr(value, part.name) for part in fields(value)]
-    return value if parts is None else [_without_dataclasses(part) for part in parts]
+def _plain(value: Any) -> Any:
+    """What a model gives, of containers that torch.export knows: lists in place of objects, see
+    `values_of`."""
+    if isinstance(value, Mapping):
+        return [_plain(part) for part in value.values()]
+    if isinstance(value, (tuple, list)):
+        return [_plain(part) for part in value]
+    plain = value is None or isinstance(value, (Tensor, str, int, float, complex))
+    return value if plain else values_of(value)
+
+
+@contextmanager
+def _without_validation() -> Generator[None]:
+    """Distributions look at the values that they are given, which torch.export does not know."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def export(model: nn.Module, example: Example) -> Trace:
     """The graph of one forward of `model` on an example, in evaluation.
 
-    torch.export refuses a dataclass that nobody has registered as an output: it sees the fields.
+    torch.export refuses an object of a class that nobody has registered as an output: it sees the
+    tensors in it, and not a decoder's cache.
 
     Raises:
         Exception: whatever torch.export raises for a model that it refuses.
     """
-    plain = model.register_forward_hook(lambda _model, _args, given: _without_dataclasses(given))
+    plain = model.register_forward_hook(lambda _model, _args, given: _plain(given))
     try:
-        with _quietly(), torch.no_grad():
+        with _quietly(), _without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         plain.remove()

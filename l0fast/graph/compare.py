@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -30,6 +31,43 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         return [tensor for part in value for tensor in tensors_of(part)]
     return []
+
+
+_EMPTY = (str, bytes, type(None), type, nn.Module, FunctionType, MethodType)
+"""Classes of what holds no values of a model's output."""
+
+
+def values_of(value: Any) -> list[Tensor]:
+    """The tensors and numbers in what a model gives, in order, as strided tensors.
+
+    They are looked for in containers, in iterators (which are used up), and in the attributes of
+    objects of any class; only a decoder's cache is left out, which shrinks with its heads.
+    """
+    return _values(value, set())
+
+
+def _values(value: Any, seen: set[int]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        if value.is_nested:
+            return list(value.unbind())
+        return [value if value.layout is torch.strided else value.to_dense()]
+    if isinstance(value, (bool, int, float, complex)):
+        return [torch.tensor(value)]
+    cache = any(kind.__name__ == "Cache" for kind in type(value).__mro__)
+    if isinstance(value, _EMPTY) or cache or id(value) in seen:
+        return []
+    seen.add(id(value))
+    if isinstance(value, Mapping):
+        parts = list(value.values())
+    elif isinstance(value, Iterable) and not hasattr(value, "__dict__"):
+        parts = list(value)
+    else:
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        names = [*getattr(value, "__dict__", {}), *slots]
+        parts = [getattr(value, name) for name in names if hasattr(value, name)]
+        if isinstance(value, (tuple, list)):
+            parts += list(value)
+    return [tensor for part in parts for tensor in _values(part, seen)]
 
 
 def relative_error(got: list[Tensor], expected: list[Tensor]) -> float:

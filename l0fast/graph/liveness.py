@@ -58,10 +58,14 @@ class Liveness:
 
     Args:
         walk: along the graph of the model, without gates.
+
+    Attributes:
+        whole: modules that, where they are rigid, need all that enters and leaves them.
     """
 
     def __init__(self, walk: Walk) -> None:
         self.walk = walk
+        self.whole: list[str] = []
         self.columns: dict[str, Tensor] = {}
         """Layer -> bool [in]: inputs that it reads and that are not constants which can go."""
         self.constants: dict[str, Tensor] = {}
@@ -100,11 +104,23 @@ class Liveness:
     def _rigid(self, modules: Collection[str] | None) -> list[tuple[Node, Tensor]]:
         """The nodes of some modules (None: of all) that may have sizes written out; their units."""
         trace = self.walk.trace
+        whole = [module for module in self.whole if modules is not None and module in modules]
         return [
             (node, self._read(node))
             for node in trace.graph.nodes
-            if op_name(node) in RIGID and (modules is None or trace.callers[node] in modules)
+            if (op_name(node) in RIGID and (modules is None or trace.callers[node] in modules))
+            or any(self._at_border(node, module) for module in whole)
         ]
+
+    def _at_border(self, node: Node, module: str) -> bool:
+        """Whether a node reads what enters or leaves a module, or is of its own forward."""
+        callers = self.walk.trace.callers
+
+        def inside(one: Node) -> bool:
+            return not module or f"{callers[one]}.".startswith(f"{module}.")
+
+        own = callers[node] == module and node.op == "call_function"
+        return own or any(inside(source) != inside(node) for source in node.all_input_nodes)
 
     def _left(self, units: Units, present: Tensor, dim: int) -> int:
         """What is left of a tensor's size along one dimension."""

@@ -80,6 +80,7 @@ class _GatedConv(Gated):
         channels = -1 - len(self.kernel_size)
         if self.noise == "example" and self.training:
             if self.gates == "input":
+                self._check_width(input, channels)
                 input = input * self._example_z(input, channels)
             y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
             return y * self._example_z(y, channels) if self.gates == "output" else y

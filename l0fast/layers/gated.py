@@ -136,6 +136,12 @@ class Gated(Drawn):
     def _num_inputs(self) -> int:
         raise NotImplementedError
 
+    def _check_width(self, input: Tensor, dim: int) -> None:
+        """Refuses a single input, which the gates would repeat where the dense layer raises."""
+        if input.shape[dim] == 1 < self._num_inputs():
+            expected = f"{self._num_inputs()} features in dimension {dim}"
+            _checks.refuse("input", tuple(input.shape), expected)
+
     @property
     def num_gates(self) -> int:
         """How many gates the layer has."""

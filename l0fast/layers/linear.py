@@ -73,10 +73,12 @@ class L0Linear(Gated, nn.Linear):
         """x [..., in_features] -> [..., out_features]."""
         if self.noise == "example" and self.training:
             if self.gates == "input":
+                self._check_width(input, -1)
                 return F.linear(input * self._example_z(input, -1), self.weight, self.bias)
             y = F.linear(input, self.weight, self.bias)
             return y * self._example_z(y, -1)
         if self.gates == "input" and not self.training:
+            self._check_width(input, -1)
             return F.linear(input * self._z(), self.weight, self.bias)
         compact = self._compact_here()
         if isinstance(compact, OnDevice):
@@ -85,5 +87,7 @@ class L0Linear(Gated, nn.Linear):
             )
         if self.gates == "input":
             part = compact or EVERYTHING
+            if compact is None:
+                self._check_width(input, -1)
             return autograd.gated_linear(input, self.weight, self.bias, self._z(), *part)
         return F.linear(*self._parts(input, -1))

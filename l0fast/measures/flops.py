@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from l0fast.graph.calls import Example, evaluating
-from l0fast.graph.compare import tensors_of
+from l0fast.graph.compare import values_of
 from l0fast.layers.handle import gated_layers
 
 
@@ -69,7 +69,7 @@ def count_ops(model: nn.Module, example: Example) -> Ops:
         # Attention in one fused op would count for nothing.
         torch.backends.mha.set_fastpath_enabled(False)
         with evaluating(model), sdpa_kernel(SDPBackend.MATH), flops, elements:
-            given = tensors_of(example.call(model))
+            given = values_of(example.call(model))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     macs = {name: count // 2 for name, count in _by_module(flops, model).items()}

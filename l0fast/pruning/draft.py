@@ -164,6 +164,10 @@ class Draft:
         """Name of each layer that has been made anew -> how to make it in another dtype."""
         return {name: functools.partial(self.made, name) for name in self._placed}
 
+    def edit(self, name: str) -> Edit | None:
+        """How a layer has become smaller, if it has."""
+        return self._edits.get(name)
+
     def finish(self) -> nn.Module:
         """The model, with weights of its own: what it still shares is copied."""
         theirs = {id(one) for one in (*self.source.parameters(), *self.source.buffers())}

@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast import _checks
-from l0fast.graph.capture import Trace, layer_size
+from l0fast.graph.capture import Trace, is_site, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
 from l0fast.graph.sites import Site, find_sites, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.edits import AttributePatch, Edit
-from l0fast.pruning.patches import merged_tiers
+from l0fast.pruning.patches import Outcome, merged_tiers
 
 ALONE = "each layer by itself"
 
-Check = Callable[[Draft], tuple[float, str]]
-"""The error of a draft, and "" if it holds or what is wrong with it."""
+Check = Callable[[Draft], Outcome]
+"""What comes of a draft."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +132,16 @@ def new_draft(
     return draft
 
 
+def _raised_in(error: Exception, model: nn.Module) -> str | None:
+    """The innermost module of a model, other than a layer, whose forward has raised an error."""
+    names = {id(module): name for name, module in model.named_modules() if not is_site(module)}
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
+        trace = trace.tb_next
+    return found
+
+
 class _Planner:
     """Tries plans out on a draft, the furthest-reaching first."""
 
@@ -151,13 +161,14 @@ class _Planner:
         edits: Iterable[Edit],
         patches: Iterable[AttributePatch] = (),
         constants: Mapping[str, Tensor] | None = None,
-    ) -> tuple[float, str]:
-        """The error of some edits, and "" if they hold or what is wrong with them."""
+    ) -> Outcome:
+        """What comes of some edits."""
         try:
             self.draft.make_smaller(edits, patches, constants)
             return self.check(self.draft)
         except Exception as failure:
-            return float("inf"), _checks.one_line(failure)
+            place = _raised_in(failure, self.draft.model)
+            return Outcome(float("inf"), _checks.one_line(failure), place)
 
     def edits_of(self, extents: Mapping[str, Extent]) -> list[Edit]:
         """What gives every layer its extent."""
@@ -180,7 +191,7 @@ class _Planner:
                 live,
                 lambda extents, patches: self.attempt(
                     self.edits_of(extents), patches, constants_of(extents)
-                )[1],
+                ),
             )
         tried: list[tuple[list[Edit], list[AttributePatch]]] = []
         undone: dict[str, str] = {}
@@ -195,8 +206,8 @@ class _Planner:
                 continue
             tried.append((edits, patches))
             constants = constants_of(extents)
-            error, failure = self.attempt(edits, patches, constants)
-            if not failure:
+            outcome = self.attempt(edits, patches, constants)
+            if not outcome.failure:
                 undone.pop(tier, None)
                 notes = [f"{other}: undone, {failure}" for other, failure in undone.items()]
                 return Plan(
@@ -205,14 +216,14 @@ class _Planner:
                     patches=tuple(patches),
                     extents=extents,
                     sites=self.sites,
-                    error=error,
+                    error=outcome.error,
                     notes=(*self.notes, *notes),
                     scaled=frozenset(self.draft.factors),
                     constants=constants,
                     live=merges,
                     rigid=tuple(rigid),
                 )
-            undone.setdefault(tier, failure)
+            undone.setdefault(tier, outcome.failure)
         for tier, failure in undone.items():
             note = f"{tier}: undone, {failure}"
             if note not in self.notes:
@@ -227,7 +238,7 @@ class _Planner:
         """
         edits = self.edits_of(local_extents(self.sites.values()))
         base = [edit for edit in edits if edit.scale is not None]
-        failure = self.attempt(base)[1]
+        failure = self.attempt(base).failure
         if failure:
             _checks.refuse(
                 "model",
@@ -235,7 +246,7 @@ class _Planner:
                 "a model that reads the weights of its layers only by calling them",
             )
         rest = [edit for edit in edits if edit.scale is None]
-        each = {edit.name: self.attempt([*base, edit])[1] for edit in rest}
+        each = {edit.name: self.attempt([*base, edit]).failure for edit in rest}
         faults = {name: failure for name, failure in each.items() if failure}
         for name in faults or each:
             self.fixed[name] = f"made smaller: {each[name] or 'it fails together with others'}"

@@ -57,7 +57,7 @@ def _inside(name: str, makers: Mapping[str, Maker]) -> bool:
 class _Swap:
     """Puts wide tensors into some modules while one of them runs, and the own ones back."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype | None) -> None:
         self.dtype = dtype
         self.modules: list[nn.Module] = []
         self.made: list[tuple[nn.Module, Maker]] = []
@@ -121,16 +121,13 @@ def in_precision(
     """
     makers = makers or {}
     with own_buffers(model, dtype):
-        if dtype is None:
-            yield
-            return
         modules = dict(model.named_modules())
         swaps: dict[str, _Swap] = {}
         for name in makers:
-            around = holders.get(name, name)
+            around = holders.get(name, "")
             swaps.setdefault(around, _Swap(dtype)).made.append((modules[name], makers[name]))
         for name, module in modules.items():
-            if module._parameters and not _inside(name, makers):
+            if dtype is not None and module._parameters and not _inside(name, makers):
                 around = holders.get(name, "")
                 swaps.setdefault(around, _Swap(dtype)).modules.append(module)
         handles: list[Any] = []

@@ -1,22 +1,26 @@
-"""The proof: whether a pruned model computes what the gated one does, on the user's example and on
-noise of its shape."""
+"""The proof: whether a pruned model computes what the gated one does, on the user's example, on
+noise, and on other sizes than the example's."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
+from l0fast.graph.capture import layer_size
+from l0fast.graph.compare import TOLERANCE, tensors_of
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.observation import Observation, Rows, observe, sites_of
+from l0fast.pruning.patches import Outcome
 from l0fast.pruning.precision import Maker, holders_that_run, in_precision, widened
-
-SEED = 0
+from l0fast.pruning.probes import SEED, Probe, groups_of_probes, perturbed
 
 
 class _Precision(TorchDispatchMode):
@@ -38,26 +42,13 @@ class _Precision(TorchDispatchMode):
         return result
 
 
-def _noise(example: Example) -> Example | None:
-    """An example with noise in its floating tensors, or None if it has none."""
-    if not any(tensor.is_floating_point() for tensor in example.tensors()):
-        return None
-    generator = torch.Generator().manual_seed(SEED)
-
-    def draw(value: Tensor) -> Tensor:
-        if not value.is_floating_point():
-            return value
-        return torch.randn(value.shape, generator=generator).to(value)
-
-    return example.map(draw)
-
-
 class Proof:
     """What a gated model computes with some of its gates closed, to compare pruned ones with it.
 
     It runs in float64, each weight widened as its module is entered; where a module reads the
     weights of others, with all of them widened at once; where the model does not run in float64,
-    in its own dtypes.
+    in its own dtypes. Compared are its output, and the outputs that each Linear and convolution has
+    left.
 
     Args:
         model: with gates; it is run, and is the same afterwards.
@@ -66,9 +57,10 @@ class Proof:
 
     Attributes:
         tolerance: the largest relative error that counts as equal.
+        compared: on what, in words.
 
     Raises:
-        ValueError: the model does not take its example.
+        ValueError: the model does not take its example, or gives nothing that can be compared.
     """
 
     def __init__(self, model: nn.Module, values: GateValues, example: Example) -> None:
@@ -79,19 +71,32 @@ class Proof:
             )
             for name, layer in values.layers.items()
         }
+        self._source, self._sites = model, sites_of(model)
         self._holders: Mapping[str, str] = {}
         self._dtype: torch.dtype | None = torch.float64
-        with evaluating(model), with_log_alpha(values.layers, closed):
+        self._seen: list[tuple[Probe, Observation]] = []
+        with self._running(values, closed):
             self._choose(model, example)
-            noise = _noise(self.probes[0])
-            if noise is not None:
+            first, given = self._seen[0]
+            if not given.something:
+                got = f"{type(model).__name__}, whose output of class {given.kind} holds none"
+                _checks.refuse("model", got, "a model that gives finite numbers, to compare by")
+        for probes in groups_of_probes(model, first.example):
+            for probe in probes:
                 try:
-                    outputs = self._run(model, noise)
+                    with self._running(values, closed):
+                        given = self._run(model, probe)
                 except Exception:
-                    return  # not every input is one that a model takes
-                if all(bool(torch.isfinite(tensor).all()) for tensor in outputs):
-                    self.probes.append(noise)
-                    self.expected.append(outputs)
+                    continue  # not every input is one that a model takes
+                if given.finite:
+                    self._seen.append((probe, given))
+                    break
+        self.compared = [probe.title for probe, _ in self._seen]
+
+    @contextmanager
+    def _running(self, values: GateValues, closed: Mapping[str, torch.Tensor]) -> Generator[None]:
+        with evaluating(self._source), with_log_alpha(values.layers, closed):
+            yield
 
     def _choose(self, model: nn.Module, example: Example) -> None:
         """Runs the model in the best way that it runs in."""
@@ -115,25 +120,43 @@ class Proof:
             example.refuse(error)
 
     def _first(self, model: nn.Module, example: Example) -> None:
+        probe = Probe("the example", example)
         with _Precision() as precision:
-            self.expected = [self._run(model, example)]
-        self.probes = [example]
+            self._seen = [(probe, self._run(model, probe))]
         self.tolerance = TOLERANCE.get(precision.least, TOLERANCE[torch.bfloat16])
 
     def _run(
-        self, model: nn.Module, example: Example, makers: Mapping[str, Maker] | None = None
-    ) -> list[Tensor]:
-        own = example.copy()
-        with own_randomness(model, SEED), in_precision(model, self._dtype, self._holders, makers):
-            return [tensor.detach().clone() for tensor in tensors_of(own.call(model))]
+        self,
+        model: nn.Module,
+        probe: Probe,
+        makers: Mapping[str, Maker] | None = None,
+        rows: Mapping[str, Rows] | None = None,
+    ) -> Observation:
+        changed = perturbed(self._source) if probe.perturbed else nullcontext()
+        with (
+            changed,
+            own_randomness(model, SEED),
+            in_precision(model, self._dtype, self._holders, makers),
+        ):
+            return observe(model, probe.example.copy(), self._sites, rows)
 
-    def error(self, draft: Draft) -> float:
-        """The relative error of a draft; whatever it raises is passed on."""
-        with evaluating(draft.model):
-            got = [self._run(draft.model, probe, draft.makers) for probe in self.probes]
-        return max(map(relative_error, got, self.expected))
+    def _rows(self, draft: Draft, name: str) -> Rows:
+        _, size = layer_size(self._source.get_submodule(name))
+        edit = draft.edit(name)
+        if edit is None:
+            return Rows(size)
+        return Rows(size, edit.outputs, None if edit.scatter is None else edit.scatter[0])
 
-    def check(self, draft: Draft) -> tuple[float, str]:
-        """The error of a draft, and "" if it counts as equal or else what is wrong."""
-        error = self.error(draft)
-        return error, "" if error <= self.tolerance else f"the output differs by {error:.3g}"
+    def check(self, draft: Draft) -> Outcome:
+        """Whether a draft counts as equal; whatever it raises is passed on."""
+        worst, rows = 0.0, {name: self._rows(draft, name) for name in self._sites}
+        for probe, expected in self._seen:
+            with evaluating(draft.model):
+                got = self._run(draft.model, probe, draft.makers, rows)
+            for error, name in got.errors(expected):
+                worst = max(worst, error)
+                if error > self.tolerance:
+                    what = f"what {name!r} gives" if name else "the output"
+                    words = f"{what} differs by {error:.3g} on {probe.title}"
+                    return Outcome(error, words, name.rpartition(".")[0])
+        return Outcome(worst)

@@ -171,8 +171,11 @@ def prune(
     with gates on units keeps its likeliest one. Closed units
     are then removed wherever the layers around them agree, and elsewhere left out of the layer's
     computation by a gather before or a scatter after it. The result is compared with the gated
-    model in float64 (where the model runs in it) on the example and on noise of its shape, and
-    what does not hold is undone and named. The model passed in is not changed.
+    model in float64 (where the model runs in it), and what does not hold is undone and named.
+    Compared are the output, and what is left of the outputs of every Linear and convolution;
+    on the example, on noise, and where the model takes them on another batch size and on another
+    length or image size, with parameters of one value everywhere (zeros, ones) made others in
+    both. The model passed in is not changed.
 
     Args:
         model: a model with gates.
@@ -213,6 +216,7 @@ def prune(
                 "compacted": left out, with a gather or scatter; "kept": full size), reason.
             tier: how far layers could be merged; notes: what was undone, and why.
             max_error, tolerance: largest relative error found, and allowed.
+            compared: what the models were compared on, in words.
             attention: the nn.MultiheadAttention modules that `sparsify_` made ordinary ones of two
                 Linears, and how they are called, a list of dicts.
             attributes: attributes of modules that followed a size, such as num_heads, a list of
@@ -223,8 +227,8 @@ def prune(
                 ([positions, of], None for none), scale ("input", "output" or None).
 
     Raises:
-        ValueError: no gates, a target that leaves no unit for a layer, or an example that the
-            model does not take.
+        ValueError: no gates, a target that leaves no unit for a layer, an example that the model
+            does not take, or a model that gives no finite number to compare.
         TypeError: a target of a wrong type.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (purged models).
@@ -263,7 +267,8 @@ def prune(
     seconds: list[float] | None = None
     if any(isinstance(group.measure, LatencyTable) for group in request.groups.values()):
         seconds = whole_seconds([small, opened(model, structure.raw(layers))], example)
-    facts = Facts(kept, request.groups, budgets, spent, round_to, proof.tolerance, seconds)
+    asked = kept, request.groups, budgets, spent, round_to
+    facts = Facts(*asked, proof.tolerance, proof.compared, seconds)
     attach_report(small, make_report(model, plan, facts, dense, left))
     _warn_of_force(layers, kept)
     return small

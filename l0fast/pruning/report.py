@@ -42,6 +42,7 @@ class Report:
     attributes: list[dict[str, Any]]
     folded: list[str]
     layers: list[dict[str, Any]]
+    compared: list[str] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
         """A dict that `from_json` takes."""
@@ -174,5 +175,6 @@ def format_report(report: Report) -> str:
         name = f"{patch['name']}.{patch['attribute']}".lstrip(".")
         lines.append(f"{name}: {patch['value'][0]} instead of {patch['value'][1]}")
     lines.append(f"largest error: {report.max_error:.3g} (allowed {report.tolerance:g})")
+    lines.append(f"compared on: {'; '.join(report.compared)}")
     lines.extend(report.notes)
     return "\n".join(lines)

@@ -32,6 +32,8 @@ class Facts:
     """Name of each budget -> what is left of its measure."""
     round_to: int
     tolerance: float
+    compared: list[str]
+    """On what the two models were compared."""
     seconds: list[float] | None
     """Measured latency of the pruned and of the dense model."""
 
@@ -135,6 +137,7 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
         attributes=[*before.attributes, *(patch.as_json() for patch in plan.patches)],
         folded=sorted({*before.folded, *plan.constants}),
         layers=[*before.layers, *(edit.as_json() for edit in plan.edits)],
+        compared=facts.compared,
     )
 
 

@@ -18,6 +18,7 @@ from l0fast.layers.handle import gate_owners, gates
 from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.patches import Outcome
 from l0fast.pruning.plan import Plan, make_plan, new_draft
 
 
@@ -58,11 +59,11 @@ def _tried(
     dense = counted(full)
     left = dense
 
-    def check(_: Draft) -> tuple[float, str]:
+    def check(_: Draft) -> Outcome:
         nonlocal left
         left = counted({})
         same = left.outputs == dense.outputs
-        return 0.0, "" if same else "its outputs have other shapes"
+        return Outcome(0.0, "" if same else "its outputs have other shapes")
 
     plan = make_plan(draft, structure, check)
     on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}

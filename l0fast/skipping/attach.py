@@ -13,7 +13,7 @@ from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import NORMS, Trace, export
 from l0fast.graph.channels import ELEMENTWISE
-from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of
+from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of, values_of
 from l0fast.graph.sites import light_copy, without_gates
 from l0fast.graph.structure import structure_of
 from l0fast.layers.handle import ModelGates, gated_layers, gates, handle_of, own_gates
@@ -122,7 +122,7 @@ def training_trace(model: nn.Module, example: Example) -> Trace:
             if training:
                 _in_training(plain)
             with _Ops() as ops:
-                given = tensors_of(example.copy().call(plain))
+                given = values_of(example.copy().call(plain))
             found.append((ops.found, [tensor.shape for tensor in given]))
         if found[0] != found[1]:
             return export(plain, example)
@@ -137,7 +137,7 @@ def training_trace(model: nn.Module, example: Example) -> Trace:
 
 def _outputs(model: nn.Module, example: Example, seed: int) -> list[Tensor]:
     torch.manual_seed(seed)
-    return [tensor.detach().clone() for tensor in tensors_of(example.copy().call(model))]
+    return [tensor.detach().clone() for tensor in values_of(example.copy().call(model))]
 
 
 def _on_gpu(model: nn.Module) -> bool:

@@ -514,3 +514,15 @@ def test_channels_last_gates() -> None:
         moved(x.to(memory_format=torch.channels_last)).sum().backward()
     torch.testing.assert_close(layer.log_alpha.grad, twin.log_alpha.grad)
     torch.testing.assert_close(layer.weight.grad, twin.weight.grad)
+
+
+@pytest.mark.parametrize("name", ["linear", "conv2d"])
+@pytest.mark.parametrize("noise", ["batch", "example"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_single_input_is_refused_and_not_repeated(name: str, noise: str, training: bool) -> None:
+    dense, args, options, shape = CASES[name]
+    layer = KINDS[dense.__name__](*args, **options, gates="input", noise=noise)
+    channels = 1 if name == "conv2d" else -1
+    x = torch.randn(shape).narrow(channels, 0, 1)
+    with pytest.raises((ValueError, RuntimeError), match=r"expected (input|\d+ features)|expected"):
+        layer.train(training)(x)
