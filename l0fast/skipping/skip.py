@@ -9,6 +9,7 @@ others compact: no zeros are put in and taken out again between them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from os.path import commonprefix
 from typing import Any
 
 import torch
@@ -75,6 +76,22 @@ def _opened(draw: Draw) -> dict[int, Tensor]:
     return opened
 
 
+def _crossed(model: nn.Module, links: list[Link]) -> list[nn.Module]:
+    """The modules that compact channels may enter or leave: those inside the innermost module
+    around a link."""
+    names = {id(module): name for name, module in model.named_modules()}
+    around: set[str] = set()
+    for link in links:
+        if link.makers:
+            paths = [names[id(layer)].split(".")[:-1] for layer in link.layers()]
+            around.add("".join(f"{part}." for part in commonprefix(paths)))
+    return [
+        module
+        for name, module in model.named_modules()
+        if name and any(name.startswith(prefix) for prefix in around)
+    ]
+
+
 class Skipping:
     """The links of a model, and whether closed units are skipped on them.
 
@@ -119,6 +136,7 @@ class Skipping:
         self._following: list[tuple[nn.Module, Following]] = [
             (layer, follow(layer)) for layer in self._layers if not isinstance(layer, Drawn)
         ]
+        self._crossed = _crossed(model, links)
         # The model as it was: of each module its children.
         parts = [module._modules for module in model.modules() if module._modules]
         self._children = [(children, list(children.values())) for children in parts]
@@ -144,6 +162,7 @@ class Skipping:
         return (
             all(list(children.values()) == known for children, known in self._children)
             and not seen_backward()
+            and not any(foreign_hooks(module) for module in self._crossed)
             and not any(foreign_hooks(layer) for layer in self._layers)
             and not any("forward" in layer.__dict__ for layer in self._layers)
             and all(

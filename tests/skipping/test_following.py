@@ -23,6 +23,7 @@ from l0fast.skipping import attach
 from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.following import Following, follow
 from l0fast.skipping.links import find_links
+from tests.helpers import plain_models as plain
 from tests.helpers.steps import (
     EXACT,
     assert_same_step,
@@ -176,6 +177,42 @@ def test_where_others_have_hooks_nothing_is_left_out(register: Callable[[Any], A
     assert rows[0] == 32
     step(skipped, x)
     assert rows[2] < 32
+
+
+@pytest.mark.parametrize("name", ["0", "0.1", "1", "1.1"])
+def test_a_hook_on_a_block_sees_every_unit(name: str) -> None:
+    torch.manual_seed(0)
+    blocks = [
+        nn.Sequential(nn.Linear(6, 32), nn.ReLU()),
+        nn.Sequential(nn.Linear(32, 9), nn.ReLU()),
+    ]
+    model = nn.Sequential(*blocks, nn.Linear(9, 4)).double()
+    x = torch.randn(8, 6).double()
+    sparsify_(model, include="1.0", gates="input", example_inputs=x, skip=True)
+    set_density(model, 0.3)
+    rows = watched(model)
+    model(x)
+    assert rows[0] < 32
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, y: seen.append(y))
+    model(x)
+    handle.remove()
+    assert seen[0].shape == (8, 32 if name.startswith("0") else 9)
+    assert rows[2] == 32
+    model(x)
+    assert rows[4] < 32
+
+
+def test_a_hook_on_the_model_or_beside_its_links_changes_nothing() -> None:
+    x = torch.randn(8, 6).double()
+    model = nn.Sequential(plain.Pair(), nn.Sequential(nn.ReLU(), nn.Linear(5, 5))).double()
+    sparsify_(model, include="0.b", gates="input", example_inputs=x, skip=True)
+    set_density(model, 0.3)
+    rows = watched(model)
+    for module in (model, model[0], model[1]):
+        module.register_forward_hook(lambda *_: None)
+    model(x)
+    assert rows[0] < 32
 
 
 def test_a_layer_whose_hook_is_gone_has_every_unit() -> None:
