@@ -52,6 +52,15 @@ def is_carrier(layer: nn.Module) -> bool:
     return is_norm(layer) or getattr(layer, "groups", 1) > 1
 
 
+def train_but_norms(model: nn.Module) -> None:
+    """Puts a model into training, but for its batch norms: one example may be too few for them, and
+    their counting is no known op."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, NORMS):
+            module.eval()
+
+
 def layer_size(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a Linear, a convolution or a batch norm."""
     if isinstance(layer, NORMS):

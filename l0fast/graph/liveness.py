@@ -58,13 +58,15 @@ class Liveness:
 
     Args:
         walk: along the graph of the model, without gates.
+        training: along its graph in training, where layers run that do not run in evaluation: they
+            are no reason for a unit to stay, and lose the inputs that are gone.
 
     Attributes:
         whole: modules that, where they are rigid, need all that enters and leaves them.
     """
 
-    def __init__(self, walk: Walk) -> None:
-        self.walk = walk
+    def __init__(self, walk: Walk, training: Walk | None = None) -> None:
+        self.walk, self.training = walk, training
         self.whole: list[str] = []
         self.columns: dict[str, Tensor] = {}
         """Layer -> bool [in]: inputs that it reads and that are not constants which can go."""
@@ -84,6 +86,9 @@ class Liveness:
                 zero |= known
             self.columns[name] = site.reads & ~zero
             live[walk.classes[units.labels[self.columns[name]]]] = True
+        for name, labels in walk.made.items():
+            if not walk.trace.counts[name]:
+                live[walk.classes[labels]] = True
         # A layer keeps a unit even if its readers and its own gates have none in common.
         for name, labels in walk.made.items():
             writes, classes = walk.sites[name].writes, walk.classes[labels]
@@ -211,7 +216,19 @@ class Liveness:
                 extent.source = walk.reasons(units.labels)
             if not walk.sites[name].fixed:
                 self._fit(extent, walk.sites[name], present)
+        if self.training is not None:
+            self._fit_training(self.training, result, present)
         return result
+
+    def _fit_training(self, training: Walk, result: dict[str, Extent], present: Tensor) -> None:
+        """Takes the inputs that are gone from the layers that run in training alone."""
+        for name, units in training.inputs.items():
+            if self.walk.trace.counts[name] or units is None:
+                continue
+            extent = result[name]
+            extent.arrives = extent.columns = present[self.walk.classes[units.labels]]
+            if is_carrier(self.walk.sites[name].layer):
+                extent.rows = extent.leaves = present[self.walk.classes[training.outputs[name]]]
 
     def _fit(self, extent: Extent, site: Site, present: Tensor) -> None:
         """Gives a layer what is left of the units that arrive and leave."""

@@ -15,6 +15,9 @@ from l0fast.graph.capture import Trace, is_carrier, is_site, kind_of, layer_size
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.hooks import foreign_hooks
 
+NOT_RUN = "it does not run in evaluation"
+"""Why a layer stays that the example does not reach."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -130,7 +133,7 @@ def find_sites(
         else:
             local = not is_carrier(layer)
             calls = 1 if trace is None else trace.counts[name]
-            fixed = "" if calls == 1 else f"it is called {calls} times"
+            fixed = "" if calls == 1 else f"it is called {calls} times" if calls else NOT_RUN
         reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
         folds = not fixed and not is_carrier(layer) and _has_bias_for_all(layer)
         sites[name] = Site(name, layer, reads, writes, fixed, local, folds)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.capture import Trace, export, kind_of
+from l0fast.graph.capture import Trace, export, is_site, kind_of, train_but_norms
 from l0fast.graph.sites import without_gates
 from l0fast.layers.handle import gates
 
@@ -55,6 +55,39 @@ def fingerprint(model: nn.Module, example: Example) -> Fingerprint:
     return modules, str(form), tuple(map(_form, leaves))
 
 
+def _in_training(plain: nn.Module, example: Example, trace: Trace) -> tuple[bool, Trace | None]:
+    """Whether layers run in training that do not run in evaluation, and its graph.
+
+    Args:
+        plain: the model, without gates; it is left in training.
+        example: of what it takes.
+        trace: its graph in evaluation.
+    """
+    ran: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        for name, module in plain.named_modules()
+        if is_site(module) and not trace.counts[name]
+    ]
+    if not hooks:
+        return False, None
+    train_but_norms(plain)
+    try:
+        with own_randomness(plain):
+            example.copy().call(plain)
+    except Exception:  # perhaps it wants labels in training
+        return False, None
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not ran:
+        return False, None
+    try:
+        return True, export(plain, example)
+    except Exception:
+        return True, None
+
+
 @dataclass(frozen=True, eq=False)
 class Structure:
     """The graph of a model without gates, on its example."""
@@ -64,6 +97,10 @@ class Structure:
     failure: str
     """Why it does; "" where it does not."""
     fingerprint: Fingerprint
+    more_in_training: bool = False
+    """Whether layers run in training that do not run in evaluation."""
+    training: Trace | None = None
+    """The graph in training, where they do; None if torch.export refuses it."""
 
     @classmethod
     def of(cls, model: nn.Module, example: Example) -> Structure:
@@ -76,11 +113,12 @@ class Structure:
         try:
             with evaluating(model), without_gates(model) as plain:
                 trace = export(plain, example)
+                more = _in_training(plain, example, trace)
         except Exception as failure:
             with own_randomness(model), evaluating(model):
                 example.copy().try_on(model)
             return cls(None, _checks.one_line(failure), made_from)
-        return cls(trace, "", made_from)
+        return cls(trace, "", made_from, *more)
 
     def raw(self, layers: Iterable[str]) -> set[str]:
         """Those of some layers whose weights something reads past the layer's own call."""

@@ -147,7 +147,7 @@ class _Planner:
 
     def __init__(self, draft: Draft, structure: Structure, check: Check) -> None:
         self.draft, self.values, self.check = draft, draft.values, check
-        self.trace = structure.trace
+        self.trace, self.training = structure.trace, structure.training
         self.notes: list[str] = []
         if structure.failure:
             refusal = f"torch.export refuses the model: {structure.failure}"
@@ -184,7 +184,9 @@ class _Planner:
         live: Liveness | None = None
         tiers: Iterable[tuple[str, list[str], list[AttributePatch]]] = []
         if self.trace is not None:
-            live = Liveness(Walk(self.trace, self.sites.values()))
+            sites = self.sites.values()
+            also = None if self.training is None else Walk(self.training, sites)
+            live = Liveness(Walk(self.trace, sites), also)
             self.draft.undo()
             tiers = merged_tiers(
                 self.draft.model,
@@ -210,6 +212,7 @@ class _Planner:
             if not outcome.failure:
                 undone.pop(tier, None)
                 notes = [f"{other}: undone, {failure}" for other, failure in undone.items()]
+                notes += self.unseen() if edits and merges is not None else []
                 return Plan(
                     tier=tier,
                     edits=tuple(edits),
@@ -229,6 +232,21 @@ class _Planner:
             if note not in self.notes:
                 self.notes.append(note)
         return None
+
+    def unseen(self) -> list[str]:
+        """Says which layers have not run, neither in evaluation nor in training."""
+        traces = [trace for trace in (self.trace, self.training) if trace is not None]
+        names = [
+            name
+            for name in self.sites
+            if not any(trace.counts[name] or name in trace.read_outside for trace in traces)
+        ]
+        if not names:
+            return []
+        return [
+            f"not run on the example, and so left as they are: {', '.join(names)}; where they read "
+            "units that are gone, they fail"
+        ]
 
     def fix_what_fails(self) -> None:
         """Finds the layers that cannot get smaller, each by itself, and keeps them full.

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.capture import layer_size
+from l0fast.graph.capture import layer_size, train_but_norms
 from l0fast.graph.compare import TOLERANCE, tensors_of
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
@@ -54,6 +54,7 @@ class Proof:
         model: with gates; it is run, and is the same afterwards.
         values: of its gates.
         example: of what it takes.
+        training: whether pruned models must run on the example in training, too.
 
     Attributes:
         tolerance: the largest relative error that counts as equal.
@@ -63,7 +64,10 @@ class Proof:
         ValueError: the model does not take its example, or gives nothing that can be compared.
     """
 
-    def __init__(self, model: nn.Module, values: GateValues, example: Example) -> None:
+    def __init__(
+        self, model: nn.Module, values: GateValues, example: Example, training: bool = False
+    ) -> None:
+        self._training, self._example = training, example
         # A gate that is closed has a log_alpha of minus infinity.
         closed = {
             name: layer.log_alpha.detach().masked_fill(
@@ -159,4 +163,8 @@ class Proof:
                     what = f"what {name!r} gives" if name else "the output"
                     words = f"{what} differs by {error:.3g} on {probe.title}"
                     return Outcome(error, words, name.rpartition(".")[0])
+        if self._training:
+            with evaluating(draft.model), own_randomness(draft.model):
+                train_but_norms(draft.model)
+                self._example.copy().call(draft.model)
         return Outcome(worst)

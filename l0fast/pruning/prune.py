@@ -248,8 +248,8 @@ def prune(
     while True:
         kept = choose(layers, budgets, round_to)
         values = GateValues(layers, kept)
-        proof = Proof(model, values, example)
         structure = structure_of(model, example)
+        proof = Proof(model, values, example, structure.more_in_training)
         draft = new_draft(model, values, structure)
         if dense is None:
             dense = known_dense(model, structure) or Counts.of(draft.model, example, size, {})

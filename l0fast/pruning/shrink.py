@@ -114,7 +114,7 @@ def plan_removal(
     found: set[str] = set()
     while not all(bool(mask.all()) for mask in kept.values()):
         values, structure = GateValues(layers, kept), structure_of(model, example)
-        proof = Proof(model, values, example)
+        proof = Proof(model, values, example, structure.more_in_training)
         plan = make_plan(new_draft(model, values, structure), structure, proof.check)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
         stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.capture import NORMS, Trace, export
+from l0fast.graph.capture import Trace, export, train_but_norms
 from l0fast.graph.channels import ELEMENTWISE
 from l0fast.graph.compare import TOLERANCE, relative_error, tensors_of, values_of
 from l0fast.graph.sites import light_copy, without_gates
@@ -100,15 +100,6 @@ class _Ops(TorchDispatchMode):
         return result
 
 
-def _in_training(plain: nn.Module) -> None:
-    """Puts a plain model into training, but for its batch norms: one example may be too few for
-    them, and their counting is no known op."""
-    plain.train()
-    for module in plain.modules():
-        if isinstance(module, NORMS):
-            module.eval()
-
-
 def training_trace(model: nn.Module, example: Example) -> Trace:
     """The graph of a forward on an example in training: that of the model's structure, where
     training computes the same, or else one of its own.
@@ -120,7 +111,7 @@ def training_trace(model: nn.Module, example: Example) -> Trace:
     with own_randomness(model), evaluating(model), without_gates(model) as plain:
         for training in (False, True):
             if training:
-                _in_training(plain)
+                train_but_norms(plain)
             with _Ops() as ops:
                 given = values_of(example.copy().call(plain))
             found.append((ops.found, [tensor.shape for tensor in given]))

@@ -9,7 +9,7 @@ others compact: no zeros are put in and taken out again between them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from os.path import commonprefix
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -84,7 +84,8 @@ def _crossed(model: nn.Module, links: list[Link]) -> list[nn.Module]:
     for link in links:
         if link.makers:
             paths = [names[id(layer)].split(".")[:-1] for layer in link.layers()]
-            around.add("".join(f"{part}." for part in commonprefix(paths)))
+            shared = takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
+            around.add("".join(f"{parts[0]}." for parts in shared))
     return [
         module
         for name, module in model.named_modules()
