@@ -178,6 +178,35 @@ def test_grouped_query_attention() -> None:
     assert (small.k_proj.out_features, small.v_proj.out_features) == (4, 4)
 
 
+class Rotary(nn.Module):
+    """Attention as in Phi-3: of each head it turns the first features, here all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 12) for _ in range(3))
+        self.out, self.heads = nn.Linear(12, 8), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.heads, 4)
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = (torch.cat([part[..., :4].neg(), part[..., 4:]], -1) for part in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+@pytest.mark.parametrize("closed", [1, 3])
+def test_features_that_are_none(closed: int) -> None:
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    model = half_closed(Rotary(), x)
+    assert model.out.num_gates == 3
+    with torch.no_grad():
+        model.out.log_alpha[:closed], model.out.log_alpha[closed:] = -9.0, 1.0
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.heads == max(1, 3 - closed)
+    assert small.report.collapsed == (["out"] if closed == 3 else [])
+
+
 def test_frozen_parameters_stay_frozen() -> None:
     """What the user does not train is not trained by gates, pruning or what comes after."""
     model: Any = nn.Sequential(
