@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
 from l0fast.graph.calls import Example
+from l0fast.graph.computed import own_weights
 from l0fast.graph.nodes import op_name
 
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -39,9 +40,11 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_site(module: nn.Module) -> bool:
     """Whether a module is one that can be made smaller."""
+    if not own_weights(module):
+        return False
     if is_norm(module):
         return module._buffers.get("running_mean") is not None
-    return kind_of(module) in LAYERS and module._parameters.get("weight") is not None
+    return kind_of(module) in LAYERS and module._parameters["weight"] is not None
 
 
 def is_carrier(layer: nn.Module) -> bool:
