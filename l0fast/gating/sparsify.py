@@ -114,8 +114,9 @@ def sparsify_(
         distribution: of the gates; HardConcrete() by default.
         noise: "batch" or "example", see `L0Linear`.
         example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
-            or a dict of keyword arguments; where given, layers that never run on it are left out,
-            and closed units can be skipped.
+            or a dict of keyword arguments. A list that the model takes as one argument is one, and
+            so is a NamedTuple. Where given, layers that never run on it are left out, and closed
+            units can be skipped.
         skip: whether a training step leaves out of its computation the units whose gates are drawn
             closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
             units can be followed from the layers that make them to those that read them; False:
@@ -133,7 +134,7 @@ def sparsify_(
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
     _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
-    example = None if example_inputs is None else Example.of(example_inputs)
+    example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
     if gates == "auto" and example is not None:

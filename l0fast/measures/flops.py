@@ -29,7 +29,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     Raises:
         ValueError: the model does not take the example.
     """
-    example = Example.of(example_inputs)
+    example = Example.of(example_inputs, model)
     try:
         return count_ops(model, example).macs
     except Exception as error:
