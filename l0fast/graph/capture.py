@@ -76,6 +76,8 @@ class Trace:
     """Names of the nodes that are the model's own inputs."""
     read_outside: set[str]
     """Layers whose weights something other than their own call reads."""
+    unread: set[str]
+    """Layers that run, and whose output reaches no output of the model."""
     counts: Counter[str] = field(init=False)
     """How often each layer is called."""
 
@@ -107,6 +109,25 @@ def _without_dataclasses(value: Any) -> Any:
     return value if parts is None else [_without_dataclasses(part) for part in parts]
 
 
+def _read(graph: torch.fx.Graph) -> set[Node]:
+    """The nodes that reach an output or change something; drops the others, which tie no units.
+
+    Calls of layers are not dropped, nor what is made of their outputs: they run, so that sizes
+    must fit.
+    """
+    read: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.is_impure() or not read.isdisjoint(node.users):
+            read.add(node)
+    unread: set[Node] = set()
+    for node in graph.nodes:
+        called = op_name(node) in _CALLS or not unread.isdisjoint(node.all_input_nodes)
+        if called and node not in read:
+            unread.add(node)
+    graph.eliminate_dead_code(lambda node: node in read or node in unread)
+    return read
+
+
 def export(model: nn.Module, example: Example) -> Trace:
     """The graph of one forward of `model` on an example, in evaluation.
 
@@ -121,7 +142,7 @@ def export(model: nn.Module, example: Example) -> Trace:
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         plain.remove()
-    program.graph.eliminate_dead_code()  # what nobody reads ties no units
+    read = _read(program.graph)
     signature = program.graph_signature
     held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -168,4 +189,5 @@ def export(model: nn.Module, example: Example) -> Trace:
         for spec in signature.input_specs
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     }
-    return Trace(program.graph, calls, callers, inputs, read_outside)
+    unread = {name for node, name in calls.items() if node not in read}
+    return Trace(program.graph, calls, callers, inputs, read_outside, unread)

@@ -22,6 +22,9 @@ from l0fast.graph.sites import Site
 from l0fast.graph.tied import Tied
 from l0fast.graph.units import STAYS, Units, narrowed, unknown
 
+UNREAD = "an output that nobody reads"
+"""Why the units of some layers stay."""
+
 
 def _is_grid(narrow: Tensor) -> bool:
     return sum(size > 1 for size in narrow.shape) > 1
@@ -109,6 +112,9 @@ class Walk(Tied):
 
     def _finish(self) -> None:
         """Sums up what the nodes did."""
+        unread = self.trace.unread
+        for name in unread & self.outputs.keys():  # they may be read in training
+            self.pin(self.made_only_by(unread, self.outputs[name]), UNREAD)
         self.classes = self._parent = self._least()
         self.tainted, self.restless = torch.zeros(2, len(self._maker), dtype=torch.bool)
         """Units that are no longer sure to be zero where they were, and that are no longer sure to
