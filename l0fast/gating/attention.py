@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from l0fast.graph.calls import Example
+from l0fast.graph.computed import why_computed
 from l0fast.graph.sites import replace
 
 UNFUSED = "unfused"
@@ -78,6 +79,9 @@ def _call_of(name: str, module: nn.MultiheadAttention, args: Any, options: Any) 
         return "it has kdim, vdim, add_bias_kv or add_zero_attn"
     if mask is not None and mask.dim() != 2:
         return "its mask is not the same for all heads"
+    computed = why_computed(module, ("in_proj_weight", "in_proj_bias"))
+    if computed := computed or why_computed(module.out_proj):
+        return computed
     if query.is_nested:
         return "its input is nested"
     return Unfused(

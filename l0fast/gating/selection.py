@@ -7,12 +7,14 @@ from fnmatch import fnmatchcase
 from typing import Any, NamedTuple, TypeVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from l0fast import _checks
 from l0fast.gating.attention import Unfused, attention_calls, unfuse_
 from l0fast.gating.recipes import Choice, GateRow, by_structure, without_structure
 from l0fast.graph import capture
 from l0fast.graph.calls import Example, evaluating
+from l0fast.graph.computed import why_computed
 from l0fast.graph.sites import light_copy
 from l0fast.graph.structure import Structure
 from l0fast.layers.gated_types import GATED_TYPES
@@ -30,8 +32,11 @@ def _fused(module: nn.Module) -> bool:
     return isinstance(module, nn.MultiheadAttention)
 
 
-def matcher(option: str, selection: Selection, names: list[str]) -> Callable[..., bool]:
-    """A predicate of (name, module); patterns that match no layer are refused."""
+def matcher(
+    option: str, selection: Selection, names: list[str], barred: Mapping[str, str] | None = None
+) -> Callable[..., bool]:
+    """A predicate of (name, module); patterns that match no layer are refused, and so are those
+    that match only some that are barred, with the reason."""
     if callable(selection):
         return selection
     patterns = [selection] if isinstance(selection, str) else selection
@@ -41,21 +46,37 @@ def matcher(option: str, selection: Selection, names: list[str]) -> Callable[...
     for pattern in patterns:
         if not isinstance(pattern, str):
             _checks.refuse(option, pattern, "glob patterns or a predicate(name, layer)", TypeError)
-        if not any(fnmatchcase(name, pattern) for name in names):
+        matched = [name for name in names if fnmatchcase(name, pattern)]
+        if not matched:
             _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
+        if barred and barred.keys() >= set(matched):
+            why = f"{matched[0]!r}: {barred[matched[0]]}"
+            _checks.refuse(option, pattern, f"layers that can have gates ({why})")
     return lambda name, _layer: any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def eligible(model: nn.Module) -> dict[str, nn.Module]:
-    """Name -> Linear or conv whose own forward runs, each once, in the model's order."""
+    """Name -> Linear or conv whose own forward runs, each once, in the model's order; with those
+    that can have no gates since something computes their weights."""
     inside_fused = {
         id(layer) for module in model.modules() if _fused(module) for layer in module.modules()
     }
     return {
         name: layer
         for name, layer in model.named_modules()
-        if type(layer) in GATED_TYPES and id(layer) not in inside_fused
+        if _kind(layer) in GATED_TYPES and id(layer) not in inside_fused
     }
+
+
+def _kind(layer: nn.Module) -> type[nn.Module]:
+    """The class of a layer, before parametrizations of its weights gave it one of its own."""
+    kind = type(layer)
+    return kind.__mro__[1] if parametrize.is_parametrized(layer) else kind
+
+
+def computed_row(name: str, layer: nn.Module) -> GateRow:
+    """What the table says of a layer whose weight something computes."""
+    return GateRow(name, _kind(layer).__name__, "", 1, 0, why_computed(layer))
 
 
 def row_of(name: str, layer: Any, choice: Choice) -> GateRow:

@@ -14,6 +14,7 @@ from l0fast.gating.selection import (
     ModelT,
     Selection,
     choose,
+    computed_row,
     eligible,
     fused_rows,
     gated_inside,
@@ -24,6 +25,7 @@ from l0fast.gating.selection import (
     with_ordinary_attention,
 )
 from l0fast.graph.calls import Example
+from l0fast.graph.computed import why_computed
 from l0fast.graph.sites import replace
 from l0fast.layers.gated import DENSITY_INIT
 from l0fast.layers.gated_types import GATED_TYPES
@@ -100,7 +102,8 @@ def sparsify_(
 
     Args:
         model: any module; layers of exactly the classes nn.Linear and nn.Conv1d/2d/3d take part
-            (those inside PyTorch's fused attention modules do not).
+            (those inside PyTorch's fused attention modules do not, nor those whose weights
+            something computes, such as weight_norm).
         gates: "auto", or "input", "output" or "weight" for every layer that takes part.
         include: only layers whose name matches a glob pattern (or one of several), or for which
             predicate(name, layer) is true.
@@ -111,8 +114,9 @@ def sparsify_(
         distribution: of the gates; HardConcrete() by default.
         noise: "batch" or "example", see `L0Linear`.
         example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
-            or a dict of keyword arguments; where given, layers that never run on it are left out,
-            and closed units can be skipped.
+            or a dict of keyword arguments. A list that the model takes as one argument is one, and
+            so is a NamedTuple. Where given, layers that never run on it are left out, and closed
+            units can be skipped.
         skip: whether a training step leaves out of its computation the units whose gates are drawn
             closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
             units can be followed from the layers that make them to those that read them; False:
@@ -130,20 +134,21 @@ def sparsify_(
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
     _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
-    example = None if example_inputs is None else Example.of(example_inputs)
+    example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
     if gates == "auto" and example is not None:
         twin, calls, fused = with_ordinary_attention(model, example)
-    considered = _considered(twin, include, exclude, example)
+    considered, computed = _considered(twin, include, exclude, example)
     chosen = choose(twin, gates, considered, example)
     choices = chosen.choices
     if dry_run:
         rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
+        rows += [computed_row(name, layer) for name, layer in computed.items()]
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
     names = [name for name in considered if choices[name].gates]
     if not names and not gated_layers(model):
-        _refuse_none(model, gates, choices, considered)
+        _refuse_none(model, gates, choices, considered, computed)
     initial = _initial(names, choices, density_init, droprate_init)
 
     stop_skipping(model)
@@ -198,12 +203,14 @@ def _considered(
     include: Selection | None,
     exclude: Selection | None,
     example: Example | None,
-) -> dict[str, nn.Module]:
-    """Name -> layer that may have gates: named by the caller, and run by the example."""
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Name -> layer, named by the caller and run by the example: those that may have gates, and
+    those that cannot, since something computes their weights."""
     layers = eligible(model)
     names = list(layers)
+    barred = {name: why for name, layer in layers.items() if (why := why_computed(layer))}
     if include is not None:
-        keep = matcher("include", include, names)
+        keep = matcher("include", include, names, barred)
         layers = {name: layer for name, layer in layers.items() if keep(name, layer)}
     if exclude is not None:
         drop = matcher("exclude", exclude, names)
@@ -211,7 +218,8 @@ def _considered(
     if example is not None:
         reached = run_by(model, layers, example)
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
-    return layers
+    computed = {name: layer for name, layer in layers.items() if name in barred}
+    return {name: layer for name, layer in layers.items() if name not in barred}, computed
 
 
 def _refuse_none(
@@ -219,13 +227,17 @@ def _refuse_none(
     gates: str,
     choices: Mapping[str, Choice],
     considered: Mapping[str, nn.Module],
+    computed: Mapping[str, nn.Module],
 ) -> NoReturn:
     """Says why no layer is left to gate."""
     if considered:
         why = next(f"{name!r}: {choices[name].reason}" for name in considered)
         expected = f"'input', 'output' or 'weight' where no recipe fits ({why})"
         _checks.refuse("gates", gates, expected)
-    _checks.refuse("model", type(model).__name__, "a model with a Linear or conv layer to gate")
+    expected = "a model with a Linear or conv layer to gate"
+    for name, layer in list(computed.items())[:1]:
+        expected += f" ({name!r}: {why_computed(layer)})"
+    _checks.refuse("model", type(model).__name__, expected)
 
 
 def _initial(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,14 +29,27 @@ class Example:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, example_inputs: Any) -> Example:
-        """The call that a user's `example_inputs` stands for: a mapping (a dict, or a batch of
-        Hugging Face's) has keyword arguments, a tuple or list has positional ones, and anything
-        else is the only argument."""
+    def of(cls, example_inputs: Any, model: nn.Module | None = None) -> Example:
+        """The call that a user's `example_inputs` stands for.
+
+        A mapping (a dict, or a batch of Hugging Face's) has keyword arguments, a tuple has
+        positional ones, and anything else, a NamedTuple too, is the only argument. A list has
+        positional arguments, unless the model takes it only as the one argument that it is, as
+        detection models do.
+
+        Args:
+            example_inputs: of the user.
+            model: whose forward takes it; asked about a list, and may be run on it.
+        """
         if isinstance(example_inputs, Mapping):
             return cls(kwargs=dict(example_inputs))
-        several = isinstance(example_inputs, (tuple, list))
-        return cls(tuple(example_inputs) if several else (example_inputs,))
+        if type(example_inputs) is tuple:
+            return cls(example_inputs)
+        alone = cls((example_inputs,))
+        if not isinstance(example_inputs, list):
+            return alone
+        several = cls(tuple(example_inputs))
+        return alone if model is not None and _takes_alone(model, several, alone) else several
 
     def call(self, model: nn.Module) -> Any:
         """What a model gives."""
@@ -97,6 +111,24 @@ _WRAPPERS = {
     "_FabricModule": "_forward_module",
 }
 """Classes that stand around a user's model -> where they keep it."""
+
+
+def _runs(model: nn.Module, example: Example) -> bool:
+    try:
+        with own_randomness(model), evaluating(model):
+            example.copy().call(model)
+    except Exception:
+        return False
+    return True
+
+
+def _takes_alone(model: nn.Module, several: Example, alone: Example) -> bool:
+    """Whether a model takes a list as one argument, and not its elements as several."""
+    try:
+        inspect.signature(model.forward).bind(*several.args)
+    except TypeError:
+        return True
+    return not _runs(model, several) and _runs(model, alone)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

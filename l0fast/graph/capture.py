@@ -19,6 +19,7 @@ from torch.fx import Node
 
 from l0fast.graph.calls import Example
 from l0fast.graph.compare import values_of
+from l0fast.graph.computed import own_weights
 from l0fast.graph.nodes import op_name
 
 LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
@@ -42,9 +43,11 @@ def is_norm(module: nn.Module) -> bool:
 
 def is_site(module: nn.Module) -> bool:
     """Whether a module is one that can be made smaller."""
+    if not own_weights(module):
+        return False
     if is_norm(module):
         return module._buffers.get("running_mean") is not None
-    return kind_of(module) in LAYERS and module._parameters.get("weight") is not None
+    return kind_of(module) in LAYERS and module._parameters["weight"] is not None
 
 
 def is_carrier(layer: nn.Module) -> bool:
@@ -85,6 +88,8 @@ class Trace:
     """Names of the nodes that are the model's own inputs."""
     read_outside: set[str]
     """Layers whose weights something other than their own call reads."""
+    unread: set[str]
+    """Layers that run, and whose output reaches no output of the model."""
     counts: Counter[str] = field(init=False)
     """How often each layer is called."""
 
@@ -128,6 +133,25 @@ def _without_validation() -> Generator[None]:
         Distribution.set_default_validate_args(before)
 
 
+def _read(graph: torch.fx.Graph) -> set[Node]:
+    """The nodes that reach an output or change something; drops the others, which tie no units.
+
+    Calls of layers are not dropped, nor what is made of their outputs: they run, so that sizes
+    must fit.
+    """
+    read: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.is_impure() or not read.isdisjoint(node.users):
+            read.add(node)
+    unread: set[Node] = set()
+    for node in graph.nodes:
+        called = op_name(node) in _CALLS or not unread.isdisjoint(node.all_input_nodes)
+        if called and node not in read:
+            unread.add(node)
+    graph.eliminate_dead_code(lambda node: node in read or node in unread)
+    return read
+
+
 def export(model: nn.Module, example: Example) -> Trace:
     """The graph of one forward of `model` on an example, in evaluation.
 
@@ -143,7 +167,7 @@ def export(model: nn.Module, example: Example) -> Trace:
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         plain.remove()
-    program.graph.eliminate_dead_code()  # what nobody reads ties no units
+    read = _read(program.graph)
     signature = program.graph_signature
     held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -190,4 +214,5 @@ def export(model: nn.Module, example: Example) -> Trace:
         for spec in signature.input_specs
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     }
-    return Trace(program.graph, calls, callers, inputs, read_outside)
+    unread = {name for node, name in calls.items() if node not in read}
+    return Trace(program.graph, calls, callers, inputs, read_outside, unread)

@@ -128,7 +128,9 @@ class Liveness:
         return own or any(inside(source) != inside(node) for source in node.all_input_nodes)
 
     def _left(self, units: Units, present: Tensor, dim: int) -> int:
-        """What is left of a tensor's size along one dimension."""
+        """What is left of a tensor's size along one dimension; an empty one has nothing to lose."""
+        if not units.labels.numel():
+            return units.labels.shape[dim]
         labels = narrowed(units.labels).movedim(dim, 0)
         there = present[self.walk.classes[labels]].reshape(len(labels), -1).any(1)
         return int(there.expand(units.labels.shape[dim]).sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.capture import Trace, is_carrier, is_site, kind_of, layer_size
+from l0fast.graph.computed import copied
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.hooks import foreign_hooks
 
@@ -55,7 +55,7 @@ class Site:
 
 def light_copy(model: nn.Module) -> nn.Module:
     """A copy whose modules may be replaced: it has the same parameters, not copies of them."""
-    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    return copied(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,14 @@ class Tied:
         found = torch.zeros(len(self._names) + 1, dtype=torch.bool)
         found[self._maker[labels]] = True  # -1 is behind the layers
         return [self._names[index] for index in found[:-1].nonzero().flatten().tolist()]
+
+    def made_only_by(self, names: Collection[str], labels: Tensor) -> Tensor:
+        """Those of some units that vanish with no unit of another layer than these."""
+        least = self._least()
+        other = torch.tensor([*(name not in names for name in self._names), False])
+        shared = torch.zeros(len(least), dtype=torch.bool)
+        shared[least[other[self._maker]]] = True
+        return labels[~shared[least[labels]]]
 
     def reasons(self, labels: Tensor) -> str:
         """Why those of some units that must stay do."""

@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from l0fast import _checks
 from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_norm, kind_of
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 from l0fast.graph.sites import Site
 from l0fast.graph.tied import Tied
 from l0fast.graph.units import STAYS, Units, narrowed, unknown
+
+UNREAD = "an output that nobody reads"
+"""Why the units of some layers stay."""
 
 
 def _is_grid(narrow: Tensor) -> bool:
@@ -108,6 +112,9 @@ class Walk(Tied):
 
     def _finish(self) -> None:
         """Sums up what the nodes did."""
+        unread = self.trace.unread
+        for name in unread & self.outputs.keys():  # they may be read in training
+            self.pin(self.made_only_by(unread, self.outputs[name]), UNREAD)
         self.classes = self._parent = self._least()
         self.tainted, self.restless = torch.zeros(2, len(self._maker), dtype=torch.bool)
         """Units that are no longer sure to be zero where they were, and that are no longer sure to
@@ -225,13 +232,12 @@ class Walk(Tied):
                 self._pin_node(source, name)
             self._lose(node, name)
             return
-        rule, units = rule_for(node), {source: self.values[source] for source in sources}
-        whole = all(isinstance(value, Units) for value in units.values())
-        after: Any = rule(node, units, self) if rule is not None and whole else None
+        units = {source: self.values[source] for source in sources}
+        after, stuck = self._follow(node, units)
         if after is None:
             for source in sources:
-                self._pin_node(source, name)
-            self._lose(node, name)
+                self._pin_node(source, stuck)
+            self._lose(node, stuck)
             if writes_in_place(node):
                 self._written[node] = torch.arange(len(self._maker)), torch.arange(0)
             return
@@ -239,11 +245,19 @@ class Walk(Tied):
         if not any(part.followed for part in self.units(node)):
             self.lost[node] = self._lost(node)
         if writes_in_place(node):  # other views of the same memory no longer hold what they did
-            self._written[node] = self._changed(node, units, after, rule)
+            self._written[node] = self._changed(node, units, after)
 
-    def _changed(
-        self, node: Node, units: dict[Node, Units], after: Units, rule: Any
-    ) -> tuple[Tensor, Tensor]:
+    def _follow(self, node: Node, units: dict[Node, Any]) -> tuple[Any, str]:
+        """What the rule of an op makes of units; or None, and why they end there."""
+        rule, name = rule_for(node), op_name(node)
+        if rule is None or not all(isinstance(value, Units) for value in units.values()):
+            return None, name
+        try:
+            return rule(node, units, self), name
+        except Exception as failure:  # a form of the op that the rule does not know
+            return None, f"{name}, whose rule fails ({_checks.one_line(failure)})"
+
+    def _changed(self, node: Node, units: dict[Node, Units], after: Units) -> tuple[Tensor, Tensor]:
         """The units whose zeros, and those whose constants, an op has written over."""
         source = node.all_input_nodes[0]
         before = units[source]
@@ -254,8 +268,8 @@ class Walk(Tied):
         restless = labels[(was == was) & (now != was) & self._seen_elsewhere(source)]
         if bool((labels == STAYS).any()):  # perhaps a view of what was followed
             zeros = replace(before, constant=was.new_zeros(()).expand(before.labels.shape))
-            zero: Any = rule(node, {**units, source: zeros}, self)
-            if bool((narrowed(zero.constant) != 0).any()):
+            zero, _ = self._follow(node, {**units, source: zeros})
+            if zero is None or bool((narrowed(zero.constant) != 0).any()):
                 tainted = torch.arange(len(self._maker))
         return tainted, restless
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast.graph.calls import Example, evaluating
 from l0fast.graph.compare import values_of
@@ -27,7 +29,7 @@ def count_macs(model: nn.Module, example_inputs: Any) -> dict[str, int]:
     Raises:
         ValueError: the model does not take the example.
     """
-    example = Example.of(example_inputs)
+    example = Example.of(example_inputs, model)
     try:
         return count_ops(model, example).macs
     except Exception as error:
@@ -55,6 +57,23 @@ def _elements(*_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
     return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
 
 
+@contextmanager
+def _without_gradients(model: nn.Module) -> Generator[None]:
+    """No parameter of a model requires a gradient inside; afterwards those that did do so again.
+
+    The counters put hooks on the gradients of what a module gives. A view of a parameter that
+    requires a gradient has none to put a hook on without autograd.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
 def count_ops(model: nn.Module, example: Example) -> Ops:
     """Counts what one forward of `model` on an example does."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -68,8 +87,14 @@ def count_ops(model: nn.Module, example: Example) -> Ops:
     try:
         # Attention in one fused op would count for nothing.
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), sdpa_kernel(SDPBackend.MATH), flops, elements:
-            given = values_of(example.call(model))
+        with (
+            evaluating(model),
+            _without_gradients(model),
+            sdpa_kernel(SDPBackend.MATH),
+            flops,
+            elements,
+        ):
+            given = values_of(example.map(Tensor.detach).call(model))
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
     macs = {name: count // 2 for name, count in _by_module(flops, model).items()}

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.graph.calls import unwrapped
 from l0fast.graph.capture import is_carrier
+from l0fast.graph.computed import copied
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.pruning.draft import Draft, GateValues, all_gates
 from l0fast.pruning.edits import Edit, sliced
@@ -159,7 +160,7 @@ def prune_state_dict(
         expected = "one whose biases hold no constants: load the state into a copy, and prune that"
         _checks.refuse("small", f"a model with constants in the bias of {folded[0]!r}", expected)
     origins = _origins(model, small)
-    twin = copy.deepcopy(model)
+    twin = copied(model)
     try:
         twin.load_state_dict(dict(state_dict))
     except RuntimeError as error:

@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from l0fast.graph.calls import MODULE_ATTRIBUTES, strip_forwards
+from l0fast.graph.computed import computed_tensors, copied
 from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
@@ -82,8 +83,11 @@ class Draft:
             memo.update((id(one), None) for one in (handle, *handle.constraints))
         for owned in (model.parameters(), model.buffers()):
             memo.update((id(one), one if fake is None else fake.from_tensor(one)) for one in owned)
+        if fake is not None:
+            computed = computed_tensors(model)
+            memo.update((id(one), fake.from_tensor(one.detach())) for one in computed)
         with without_gates(model) as plain:
-            self.model = copy.deepcopy(plain, memo)
+            self.model = copied(plain, memo)
         detach(self.model)
         stop_skipping(self.model)
         strip_forwards(self.model)

@@ -123,7 +123,7 @@ def _request(
     else:
         asked = target_groups(layers, target, with_table(measure, model, example_inputs))
     sized = any(is_of_pruned(group.measure) for group, _ in asked.values())
-    trial = tried(model, Example.of(example_inputs))[0] if sized else None
+    trial = tried(model, Example.of(example_inputs, model))[0] if sized else None
     budgets: list[Budget] = []
     for name, (group, value) in asked.items():
         by = measure_of(layers, [group], trial)
@@ -180,7 +180,8 @@ def prune(
     Args:
         model: a model with gates.
         example_inputs: what its forward takes: a tensor, a tuple of positional arguments, or a dict
-            of keyword arguments.
+            of keyword arguments. A list that the model takes as one argument is one, and so is a
+            NamedTuple.
         target: the density that must not be exceeded: a number for the whole model, or layer
             name or glob pattern -> number; or a constraint (or `Constraints`) on the model, whose
             targets are held. Default: the targets of all constraints on the model that are alive,
@@ -242,7 +243,7 @@ def prune(
             _checks.refuse("model", type(module).__name__, expected)
     refuse_adapters("prune", model)
     request = _request(model, example_inputs, target, measure)
-    example, budgets = Example.of(example_inputs), request.budgets
+    example, budgets = Example.of(example_inputs, model), request.budgets
     size = element_size(model)
     dense: Counts | None = None
     while True:

@@ -52,7 +52,7 @@ def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
     """
     model = unwrapped(model)
     gates(model)
-    example = Example.of(example_inputs)
+    example = Example.of(example_inputs, model)
     trial, plan = tried(model, example)
     dense = opened(model, trial.structure.raw(gates(model).layers))
     small = apply(light_copy(dense.eval()), list(plan.edits), plan.patches)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +18,7 @@ from l0fast._tables import aligned
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.graph.calls import Example
+from l0fast.graph.computed import copied
 from l0fast.layers.handle import gated_layers
 from l0fast.measures import amounts
 from l0fast.measures.amounts import Asked, named
@@ -89,7 +89,7 @@ def frontier(
         if place.exists() and not resume:
             _checks.refuse("out", str(place), "no such folder yet (or resume it)")
     # A model that comes with gates has plain layers where it is timed as the dense one.
-    dense = opened(model) if gated_layers(model) else copy.deepcopy(model)
+    dense = opened(model) if gated_layers(model) else copied(model)
     options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
     first = replace(settings, density=targets[0])
     trainer = Trainer(model, data, first, out=places[0], **options)

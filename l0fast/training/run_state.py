@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from l0fast.constraints.constraint import DensityConstraint
+from l0fast.graph.computed import copied
 from l0fast.training.checkpoint import Checkpoint, rng_state
 from l0fast.training.method import Term
 from l0fast.training.metrics import VALIDATION, Row
@@ -103,6 +103,6 @@ class RunState:
         """The epoch whose model is the run's result, and that model: the best one, or the last."""
         if self.best is None or self.best["epoch"] == self.epoch:
             return self.epoch, self.model
-        model = copy.deepcopy(self.model)
+        model = copied(self.model)
         model.load_state_dict(self.best["model"])
         return self.best["epoch"], model

@@ -74,5 +74,5 @@ def make_shrinking(
     if settings.shrink is None:
         return None
     return Shrinking(
-        model, optimizer, Example.of(example_inputs), settings.skip, Idle(settings.shrink)
+        model, optimizer, Example.of(example_inputs, model), settings.skip, Idle(settings.shrink)
     )

@@ -38,6 +38,25 @@ def test_calls_are_told_from_other_readers() -> None:
     assert trace.inputs == {"x"}
 
 
+def test_what_runs_is_in_the_graph_whether_it_is_read_or_not() -> None:
+    class Unread(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(3, 3) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.a(x)
+            self.c(self.b(y).relu()).add(y)
+            y.sigmoid()  # of no layer that nobody reads
+            return self.d(y).neg_()
+
+    trace = export(Unread().eval(), Example.of(torch.randn(2, 3)))
+    assert trace.counts == {"a": 1, "b": 1, "c": 1, "d": 1}
+    assert trace.unread == {"b", "c"}
+    names = [node.name for node in trace.graph.nodes if node.op == "call_function"]
+    assert names == ["linear", "linear_1", "relu", "linear_2", "add", "linear_3", "neg_"]
+
+
 def test_what_can_shrink() -> None:
     plain = [nn.Linear(2, 2), nn.Conv1d(2, 2, 1), nn.Conv3d(2, 2, 1, groups=2), nn.BatchNorm2d(2)]
     assert [is_site(layer) for layer in plain] == [True] * 4

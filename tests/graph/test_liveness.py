@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from l0fast import prune, sparsify_
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import export
+from l0fast.graph.channels import RULES
 from l0fast.graph.liveness import Liveness, local_extents
 from l0fast.graph.sites import Site
 from l0fast.graph.walk import Walk
+from l0fast.layers.handle import gated_layers
 
 
 class Functional(nn.Module):
@@ -238,6 +240,22 @@ def test_what_is_left_of_a_tensor_is_whole_slices() -> None:
     assert units(found["a"].rows) == [1, 5]
 
 
+def test_an_empty_tensor_has_nothing_to_lose() -> None:
+    """As where a rotary embedding turns all features, and those that it does not turn are none."""
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        y = net.a(x).unflatten(1, (2, 3))
+        return net.b(torch.cat([y[..., :3].relu(), y[..., 3:]], -1).flatten(1))
+
+    reads = torch.tensor([True, True, True, False, False, False])
+    model = Functional(forward).eval()
+    sites = [Site("a", model.a, torch.ones(3).bool(), torch.ones(6).bool())]
+    sites.append(Site("b", model.b, reads, torch.ones(4).bool()))
+    live = Liveness(Walk(export(model, Example.of(torch.randn(2, 3))), sites))
+    assert live.shrinking() == [""]
+    assert live.sizes("") == {(6, 3), (2, 1)}  # what is empty along one dimension keeps the others
+
+
 def test_each_layer_by_itself() -> None:
     layer = nn.Linear(3, 4)
     reads, writes = torch.tensor([True, False, True]), torch.tensor([True, True, False, True])
@@ -249,6 +267,30 @@ def test_each_layer_by_itself() -> None:
     full = local_extents([Site("a", layer, reads, writes, "so", local=False)])["a"]
     assert full.columns.all()
     assert full.rows.all()
+
+
+def test_a_rule_that_fails_loses_its_op_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise IndexError("a form of the op\nthat it does not know")
+
+    def forward(net: Any, x: Tensor) -> Tensor:
+        return net.b(net.a(x).tanh_()) + net.third(net.second(x).relu())
+
+    model: Any = Functional(forward).eval()
+    model.second, model.third = nn.Linear(3, 6), nn.Linear(6, 4)
+    monkeypatch.setitem(RULES, "aten::tanh_", fails)
+    x = torch.randn(2, 3)
+    sparsify_(model, gates="input", include=["b", "third"])
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha[:4] = -9.0
+    small: Any = prune(model, x)
+    torch.testing.assert_close(small(x), model.eval()(x))
+    assert small.second.out_features == small.third.in_features == 2
+    assert small.a.out_features == 6
+    reason = next(row["reason"] for row in small.report.sites if row["name"] == "b")
+    why = "aten::tanh_, whose rule fails (IndexError: a form of the op)"
+    assert reason == f"gathers 2 of the 6 inputs that arrive from {why}"
 
 
 @pytest.mark.parametrize("region", [torch.no_grad, torch.enable_grad])

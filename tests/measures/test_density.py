@@ -13,6 +13,7 @@ from l0fast.layers.handle import gates
 from l0fast.measures.density import density
 from l0fast.measures.flops import count_macs, count_params
 from l0fast.measures.groups import Group, gated_parameters, target_groups
+from l0fast.pruning.prune import prune
 from l0fast.training.models import lenet5, mlp
 from tests.helpers.gated import gated
 from tests.helpers.plain_models import Net
@@ -111,6 +112,40 @@ def test_attention_counts_however_pytorch_fuses_it() -> None:
     assert macs["linear1"] == macs["linear2"] == tokens * 8 * 16
     assert macs[""] == projections + attention + 2 * tokens * 8 * 16
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+class Token(nn.Module):
+    """Gives a view of its parameter: a token for each example."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 2, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.token.expand(len(x), -1, -1)
+
+
+class WithToken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = Token()
+        self.rows = nn.Flatten(0, 1)
+        self.layer = nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(self.rows(torch.cat([self.token(x), x], 1)))
+
+
+def test_a_module_that_gives_a_view_of_its_parameter_is_counted() -> None:
+    model, x = WithToken(), torch.randn(3, 1, 4, requires_grad=True)
+    model.layer.bias.requires_grad_(False)
+    assert count_macs(model, x) == {"": 180, "token": 0, "rows": 0, "layer": 180}
+    assert count_macs(nn.Sequential(nn.Flatten(0), nn.Linear(12, 1)), x)[""] == 12
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {"token.token", "layer.weight"}
+    assert x.requires_grad
+    small: Any = prune(sparsify_(model, gates="output"), x)
+    assert small.report.macs == [180, 180]
 
 
 def test_shared_tensors_and_layers_count_once_as_parameters_and_each_call_as_macs() -> None:

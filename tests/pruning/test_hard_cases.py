@@ -178,6 +178,110 @@ def test_grouped_query_attention() -> None:
     assert (small.k_proj.out_features, small.v_proj.out_features) == (4, 4)
 
 
+class Rotary(nn.Module):
+    """Attention as in Phi-3: of each head it turns the first features, here all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 12) for _ in range(3))
+        self.out, self.heads = nn.Linear(12, 8), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = (*x.shape[:-1], self.heads, 4)
+        q, k, v = (part(x).view(shape).transpose(1, 2) for part in (self.q, self.k, self.v))
+        q, k = (torch.cat([part[..., :4].neg(), part[..., 4:]], -1) for part in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v)
+        return x + self.out(y.transpose(1, 2).reshape(*x.shape[:-1], -1))
+
+
+@pytest.mark.parametrize("closed", [1, 3])
+def test_features_that_are_none(closed: int) -> None:
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    model = half_closed(Rotary(), x)
+    assert model.out.num_gates == 3
+    with torch.no_grad():
+        model.out.log_alpha[:closed], model.out.log_alpha[closed:] = -9.0, 1.0
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert small.heads == max(1, 3 - closed)
+    assert small.report.collapsed == (["out"] if closed == 3 else [])
+
+
+class WaveNet(nn.Module):
+    """The last sum along its residual stream is computed, and nobody reads it."""
+
+    def __init__(self, added: bool) -> None:
+        super().__init__()
+        self.added = added
+        self.start = nn.Conv1d(1, 8, 1)
+        self.dilated = nn.ModuleList(nn.Conv1d(8, 16, 3, padding=1) for _ in range(2))
+        self.residual = nn.ModuleList(nn.Conv1d(8, 8, 1) for _ in range(2))
+        self.skip = nn.ModuleList(nn.Conv1d(8, 12, 1) for _ in range(2))
+        self.end = nn.Conv1d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, total = self.start(x), torch.zeros(())
+        for dilated, residual, skip in zip(self.dilated, self.residual, self.skip, strict=True):
+            value, gate = dilated(x).chunk(2, 1)
+            value = torch.tanh(value) * torch.sigmoid(gate)
+            total = total + skip(value)
+            step = residual(value)
+            if self.added or residual is self.residual[0]:
+                x = x + step
+        return self.end(torch.relu(total))
+
+
+@pytest.mark.parametrize("added", [True, False])
+def test_a_layer_whose_output_nobody_reads(added: bool) -> None:
+    """It follows what it reads and is added to; an output that is nobody's else stays."""
+    x = torch.randn(2, 1, 9, dtype=torch.float64)
+    model = half_closed(WaveNet(added), x)
+    assert gated_layers(model).keys() >= {"dilated.0", "residual.1", "skip.1", "end"}
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert_merged(small)
+    assert small.start.out_channels == small.dilated[1].in_channels == 4
+    assert small.residual[1].in_channels == small.skip[1].in_channels == 4
+    assert small.residual[1].out_channels == (4 if added else 8)
+
+
+class Auxiliary(nn.Module):
+    """Its second head runs always, and is read in training alone."""
+
+    def __init__(self, normed: bool) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 10, 1), nn.Conv2d(10, 6, 1)
+        self.first, self.second = nn.Conv2d(10, 8, 1), nn.Conv2d(8, 5, 1)
+        self.norm = nn.BatchNorm2d(10)
+        self.head = nn.Conv2d(6, 2, 1)
+        if normed:
+            self.first = nn.utils.parametrizations.weight_norm(self.first)
+
+    def forward(self, x: Tensor) -> Any:
+        x = torch.relu(self.stem(x))
+        other = self.second(torch.relu(self.first(self.norm(x)))).flatten(1)
+        y = self.head(torch.relu(self.body(x)))
+        return (y, other) if self.training else y
+
+
+@pytest.mark.parametrize("normed", [True, False])
+def test_what_is_read_in_training_alone_stays(normed: bool) -> None:
+    x = image()
+    table = sparsify_(Auxiliary(normed).double(), example_inputs=x, dry_run=True)
+    reasons = {row.name: row.reason for row in table.layers}
+    assert reasons["second"].endswith("an output that nobody reads") is not normed
+    model = half_closed(live(Auxiliary(normed)), x)
+    small: Any = prune(model, x)
+    assert_same(small, model, x)
+    assert_merged(small)
+    assert small.body.out_channels == small.head.in_channels == 3
+    model.training = small.training = True  # with the norm in evaluation
+    torch.testing.assert_close(small(x)[1], model(x)[1])
+    assert small.first.out_channels == small.second.in_channels == 8
+    # What a layer with weight_norm reads is all there.
+    assert small.stem.out_channels == small.norm.num_features == (10 if normed else 5)
+
+
 def test_frozen_parameters_stay_frozen() -> None:
     """What the user does not train is not trained by gates, pruning or what comes after."""
     model: Any = nn.Sequential(
