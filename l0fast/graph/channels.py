@@ -7,23 +7,9 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from l0fast.graph.mixing import along, attention, join, matmul, norm, reduction
 from l0fast.graph.nodes import op_name
-from l0fast.graph.rules import (
-    along,
-    attention,
-    dropout,
-    elementwise,
-    join,
-    like,
-    matmul,
-    move,
-    norm,
-    pad,
-    reduction,
-    same,
-    spatial,
-    view,
-)
+from l0fast.graph.rules import dropout, elementwise, like, move, pad, same, spatial, view
 from l0fast.graph.units import Rule
 
 

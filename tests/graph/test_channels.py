@@ -46,6 +46,9 @@ class Groups:
     def pin(self, labels: Tensor, reason: str) -> None:
         self.tie(labels, torch.tensor(0), reason)
 
+    def together(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.classes[first] == self.classes[second]
+
 
 def example(shape: tuple[int, ...], dim: int) -> Tensor:
     x = torch.randn(shape, dtype=torch.float64)
@@ -262,6 +265,11 @@ def test_moves(name: str) -> None:
     assert units.labels.unique().tolist() == labels(torch.arange(1, 9)).unique().tolist()
 
 
+def heads(x: Tensor) -> Tensor:
+    """[batch, 4, places] -> [batch, places, 2 heads, 2]."""
+    return x.transpose(1, 2).unflatten(2, (2, 2))
+
+
 TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     # The op on [2, 4, 6] with 4 channels, and the classes of its channels; 0 is what stays.
     "softmax": (lambda x: x.softmax(1), [1, 1, 1, 1]),
@@ -282,6 +290,16 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "a number for all": (lambda x: x + x[0, 1, 2], [1, 0, 3, 4]),
     "a constant tensor": (lambda x: x * torch.ones(1, 4, 1), [0, 0, 0, 0]),
     "a constant broadcast": (lambda x: x * torch.ones(6), [1, 2, 3, 4]),
+    "a norm in each head": (
+        lambda x: heads(x) * heads(x).square().mean(-1, keepdim=True).add(1.0).rsqrt(),
+        [1, 1, 3, 3],
+    ),
+    "a norm of each place in a head": (
+        lambda x: heads(x) * heads(x).square().mean(-2, keepdim=True).add(1.0).rsqrt(),
+        [1, 2, 1, 2],
+    ),
+    "the same numbers for each head": (lambda x: heads(x) * torch.ones(2), [1, 1, 3, 3]),
+    "the first head for each": (lambda x: heads(x) + heads(x)[:, :, :1], [0, 0, 3, 3]),
     "filled": (lambda x: x.masked_fill(torch.ones(6, dtype=torch.bool), 0.5), [1, 2, 3, 4]),
     "where": (
         lambda x: torch.where(torch.ones(6, dtype=torch.bool), x[:, :2], x[:, 2:]),
