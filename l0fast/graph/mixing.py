@@ -5,7 +5,9 @@ Units that are mixed can only vanish together. The rules are as those of `rules`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +16,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from l0fast.graph.nodes import argument, op_name, shape_of
-from l0fast.graph.rules import zeros_only
+from l0fast.graph.rules import dims_of, elementwise, zeros_only
 from l0fast.graph.units import Rule, Ties, Units, narrowed, reshaped, unknown, varying
 
 # --- along dimensions of one tensor -------------------------------------------------------------
@@ -29,40 +31,72 @@ def _mixed(labels: Tensor, dims: Sequence[int], reason: str, ties: Ties) -> Tens
     return first
 
 
-def _dims(given: Any, rank: int) -> list[int]:
-    """A dim argument as a list of dims >= 0; all of them where none is given."""
-    if given is None or given == []:
-        return list(range(rank))
-    return [dim % rank for dim in ([given] if isinstance(given, int) else given)]
+_AVERAGES = {f"aten::{name}" for name in ("mean", "amax", "amin", "max", "min")}
+"""Reductions of a constant that give the constant."""
+_SUMS = {"aten::sum", "aten::linalg_vector_norm"}
+"""Reductions of zeros that give zero."""
 
 
-def reduction(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """Means and sums: units along the dimensions that go vanish together."""
-    (source,) = units.values()
-    shape = shape_of(node)
-    if shape is None or not source.labels.dim():
-        return None
-    dims = _dims(argument(node, 1, "dim"), source.labels.dim())
-    labels = _mixed(source.labels, dims, op_name(node), ties)
-    constant = narrowed(source.constant)
-    if op_name(node) != "aten::mean" or set(dims) & set(varying(constant)):
-        constant = zeros_only(constant)
-        for dim in dims:
-            constant = constant.sum(dim, keepdim=True)
-    constant = constant.expand(labels.shape)
-    return Units(labels.reshape(shape), constant.reshape(shape))
+def reduction(position: int) -> Rule:
+    """Means, sums and their like: units along the dimensions that go vanish together.
+
+    Args:
+        position: of the dim argument.
+    """
+
+    def rule(node: Node, units: Mapping[Node, Units], ties: Ties) -> Any:
+        (source,) = units.values()
+        shape, name = shape_of(node), op_name(node)
+        if shape is None or not source.labels.dim():
+            return None
+        given = argument(node, position, "dim")
+        if isinstance(given, Node):  # the larger of x and x
+            return elementwise(node, units, ties)
+        dims = dims_of(given, source.labels.dim())
+        labels = _mixed(source.labels, dims, name, ties).reshape(shape)
+        constant = narrowed(source.constant)
+        if name not in _AVERAGES or set(dims) & set(varying(constant)):
+            constant = zeros_only(constant)
+            for dim in dims:
+                constant = constant.sum(dim, keepdim=True)
+            if name not in _AVERAGES | _SUMS:
+                constant = unknown(constant.shape).constant
+        narrow = [1 if dim in dims else size for dim, size in enumerate(source.labels.shape)]
+        result = Units(labels, constant.expand(narrow).reshape(shape))
+        if isinstance(node.meta["val"], (tuple, list)):  # with their places, or of two kinds
+            return [result, Units(labels, unknown(shape).constant)]
+        return result
+
+    return rule
 
 
-def along(position: int) -> Rule:
-    """Softmax and its like, along one dimension: units along it vanish together."""
+def along(position: int, zeros: bool = False) -> Rule:
+    """Softmax and its like, along one dimension: units along it vanish together.
+
+    Args:
+        position: of the dim argument.
+        zeros: zeros all along it stay, as in a sum.
+    """
 
     def rule(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
         (source,) = units.values()
-        dims = _dims(argument(node, position, "dim"), source.labels.dim())
+        dims = dims_of(argument(node, position, "dim"), source.labels.dim())
         _mixed(source.labels, dims, op_name(node), ties)
-        return Units(source.labels, unknown(source.labels.shape).constant)
+        constant = zeros_only(source.constant)
+        if not zeros or set(dims) & set(varying(constant)):
+            constant = unknown(()).constant
+        return replace(source, constant=constant.expand(source.labels.shape))
 
     return rule
+
+
+def glu(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """a * sigmoid(b), with a and b the halves of x: units at the same place vanish together."""
+    (source,) = units.values()
+    dim = argument(node, 1, "dim", -1)
+    labels, gates = source.labels.chunk(2, dim)
+    ties.tie(labels, gates, op_name(node))
+    return Units(labels, zeros_only(source.constant.chunk(2, dim)[0]).expand(labels.shape))
 
 
 def norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
@@ -136,6 +170,72 @@ def join(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
             function = torch.add if kind == "add" else torch.sub
             constant = function(first, second, alpha=node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
     return Units(labels, constant.expand(shape))
+
+
+def shaped_like(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """expand_as, reshape_as, view_as: x's values, in the shape of another tensor."""
+    source, other = (units[part] for part in node.args[:2])  # type: ignore[index]
+    labels, constant, shape = source.labels, source.constant, tuple(other.labels.shape)
+    if op_name(node) != "aten::expand_as":
+        labels, constant = reshaped(labels, shape), reshaped(constant, shape)
+    labels = _joined([labels, other.labels], shape, op_name(node), ties)
+    return Units(labels, constant.expand(shape))
+
+
+def at_places(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """gather, index_add, scatter_add: reads or adds at places along a dimension without units."""
+    source, index, *added = (units[part] for part in node.args if isinstance(part, Node))
+    vector = op_name(node).startswith("aten::index_add")
+    tensors = [source, *added] if vector else [source, index, *added]
+    rank, shape = source.labels.dim(), shape_of(node)
+    if shape is None or not rank or (vector and index.followed):
+        return None
+    dim: int = argument(node, 1, "dim") % rank
+    over = (*shape[:dim], 1, *shape[dim + 1 :])
+    others = [tuple(part.labels.shape[i] for i in range(rank) if i != dim) for part in tensors]
+    if len(set(others)) > 1 or any(dim in varying(part.labels) for part in tensors):
+        return None
+    labels = [narrowed(part.labels).expand(over) for part in tensors]
+    joined = _joined(labels, over, op_name(node), ties)
+    constants = [narrowed(part.constant) for part in (source, *added)]
+    if any(constant.shape[dim] > 1 for constant in constants):
+        constants = [unknown(over).constant]
+    elif added:
+        constants = [zeros_only(constant) for constant in constants]
+    constant = torch.stack(torch.broadcast_tensors(*constants)).sum(0)
+    return Units(joined.expand(shape), constant.expand(shape))
+
+
+def _letters(given: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """The dimensions that an einsum's equation names: of its operands and of its result."""
+    before, arrow, after = given.replace(" ", "").partition("->")
+    terms = before.split(",")
+    plain = arrow and all(part.isalpha() or not part for part in (*terms, after))
+    if not plain or any(len(set(part)) < len(part) for part in (*terms, after)):
+        return None
+    return (terms, after) if [len(term) for term in terms] == list(ranks) else None
+
+
+def einsum(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """Products that are summed: as in a matrix product, what it sums over vanishes together."""
+    parts = [units[part].labels for part in node.args[1]]  # type: ignore[index,union-attr]
+    found = _letters(node.args[0], [part.dim() for part in parts])  # type: ignore[arg-type]
+    shape, name = shape_of(node), op_name(node)
+    if found is None or shape is None:
+        return None
+    result = found[1]
+    size_of = dict(zip(result, shape, strict=True))
+    terms: list[Tensor] = []
+    for labels, term in zip(parts, found[0], strict=True):
+        summed = [dim for dim, letter in enumerate(term) if letter not in result]
+        mixed = _mixed(labels, summed, name, ties).permute(
+            *summed, *(term.index(letter) for letter in result if letter in term)
+        )
+        here = [size if letter in term else 1 for letter, size in size_of.items()]
+        if math.prod(here) != mixed.numel():  # broadcast
+            return None
+        terms.append(mixed.reshape(here).expand(shape))
+    return Units(_joined(terms, shape, name, ties), unknown(shape).constant)
 
 
 def _product(first: Tensor, second: Tensor, shape: Sequence[int], reason: str, ties: Ties) -> Any:

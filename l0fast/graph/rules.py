@@ -30,13 +30,34 @@ def elementwise(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units |
     """y = f(x) with the same f everywhere: a constant c becomes f(c)."""
     (source,) = units
     labels, constant = units[source].labels, narrowed(units[source].constant)
-    constant = run_on(node, {source: constant.clone()}).to(torch.float64)
-    return Units(labels, constant.expand(labels.shape))
+    known = run_on(node, {source: constant.clone()}).to(torch.float64)
+    known = known.masked_fill(constant.isnan() | ~known.isfinite(), math.nan)
+    return Units(labels, known.expand(labels.shape))
 
 
 def same(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
     """y has x's values, at most in another dtype, device or layout."""
     (source,) = units.values()
+    return replace(source, constant=zeros_only(source.constant).expand(source.labels.shape))
+
+
+_FILLED = {"aten::zeros_like": 0.0, "aten::ones_like": 1.0}
+
+
+def filled(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+    """A new tensor of x's shape: its size follows x's."""
+    (source,) = units.values()
+    value = _FILLED.get(op_name(node), argument(node, 1, "fill_value"))
+    value = float(value) if isinstance(value, (int, float)) else math.nan
+    constant = torch.tensor(value, dtype=torch.float64)
+    return replace(source, constant=constant.expand(source.labels.shape))
+
+
+def slope(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+    """prelu with one slope for all: 0 stays 0."""
+    source, weight = (units[part] for part in node.args[:2])  # type: ignore[index]
+    if weight.labels.numel() > 1:
+        return None
     return replace(source, constant=zeros_only(source.constant).expand(source.labels.shape))
 
 
@@ -58,6 +79,10 @@ _RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::flatten
 def _moved(node: Node, of: Mapping[Node, Tensor]) -> Any:
     """What a node that moves elements makes of other tensors, without a copy of what repeats."""
     shape, tensors = shape_of(node), list(of.values())
+    if shape is not None and op_name(node) in ("aten::flip", "aten::roll"):
+        return run_on(node, {source: narrowed(tensor) for source, tensor in of.items()}).expand(
+            shape
+        )
     if shape is not None and op_name(node) in _RESHAPES:
         return reshaped(tensors[0], shape)
     if shape is None or op_name(node) != "aten::cat" or {t.dim() for t in tensors} != {len(shape)}:
@@ -79,6 +104,15 @@ def move(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | list[U
     if isinstance(labels, Tensor):
         return Units(labels, constants)
     return [Units(*pair) for pair in zip(labels, constants, strict=True)]
+
+
+def roll(node: Node, units: Mapping[Node, Units], ties: Ties) -> Any:
+    """Turns dimensions without units round: along others, what is left would be in another order
+    than what was there."""
+    (source,) = units.values()
+    dims = node.args[2:3] or ([],)
+    along = dims_of(dims[0], source.labels.dim())
+    return None if set(along) & set(varying(source.labels)) else move(node, units, ties)
 
 
 def view(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | list[Units] | None:
@@ -106,7 +140,8 @@ def spatial(dims: int, means: bool = False) -> Rule:
             constant = unknown(()).constant
         result = Units(labels.expand(shape), constant.expand(shape))
         several = isinstance(node.meta["val"], (tuple, list))
-        return [result, unknown(shape)] if several else result  # a pool may give indices too
+        indices = Units(result.labels, unknown(shape).constant)
+        return [result, indices] if several else result  # a pool may give indices too
 
     return rule
 
@@ -123,3 +158,78 @@ def pad(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | list[Uni
     ):
         return result
     return replace(result, constant=unknown(result.labels.shape).constant)
+
+
+def dims_of(given: Any, rank: int) -> list[int]:
+    """A dim argument as a list of dims >= 0; all of them where none is given."""
+    if given is None or given == [] or isinstance(given, bool):  # another overload's option
+        return list(range(rank))
+    return [dim % rank for dim in ([given] if isinstance(given, int) else given)]
+
+
+# --- dimensions that become others ----------------------------------------------------------------
+
+
+def gathered(dim: int) -> Rule:
+    """pixel_unshuffle, im2col: a channel's places become channels, which lie one after another.
+
+    Args:
+        dim: that of the channels.
+    """
+
+    def rule(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+        (source,) = units.values()
+        shape, rank = shape_of(node), source.labels.dim()
+        found = source.along(dim % rank)
+        if shape is None or found is None:
+            return None
+        after = dim % rank
+        times = shape[after] // source.labels.shape[after]
+        place = [-1] + [1] * (len(shape) - 1 - after)
+        labels, constant = (
+            part.repeat_interleave(times).view(place).expand(shape)
+            for part in (found.labels, zeros_only(found.constant).expand(found.labels.shape))
+        )
+        return Units(labels, constant)
+
+    return rule
+
+
+def shuffled(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """pixel_shuffle: channels that lie one after another become the places of one, which vanish
+    together."""
+    (source,) = units.values()
+    shape, found = shape_of(node), source.along(source.labels.dim() - 3)
+    if shape is None or found is None:
+        return None
+    labels, constant = (part.view(shape[-3], -1) for part in (found.labels, found.constant))
+    ties.tie(labels, labels[:, :1], op_name(node))
+    same = (constant == constant[:, :1]).all(1)
+    constant = constant[:, 0].masked_fill(~same, math.nan)
+    return Units(*(part[..., None, None].expand(shape) for part in (labels[:, 0], constant)))
+
+
+# --- with an index ------------------------------------------------------------------------------
+
+
+def taken(node: Any, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+    """x[:, index], index_select: takes places along dimensions without units."""
+    source, index, *rest = node.args
+    labels, constant = narrowed(units[source].labels), narrowed(units[source].constant)
+    shape = shape_of(node)
+    if rest:  # one dimension, and its index
+        index = [*[None] * (index % labels.dim()), *rest]
+    dims = [dim for dim, part in enumerate(index) if part is not None]
+    if shape is None or dims != list(range(dims[0], dims[-1] + 1)):
+        return None
+    if any(units[index[dim]].followed or labels.shape[dim] > 1 for dim in dims):
+        return None
+    if any(constant.shape[dim] > 1 for dim in dims):
+        constant = unknown(labels.shape).constant
+    new = [1] * (len(shape) - labels.dim() + len(dims))
+    return Units(
+        *(
+            part.reshape(*part.shape[: dims[0]], *new, *part.shape[dims[-1] + 1 :]).expand(shape)
+            for part in (labels, constant)
+        )
+    )

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0fast import prune
+from l0fast import prune, sparsify_
 from l0fast.layers.handle import gated_layers
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed
 from tests.helpers.plain_models import mlp
@@ -121,3 +122,64 @@ def test_heads_of_decoders(kind: str) -> None:
     assert gates["o_proj"].num_gates == 2 if apart else True  # of two heads each, with a key
     assert block.self_attn.o_proj.in_features == (width // 2 if apart else width)
     assert block.self_attn.k_proj.out_features == (width // 4 if apart else width // 2)
+
+
+class Convs(nn.Module):
+    """Two convolutions with something between."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], width: int = 8, reads: int = 8) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, width, 3, padding=1), nn.Conv2d(reads, 2, 3)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x)))
+
+
+def spread(x: Tensor) -> Tensor:
+    """Each row's neighbours are added up, as a layer of a graph network does."""
+    rows = torch.tensor([0, 0, 1, 2, 3, 3]).view(1, 1, 6, 1).expand_as(x)
+    return torch.zeros_like(x).scatter_add(2, rows, x)
+
+
+BETWEEN: dict[str, tuple[nn.Module, int]] = {
+    # The model, and what is left of the 8 channels of the layer before.
+    "glu": (Convs(lambda x: F.glu(x, 1), reads=4), 4),
+    "pixel_shuffle": (Convs(lambda x: F.pixel_shuffle(x, 2), reads=2), 4),
+    "pixel_unshuffle": (Convs(lambda x: F.pixel_unshuffle(x, 2).relu(), reads=32), 4),
+    "bicubic": (Convs(lambda x: F.interpolate(x, scale_factor=1.5, mode="bicubic")), 4),
+    "one slope": (Convs(nn.PReLU()), 4),
+    "shifted": (Convs(lambda x: x.roll((1, 2), (2, 3)).flip(-1)), 4),
+    "logarithm": (Convs(lambda x: x.square().log1p()), 4),
+    "indices": (Convs(lambda x: x[:, :, torch.tensor([0, 2, 1, 4])]), 4),
+    "neighbours": (Convs(spread), 4),
+    "running sum": (Convs(lambda x: x.cumsum(2)), 4),
+    "along rows": (Convs(lambda x: F.normalize(x, dim=3)), 4),
+    "over channels": (Convs(F.normalize), 8),
+    "rolled channels": (Convs(lambda x: x.roll(1, 1)), 8),
+    "some channels": (Convs(lambda x: x[:, torch.tensor([0, 2, 1, 4, 7, 6, 5, 3])]), 8),
+}
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_ops_between_convolutions(name: str) -> None:
+    model, width = BETWEEN[name]
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    model = half_closed(model, x) if width < 8 else model.double()
+    if width == 8:  # no gates on what can only vanish as a whole
+        table = sparsify_(model, example_inputs=x, dry_run=True)
+        assert [row.gates for row in table.layers if row.name == "b"] == [""]
+        return
+    small: Any = prune(model, x)
+    assert_merged(small)
+    assert_same(small, model, x)
+    assert small.a.out_channels == width
+    assert small.b.in_channels == model.get_parameter("b.weight").shape[1] // 2
+
+
+def test_a_tensor_written_out_in_a_forward_leaves_zeros_known() -> None:
+    """`torch.tensor(...)` detaches in place: it writes over no unit."""
+    model = Convs(lambda x: x.relu() * torch.tensor(2.0, dtype=x.dtype))
+    table = sparsify_(model, example_inputs=torch.randn(1, 3, 6, 6), dry_run=True)
+    assert {row.name: row.gates for row in table.layers} == {"a": "output", "b": ""}
