@@ -84,8 +84,8 @@ def by_structure(
         trace: its export.
         layers: those that may have gates.
 
-    - A convolution whose closed channels reach their readers as zeros has gates on its outputs;
-      a Linear that reads them has a gate on each of its inputs.
+    - A convolution whose closed channels can vanish one by one, and reach their readers as zeros,
+      has gates on its outputs; a Linear that reads them has a gate on each of its inputs.
     - Any other layer has gates on its inputs, if nothing but layers needs the units there; one gate
       for each block of inputs that can only vanish together. Where several layers read the same
       units (a residual stream, a squeeze-and-excite branch) they share the gates. Where they read
@@ -171,8 +171,9 @@ class _Recipe:
         inputs = self._inputs(site)
         if inputs.gates or isinstance(site.layer, nn.Linear):
             return inputs
-        classes = set(self._classes(self.walk.made[site.name]))
-        alone = all(self.makers[one] == {site.name} for one in classes - {self.stays})
+        made = self.walk.made[site.name]
+        classes = set(self._classes(made))
+        alone = len(classes) == len(made) and all(self.makers[o] == {site.name} for o in classes)
         if self.stays in classes or self.nonzero & classes or not alone:
             return inputs
         self.closed_by_maker |= classes

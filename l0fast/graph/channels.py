@@ -7,21 +7,33 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from l0fast.graph.mixing import (
+    along,
+    at_places,
+    attention,
+    einsum,
+    glu,
+    join,
+    matmul,
+    norm,
+    reduction,
+    shaped_like,
+)
 from l0fast.graph.nodes import op_name
 from l0fast.graph.rules import (
-    along,
-    attention,
     dropout,
     elementwise,
-    join,
+    filled,
+    gathered,
     like,
-    matmul,
     move,
-    norm,
     pad,
-    reduction,
+    roll,
     same,
+    shuffled,
+    slope,
     spatial,
+    taken,
     view,
 )
 from l0fast.graph.units import Rule
@@ -33,23 +45,37 @@ def _aten(names: str, *, in_place: bool = False) -> list[str]:
 
 
 ELEMENTWISE = _aten(
-    "abs add celu clamp clamp_max clamp_min cos div elu erf exp gelu hardshrink hardsigmoid "
-    "hardswish hardtanh leaky_relu log_sigmoid mish mul neg pow relu relu6 rsqrt rsub selu sigmoid "
-    "silu sin softplus softshrink sqrt square sub tanh threshold",
+    "abs acos acosh add asin asinh atan atanh ceil celu clamp clamp_max clamp_min cos cosh div elu "
+    "eq erf erfc erfinv exp exp2 expm1 floor floor_divide fmod frac ge gelu gt hardshrink "
+    "hardsigmoid hardswish hardtanh le leaky_relu lgamma log log10 log1p log2 log_sigmoid "
+    "logical_not logit lt mish mul nan_to_num ne neg pow reciprocal relu relu6 remainder round "
+    "rsqrt rsub selu sgn sigmoid sign silu sin sinc sinh softplus softshrink sqrt square sub tan "
+    "tanh threshold trunc",
     in_place=True,
 )
 """Ops on each element; those with a number as a second argument may have a tensor instead."""
 
+_UPSAMPLED = {
+    1: "upsample_nearest1d _upsample_nearest_exact1d upsample_linear1d",
+    2: "upsample_nearest2d _upsample_nearest_exact2d upsample_bilinear2d _upsample_bilinear2d_aa "
+    "upsample_bicubic2d _upsample_bicubic2d_aa",
+    3: "upsample_nearest3d _upsample_nearest_exact3d upsample_trilinear3d",
+}
+"""Dimensions -> the ops that scale so many."""
+
 RULES: dict[str, Rule] = {
     **dict.fromkeys(ELEMENTWISE, elementwise),
-    **dict.fromkeys(_aten("alias clone contiguous detach to"), same),
+    **dict.fromkeys(_aten("alias clone contiguous detach detach_ lift_fresh_copy to"), same),
     "aten::type_as": like,
-    **dict.fromkeys(_aten("dropout feature_dropout", in_place=True), dropout),
+    **dict.fromkeys(_aten("full_like ones_like zeros_like"), filled),
+    **dict.fromkeys(
+        _aten("alpha_dropout dropout feature_alpha_dropout feature_dropout", in_place=True), dropout
+    ),
     **dict.fromkeys(
         _aten(
-            "cat chunk expand flatten movedim narrow permute repeat repeat_interleave reshape "
-            "select slice split split_with_sizes squeeze stack swapaxes swapdims transpose unbind "
-            "unflatten unsqueeze mT"
+            "broadcast_to cat chunk expand flatten flip movedim narrow permute repeat "
+            "repeat_interleave reshape select slice split split_with_sizes squeeze stack swapaxes "
+            "swapdims t tile transpose unbind unflatten unsqueeze mT"
         ),
         move,
     ),
@@ -59,27 +85,51 @@ RULES: dict[str, Rule] = {
         for kind in ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool")
         for dims in (1, 2, 3)
     },
-    "aten::upsample_nearest2d": spatial(2, means=True),
-    "aten::upsample_bilinear2d": spatial(2, means=True),
+    **{name: spatial(dims, means=True) for dims, ops in _UPSAMPLED.items() for name in _aten(ops)},
     "aten::pad": pad,
-    **dict.fromkeys(_aten("mean sum"), reduction),
-    "aten::softmax": along(1),
+    "aten::roll": roll,
+    "aten::pixel_shuffle": shuffled,
+    **dict.fromkeys(_aten("im2col pixel_unshuffle"), gathered(-3)),
+    **dict.fromkeys(_aten("index index_select"), taken),
+    **dict.fromkeys(_aten("gather index_add scatter_add"), at_places),
+    **dict.fromkeys(
+        _aten(
+            "all amax amin any argmax argmin logsumexp max mean min prod std std_mean sum var "
+            "var_mean"
+        ),
+        reduction(1),
+    ),
+    "aten::linalg_vector_norm": reduction(2),
+    **dict.fromkeys(_aten("log_softmax softmax"), along(1)),
+    "aten::cumsum": along(1, zeros=True),
+    "aten::glu": glu,
+    "aten::prelu": slope,
+    **dict.fromkeys(_aten("expand_as reshape_as view_as"), shaped_like),
+    "aten::einsum": einsum,
     **dict.fromkeys(_aten("layer_norm rms_norm"), norm),
-    **dict.fromkeys(_aten("matmul bmm"), matmul),
+    **dict.fromkeys(_aten("bmm matmul mm"), matmul),
     "aten::scaled_dot_product_attention": attention,
 }
 """Op -> rule."""
 
-JOINS = _aten("add div masked_fill maximum minimum mul sub where", in_place=True)
+JOINS = _aten(
+    "add addcdiv addcmul atan2 clamp clamp_max clamp_min div eq floor_divide fmod ge gt hypot le "
+    "lerp logical_and logical_or lt masked_fill max maximum min minimum mul ne pow remainder sub "
+    "where",
+    in_place=True,
+)
 """Ops on each element of several tensors."""
 
-_SEVERAL = _aten("bmm cat layer_norm matmul rms_norm scaled_dot_product_attention stack type_as")
+_SEVERAL = _aten(
+    "bmm cat einsum expand_as gather index index_add index_select layer_norm matmul mm prelu "
+    "reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as view_as"
+)
 """Ops with a rule that may have several tensors."""
 
 RIGID = set(
     _aten(
-        "chunk expand narrow repeat reshape select slice split split_with_sizes unflatten view "
-        "_unsafe_view unbind"
+        "broadcast_to chunk expand narrow repeat reshape select slice split split_with_sizes tile "
+        "unflatten view _unsafe_view unbind"
     )
 )
 """Ops that a model may call with sizes written out, as in `x.view(-1, 800)`."""
@@ -96,4 +146,4 @@ def rule_for(node: Node) -> Rule | None:
     if len(node.all_input_nodes) > 1 and name not in _SEVERAL:
         return None
     first = node.args[0] if node.args else None
-    return RULES.get(name) if isinstance(first, (Node, list, tuple)) else None
+    return RULES.get(name) if isinstance(first, (Node, list, tuple, str)) else None

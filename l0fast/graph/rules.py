@@ -1,47 +1,64 @@
-"""What an op does to units: one function for each kind of op.
+"""What an op does to units: one function for each kind of op that leaves them apart.
 
-Ops that only move elements are run on the labels themselves; an op that mixes units ties them: they
-can only vanish together. Each takes a node, the `Units` of each node among its arguments and the
-`Ties`, and gives Units, a list of them, or None where the units cannot be followed.
+Ops that only move elements are run on the labels themselves. Each rule takes a node, the `Units` of
+each node among its arguments and the `Ties`, and gives Units, a list of them, or None where the
+units cannot be followed. `mixing` has the rules of ops that mix units.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from l0fast.graph.nodes import argument, op_name, run_on, shape_of
 from l0fast.graph.units import Rule, Ties, Units, narrowed, reshaped, unknown, varying
 
 
-def _zeros_only(constant: Tensor) -> Tensor:
+def zeros_only(constant: Tensor) -> Tensor:
     """Zeros stay, any other constant is no longer known."""
     constant = narrowed(constant)
     return constant.masked_fill(constant != 0, math.nan)
-
-
-# --- ops with one tensor input ----------------------------------------------------------------
 
 
 def elementwise(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
     """y = f(x) with the same f everywhere: a constant c becomes f(c)."""
     (source,) = units
     labels, constant = units[source].labels, narrowed(units[source].constant)
-    constant = run_on(node, {source: constant.clone()}).to(torch.float64)
-    return Units(labels, constant.expand(labels.shape))
+    known = run_on(node, {source: constant.clone()}).to(torch.float64)
+    known = known.masked_fill(constant.isnan() | ~known.isfinite(), math.nan)
+    return Units(labels, known.expand(labels.shape))
 
 
 def same(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
     """y has x's values, at most in another dtype, device or layout."""
     (source,) = units.values()
-    return replace(source, constant=_zeros_only(source.constant).expand(source.labels.shape))
+    return replace(source, constant=zeros_only(source.constant).expand(source.labels.shape))
+
+
+_FILLED = {"aten::zeros_like": 0.0, "aten::ones_like": 1.0}
+
+
+def filled(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+    """A new tensor of x's shape: its size follows x's."""
+    (source,) = units.values()
+    value = _FILLED.get(op_name(node), argument(node, 1, "fill_value"))
+    value = float(value) if isinstance(value, (int, float)) else math.nan
+    constant = torch.tensor(value, dtype=torch.float64)
+    return replace(source, constant=constant.expand(source.labels.shape))
+
+
+def slope(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+    """prelu with one slope for all: 0 stays 0."""
+    source, weight = (units[part] for part in node.args[:2])  # type: ignore[index]
+    if weight.labels.numel() > 1:
+        return None
+    return replace(source, constant=zeros_only(source.constant).expand(source.labels.shape))
 
 
 def like(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
@@ -62,6 +79,10 @@ _RESHAPES = ("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::flatten
 def _moved(node: Node, of: Mapping[Node, Tensor]) -> Any:
     """What a node that moves elements makes of other tensors, without a copy of what repeats."""
     shape, tensors = shape_of(node), list(of.values())
+    if shape is not None and op_name(node) in ("aten::flip", "aten::roll"):
+        return run_on(node, {source: narrowed(tensor) for source, tensor in of.items()}).expand(
+            shape
+        )
     if shape is not None and op_name(node) in _RESHAPES:
         return reshaped(tensors[0], shape)
     if shape is None or op_name(node) != "aten::cat" or {t.dim() for t in tensors} != {len(shape)}:
@@ -85,6 +106,15 @@ def move(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | list[U
     return [Units(*pair) for pair in zip(labels, constants, strict=True)]
 
 
+def roll(node: Node, units: Mapping[Node, Units], ties: Ties) -> Any:
+    """Turns dimensions without units round: along others, what is left would be in another order
+    than what was there."""
+    (source,) = units.values()
+    dims = node.args[2:3] or ([],)
+    along = dims_of(dims[0], source.labels.dim())
+    return None if set(along) & set(varying(source.labels)) else move(node, units, ties)
+
+
 def view(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | list[Units] | None:
     """A view of the same dtype moves elements; one of their bytes cannot be followed."""
     return None if isinstance(node.args[1], torch.dtype) else move(node, units, ties)
@@ -105,12 +135,13 @@ def spatial(dims: int, means: bool = False) -> Rule:
             return None
         labels, constant = narrowed(source.labels), narrowed(source.constant)
         if not means:
-            constant = _zeros_only(constant)
+            constant = zeros_only(constant)
         if any(dim >= rank - dims for dim in varying(constant)):
             constant = unknown(()).constant
         result = Units(labels.expand(shape), constant.expand(shape))
         several = isinstance(node.meta["val"], (tuple, list))
-        return [result, unknown(shape)] if several else result  # a pool may give indices too
+        indices = Units(result.labels, unknown(shape).constant)
+        return [result, indices] if several else result  # a pool may give indices too
 
     return rule
 
@@ -129,140 +160,76 @@ def pad(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | list[Uni
     return replace(result, constant=unknown(result.labels.shape).constant)
 
 
-def _mixed(labels: Tensor, dims: Sequence[int], reason: str, ties: Ties) -> Tensor:
-    """Ties all units along some dimensions; the labels, with size 1 there."""
-    first = labels
-    for dim in dims:
-        first = first.narrow(dim, 0, 1)
-    ties.tie(labels, first, reason)
-    return first
-
-
-def _dims(given: Any, rank: int) -> list[int]:
+def dims_of(given: Any, rank: int) -> list[int]:
     """A dim argument as a list of dims >= 0; all of them where none is given."""
-    if given is None or given == []:
+    if given is None or given == [] or isinstance(given, bool):  # another overload's option
         return list(range(rank))
     return [dim % rank for dim in ([given] if isinstance(given, int) else given)]
 
 
-def reduction(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """Means and sums: units along the dimensions that go vanish together."""
-    (source,) = units.values()
-    shape = shape_of(node)
-    if shape is None or not source.labels.dim():
-        return None
-    dims = _dims(argument(node, 1, "dim"), source.labels.dim())
-    labels = _mixed(source.labels, dims, op_name(node), ties)
-    constant = narrowed(source.constant)
-    if op_name(node) != "aten::mean" or set(dims) & set(varying(constant)):
-        constant = _zeros_only(constant)
-        for dim in dims:
-            constant = constant.sum(dim, keepdim=True)
-    constant = constant.expand(labels.shape)
-    return Units(labels.reshape(shape), constant.reshape(shape))
+# --- dimensions that become others ----------------------------------------------------------------
 
 
-def along(position: int) -> Rule:
-    """Softmax and its like, along one dimension: units along it vanish together."""
+def gathered(dim: int) -> Rule:
+    """pixel_unshuffle, im2col: a channel's places become channels, which lie one after another.
 
-    def rule(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    Args:
+        dim: that of the channels.
+    """
+
+    def rule(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
         (source,) = units.values()
-        dims = _dims(argument(node, position, "dim"), source.labels.dim())
-        _mixed(source.labels, dims, op_name(node), ties)
-        return Units(source.labels, unknown(source.labels.shape).constant)
+        shape, rank = shape_of(node), source.labels.dim()
+        found = source.along(dim % rank)
+        if shape is None or found is None:
+            return None
+        after = dim % rank
+        times = shape[after] // source.labels.shape[after]
+        place = [-1] + [1] * (len(shape) - 1 - after)
+        labels, constant = (
+            part.repeat_interleave(times).view(place).expand(shape)
+            for part in (found.labels, zeros_only(found.constant).expand(found.labels.shape))
+        )
+        return Units(labels, constant)
 
     return rule
 
 
-def norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """layer_norm, rms_norm: units along the normalised dimensions vanish together."""
-    source = units[node.args[0]]  # type: ignore[index]
-    rank, shape = source.labels.dim(), argument(node, 1, "normalized_shape")
-    _mixed(source.labels, range(rank - len(shape), rank), op_name(node), ties)
-    return Units(source.labels, unknown(source.labels.shape).constant)
+def shuffled(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """pixel_shuffle: channels that lie one after another become the places of one, which vanish
+    together."""
+    (source,) = units.values()
+    shape, found = shape_of(node), source.along(source.labels.dim() - 3)
+    if shape is None or found is None:
+        return None
+    labels, constant = (part.view(shape[-3], -1) for part in (found.labels, found.constant))
+    ties.tie(labels, labels[:, :1], op_name(node))
+    same = (constant == constant[:, :1]).all(1)
+    constant = constant[:, 0].masked_fill(~same, math.nan)
+    return Units(*(part[..., None, None].expand(shape) for part in (labels[:, 0], constant)))
 
 
-# --- ops with several -------------------------------------------------------------------------
+# --- with an index ------------------------------------------------------------------------------
 
 
-def _joined(parts: Sequence[Tensor], shape: Sequence[int], reason: str, ties: Ties) -> Tensor:
-    """Labels of an elementwise function of several tensors, of `shape`.
-
-    What lies at the same place vanishes together. A tensor that is broadcast over units is read by
-    each of them, and must stay.
-    """
-    whole: Tensor | None = None
-    dims = {
-        id(part): {dim + len(shape) - part.dim() for dim in varying(part)}  # of the result
-        for part in parts
-    }
-    for part in parts:
-        padded = [1] * (len(shape) - part.dim()) + list(part.shape)
-        over = {dim for dim, size in enumerate(padded) if size == 1 and shape[dim] > 1}
-        if any(over & dims[id(other)] for other in parts):
-            ties.pin(part, reason)
-        elif whole is None:
-            whole = part.expand(shape)
-        else:
-            ties.tie(whole, part.expand(shape), reason)
-    return unknown(shape).labels if whole is None else whole
-
-
-def join(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """An elementwise function of several tensors."""
+def taken(node: Any, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+    """x[:, index], index_select: takes places along dimensions without units."""
+    source, index, *rest = node.args
+    labels, constant = narrowed(units[source].labels), narrowed(units[source].constant)
     shape = shape_of(node)
-    if shape is None:
+    if rest:  # one dimension, and its index
+        index = [*[None] * (index % labels.dim()), *rest]
+    dims = [dim for dim, part in enumerate(index) if part is not None]
+    if shape is None or dims != list(range(dims[0], dims[-1] + 1)):
         return None
-    labels = _joined([u.labels for u in units.values()], shape, op_name(node), ties)
-    constant = unknown(shape).constant
-    kind = op_name(node).removeprefix("aten::").removesuffix("_")
-    if kind in ("add", "sub", "mul"):
-        narrow = {source: narrowed(value.constant).clone() for source, value in units.items()}
-        if kind == "mul":
-            zero = torch.stack(torch.broadcast_tensors(*(value == 0 for value in narrow.values())))
-            constant = _zeros_only((~zero.any(0)).double())
-        else:
-            first, second = map_arg(node.args[:2], narrow.__getitem__)
-            function = torch.add if kind == "add" else torch.sub
-            constant = function(first, second, alpha=node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-    return Units(labels, constant.expand(shape))
-
-
-def _product(first: Tensor, second: Tensor, shape: Sequence[int], reason: str, ties: Ties) -> Any:
-    """Labels of a matrix product; what it sums over vanishes together."""
-    rows = _mixed(first, [first.dim() - 1], reason, ties).expand(*first.shape[:-1], shape[-1])
-    columns = _mixed(second, [second.dim() - 2], reason, ties)
-    columns = columns.expand(*second.shape[:-2], shape[-2], second.shape[-1])
-    return _joined([rows, columns], shape, reason, ties)
-
-
-def matmul(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """y = a @ b, of at least two dimensions each."""
-    first, second = (units[source].labels for source in node.args[:2])  # type: ignore[index]
-    shape = shape_of(node)
-    if shape is None or first.dim() < 2 or second.dim() < 2:
+    if any(units[index[dim]].followed or labels.shape[dim] > 1 for dim in dims):
         return None
-    return Units(_product(first, second, shape, op_name(node), ties), unknown(shape).constant)
-
-
-def _repeated(labels: Tensor, times: int) -> Tensor:
-    """labels.repeat_interleave(times, -3), without a copy of what repeats."""
-    *outer, heads, rows, columns = labels.shape
-    several = labels.unsqueeze(-3).expand(*outer, heads, times, rows, columns)
-    return reshaped(several, (*outer, heads * times, rows, columns))
-
-
-def attention(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """softmax(q @ k^T + mask) @ v, with heads as a dimension before the last two."""
-    query, key, value = (units[source].labels for source in node.args[:3])  # type: ignore[index]
-    name, shape, mask = op_name(node), shape_of(node), argument(node, 3, "attn_mask")
-    if shape is None or query.dim() < 3:
-        return None
-    if query.shape[-3] != key.shape[-3]:  # enable_gqa
-        times = query.shape[-3] // key.shape[-3]
-        key, value = (_repeated(part, times) for part in (key, value))
-    scores = (*shape[:-1], key.shape[-2])
-    weights = _product(query, key.transpose(-1, -2), scores, name, ties)
-    if mask is not None:
-        weights = _joined([weights, units[mask].labels], scores, name, ties)
-    return Units(_product(weights, value, shape, name, ties), unknown(shape).constant)
+    if any(constant.shape[dim] > 1 for dim in dims):
+        constant = unknown(labels.shape).constant
+    new = [1] * (len(shape) - labels.dim() + len(dims))
+    return Units(
+        *(
+            part.reshape(*part.shape[: dims[0]], *new, *part.shape[dims[-1] + 1 :]).expand(shape)
+            for part in (labels, constant)
+        )
+    )

@@ -38,9 +38,7 @@ class Tied:
             if reason not in self.stops[name]:
                 self.stops[name].append(reason)
         while pairs.numel():
-            roots = self._parent[pairs]
-            while not torch.equal(roots, above := self._parent[roots]):
-                roots = above
+            roots = self._roots(pairs)
             self._parent[pairs] = roots  # the next search is short
             pairs = roots[:, roots[0] != roots[1]]
             least, other = torch.minimum(*pairs), torch.maximum(*pairs)
@@ -48,6 +46,16 @@ class Tied:
 
     def pin(self, labels: Tensor, reason: str) -> None:
         self.tie(labels, torch.tensor(STAYS), reason)
+
+    def together(self, first: Tensor, second: Tensor) -> Tensor:
+        return self._roots(first) == self._roots(second)
+
+    def _roots(self, labels: Tensor) -> Tensor:
+        """The least units of the classes of some units."""
+        roots = self._parent[labels]
+        while not torch.equal(roots, above := self._parent[roots]):
+            roots = above
+        return roots
 
     def _least(self) -> Tensor:
         """Unit -> the least unit of its class."""

@@ -65,6 +65,10 @@ class Ties(Protocol):
     def pin(self, labels: Tensor, reason: str) -> None:
         """These units must exist, with their values."""
 
+    def together(self, first: Tensor, second: Tensor) -> Tensor:
+        """bool: where elements of the two label tensors, which broadcast, are tied by now."""
+        ...
+
 
 Rule = Callable[[Node, Any, Ties], Any]
 """(node, Units of each node among its arguments, ties) -> Units, a list of them, or None where

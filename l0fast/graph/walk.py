@@ -227,7 +227,9 @@ class Walk(Tied):
         if name == "getitem":
             self._item(node)
             return
-        if name in IGNORED or not sources or any(s not in self.values for s in sources):
+        if name in IGNORED:
+            return
+        if not sources or any(s not in self.values for s in sources):
             for source in sources:
                 self._pin_node(source, name)
             self._lose(node, name)

@@ -46,6 +46,9 @@ class Groups:
     def pin(self, labels: Tensor, reason: str) -> None:
         self.tie(labels, torch.tensor(0), reason)
 
+    def together(self, first: Tensor, second: Tensor) -> Tensor:
+        return self.classes[first] == self.classes[second]
+
 
 def example(shape: tuple[int, ...], dim: int) -> Tensor:
     x = torch.randn(shape, dtype=torch.float64)
@@ -78,7 +81,7 @@ def follow(
     units: dict[Any, Any] = {}
     for node in graph_of(function, *x.shape).nodes:
         if node.op == "placeholder":
-            units[node] = begin
+            units[node] = begin if node.name == "x" else unknown(shape_of(node) or ())
         elif op_name(node) == "getitem":
             units[node] = units[node.args[0]][node.args[1]]
         elif node.op == "call_function" and not node.all_input_nodes:
@@ -102,7 +105,7 @@ def assert_true(function: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> tu
     y = Op(function)(x)
     assert units.labels.shape == units.constant.shape == y.shape
     known = ~units.constant.isnan()
-    torch.testing.assert_close(y[known], units.constant[known])
+    torch.testing.assert_close(y[known].to(torch.float64), units.constant[known])
     for channel in range(len(CONSTANT), x.shape[dim]):
         other = x.clone()
         other.select(dim, channel).add_(torch.rand_like(other.select(dim, channel)) + 0.1)
@@ -110,6 +113,10 @@ def assert_true(function: Callable[[Tensor], Tensor], x: Tensor, dim: int) -> tu
         own = classes[channel + 1]
         assert own == 0 or bool((classes[units.labels[changed]] == own).all())
     return units, classes
+
+
+def torch_ops(names: str) -> list[tuple[str, Any]]:
+    return [(name, getattr(torch, name)) for name in names.split()]
 
 
 ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -163,6 +170,28 @@ ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
     "detach": lambda x: x.detach(),
     "to": lambda x: x.to(torch.float32).to(torch.float64),
+    **dict(
+        torch_ops(
+            "asinh atan ceil cosh erfc exp2 expm1 floor frac nan_to_num round sgn sign sinc sinh "
+            "tan trunc"
+        )
+    ),
+    **{
+        name: functools.partial(lambda f, x: f(x.abs() + 2.0), function)
+        for name, function in torch_ops("acosh lgamma log log10 log1p log2 reciprocal")
+    },
+    **{
+        name: functools.partial(lambda f, x: f(x.sigmoid() / 2), function)
+        for name, function in torch_ops("acos asin atanh erfinv logit")
+    },
+    **{
+        name: functools.partial(lambda f, x: f(x, 0.75), function)
+        for name, function in torch_ops("eq ne lt le gt ge fmod remainder floor_divide")
+    },
+    "not": torch.logical_not,
+    "one slope": lambda x: F.prelu(x, torch.full((1,), 0.2, dtype=x.dtype)),
+    "alpha_dropout": lambda x: F.alpha_dropout(x, 0.5, training=False),
+    "feature_alpha_dropout": lambda x: F.feature_alpha_dropout(x, 0.5, training=False),
 }
 
 
@@ -191,6 +220,46 @@ SPATIAL: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "adaptive_max_pool3d": (3, lambda x: F.adaptive_max_pool3d(x, 2)),
     "upsampled": (2, lambda x: F.interpolate(x, scale_factor=2.0)),
     "upsampled smoothly": (2, lambda x: F.interpolate(x, scale_factor=2.0, mode="bilinear")),
+    **{
+        f"upsampled {dims}d {mode}": (
+            dims,
+            functools.partial(F.interpolate, scale_factor=2.0, mode=mode),
+        )
+        for dims, modes in (
+            (1, "nearest nearest-exact linear"),
+            (2, "nearest-exact bicubic"),
+            (3, "nearest nearest-exact trilinear"),
+        )
+        for mode in modes.split()
+    },
+    **{
+        f"made smaller {mode}": (
+            2,
+            functools.partial(F.interpolate, size=(4, 4), mode=mode, antialias=True),
+        )
+        for mode in ("bilinear", "bicubic")
+    },
+    "flip": (2, lambda x: x.flip(2, -1)),
+    "roll": (2, lambda x: x.roll((1, -2), (2, 3))),
+    "roll of all but the channels": (1, lambda x: x.select(0, 0).roll(1, -1)),
+    "running sum": (2, lambda x: x.cumsum(2)),
+    "largest": (2, lambda x: x.amax((2, 3))),
+    "smallest": (2, lambda x: x.amin(-1, keepdim=True)),
+    "largest, with its place": (1, lambda x: x.max(2)[0]),
+    "smallest, with its place": (1, lambda x: x.min(2, keepdim=True)[0]),
+    "length": (2, lambda x: torch.linalg.vector_norm(x, dim=(2, 3))),
+    "index_select": (2, lambda x: x.index_select(2, torch.tensor([3, 1, 1]))),
+    "index": (2, lambda x: x[:, :, torch.tensor([[3, 1], [0, 1]])]),
+    "index along two dimensions": (2, lambda x: x[..., torch.arange(3), torch.arange(3)]),
+    "index of the batch": (1, lambda x: x[torch.zeros(3, dtype=torch.int64)]),
+    "gather": (1, lambda x: x.gather(2, x.argmax(2, keepdim=True))),
+    "index_add": (1, lambda x: torch.zeros_like(x).index_add(2, torch.arange(6) // 2, x)),
+    "scatter_add": (
+        1,
+        lambda x: torch.zeros_like(x).scatter_add(
+            2, (torch.arange(6) // 2).view(1, 1, 6).expand_as(x), x
+        ),
+    ),
     "mean": (2, lambda x: x.mean((-2, -1))),
     "mean, dims kept": (2, lambda x: x.mean((2, 3), keepdim=True)),
     "mean of the batch": (1, lambda x: x.mean(0)),
@@ -242,6 +311,26 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "swapaxes": (lambda x: x.swapaxes(1, 2).swapdims(2, 1), lambda c: c),
     "mT": (lambda x: x.mT.transpose(1, 2), lambda c: c),
     "type_as": (lambda x: x.type_as(x.relu()), lambda c: c),
+    "t": (lambda x: x[0].t().t(), lambda c: c),
+    "flip": (lambda x: x.flip(1), lambda c: c.flip(0)),
+    "tile": (lambda x: x.tile(1, 2, 1), lambda c: c.repeat(2)),
+    "broadcast_to": (lambda x: x[:, :, :1].broadcast_to(2, 8, 5), lambda c: c),
+    "expand_as": (lambda x: x[:, :, :1].expand_as(x), lambda c: c),
+    "reshape_as": (lambda x: x.flatten(1).reshape_as(x), lambda c: c),
+    "view_as": (lambda x: x.flatten(1).view_as(x), lambda c: c),
+    "pixel_unshuffle": (
+        lambda x: F.pixel_unshuffle(x[..., None].expand(2, 8, 3, 3), 3),
+        lambda c: c,
+    ),
+    "places as channels": (
+        lambda x: F.unfold(x[..., None].expand(2, 8, 3, 3), 2, padding=1),
+        lambda c: c,
+    ),
+    "ones_like": (torch.ones_like, lambda c: c),
+    "full_like": (lambda x: torch.full_like(x, 3.0), lambda c: c),
+    "largest place": (lambda x: x.argmax(2).double(), lambda c: c),
+    "smallest place": (lambda x: x.argmin(2).double(), lambda c: c),
+    "places of the largest": (lambda x: x.max(2)[1].double(), lambda c: c),
     "repeat": (lambda x: x.repeat(1, 2, 1), lambda c: c.repeat(2)),
     "repeat_interleave": (
         lambda x: x.repeat_interleave(2, 1),
@@ -262,6 +351,11 @@ def test_moves(name: str) -> None:
     assert units.labels.unique().tolist() == labels(torch.arange(1, 9)).unique().tolist()
 
 
+def heads(x: Tensor) -> Tensor:
+    """[batch, 4, places] -> [batch, places, 2 heads, 2]."""
+    return x.transpose(1, 2).unflatten(2, (2, 2))
+
+
 TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     # The op on [2, 4, 6] with 4 channels, and the classes of its channels; 0 is what stays.
     "softmax": (lambda x: x.softmax(1), [1, 1, 1, 1]),
@@ -269,6 +363,54 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "layer norm": (lambda x: F.layer_norm(x, x.shape[1:]), [1, 1, 1, 1]),
     "layer norm of others": (lambda x: F.layer_norm(x, x.shape[2:]), [1, 2, 3, 4]),
     "rms norm": (lambda x: F.rms_norm(x, x.shape[1:]), [1, 1, 1, 1]),
+    "log_softmax": (lambda x: x.log_softmax(1), [1, 1, 1, 1]),
+    "running sum": (lambda x: x.cumsum(1), [1, 1, 1, 1]),
+    "largest": (lambda x: x.amax(1), [1, 1, 1, 1]),
+    "largest of all": (lambda x: x.max(), [1, 1, 1, 1]),
+    "all and any": (lambda x: (x > 0).all(1).logical_or((x > 0).any(1)), [1, 1, 1, 1]),
+    **{
+        name: (functools.partial(lambda f, x: f(x, 1), function), [1] * 4)
+        for name, function in torch_ops("logsumexp prod std var")
+    },
+    **{
+        f"{name} of others": (
+            functools.partial(lambda f, x: f(x, 2)[0], function),
+            [1, 2, 3, 4],
+        )
+        for name, function in torch_ops("std_mean var_mean")
+    },
+    "variance of all": (lambda x: x.var(unbiased=False), [1, 1, 1, 1]),
+    "normalize": (F.normalize, [1, 1, 1, 1]),
+    "normalize others": (lambda x: F.normalize(x, dim=2), [1, 2, 3, 4]),
+    "glu": (lambda x: F.glu(x, 1), [1, 2, 1, 2]),
+    "glu of others": (F.glu, [1, 2, 3, 4]),
+    "pixel_shuffle": (lambda x: F.pixel_shuffle(x[..., None], 2), [1, 1, 1, 1]),
+    "einsum": (lambda x: torch.einsum("bct,bcs->bts", x, x.relu()), [1, 1, 1, 1]),
+    "einsum of each": (lambda x: torch.einsum("bct,bcs->bcts", x, x.relu()), [1, 2, 3, 4]),
+    "einsum with a table": (
+        lambda x: torch.einsum("bct,ts->bsc", x, torch.ones(6, 2, dtype=x.dtype)),
+        [0, 0, 0, 0],
+    ),
+    "mm": (lambda x: torch.mm(x[0].t(), x[0]), [1, 1, 1, 1]),
+    "expanded as another": (lambda x: x[:, :1].expand_as(x), [0, 2, 3, 4]),
+    "shaped as another": (lambda x: x[:, 2:].reshape_as(x[:, :2]), [1, 2, 1, 2]),
+    **{
+        name: (
+            functools.partial(lambda f, x: f(x[:, :2], x[:, 2:]).to(x.dtype), function),
+            [1, 2, 1, 2],
+        )
+        for name, function in torch_ops(
+            "atan2 hypot max min eq ne lt le gt ge fmod remainder logical_and logical_or "
+            "floor_divide"
+        )
+    },
+    "a power of the other": (lambda x: x[:, :2].exp() ** x[:, 2:], [1, 2, 1, 2]),
+    "between": (lambda x: torch.lerp(x[:, :2], x[:, 2:], 0.3), [1, 2, 1, 2]),
+    "plus a product": (lambda x: torch.addcmul(x[:, :2], x[:, 2:], x[:, 1:3]), [1, 1, 1, 1]),
+    "plus a quotient": (
+        lambda x: torch.addcdiv(x[:, :2], x[:, 2:], x[:, 2:].exp()),
+        [1, 2, 1, 2],
+    ),
     "mean over channels": (lambda x: x.mean(1), [1, 1, 1, 1]),
     "mean over everything": (lambda x: x.mean(), [1, 1, 1, 1]),
     "sum over channels": (lambda x: x.sum(1, keepdim=True), [1, 1, 1, 1]),
@@ -282,6 +424,16 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "a number for all": (lambda x: x + x[0, 1, 2], [1, 0, 3, 4]),
     "a constant tensor": (lambda x: x * torch.ones(1, 4, 1), [0, 0, 0, 0]),
     "a constant broadcast": (lambda x: x * torch.ones(6), [1, 2, 3, 4]),
+    "a norm in each head": (
+        lambda x: heads(x) * heads(x).square().mean(-1, keepdim=True).add(1.0).rsqrt(),
+        [1, 1, 3, 3],
+    ),
+    "a norm of each place in a head": (
+        lambda x: heads(x) * heads(x).square().mean(-2, keepdim=True).add(1.0).rsqrt(),
+        [1, 2, 1, 2],
+    ),
+    "the same numbers for each head": (lambda x: heads(x) * torch.ones(2), [1, 1, 3, 3]),
+    "the first head for each": (lambda x: heads(x) + heads(x)[:, :, :1], [0, 0, 3, 3]),
     "filled": (lambda x: x.masked_fill(torch.ones(6, dtype=torch.bool), 0.5), [1, 2, 3, 4]),
     "where": (
         lambda x: torch.where(torch.ones(6, dtype=torch.bool), x[:, :2], x[:, 2:]),
@@ -346,12 +498,26 @@ def test_zeros_of_sums_and_products() -> None:
     assert one.constant.unique().tolist() == [-1]
 
 
+def test_places_of_a_pool_follow_its_channels() -> None:
+    function = lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[1].double()  # noqa: E731
+    units, classes = assert_true(function, example((2, 5, 6, 6), 1), 1)
+    assert classes.tolist() == list(range(6))
+    assert units.labels[0, :, 0, 0].tolist() == [1, 2, 3, 4, 5]
+    assert units.constant.isnan().all()
+
+
 STOPS: dict[str, Callable[[Tensor], Tensor]] = {
     "pooling over channels": lambda x: F.max_pool1d(x.flatten(2).transpose(1, 2), 2),
     "padding channels": lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)),
     "dropout in training": lambda x: F.dropout(x, 0.0, training=True),
     "another order": lambda x: x.roll(1, 1),
-    "indices of a pool": lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True)[1].double(),
+    "all in another order": lambda x: x.roll(1),
+    "some of the channels": lambda x: x[:, torch.tensor([4, 1])],
+    "some channels, selected": lambda x: x.index_select(1, torch.tensor([4, 1])),
+    "places that are not neighbours": lambda x: x[torch.arange(2), :, torch.arange(2)],
+    "added to channels": lambda x: torch.zeros_like(x).index_add(1, torch.arange(5), x),
+    "a slope for each": lambda x: F.prelu(x, torch.ones(5, dtype=x.dtype)),
+    "einsum with a diagonal": lambda x: torch.einsum("bcii->bci", x),
     "a number to the power of x": lambda x: 2**x,
     "the bytes of it": lambda x: x.view(torch.int64).double(),
     "a product of a vector": lambda x: x.select(0, 0).flatten() @ x.select(0, 1).flatten(),

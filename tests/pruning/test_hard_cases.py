@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import tests.helpers.plain_models as plain
 from l0fast import DensityConstraint, param_groups, prune, prune_optimizer, sparsify_
 from l0fast.layers.handle import gated_layers
+from tests.helpers.half_closed import assert_merged, assert_same, half_closed
 from tests.helpers.zoo import GPT2, FusedAttention, Llama, SplitAttention, tokens
 
 
@@ -29,32 +30,6 @@ def live(model: nn.Module) -> nn.Module:
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias)
     return model
-
-
-def half_closed(model: nn.Module, x: Any, **options: Any) -> Any:
-    """With gates, half of each layer's closed, the others partly open."""
-    args = x if isinstance(x, tuple) else (x,)
-    model = sparsify_(model.double().eval(), example_inputs=args, **options)
-    with torch.no_grad():
-        for layer in gated_layers(model).values():
-            layer.log_alpha.uniform_(-1.2, 1.4)
-            layer.log_alpha.view(-1)[: layer.log_alpha.numel() // 2] = -4.0
-    return model
-
-
-def assert_same(small: nn.Module, model: nn.Module, *inputs: Tensor) -> None:
-    with torch.no_grad():
-        got, expected = small(*inputs), model(*inputs)
-    assert expected.abs().max() > 0
-    assert (got - expected).abs().max() <= 1e-10 * expected.abs().max()
-
-
-def assert_merged(small: Any) -> None:
-    """Without a gather or scatter, and without anything undone."""
-    report = small.report
-    assert report.tier == "merged"
-    assert report.notes == []
-    assert {site["status"] for site in report.sites} == {"removed"}
 
 
 class Shuffled(nn.Module):
