@@ -118,7 +118,8 @@ class Attachable(Asking):
 
         Raises:
             ValueError, TypeError: no optimizer, steps unknown, a share out of its range, gates that
-                do not require grad, or a model that has an attached constraint.
+                do not require grad or are sharded, adapters on gated layers, or a model that has an
+                attached constraint.
         """
         optimizers = [own_optimizer(one) for one in _as_list(optimizer)]
         if not optimizers:
@@ -139,6 +140,7 @@ class Attachable(Asking):
                 expected = "one attached constraint on a model (several in Constraints)"
                 _checks.refuse("attach", f"{type(constraint).__name__} attached", expected)
         check_sharding("attach", self.handle.layers)
+        self.handle.check_adapters("attach")
         if self.learns:
             frozen = [n for n, one in self.handle.layers.items() if not one.log_alpha.requires_grad]
             if frozen:

@@ -16,11 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from l0fast import _checks
-from l0fast.graph.sharding import is_sharded
+from l0fast.graph.sharding import IGNORED, is_flat, is_sharded, is_split
 from l0fast.layers.draw import several_processes
 from l0fast.measures.latency import LatencyTable
-
-IGNORED = "ignored_params=set(l0fast.gates(model).parameters())"
 
 
 def check_sharding(name: str, layers: Mapping[str, Any]) -> None:
@@ -33,8 +31,7 @@ def check_sharding(name: str, layers: Mapping[str, Any]) -> None:
     Raises:
         ValueError: gates are sharded, or weights by something other than FSDP2.
     """
-    # parallelize_module leaves this mark.
-    split = [key for key, one in layers.items() if hasattr(one, "_distribute_module_applied")]
+    split = [key for key, one in layers.items() if is_split(one)]
     if split:
         words = f"tensor parallelism of gated layers: {', '.join(split)}"
         expected = "layers without gates there (sparsify_(model, exclude=...)), or FSDP2 or DDP"
@@ -43,7 +40,7 @@ def check_sharding(name: str, layers: Mapping[str, Any]) -> None:
     if sharded:
         words = f"sharded gates: {', '.join(sharded)}"
         _checks.refuse(name, words, f"gates on every process: fully_shard(module, {IGNORED})")
-    flat = [key for key, one in layers.items() if hasattr(one.weight, "_fsdp_flattened")]
+    flat = [key for key, one in layers.items() if is_flat(one.weight)]
     if flat or any("weight" not in one._parameters for one in layers.values()):
         expected = f"torch.distributed.fsdp.fully_shard(module, {IGNORED})"
         _checks.refuse(name, "a model in FullyShardedDataParallel", expected)

@@ -26,6 +26,7 @@ from l0fast.gating.selection import (
 )
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import why_computed
+from l0fast.graph.sharding import refuse_shared
 from l0fast.graph.sites import replace
 from l0fast.layers.gated import DENSITY_INIT
 from l0fast.layers.gated_types import GATED_TYPES
@@ -127,8 +128,8 @@ def sparsify_(
             would not; it prints as a table.
 
     Raises:
-        ValueError: no layer is left to gate, a pattern matches none, an option is out of range, or
-            the model does not take its example.
+        ValueError: no layer is left to gate, a pattern matches none, an option is out of range,
+            the model does not take its example, or it is sharded or in DistributedDataParallel.
         TypeError: an option of a wrong type.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
@@ -190,6 +191,7 @@ def _check_call(
     if type(model) in GATED_TYPES:
         wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
         _checks.refuse("model", f"a single {type(model).__name__}", wanted)
+    refuse_shared(model)
     _checks.one_of("gates", gates, ("auto", *GATES))
     _checks.auto_or_bool("skip", skip)
     if skip is True and example_inputs is None:

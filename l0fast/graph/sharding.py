@@ -1,4 +1,4 @@
-"""Models whose weights are sharded over processes by FSDP2: their full tensors."""
+"""Models that several processes share: what is sharded, and the full tensors of it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from contextlib import contextmanager
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from l0fast import _checks
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
+IGNORED = "ignored_params=set(l0fast.gates(model).parameters())"
+"""Keeps gates out of FSDP2's sharding."""
 _FSDP = "torch.distributed.fsdp"
 _STATES = "__composable_api"
 """What attributes by which PyTorch keeps the state of sharding on a module begin with."""
@@ -29,6 +34,40 @@ def is_sharded(value: object) -> bool:
     # Where nothing has imported them, there are none; importing them takes time.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(value, module.DTensor)
+
+
+def is_split(layer: nn.Module) -> bool:
+    """Whether something other than FSDP2, such as tensor parallelism, shards a layer's weights."""
+    # parallelize_module leaves the first mark, fully_shard the second. FSDP2 alone shards a weight
+    # in one dimension of the mesh.
+    if hasattr(layer, "_distribute_module_applied"):
+        return True
+    own: dict[str, Any] = dict(layer.named_parameters(recurse=False))
+    sharded = [one for name, one in own.items() if name != "log_alpha" and is_sharded(one)]
+    if sharded and not hasattr(layer, "_is_fsdp_managed_module"):
+        return True
+    return any(sum(not place.is_replicate() for place in one.placements) > 1 for one in sharded)
+
+
+def is_flat(value: object) -> bool:
+    """Whether a parameter is one of FullyShardedDataParallel's."""
+    return hasattr(value, "_fsdp_flattened")
+
+
+def refuse_shared(model: nn.Module) -> None:
+    """Refuses to put gates on a model that several processes share already: sharded parameters are
+    not a layer's weights, and DistributedDataParallel does not average what comes later."""
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            words = "a model in DistributedDataParallel"
+            _checks.refuse("model", words, "the model itself (sparsify_ first, then wrap it)")
+        if _is_fully_sharded(module):
+            expected = f"whole parameters (sparsify_ first, then fully_shard(module, {IGNORED}))"
+            _checks.refuse("model", "one that is sharded by fully_shard", expected)
+    for name, value in model.named_parameters():
+        if is_sharded(value) or is_flat(value):
+            expected = "whole parameters (sparsify_ first, then shard)"
+            _checks.refuse("model", f"a sharded parameter {name}", expected)
 
 
 def full(value: Tensor) -> Tensor:

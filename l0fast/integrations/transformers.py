@@ -17,6 +17,8 @@ from l0fast.integrations.recipe import Recipe, given
 from l0fast.layers.handle import gated_layers
 
 STATE = "attachment"
+RESTORE = "restore_callback_states_from_checkpoint"
+"""The Trainer's option to make callbacks anew, from what a checkpoint has of them, on resume."""
 
 
 def _refuse_without_gates(model: nn.Module, optimizer: Any) -> None:
@@ -39,6 +41,10 @@ class L0Callback(TrainerCallback, ExportableState):
     precision and schedules stay the Trainer's. `resume_from_checkpoint` goes on exactly where the
     training was: the state is in the checkpoint's trainer_state.json. With
     `load_best_model_at_end` the best model is chosen among those after the gates have settled.
+
+    Densities and multipliers are in `state.log_history`, and in the logs that the callbacks after
+    this one are given. The Trainer puts those of `report_to` before it: to have the numbers there,
+    set report_to=[] and list them after it, as in callbacks=[L0Callback(...), WandbCallback()].
 
     Args:
         constraint: on the model; or None, with `target` and its like in its place.
@@ -65,6 +71,10 @@ class L0Callback(TrainerCallback, ExportableState):
         gate_lr: float | None = None,
     ) -> None:
         options = given(target=target, measure=measure, example_inputs=example_inputs)
+        if constraint is None and target is None:
+            # The Trainer may ask for this, see RESTORE; it has lost the options by then.
+            expected = f"one of the two, or {RESTORE}=False where a training is resumed"
+            _checks.refuse("constraint, target", "neither", expected)
         self._recipe = Recipe(
             constraint, options, given(settle=settle, start=start, gate_lr=gate_lr)
         )
@@ -78,9 +88,9 @@ class L0Callback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Attaches the constraint, and goes on where a checkpoint was saved."""
-        if getattr(args, "restore_callback_states_from_checkpoint", False):
+        if getattr(args, RESTORE, False):
             got, expected = True, "False (this callback restores its state without it)"
-            _checks.refuse("restore_callback_states_from_checkpoint", got, expected)
+            _checks.refuse(RESTORE, got, expected)
         _refuse_without_gates(kwargs["model"], kwargs["optimizer"])
         saved = self._saved(state)
         with warnings.catch_warnings():
@@ -115,9 +125,13 @@ class L0Callback(TrainerCallback, ExportableState):
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Adds densities and multipliers to the row that is logged."""
-        if self._attachment is not None and state.log_history:
-            state.log_history[-1].update(self._recipe.metrics())
+        """Adds densities and multipliers to what is logged."""
+        if self._attachment is None:
+            return
+        metrics = self._recipe.metrics()
+        kwargs["logs"].update(metrics)
+        if state.log_history:
+            state.log_history[-1].update(metrics)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Detaches the constraint, which stays on the model for `prune`."""

@@ -76,6 +76,7 @@ class ModelGates:
         self._constraints: list[weakref.ref[Any]] = []
         self._copies: list[weakref.ref[ModelGates]] = []
         self._follows = False
+        self._model: weakref.ref[nn.Module] | None = None
         self._set_layers(layers)
 
     def _set_layers(self, layers: Mapping[str, Any]) -> None:
@@ -96,10 +97,17 @@ class ModelGates:
 
     def follow(self, model: nn.Module) -> None:
         """Takes over the gated layers that the model has now."""
+        self._model = weakref.ref(model)
         found = gated_layers(model)
         same = list(found) == list(self.layers)
         if not same or any(found[name] is not layer for name, layer in self.layers.items()):
             self._set_layers(found)
+
+    def check_adapters(self, name: str) -> None:
+        """Refuses adapters that the model has now (see `refuse_adapters`)."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            refuse_adapters(name, model)
 
     # --- constraints --------------------------------------------------------------------------
 
@@ -177,7 +185,7 @@ class ModelGates:
         new._constraints = list(self._constraints)
         # An average of the weights is a copy: its gates are settled when the model's are, as long
         # as it has no constraint of its own.
-        new._copies, new._follows = [], True
+        new._copies, new._follows, new._model = [], True, None
         self._copies.append(weakref.ref(new))
         new._set_layers({name: copy.deepcopy(layer, memo) for name, layer in self.layers.items()})
         new.skipping = copy.deepcopy(self.skipping, memo)
@@ -187,7 +195,7 @@ class ModelGates:
         return {"layers": self.layers, "skipping": self.skipping, "removed": self.removed}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.structure = self.trial = None
+        self.structure = self.trial = self._model = None
         self._constraints, self.sharing = [], {}
         self._copies, self._follows = [], False
         self.skipping, self.removed = state["skipping"], state["removed"]

@@ -76,14 +76,18 @@ class Attention(nn.Module):
         return self.o_proj(F.relu(self.q_proj(x)))
 
 
-def test_adapters_on_gated_layers_are_refused() -> None:
+@pytest.mark.parametrize("trainable", [False, True])
+def test_adapters_on_gated_layers_are_refused(trainable: bool) -> None:
     peft = pytest.importorskip("peft")
     model = sparsify_(Attention(), example_inputs=torch.randn(2, 8))
     constraint = DensityConstraint(model, 0.5, steps=200)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["o_proj"]))
+    for log_alpha in constraint.handle.parameters():
+        log_alpha.requires_grad_(trainable)
     optimizer = torch.optim.AdamW(adapted.parameters(), 1e-3)
-    with pytest.raises(ValueError, match=r"gates that do not require grad: .*o_proj"):
+    with pytest.raises(ValueError, match=r"attach: got 'an adapter on the gated layer o_proj'"):
         constraint.attach(optimizer)
+    assert constraint.attachment is None
     with pytest.raises(ValueError, match=r"prune: got 'an adapter on the gated layer o_proj'"):
         prune(adapted.base_model.model, torch.randn(2, 8))
     with pytest.raises(ValueError, match=r"DensityConstraint: got 'an adapter on the gated layer"):
@@ -92,7 +96,7 @@ def test_adapters_on_gated_layers_are_refused() -> None:
 
 def test_gates_that_an_adapter_has_frozen_are_refused() -> None:
     peft = pytest.importorskip("peft")
-    model = sparsify_(Attention(), example_inputs=torch.randn(2, 8))
+    model = sparsify_(Attention(), exclude="q_proj", example_inputs=torch.randn(2, 8))
     constraint = DensityConstraint(model, 0.5, steps=200)
     adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
     frozen: Any = torch.optim.AdamW(adapted.parameters(), 1e-3)

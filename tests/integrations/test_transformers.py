@@ -174,6 +174,37 @@ def test_a_constraint_of_the_users_own_and_what_is_refused(tmp_path: Path) -> No
         again.train()
 
 
+def test_restoring_callbacks_from_a_checkpoint_is_refused_on_resume(tmp_path: Path) -> None:
+    """The Trainer makes them anew from their states, before they are told of the training."""
+    fit(tmp_path, prepared(), callback(), save_strategy="steps", save_steps=100).train()
+    trainer = fit(tmp_path, prepared(), callback(), restore_callback_states_from_checkpoint=True)
+    words = "or restore_callback_states_from_checkpoint=False where a training is resumed"
+    with pytest.raises(ValueError, match=words):
+        trainer.train(resume_from_checkpoint=True)
+
+
+class Seen(transformers.TrainerCallback):
+    """Another library's logger."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.rows.append(dict(kwargs["logs"]))
+
+
+def test_callbacks_after_it_see_its_numbers(tmp_path: Path) -> None:
+    made, seen = callback(), Seen()
+    trainer = fit(tmp_path, prepared(), made)
+    trainer.add_callback(seen)
+    trainer.train()
+    rows = [row for row in seen.rows if "loss" in row]
+    assert rows
+    for row, logged in zip(rows, trainer.state.log_history, strict=False):
+        assert {"l0_density/model", "l0_multiplier/model"} <= row.keys()
+        assert row == {key: logged[key] for key in row}
+
+
 def test_bf16_leaves_no_wrapper_and_prunes(tmp_path: Path) -> None:
     net = prepared()
     trainer = fit(tmp_path, net, callback(), bf16=True)
