@@ -38,7 +38,8 @@ def _computed_by(module: nn.Module, name: str) -> tuple[str, str]:
             kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind[1:]).lower()
         return kind, "torch.nn.utils.parametrize.remove_parametrizations"
     for hook in module._forward_pre_hooks.values():
-        for kind in type(hook).__mro__:
+        kinds: tuple[type, ...] = type(hook).__mro__
+        for kind in kinds:
             if kind.__name__ in _HOOKS:
                 return _HOOKS[kind.__name__]
     return "", ""

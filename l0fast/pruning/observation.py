@@ -117,14 +117,14 @@ def _in_place(given: Tensor, rows: Rows, dim: int) -> tuple[Tensor, Tensor | Non
 
 
 def _sample(value: Tensor) -> Tensor:
-    """Some elements, spread over all of a tensor."""
+    """A copy of some elements, spread over all of a tensor: what reads it may write into it."""
     flat = value.detach().flatten()
     if len(flat) > SAMPLES:
         step = len(flat) // SAMPLES
         while math.gcd(step, len(flat)) > 1:  # else they lie in a few channels
             step += 1
         flat = flat[torch.arange(SAMPLES, device=flat.device) * step % len(flat)]
-    return flat.cpu()
+    return flat.to("cpu", copy=True)
 
 
 def _could_be(layer: nn.Module, given: Tensor) -> float:

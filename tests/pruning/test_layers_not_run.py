@@ -69,7 +69,7 @@ def test_a_head_of_training_loses_what_it_reads_with_the_others(x: Tensor) -> No
     assert small.aux[1].weight.equal(model.aux[1].weight[:, ::2])
     small.train()
     assert [tuple(part.shape) for part in small(x)] == [(3, 4), (3, 4)]
-    sum(part.sum() for part in small(x)).backward()
+    torch.stack([part.sum() for part in small(x)]).sum().backward()
 
 
 def test_where_a_head_of_training_cannot_follow_the_units_stay(x: Tensor) -> None:

@@ -345,3 +345,11 @@ def test_heads_go_though_a_cache_is_given_too() -> None:
     assert small.out.in_features == 4
     assert small(x)["past"].keys.shape == (2, 2, 5, 2)
     torch.testing.assert_close(small(x)["y"], model(x)["y"], rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_written_into_a_layers_output_later_is_not_taken_for_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 6, dtype=torch.float64)
+    layers = nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 8), nn.ReLU(inplace=True)
+    model = half_closed(nn.Sequential(*layers, nn.Linear(8, 3)), x)
+    assert prune(model, x).report.tier == "merged"  # type: ignore[union-attr]

@@ -194,7 +194,7 @@ def test_a_hook_on_a_block_sees_every_unit(name: str) -> None:
     model(x)
     assert rows[0] < 32
     seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_hook(lambda _m, _a, y: seen.append(y))
+    handle = model.get_submodule(name).register_forward_hook(lambda *called: seen.append(called[2]))
     model(x)
     handle.remove()
     assert seen[0].shape == (8, 32 if name.startswith("0") else 9)
