@@ -37,9 +37,9 @@ def _computed_by(module: nn.Module, name: str) -> tuple[str, str]:
         if kind.startswith("_"):  # PyTorch's own, which the user knows by a function: _WeightNorm
             kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", kind[1:]).lower()
         return kind, "torch.nn.utils.parametrize.remove_parametrizations"
-    for hook in module._forward_pre_hooks.values():
-        kinds: tuple[type, ...] = type(hook).__mro__
-        for kind in kinds:
+    hooks: list[object] = list(module._forward_pre_hooks.values())
+    for hook in hooks:
+        for kind in type(hook).__mro__:
             if kind.__name__ in _HOOKS:
                 return _HOOKS[kind.__name__]
     return "", ""
