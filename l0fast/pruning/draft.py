@@ -104,6 +104,8 @@ class Draft:
         """Attributes that were patched, and what they were."""
         self._edits: dict[str, Edit | None] = {}
         self._constants: Mapping[str, Tensor] = {}
+        self._made: dict[str, tuple[nn.Module, Edit | None, Tensor | None]] = {}
+        """Layers that were made last, with the edit and the constants that they were made by."""
 
     def make_smaller(
         self,
@@ -127,9 +129,24 @@ class Draft:
             self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
             setattr(module, patch.attribute, patch.value[0])
         places = {name: self.model.get_submodule(name) for name in self._edits}
+        # Most layers are as in the attempt before; the others go before new ones are made.
+        self._made = {name: one for name, one in self._made.items() if self._is_as_made(name)}
         with self.mode():
-            self._placed = {name: self.made(name) for name in self._edits}
+            for name, edit in self._edits.items():
+                if name not in self._made:
+                    self._made[name] = self.made(name), edit, self._constants.get(name)
+        self._placed = {name: self._made[name][0] for name in self._edits}
         self.model = replace(self.model, {id(places[n]): new for n, new in self._placed.items()})
+
+    def _is_as_made(self, name: str) -> bool:
+        """Whether a layer is to be as it was made last."""
+        _, edit, before = self._made[name]
+        if name not in self._edits or edit != self._edits[name]:
+            return False
+        now = self._constants.get(name)
+        if before is None or now is None:
+            return before is now
+        return torch.equal(before, now)
 
     def mode(self) -> AbstractContextManager[object]:
         """What the draft's tensors are computed in."""

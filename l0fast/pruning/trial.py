@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, gates
 from l0fast.measures.counts import Counts, element_size
+from l0fast.measures.flops import output_shapes
 from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.patches import Outcome
@@ -51,18 +51,18 @@ def _tried(
     size = element_size(model)
     full = {name: layer_size(m) for name, m in model.named_modules() if is_site(m)}
 
+    def own() -> Example:
+        return example.copy() if fake is None else example.map(fake.from_tensor)
+
     def counted(widths: dict[str, tuple[int, int]]) -> Counts:
         with draft.mode():
-            own = example.copy() if fake is None else example.map(fake.from_tensor)
-            return Counts.of(draft.model, own, size, widths)
+            return Counts.of(draft.model, own(), size, widths)
 
     dense = counted(full)
-    left = dense
 
     def check(_: Draft) -> Outcome:
-        nonlocal left
-        left = counted({})
-        same = left.outputs == dense.outputs
+        with draft.mode():
+            same = output_shapes(draft.model, own()) == dense.outputs
         return Outcome(0.0, "" if same else "its outputs have other shapes")
 
     plan = make_plan(draft, structure, check)
@@ -76,7 +76,7 @@ def _tried(
         dependencies=dependencies,
         kept=values.kept,
         dense=dense,
-        left=replace(left, widths=widths_left(plan)),
+        left=counted(widths_left(plan)),
         element_size=size,
     )
     return trial, plan
