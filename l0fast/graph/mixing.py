@@ -80,6 +80,8 @@ def along(position: int, zeros: bool = False) -> Rule:
 
     def rule(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
         (source,) = units.values()
+        if not source.labels.dim():
+            return None
         dims = dims_of(argument(node, position, "dim"), source.labels.dim())
         _mixed(source.labels, dims, op_name(node), ties)
         constant = zeros_only(source.constant)
@@ -139,7 +141,7 @@ def _joined(parts: Sequence[Tensor], shape: Sequence[int], reason: str, ties: Ti
     }
     broadcast: list[Tensor] = []
     for part in parts:
-        part = part.view(*[1] * (len(shape) - part.dim()), *part.shape)
+        part = part.view((1,) * (len(shape) - part.dim()) + part.shape)
         over = {dim for dim, size in enumerate(part.shape) if size < shape[dim]}
         if any(over & dims[id(other)] for other in parts):
             broadcast.append(part)

@@ -412,6 +412,7 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
         [1, 2, 1, 2],
     ),
     "mean over channels": (lambda x: x.mean(1), [1, 1, 1, 1]),
+    "a quotient of numbers": (lambda x: x.mean() / x.exp().sum(), [1, 1, 1, 1]),
     "mean over everything": (lambda x: x.mean(), [1, 1, 1, 1]),
     "sum over channels": (lambda x: x.sum(1, keepdim=True), [1, 1, 1, 1]),
     "sum over others": (lambda x: x.sum(2), [1, 2, 3, 4]),
