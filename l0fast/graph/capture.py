@@ -17,8 +17,9 @@ from torch.fx import Node
 
 from l0fast.graph.calls import Example
 from l0fast.graph.nodes import op_name
+from l0fast.layers.dense_types import DENSE_TYPES, dense_type_of
 
-LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+LAYERS = {kind: dims for dims, kind in enumerate(DENSE_TYPES)}
 """Classes of layers that can be made smaller -> how many dimensions follow their channels."""
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -28,8 +29,9 @@ _CALLS = {"aten::linear", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten:
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer; of a gated one, the dense class that it stands for."""
-    return getattr(module, "dense_type", type(module))
+    """The class of a layer; of a gated one or of a subclass, the dense class that it stands for."""
+    gated = getattr(module, "dense_type", None)
+    return gated or dense_type_of(type(module)) or type(module)
 
 
 def is_norm(module: nn.Module) -> bool:

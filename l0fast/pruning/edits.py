@@ -220,8 +220,8 @@ def shrink_(small: Any, edit: Edit) -> None:
 
 def in_dtype(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A layer with the same attributes and hooks, whose floating tensors are in `dtype`, or the
-    very same for None; the layer stays as it is."""
-    twin: nn.Module = object.__new__(type(layer))
+    very same for None; the layer stays as it is. Of a subclass, the dense layer that it is."""
+    twin: nn.Module = object.__new__(kind_of(layer))
     for key, value in vars(layer).items():
         twin.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
     for owned in (twin._parameters, twin._buffers):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.calls import Example, evaluating, unwrapped
-from l0fast.graph.capture import NORMS, is_carrier, layer_size
+from l0fast.graph.capture import NORMS, is_carrier, kind_of, layer_size
 from l0fast.graph.sharding import on_full_weights
 from l0fast.graph.sites import light_copy
 from l0fast.graph.sites import replace as replace_modules
@@ -117,7 +117,7 @@ def _table(tried: Trial, plan: Plan, models: list[nn.Module], example: Example) 
     kinds: dict[str, str] = {}
     for name, record in records[0].items():
         layer = models[0].get_submodule(name)
-        edit = edits.get(name, Edit(name, type(layer).__name__, layer_size(layer)))
+        edit = edits.get(name, Edit(name, kind_of(layer).__name__, layer_size(layer)))
         shapes = [(x.shape, x.stride(), x.dtype) for x in record.inputs]
         smaller = [part is None for part in (edit.inputs, edit.outputs, edit.gather, edit.scatter)]
         kinds[name] = repr((layer, shapes, smaller))
