@@ -109,6 +109,28 @@ def norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     return Units(source.labels, unknown(source.labels.shape).constant)
 
 
+def group_norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """Groups of channels that a function, not a layer, normalises: their number is written out, so
+    that only one group of all of them can be followed."""
+    source = units[node.args[0]]  # type: ignore[index]
+    if node.args[1] != 1:
+        return None
+    _mixed(source.labels, range(1, source.labels.dim()), op_name(node), ties)
+    return Units(source.labels, unknown(source.labels.shape).constant)
+
+
+def instance_norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """Each channel by itself, where there is no number for each: zeros stay."""
+    if len(units) > 1:
+        return None
+    (source,) = units.values()
+    _mixed(source.labels, range(2, source.labels.dim()), op_name(node), ties)
+    constant = zeros_only(source.constant)
+    if any(dim > 1 for dim in varying(constant)):
+        constant = unknown(()).constant
+    return replace(source, constant=constant.expand(source.labels.shape))
+
+
 # --- of several tensors --------------------------------------------------------------------------
 
 
