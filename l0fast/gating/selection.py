@@ -17,7 +17,8 @@ from l0fast.graph.calls import Example, evaluating
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sites import light_copy
 from l0fast.graph.structure import Structure
-from l0fast.layers.gated_types import GATED_TYPES
+from l0fast.layers.dense_types import dense_type_of
+from l0fast.layers.gated import Gated
 
 FUSED = "a fused op reads its weights"
 
@@ -64,7 +65,9 @@ def eligible(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: layer
         for name, layer in model.named_modules()
-        if _kind(layer) in GATED_TYPES and id(layer) not in inside_fused
+        if dense_type_of(_kind(layer)) is not None
+        and not isinstance(layer, Gated)
+        and id(layer) not in inside_fused
     }
 
 

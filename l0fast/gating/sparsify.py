@@ -25,10 +25,11 @@ from l0fast.gating.selection import (
     with_ordinary_attention,
 )
 from l0fast.graph.calls import Example
+from l0fast.graph.capture import kind_of
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sharding import refuse_shared
 from l0fast.graph.sites import replace
-from l0fast.layers.gated import DENSITY_INIT
+from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.options import GATES
@@ -102,9 +103,10 @@ def sparsify_(
     model, each convolution has gates on its outputs and each Linear on its inputs.
 
     Args:
-        model: any module; layers of exactly the classes nn.Linear and nn.Conv1d/2d/3d take part
-            (those inside PyTorch's fused attention modules do not, nor those whose weights
-            something computes, such as weight_norm).
+        model: any module; its nn.Linear and nn.Conv1d/2d/3d take part, and subclasses of them that
+            keep their forward, which become layers of the base class (those inside PyTorch's fused
+            attention modules do not, nor those whose weights something computes, such as
+            weight_norm).
         gates: "auto", or "input", "output" or "weight" for every layer that takes part.
         include: only layers whose name matches a glob pattern (or one of several), or for which
             predicate(name, layer) is true.
@@ -158,7 +160,7 @@ def sparsify_(
     gated: dict[str, Any] = {}
     for name, layer in layers.items():
         density, droprate = initial[name]
-        gated[name] = GATED_TYPES[type(layer)].from_dense(
+        gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
             layer,
             gates=choices[name].gates,
             units=choices[name].units,
@@ -188,8 +190,9 @@ def _check_call(
     """Refuses what is wrong whatever the model is made of."""
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
-    if type(model) in GATED_TYPES:
-        wanted = f"a model that contains layers (or {GATED_TYPES[type(model)].__name__}.from_dense)"
+    kind = kind_of(model)
+    if kind in GATED_TYPES and not isinstance(model, Gated):
+        wanted = f"a model that contains layers (or {GATED_TYPES[kind].__name__}.from_dense)"
         _checks.refuse("model", f"a single {type(model).__name__}", wanted)
     refuse_shared(model)
     _checks.one_of("gates", gates, ("auto", *GATES))

@@ -20,39 +20,89 @@ from torch.fx import Node
 from l0fast.graph.calls import Example
 from l0fast.graph.compare import values_of
 from l0fast.graph.computed import own_weights
-from l0fast.graph.nodes import op_name
+from l0fast.graph.nodes import argument, op_name
+from l0fast.layers.dense_types import DENSE_TYPES, dense_type_of
 
-LAYERS: dict[type[nn.Module], int] = {nn.Linear: 0, nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
+LAYERS = {kind: dims for dims, kind in enumerate(DENSE_TYPES)}
 """Classes of layers that can be made smaller -> how many dimensions follow their channels."""
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-"""Classes of norms that shrink with the channels they pass on, in dimension 1."""
+"""Classes of batch norms."""
 
-_CALLS = {"aten::linear", "aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::batch_norm"}
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+
+CHANNELWISE: dict[type[nn.Module], str] = {
+    **dict.fromkeys((*NORMS, *_INSTANCE_NORMS), "num_features"),
+    nn.GroupNorm: "num_channels",
+    nn.PReLU: "num_parameters",
+}
+"""Classes of layers with a number for each channel that they pass on, in dimension 1 -> the
+attribute that says of how many. They shrink with the channels."""
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a layer's own call looks like in a graph."""
+
+    op: str
+    place: int
+    """Of the argument that is a tensor of the layer, or None where it has none."""
+    key: str
+    """The name of that tensor."""
+
+
+_CALLS: dict[type[nn.Module], _Call] = {
+    nn.Linear: _Call("aten::linear", 1, "weight"),
+    **{kind: _Call(f"aten::conv{dims}d", 1, "weight") for kind, dims in LAYERS.items() if dims},
+    **dict.fromkeys(NORMS, _Call("aten::batch_norm", 3, "running_mean")),
+    **dict.fromkeys(_INSTANCE_NORMS, _Call("aten::instance_norm", 1, "weight")),
+    nn.GroupNorm: _Call("aten::group_norm", 2, "weight"),
+    nn.PReLU: _Call("aten::prelu", 1, "weight"),
+}
 
 
 def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer; of a gated one, the dense class that it stands for."""
-    return getattr(module, "dense_type", type(module))
+    """The class of a layer; of a gated one or of a subclass, the dense class that it stands for."""
+    gated = getattr(module, "dense_type", None)
+    return gated or dense_type_of(type(module)) or type(module)
 
 
-def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a batch norm; classes that add an activation to it count, too."""
-    return isinstance(module, NORMS)
+def _size_name(module: nn.Module) -> str:
+    """The attribute that says how many channels a layer of `CHANNELWISE` has, else ""."""
+    return next((name for kind, name in CHANNELWISE.items() if isinstance(module, kind)), "")
+
+
+def is_channelwise(module: nn.Module) -> bool:
+    """Whether a module passes channels on and has a number for each; classes that add an
+    activation to such a norm count, too."""
+    return bool(_size_name(module))
 
 
 def is_site(module: nn.Module) -> bool:
     """Whether a module is one that can be made smaller."""
     if not own_weights(module):
         return False
-    if is_norm(module):
+    if isinstance(module, NORMS):
         return module._buffers.get("running_mean") is not None
+    if isinstance(module, nn.PReLU):
+        return module.num_parameters > 1
+    if is_channelwise(module):
+        return True
     return kind_of(module) in LAYERS and module._parameters["weight"] is not None
 
 
+def groups_of(layer: nn.Module) -> int:
+    """How many groups of channels a layer has that can only vanish as wholes; of one that treats
+    each channel alone, one for each."""
+    if isinstance(layer, nn.GroupNorm):
+        return layer.num_groups
+    return layer_size(layer)[0] if is_channelwise(layer) else getattr(layer, "groups", 1)
+
+
 def is_carrier(layer: nn.Module) -> bool:
-    """Whether a layer passes its channels on (a norm, or a convolution in groups of them)."""
-    return is_norm(layer) or getattr(layer, "groups", 1) > 1
+    """Whether a layer passes its channels on: a norm of channels, slopes, or a convolution in
+    groups of them."""
+    return is_channelwise(layer) or getattr(layer, "groups", 1) > 1
 
 
 def train_but_norms(model: nn.Module) -> None:
@@ -65,19 +115,34 @@ def train_but_norms(model: nn.Module) -> None:
 
 
 def layer_size(layer: nn.Module) -> tuple[int, int]:
-    """(inputs, outputs) of a Linear, a convolution or a batch norm."""
-    if isinstance(layer, NORMS):
-        return layer.num_features, layer.num_features
+    """(inputs, outputs) of a layer that can be made smaller."""
+    if name := _size_name(layer):
+        return getattr(layer, name), getattr(layer, name)
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]
+
+
+def resize_(layer: Any, inputs: int, outputs: int) -> None:
+    """Sets the attributes that say a layer's size; a group keeps its size."""
+    before = layer_size(layer)[0]
+    if isinstance(layer, nn.GroupNorm):
+        layer.num_groups = layer.num_groups * inputs // before
+    elif getattr(layer, "groups", 1) > 1:
+        layer.groups = layer.groups * inputs // before
+    if name := _size_name(layer):
+        setattr(layer, name, outputs)
+        return
+    unit = "features" if isinstance(layer, nn.Linear) else "channels"
+    setattr(layer, f"in_{unit}", inputs)
+    setattr(layer, f"out_{unit}", outputs)
 
 
 @dataclass
 class Trace:
     """An exported model: its graph, and which layers' own calls its nodes are.
 
-    Layers are Linears, convolutions and batch norms.
+    Layers are those that can be made smaller.
     """
 
     graph: torch.fx.Graph
@@ -144,8 +209,9 @@ def _read(graph: torch.fx.Graph) -> set[Node]:
         if node.is_impure() or not read.isdisjoint(node.users):
             read.add(node)
     unread: set[Node] = set()
+    ops = {call.op for call in _CALLS.values()}
     for node in graph.nodes:
-        called = op_name(node) in _CALLS or not unread.isdisjoint(node.all_input_nodes)
+        called = op_name(node) in ops or not unread.isdisjoint(node.all_input_nodes)
         if called and node not in read:
             unread.add(node)
     graph.eliminate_dead_code(lambda node: node in read or node in unread)
@@ -181,8 +247,22 @@ def export(model: nn.Module, example: Example) -> Trace:
         path, _, attribute = name.rpartition(".")
         return modules[path], attribute
 
-    def tensors(module: nn.Module) -> dict[str, Any]:
-        return {**module._parameters, **module._buffers}
+    def tensor(module: nn.Module, key: str) -> Any:
+        return {**module._parameters, **module._buffers}.get(key)
+
+    def is_call(node: Node, caller: nn.Module) -> bool:
+        """Whether a node is the own call of the layer in whose forward it is."""
+        kinds = (call for kind, call in _CALLS.items() if isinstance(caller, kind))
+        call = next(kinds, None)
+        if call is None or op_name(node) != call.op or not is_site(caller):
+            return False
+        if isinstance(caller, nn.GroupNorm) and node.args[1] != caller.num_groups:
+            return False
+        mine, held = tensor(caller, call.key), holder(argument(node, call.place, call.key))
+        if held is None:  # a norm without numbers
+            return mine is None
+        # Perhaps another layer's, which is the same.
+        return held[1] == call.key and mine is tensor(held[0], call.key)
 
     calls: dict[Node, str] = {}
     callers: dict[Node, str] = {}
@@ -191,14 +271,8 @@ def export(model: nn.Module, example: Example) -> Trace:
         path = next(reversed(stack.values()))[0] if stack else ""
         caller = modules.get(path, model)
         callers[node] = names[id(caller)]
-        if op_name(node) not in _CALLS or not is_site(caller):
-            continue
-        place, key = (3, "running_mean") if is_norm(caller) else (1, "weight")
-        held = holder(node.args[place])
-        if held is not None and held[1] == key:  # perhaps another layer's, which is the same
-            mine, its = (tensors(one).get(key) for one in (caller, held[0]))
-            if mine is its:
-                calls[node] = names[id(caller)]
+        if is_call(node, caller):
+            calls[node] = names[id(caller)]
     read_outside: set[str] = set()
     for node in program.graph.nodes:
         held_by = holder(node)

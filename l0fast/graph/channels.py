@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from torch.fx import Node
 
+from l0fast.graph.contractions import attention, einsum, matmul
 from l0fast.graph.mixing import (
     along,
     at_places,
-    attention,
-    einsum,
     glu,
+    group_norm,
+    instance_norm,
     join,
-    matmul,
     norm,
     reduction,
     shaped_like,
@@ -107,6 +107,8 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_aten("expand_as reshape_as view_as"), shaped_like),
     "aten::einsum": einsum,
     **dict.fromkeys(_aten("layer_norm rms_norm"), norm),
+    "aten::group_norm": group_norm,
+    "aten::instance_norm": instance_norm,
     **dict.fromkeys(_aten("bmm matmul mm"), matmul),
     "aten::scaled_dot_product_attention": attention,
 }
@@ -121,8 +123,8 @@ JOINS = _aten(
 """Ops on each element of several tensors."""
 
 _SEVERAL = _aten(
-    "bmm cat einsum expand_as gather index index_add index_select layer_norm matmul mm prelu "
-    "reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as view_as"
+    "bmm cat einsum expand_as gather group_norm index index_add index_select layer_norm matmul mm "
+    "prelu reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as view_as"
 )
 """Ops with a rule that may have several tensors."""
 

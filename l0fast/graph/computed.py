@@ -25,8 +25,11 @@ WEIGHTS = ("weight", "bias")
 
 
 def own_weights(module: nn.Module, names: Collection[str] = WEIGHTS) -> bool:
-    """Whether a module has its weights as parameters, or as None."""
-    return module._parameters.keys() >= set(names)
+    """Whether a module has its weights as parameters, or as None; those that its class has."""
+    return not any(
+        name not in module._parameters and (name in vars(module) or hasattr(type(module), name))
+        for name in names
+    )
 
 
 def _computed_by(module: nn.Module, name: str) -> tuple[str, str]:

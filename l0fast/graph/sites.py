@@ -108,7 +108,7 @@ def _has_bias_for_all(layer: nn.Module) -> bool:
 def find_sites(
     model: nn.Module, trace: Trace | None, tied: Mapping[str, str], full: Mapping[str, str]
 ) -> dict[str, Site]:
-    """Every Linear, convolution and batch norm of a model, all of it open.
+    """Every layer of a model that can be made smaller, all of it open.
 
     Args:
         model: with or without gates, which do not matter here.

@@ -1,6 +1,6 @@
 """One walk along a model's graph: where each unit lies, and which can only vanish together.
 
-A unit is an output of a layer. Batch norms, and convolutions in groups, pass units on.
+A unit is an output of a layer. Norms of channels, slopes and convolutions in groups pass units on.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from l0fast import _checks
-from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_norm, kind_of
+from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_channelwise, kind_of
+from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 from l0fast.graph.sites import Site
@@ -35,7 +36,7 @@ class Walk(Tied):
 
     Args:
         trace: the export of the model whose layers the sites are.
-        sites: every Linear, convolution and batch norm of the model.
+        sites: every layer of the model that can be made smaller.
     """
 
     def __init__(self, trace: Trace, sites: Iterable[Site]) -> None:
@@ -170,7 +171,7 @@ class Walk(Tied):
         units, lost = None, self.lost.get(source, "")
         calls = self.trace.counts[site.name]
         if shape is not None and source in self.values:
-            dim = 1 if is_norm(site.layer) else len(shape) - 1 - inner
+            dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
             units = self.values[source].along(dim)
             if units is None:
                 lost = f"{site.name!r}, along another dimension"
@@ -184,7 +185,7 @@ class Walk(Tied):
             return
         labels, constant = self._output(site, units)
         self.outputs[site.name] = labels
-        dim = 1 if is_norm(site.layer) else len(made) - 1 - inner
+        dim = 1 if is_channelwise(site.layer) else len(made) - 1 - inner
         place = [1] * dim + [-1] + [1] * (len(made) - 1 - dim)
         self.values[node] = Units(
             labels.view(place).expand(made), constant.view(place).expand(made)
@@ -196,30 +197,12 @@ class Walk(Tied):
 
     def _output(self, site: Site, units: Units | None) -> tuple[Tensor, Tensor]:
         """The units that a layer's outputs are, and their constants, as vectors."""
-        layer: Any = site.layer
-        size = len(site.writes)
-        nothing = unknown((size,)).constant
-        if is_norm(layer):
-            if units is None:
-                return unknown((size,)).labels, nothing
-            weight = 1.0 if layer.weight is None else layer.weight.detach().cpu().double()
-            bias = 0.0 if layer.bias is None else layer.bias.detach().cpu().double()
-            mean, variance = layer.running_mean.cpu().double(), layer.running_var.cpu().double()
-            scale = weight / (variance + layer.eps).sqrt()
-            constant = (units.constant - mean) * scale + bias
-            return units.labels, nothing if site.name in self.untold else constant
-        if not is_carrier(layer):
-            return self.made[site.name], torch.where(site.writes, nothing, 0.0)
+        nothing = unknown((len(site.writes),))
+        if not is_carrier(site.layer):
+            return self.made[site.name], torch.where(site.writes, nothing.constant, 0.0)
         if units is None:
-            return unknown((size,)).labels, nothing
-        groups = units.labels.view(layer.groups, -1)
-        self.tie(groups, groups[:, :1], f"the groups of {site.name!r}")
-        repeats = size // layer.groups
-        # Outputs of silent inputs are their biases.
-        silent = (units.constant == 0).view(layer.groups, -1).all(1).repeat_interleave(repeats)
-        bias = nothing if layer.bias is not None and site.name in self.untold else site.bias()
-        constant = torch.where(silent, bias, nothing)
-        return groups[:, 0].repeat_interleave(repeats), torch.where(site.writes, constant, 0.0)
+            return nothing.labels, nothing.constant
+        return passed_on(site, units, self, site.name in self.untold)
 
     def _op(self, node: Node) -> None:
         """Any other op: its rule, or the end of what flows into it."""

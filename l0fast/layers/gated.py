@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
+from l0fast.layers.dense_types import dense_type_of
 from l0fast.layers.draw import DRAWN, STAGES, Drawn, OnDevice, OpenCounts
 from l0fast.layers.options import check_options
 from l0fast.maths.gated_weight import mask
@@ -95,17 +96,17 @@ class Gated(Drawn):
         """A gated layer that shares the very parameters (and hooks) of a dense one.
 
         Args:
-            layer: of exactly the dense class.
+            layer: of the dense class, or of a subclass that keeps its forward.
             gates, density_init, droprate_init, distribution, noise: as in `Gated`.
             units: with gates on inputs, how many consecutive ones each gate serves: those of an
                 attention head, say.
             shared: another gated layer, which reads the same units: its gates are this one's too.
 
         Raises:
-            TypeError: `layer` is not exactly of the dense class.
+            TypeError: `layer` is of another class, or its subclass has another forward.
             ValueError: an option is out of its range.
         """
-        if type(layer) is not cls.dense_type:
+        if dense_type_of(type(layer)) is not cls.dense_type or isinstance(layer, Gated):
             _checks.refuse(
                 "layer", type(layer).__name__, f"a torch.nn.{cls.dense_type.__name__}", TypeError
             )

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph.capture import LAYERS, is_carrier, is_norm, kind_of
+from l0fast.graph.capture import LAYERS, is_carrier, kind_of, layer_size, resize_
 from l0fast.graph.sites import replace
 
 _SIDES = ("input", "output")
@@ -206,22 +206,14 @@ def shrink_(small: Any, edit: Edit) -> None:
             if isinstance(value, nn.Parameter):
                 part = nn.Parameter(part, value.requires_grad)
             owned[name] = part
-    if is_norm(small):
-        small.num_features = small.num_features if edit.outputs is None else len(edit.outputs)
-        return
-    groups = getattr(small, "groups", 1)
-    if groups > 1 and edit.inputs is not None:
-        small.groups = groups * len(edit.inputs) // small.in_channels
-    unit = "features" if isinstance(small, nn.Linear) else "channels"
-    for side, part in (("in", edit.inputs), ("out", edit.outputs)):
-        if part is not None:
-            setattr(small, f"{side}_{unit}", len(part))
+    parts = zip((edit.inputs, edit.outputs), layer_size(small), strict=True)
+    resize_(small, *(size if part is None else len(part) for part, size in parts))
 
 
 def in_dtype(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A layer with the same attributes and hooks, whose floating tensors are in `dtype`, or the
-    very same for None; the layer stays as it is."""
-    twin: nn.Module = object.__new__(type(layer))
+    very same for None; the layer stays as it is. Of a subclass, the dense layer that it is."""
+    twin: nn.Module = object.__new__(kind_of(layer))
     for key, value in vars(layer).items():
         twin.__dict__[key] = copy.copy(value) if isinstance(value, dict) else value
     for owned in (twin._parameters, twin._buffers):
@@ -248,7 +240,7 @@ def edited(
     """The ordinary module that an edit makes of a layer; the layer stays as it is.
 
     Args:
-        layer: a Linear, a convolution or a batch norm.
+        layer: one that can be made smaller.
         edit: made for it; a convolution in groups keeps or loses whole groups.
         factor: what `edit.scale` multiplies its units with, [units]; ones by default.
         constants: [in], of inputs that the edit leaves out: the bias takes what they give.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_carrier, is_norm, is_site
+from l0fast.graph.capture import NORMS, is_carrier, is_site
 
 SEED = 0
 LONG, MEDIUM = 64, 512
@@ -138,7 +138,7 @@ def _constants(model: nn.Module) -> Iterator[nn.Parameter]:
     for module in model.modules():
         if is_site(module) and is_carrier(module):
             held.add(id(module._parameters.get("bias")))
-            if is_norm(module) and bool(module._buffers["running_mean"].any()):  # type: ignore[union-attr]
+            if isinstance(module, NORMS) and bool(module._buffers["running_mean"].any()):  # type: ignore[union-attr]
                 held.add(id(module._parameters.get("weight")))
     for name, parameter in model.named_parameters():
         gates = name.rpartition(".")[2] == "log_alpha"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.calls import Example, evaluating, unwrapped
-from l0fast.graph.capture import NORMS, is_carrier, layer_size
+from l0fast.graph.capture import groups_of, is_carrier, is_channelwise, kind_of, layer_size
 from l0fast.graph.sharding import on_full_weights
 from l0fast.graph.sites import light_copy
 from l0fast.graph.sites import replace as replace_modules
@@ -117,7 +117,7 @@ def _table(tried: Trial, plan: Plan, models: list[nn.Module], example: Example) 
     kinds: dict[str, str] = {}
     for name, record in records[0].items():
         layer = models[0].get_submodule(name)
-        edit = edits.get(name, Edit(name, type(layer).__name__, layer_size(layer)))
+        edit = edits.get(name, Edit(name, kind_of(layer).__name__, layer_size(layer)))
         shapes = [(x.shape, x.stride(), x.dtype) for x in record.inputs]
         smaller = [part is None for part in (edit.inputs, edit.outputs, edit.gather, edit.scatter)]
         kinds[name] = repr((layer, shapes, smaller))
@@ -164,7 +164,7 @@ class _Sides(NamedTuple):
 
 def _widths(layer: nn.Module, edit: Edit) -> tuple[list[int], list[int]]:
     """Widths along both sides of a layer, from one unit to all where it gets smaller."""
-    (inputs, outputs), groups = layer_size(layer), getattr(layer, "groups", 1)
+    (inputs, outputs), groups = layer_size(layer), groups_of(layer)
 
     def grid(size: int, step: int) -> list[int]:
         shares = (index / (POINTS - 1) for index in range(POINTS))
@@ -188,7 +188,7 @@ def _cells(layer: nn.Module, given: list[Tensor], edit: Edit, sides: _Sides) -> 
         sides: the widths.
     """
     inputs, outputs = edit.size
-    dim = 1 if isinstance(layer, NORMS) else channel_dim(layer)
+    dim = 1 if is_channelwise(layer) else channel_dim(layer)
 
     def without(move: Any, kept: int, size: int) -> tuple[tuple[int, ...], int] | None:
         return None if move is None or kept == size else (tuple(range(kept)), size)

@@ -70,6 +70,8 @@ PLACES: dict[str, dict[str, tuple[str, int]]] = {
         "classifier": ("input", 1),
     },
     "llama": {"o_proj": ("input", 8), "down_proj": ("input", 1)},
+    "channelwise": {"3": ("input", 4), "6": ("input", 3)}
+    | dict.fromkeys(("9", "12", "15", "20"), ("input", 1)),
     "unet": dict.fromkeys(("down.3", "bottom.3", "up.3", "head"), ("input", 1)),
     "resnext": {
         f"layer{stage}.0.{name}": ("input", units)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
@@ -51,7 +51,8 @@ def test_every_kind_of_layer_has_its_drop_in() -> None:
 
 
 class MyLinear(nn.Linear):
-    pass
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input).relu()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,17 @@ from l0fast.graph.units import Units, narrowed, reshaped
 from l0fast.graph.walk import Walk
 from tests.helpers.zoo import ZOO
 
-MODELS = ["vgg", "resnet50", "mobilenet", "resnext", "densenet", "shufflenet", "unet", "vit"]
+MODELS = [
+    "vgg",
+    "resnet50",
+    "mobilenet",
+    "resnext",
+    "densenet",
+    "channelwise",
+    "shufflenet",
+    "unet",
+    "vit",
+]
 
 
 @functools.cache

@@ -31,6 +31,23 @@ def vgg() -> nn.Module:
     return model
 
 
+def channelwise() -> nn.Module:
+    """Every kind of layer with a number for each channel, with and without numbers to learn."""
+    layers: list[nn.Module] = []
+    for index, layer in enumerate(
+        [
+            nn.GroupNorm(3, 12),
+            nn.GroupNorm(4, 12, affine=False),
+            nn.InstanceNorm2d(12, affine=True),
+            nn.InstanceNorm2d(12),
+            nn.InstanceNorm2d(12, track_running_stats=True),
+            nn.PReLU(12),
+        ]
+    ):
+        layers += [nn.Conv2d(12 if index else 3, 12, 3, padding=1), layer, nn.SiLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 5))
+
+
 class UNet(nn.Module):
     """Two levels with batch norm, a skip connection and an upsampling in between."""
 
@@ -282,6 +299,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     },
     "lenet": (lambda: LeNet(6, 10, 30), lambda: torch.randn(2, 1, 28, 28)),
     "vgg": (vgg, lambda: image(16)),
+    "channelwise": (channelwise, lambda: image(8)),
     "resnet18": (
         lambda: tv.ResNet(tv.resnet.BasicBlock, [1, 1, 1, 1], num_classes=5, width_per_group=64),
         lambda: image(32),

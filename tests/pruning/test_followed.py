@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from l0fast import prune, sparsify_
+from l0fast import L0Conv2d, L0Linear, load_pruned, prune, save_pruned, sparsify_
 from l0fast.layers.handle import gated_layers
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed
 from tests.helpers.plain_models import mlp
@@ -183,3 +184,66 @@ def test_a_tensor_written_out_in_a_forward_leaves_zeros_known() -> None:
     model = Convs(lambda x: x.relu() * torch.tensor(2.0, dtype=x.dtype))
     table = sparsify_(model, example_inputs=torch.randn(1, 3, 6, 6), dry_run=True)
     assert {row.name: row.gates for row in table.layers} == {"a": "output", "b": ""}
+
+
+class Simple(nn.Conv2d):
+    """A convolution with another __init__, as torchvision's Conv3DSimple."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1, bias=False)
+        self.made_by = "Simple"
+
+    def extra_repr(self) -> str:
+        return "simple"
+
+
+class Doubled(nn.Linear):
+    """A Linear of another function."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+class Standardized(nn.Conv2d):
+    """A convolution of another function, which keeps its forward."""
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return super()._conv_forward(input, weight - weight.mean(), bias)
+
+
+def simple_images() -> nn.Module:
+    return nn.Sequential(
+        Simple(3, 6), nn.BatchNorm2d(6), nn.ReLU(), Simple(6, 5), nn.ReLU(), nn.Flatten(),
+        nn.Linear(5 * 16, 2)
+    )  # fmt: skip
+
+
+def test_subclasses_that_keep_the_forward_are_gated_and_pruned(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64)
+    small, model = pruned(simple_images(), x)
+    assert list(gated_layers(model)) == ["3", "6"]
+    assert type(small[0]) is type(small[3]) is nn.Conv2d
+    assert small[0].out_channels == small[3].in_channels == 3
+    save_pruned(small, tmp_path / "small.safetensors")
+    again: Any = load_pruned(simple_images, tmp_path / "small.safetensors").eval()
+    assert type(again[3]) is nn.Conv2d
+    assert_same(again, small, x)
+
+
+def test_subclasses_of_another_function_have_no_gates() -> None:
+    model = nn.Sequential(Standardized(3, 6, 3), nn.ReLU(), nn.Flatten(), Doubled(24, 2))
+    model.append(nn.Linear(2, 2))
+    table = sparsify_(model, example_inputs=torch.randn(1, 3, 4, 4), dry_run=True)
+    assert [row.name for row in table.layers] == ["4"]
+    for layer, kind in ((model[0], L0Conv2d), (model[3], L0Linear)):
+        with pytest.raises(TypeError, match="layer: got"):
+            kind.from_dense(layer)
+
+
+def test_a_subclass_is_not_made_anew() -> None:
+    layer = Simple(3, 6)
+    gated = L0Conv2d.from_dense(layer)
+    assert gated.weight is layer.weight
+    assert type(gated.dense()) is nn.Conv2d
+    with pytest.raises(TypeError, match="layer: got 'L0Conv2d'"):
+        L0Conv2d.from_dense(gated)

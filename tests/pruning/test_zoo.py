@@ -120,7 +120,9 @@ def test_neighbours_agree_without_gathers_and_scatters(name: str) -> None:
     assert (small.report.tier == "merged") == (name != "gpt2")
 
 
-@pytest.mark.parametrize("name", ["mobilenet", "resnext", "gpt2", "gpt2 with attributes", "bert"])
+@pytest.mark.parametrize(
+    "name", ["mobilenet", "resnext", "channelwise", "gpt2", "gpt2 with attributes", "bert"]
+)
 def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
     _, small, args = pruned(name, "random")
     path = tmp_path / "small.safetensors"
@@ -135,7 +137,9 @@ def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
     assert str(again) == str(small)
 
 
-@pytest.mark.parametrize("name", ["vgg", "mobilenet", "gpt2 with attributes", "bert", "llama"])
+@pytest.mark.parametrize(
+    "name", ["vgg", "mobilenet", "channelwise", "gpt2 with attributes", "bert", "llama"]
+)
 def test_it_is_an_ordinary_model(name: str) -> None:
     """It copies, pickles, compiles without a break and exports, norms and heads included."""
     _, small, args = pruned(name, "random")
@@ -167,6 +171,14 @@ def test_what_shrinks_in_each_kind() -> None:
     assert block.conv2.groups < 4
     assert block.conv1.out_channels == block.conv2.in_channels == block.conv2.groups * 64
 
+    layers: Any = pruned("channelwise", "one")[1]
+    assert (layers[1].num_groups, layers[1].num_channels, layers[1].weight.numel()) == (1, 4, 4)
+    assert (layers[4].num_groups, layers[4].num_channels) == (1, 3)
+    assert (layers[7].num_features, layers[7].weight.numel()) == (1, 1)
+    assert layers[10].num_features == layers[13].num_features == 1
+    assert layers[13].running_mean.numel() == 1
+    assert (layers[16].num_parameters, layers[16].weight.numel()) == (1, 1)
+
     llama: Any = pruned("llama", "one")[1]
     assert [llama.q_proj.out_features, llama.k_proj.out_features] == [8, 4]
     assert [llama.v_proj.out_features, llama.o_proj.in_features] == [4, 8]
@@ -192,7 +204,7 @@ def test_what_shrinks_in_each_kind() -> None:
     assert vgg.features[1].num_features == 1
 
 
-@pytest.mark.parametrize("name", ["llama", "vgg", "resnext"])
+@pytest.mark.parametrize("name", ["llama", "vgg", "resnext", "channelwise"])
 def test_a_target_is_met_by_gates_that_serve_blocks(name: str) -> None:
     model, args, _ = gated(name)
     model = copy.deepcopy(model).train()
