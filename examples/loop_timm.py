@@ -1,4 +1,4 @@
-"""A loop with timm's model, optimizer and schedule: digits, a small ViT, half of its parameters."""
+"""A loop with timm's model, optimizer and schedule: digits, a small ViT, a fifth of it."""
 
 import timm
 import torch
@@ -22,7 +22,7 @@ l0fast.sparsify_(model, example_inputs=x[:8])
 optimizer = create_optimizer_v2(model, opt="adamw", lr=3e-3, weight_decay=0.05)
 schedule, epochs = create_scheduler_v2(optimizer, "cosine", num_epochs=epochs, warmup_epochs=2)
 l0fast.DensityConstraint(
-    model, target=0.5, measure="params", example_inputs=x[:8], steps=epochs * len(loader)
+    model, target=0.2, measure="params", example_inputs=x[:8], steps=epochs * len(loader)
 ).attach(optimizer)
 for epoch in range(epochs):
     for images, labels in loader:

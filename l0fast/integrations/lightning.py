@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch import Callback
-
 from l0fast.integrations.recipe import Recipe, given
 
+try:
+    from lightning.pytorch import Callback
+except ModuleNotFoundError:
+    try:
+        from pytorch_lightning import Callback
+    except ModuleNotFoundError as error:
+        words = (
+            'install Lightning: pip install "l0fast[lightning]", or pip install pytorch-lightning'
+        )
+        raise ModuleNotFoundError(f"l0fast.integrations.lightning: {words}") from error
 
-class L0Callback(Callback):
+
+class L0Callback(Callback):  # pyright: ignore[reportGeneralTypeIssues, reportUntypedBaseClass]
     """Trains a model's gates under a constraint, inside the Trainer's own steps.
 
     Equals:

@@ -267,23 +267,27 @@ class Gated(Drawn):
 
     # --- what a module must do ------------------------------------------------------------------
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
-        destination[prefix + "stage"] = torch.tensor(STAGES.index(self.stage))
+    def get_extra_state(self) -> Tensor:
+        """The stage of its gates, which a state has beside the parameters."""
+        return torch.tensor(STAGES.index(self.stage))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over the stage of a state."""
+        self.stage = STAGES[int(state)]
+        self._forget_draws()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        stage = state_dict.pop(prefix + "stage", None)
-        if stage is not None:
-            self.stage = STAGES[int(stage)]
-            self._forget_draws()
         # The state of the dense layer loads too: the gates then stay as they are.
-        key = prefix + "log_alpha"
-        if key not in state_dict and prefix + "weight" in state_dict:
-            state_dict[key] = self.log_alpha.detach()
-            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        own = {"_extra_state": self.get_extra_state()}
+        if prefix + "weight" in state_dict:
+            own["log_alpha"] = self.log_alpha.detach()
+        lacking = {
+            prefix + name: one for name, one in own.items() if prefix + name not in state_dict
+        }
+        state_dict.update(lacking)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
+        for key in lacking:
             del state_dict[key]
-        else:
-            super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[misc]
 
     def extra_repr(self) -> str:
         units = f", units={self.units}" if self.units > 1 else ""

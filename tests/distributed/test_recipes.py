@@ -102,20 +102,28 @@ def trainings(mine: slice, rank: int) -> dict[str, Any]:
     }
 
 
-def resumed(mine: slice, stop: int, out: str) -> bool:
+def fresh(way: str, mine: slice) -> Run:
+    model = made()
+    if way == "ddp":
+        return Run(DistributedDataParallel(model), mine, model)
+    return Run(sharded(model), mine)
+
+
+def resumed(way: str, mine: slice, stop: int, out: str) -> bool:
     """Whether a training that stops, and goes on from a checkpoint, ends bit-equal."""
-    run = Run(sharded(made()), mine).train(0, stop)
+    run = fresh(way, mine).train(0, stop)
     model, optimizer = get_state_dict(run.model, run.optimizer)
     parts: dict[str, Any] = {"model": model, "optimizer": optimizer}
-    dcp.save({**parts, "constraint": run.constraint.attachment}, checkpoint_id=f"{out}/{stop}")  # pyright: ignore[reportPrivateImportUsage]
+    path = f"{out}/{way}-{stop}"
+    dcp.save({**parts, "constraint": run.constraint.attachment}, checkpoint_id=path)  # pyright: ignore[reportPrivateImportUsage]
     expected = run.train(stop, STEPS).state()
-    again = Run(sharded(made()), mine)
+    again = fresh(way, mine)
     parts = dict(
         zip(("model", "optimizer"), get_state_dict(again.model, again.optimizer), strict=True)
     )
     assert again.constraint.attachment is not None
     assert again.constraint.attachment.taken == 0  # asking for a state is no step of the training
-    dcp.load({**parts, "constraint": again.constraint.attachment}, checkpoint_id=f"{out}/{stop}")  # pyright: ignore[reportPrivateImportUsage]
+    dcp.load({**parts, "constraint": again.constraint.attachment}, checkpoint_id=path)  # pyright: ignore[reportPrivateImportUsage]
     set_state_dict(
         again.model,
         again.optimizer,
@@ -131,14 +139,14 @@ def pruned_and_trained_on(mine: slice) -> dict[str, Any]:
     run = Run(sharded(made()), mine).train(0, STEPS - 2)
     small: Any = prune(run.model, X)
     full = get_model_state_dict(run.model, options=StateDictOptions(full_state_dict=True))
-    fresh = made()
-    fresh.load_state_dict(copy.deepcopy(full))
+    whole = made()
+    whole.load_state_dict(copy.deepcopy(full))
     kinds = {type(run.model).__name__, type(run.model[0]).__name__, type(small).__name__}
     with torch.no_grad():
         run.model.eval()
         same = float((small.eval()(X) - run.model(X)).abs().max())
         run.model.train()
-    from_full: Any = prune(fresh, X, target=run.constraint)
+    from_full: Any = prune(whole, X, target=run.constraint)
     run.train(STEPS - 2, STEPS)
     return {
         "kinds": kinds,
@@ -165,7 +173,11 @@ def process(rank: int, out: str) -> None:
     mine = slice(rank, None, 2)
     kept = {
         "trainings": trainings(mine, rank),
-        "resumed": {stop: resumed(mine, stop, out) for stop in (4, 20, 38)},
+        "resumed": {
+            (way, stop): resumed(way, mine, stop, out)
+            for way in ("ddp", "fsdp")
+            for stop in (4, 20, 38)
+        },
         "pruned": pruned_and_trained_on(mine),
         "explicit": explicit(),
     }
@@ -211,8 +223,13 @@ def test_it_is_the_training_of_one_process(name: str, results: list[dict[str, An
 
 
 @pytest.mark.slow
-def test_a_distributed_checkpoint_goes_on_bit_equal(results: list[dict[str, Any]]) -> None:
-    assert [result["resumed"] for result in results] == 2 * [{4: True, 20: True, 38: True}]
+@pytest.mark.parametrize("way", ["ddp", "fsdp"])
+def test_a_distributed_checkpoint_goes_on_bit_equal(
+    way: str, results: list[dict[str, Any]]
+) -> None:
+    for result in results:
+        found = {stop: same for (kind, stop), same in result["resumed"].items() if kind == way}
+        assert found == {4: True, 20: True, 38: True}
 
 
 @pytest.mark.slow

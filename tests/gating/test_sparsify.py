@@ -112,7 +112,7 @@ def test_example_inputs_leave_out_what_never_runs(inputs: Any, unreached: set[st
     assert all(
         value.double().sum().item() == values[name]
         for name, value in model.state_dict().items()
-        if not name.endswith((".log_alpha", ".stage"))
+        if not name.endswith((".log_alpha", "._extra_state"))
     )
     assert all(not layer._forward_pre_hooks for layer in gated_layers(model).values())
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests import ROOT
 from tests.helpers.digits import (
     BATCH,
     STEPS,
@@ -153,3 +157,26 @@ def test_a_callback_serves_a_second_training_after_an_interrupted_one(tmp_path: 
     module = Module()
     fit(module, tmp_path, made=made)
     assert_within(module.net)
+
+
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [
+        (["lightning"], "pytorch_lightning.callbacks.callback"),
+        (["lightning", "pytorch_lightning"], 'pip install "l0fast[lightning]", or pip install'),
+    ],
+)
+def test_it_takes_the_package_that_is_installed(missing: list[str], words: str) -> None:
+    pytest.importorskip("pytorch_lightning")
+    code = f"""
+import sys
+sys.modules.update(dict.fromkeys({missing}))
+from l0fast.integrations.lightning import L0Callback
+print(L0Callback.__base__.__module__)
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False
+    )
+    assert words in (done.stderr if done.returncode else done.stdout), done.stderr
+    assert (done.returncode == 0) == (len(missing) == 1)

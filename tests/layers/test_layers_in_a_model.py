@@ -376,7 +376,7 @@ def test_state_dicts_go_from_and_into_the_dense_model() -> None:
         model.fc1.weight.add_(1)
     missing, unexpected = dense.load_state_dict(model.state_dict(), strict=False)
     assert missing == []
-    names = [(name, of) for name in ("conv", "fc1", "fc2") for of in ("log_alpha", "stage")]
+    names = [(name, of) for name in ("conv", "fc1", "fc2") for of in ("_extra_state", "log_alpha")]
     assert unexpected == [f"{name}.{of}" for name, of in names]
     assert torch.equal(model.fc1.weight, dense.fc1.weight)  # type: ignore[arg-type]
 
@@ -560,4 +560,4 @@ def test_ddp_trains_gates_that_agree(tmp_path: Any) -> None:
     assert torch.equal(multiplier, other_multiplier)
     for name, value in state.items():
         assert torch.equal(value, other[name])
-        assert torch.equal(value, start[name]) == name.endswith(".stage")
+        assert torch.equal(value, start[name]) == name.endswith("._extra_state")
