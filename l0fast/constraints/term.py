@@ -51,7 +51,7 @@ class DensityTerm(Attachable, nn.Module):
         check_sharding(type(self).__name__, layers)
         sized = is_of_pruned(groups[0].measure)
         with with_full_weights(model):
-            trial = tried(model, Example.of(example_inputs))[0] if sized else None
+            trial = tried(model, Example.of(example_inputs, model))[0] if sized else None
         measure = measure_of(layers, groups, trial)
         # The layers belong to the model: kept out of this module's children and state.
         self.__dict__.update(handle=handle, _layers=layers, _measure=measure)

@@ -39,13 +39,13 @@ def einsum(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     terms: list[Tensor] = []
     for labels, term in zip(parts, found[0], strict=True):
         summed = [dim for dim, letter in enumerate(term) if letter not in result]
-        mixed = mixed(labels, summed, name, ties).permute(
+        alone = mixed(labels, summed, name, ties).permute(
             *summed, *(term.index(letter) for letter in result if letter in term)
         )
         here = [size if letter in term else 1 for letter, size in size_of.items()]
-        if math.prod(here) != mixed.numel():  # broadcast
+        if math.prod(here) != alone.numel():  # broadcast
             return None
-        terms.append(mixed.reshape(here).expand(shape))
+        terms.append(alone.reshape(here).expand(shape))
     return Units(joined(terms, shape, name, ties), unknown(shape).constant)
 
 

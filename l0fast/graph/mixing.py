@@ -219,11 +219,11 @@ def at_places(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | No
     if len(set(others)) > 1 or any(dim in varying(part.labels) for part in tensors):
         return None
     labels = [narrowed(part.labels).expand(over) for part in tensors]
-    joined = joined(labels, over, op_name(node), ties)
+    merged = joined(labels, over, op_name(node), ties)
     constants = [narrowed(part.constant) for part in (source, *added)]
     if any(constant.shape[dim] > 1 for constant in constants):
         constants = [unknown(over).constant]
     elif added:
         constants = [zeros_only(constant) for constant in constants]
     constant = torch.stack(torch.broadcast_tensors(*constants)).sum(0)
-    return Units(joined.expand(shape), constant.expand(shape))
+    return Units(merged.expand(shape), constant.expand(shape))
