@@ -116,9 +116,7 @@ class GateDependencies:
 
     def _follow(self, walk: Walk) -> None:
         followed = [
-            name
-            for name, site in walk.sites.items()
-            if not site.fixed and walk.trace.counts[name] == 1
+            name for name, site in walk.sites.items() if not site.fixed and walk.trace.counts[name]
         ]
         several = torch.zeros_like(walk.classes)
         """Gates on outputs, by class."""

@@ -210,7 +210,7 @@ class Liveness:
                     stops[name].append(op_name(node))
         result = local_extents(walk.sites.values())
         for name, extent in result.items():
-            if walk.trace.counts[name] != 1:
+            if not walk.trace.counts[name]:
                 continue
             units = walk.inputs[name]
             extent.source, extent.stops = walk.sources[name], stops[name]

@@ -132,8 +132,7 @@ def find_sites(
             fixed = "it has hooks"
         else:
             local = not is_carrier(layer)
-            calls = 1 if trace is None else trace.counts[name]
-            fixed = "" if calls == 1 else f"it is called {calls} times" if calls else NOT_RUN
+            fixed = "" if trace is None or trace.counts[name] else NOT_RUN
         reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
         folds = not fixed and not is_carrier(layer) and _has_bias_for_all(layer)
         sites[name] = Site(name, layer, reads, writes, fixed, local, folds)

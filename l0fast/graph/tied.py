@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from l0fast.graph.units import STAYS, narrowed
+from l0fast.graph.units import STAYS, Units, narrowed
 
 
 class Tied:
@@ -56,6 +56,15 @@ class Tied:
         while not torch.equal(roots, above := self._parent[roots]):
             roots = above
         return roots
+
+    def join(self, name: str, arrive: list[Units | None]) -> list[Units]:
+        """Ties the units that a layer reads in its several calls: it has one set of columns. Where
+        not all can be followed, all must stay, and none are given."""
+        followed = [units for units in arrive if units is not None]
+        whole, reason = len(followed) == len(arrive), f"{name!r}, called {len(arrive)} times"
+        for units in followed:
+            self.tie(units.labels, followed[0].labels if whole else torch.tensor(STAYS), reason)
+        return followed if whole else []
 
     def _least(self) -> Tensor:
         """Unit -> the least unit of its class."""

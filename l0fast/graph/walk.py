@@ -6,6 +6,7 @@ A unit is an output of a layer. Norms of channels, slopes and convolutions in gr
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -65,6 +66,8 @@ class Walk(Tied):
         """Layer -> the units along its outputs."""
         self.sources: dict[str, str] = {}
         """Layer -> where its inputs come from, if they could not be followed."""
+        self._arrive: dict[Node, Units | None] = {}
+        """A layer's own call -> the units along its inputs."""
         self._written: dict[Node, tuple[Tensor, Tensor]] = {}
         """Node that writes in place -> what it adds to `tainted`, and to `restless`."""
         for node in self.trace.graph.nodes:
@@ -87,7 +90,7 @@ class Walk(Tied):
             name: replace(site, writes=writes[name]) if name in writes else site
             for name, site in self.sites.items()
         }
-        for kept in ("values", "lost", "inputs", "outputs", "sources", "_written"):
+        for kept in ("values", "lost", "inputs", "outputs", "sources", "_arrive", "_written"):
             setattr(walk, kept, dict(getattr(self, kept)))
         walk.stops = {name: list(reasons) for name, reasons in self.stops.items()}
         changed: set[Node] = set()
@@ -113,15 +116,28 @@ class Walk(Tied):
 
     def _finish(self) -> None:
         """Sums up what the nodes did."""
-        unread = self.trace.unread
-        for name in unread & self.outputs.keys():  # they may be read in training
-            self.pin(self.made_only_by(unread, self.outputs[name]), UNREAD)
+        several: dict[str, list[Units]] = {}
+        """Layer that is called more than once -> the units along its inputs, by call."""
+        for name, number in self.trace.counts.items():
+            if number > 1:
+                calls = [node for node, called in self.trace.calls.items() if called == name]
+                several[name] = self.join(name, [self._arrive[node] for node in calls])
         self.classes = self._parent = self._least()
         self.tainted, self.restless = torch.zeros(2, len(self._maker), dtype=torch.bool)
         """Units that are no longer sure to be zero where they were, and that are no longer sure to
         be the constants that they were."""
         for tainted, restless in self._written.values():
             self.tainted[tainted], self.restless[restless] = True, True
+        for name, calls in several.items():
+            self.inputs[name] = self._in_all(calls) if calls else None
+
+    def _in_all(self, calls: list[Units]) -> Units:
+        """The units of the first of several calls, with the constants that all of them have."""
+        constant = calls[0].constant.clone()
+        for units in calls:
+            unsure = self.tainted[units.labels] | self.restless[units.labels]
+            constant[unsure | (units.constant != constant)] = math.nan
+        return replace(calls[0], constant=constant)
 
     def _grids(self) -> list[Tensor]:
         found: dict[Any, Tensor] = {}
@@ -169,18 +185,17 @@ class Walk(Tied):
         inner = LAYERS.get(kind_of(site.layer), 0)
         shape, made = shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
-        calls = self.trace.counts[site.name]
         if shape is not None and source in self.values:
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
             units = self.values[source].along(dim)
             if units is None:
                 lost = f"{site.name!r}, along another dimension"
                 self._pin_node(source, lost)
-        reason = site.fixed or (f"called {calls} times" if calls != 1 else "")
-        if reason:
-            self._pin_node(source, f"{site.name!r}, which is kept as it is ({reason})")
+        if site.fixed:
+            self._pin_node(source, f"{site.name!r}, which is kept as it is ({site.fixed})")
+        self._arrive[node] = units
         self.inputs[site.name], self.sources[site.name] = units, lost
-        if made is None or calls != 1:
+        if made is None:
             self._lose(node, f"{site.name!r}")
             return
         labels, constant = self._output(site, units)
