@@ -7,18 +7,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from l0fast.graph.contractions import attention, einsum, matmul
-from l0fast.graph.mixing import (
-    along,
-    at_places,
-    glu,
-    group_norm,
-    instance_norm,
-    join,
-    norm,
-    reduction,
-    shaped_like,
-)
+from l0fast.graph.joins import at_places, attention, einsum, join, matmul, shaped_like
+from l0fast.graph.mixing import along, glu, group_norm, instance_norm, norm, reduction
 from l0fast.graph.nodes import op_name
 from l0fast.graph.rules import (
     dropout,

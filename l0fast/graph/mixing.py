@@ -1,6 +1,7 @@
-"""What an op that mixes units does to them: one function for each kind of op.
+"""What an op that mixes the units of a tensor does to them: one function for each kind of op.
 
-Units that are mixed can only vanish together. The rules are as those of `rules`.
+Units that are mixed can only vanish together. The rules are as those of `rules`; `joins` has those
+of ops on several tensors.
 """
 
 from __future__ import annotations
@@ -9,16 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
 from l0fast.graph.nodes import argument, op_name, shape_of
 from l0fast.graph.rules import dims_of, elementwise, zeros_only
-from l0fast.graph.units import Rule, Ties, Units, narrowed, reshaped, unknown, varying
-
-# --- along dimensions of one tensor -------------------------------------------------------------
+from l0fast.graph.units import Rule, Ties, Units, narrowed, unknown, varying
 
 
 def mixed(labels: Tensor, dims: Sequence[int], reason: str, ties: Ties) -> Tensor:
@@ -128,102 +125,3 @@ def instance_norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units 
     if any(dim > 1 for dim in varying(constant)):
         constant = unknown(()).constant
     return replace(source, constant=constant.expand(source.labels.shape))
-
-
-# --- of several tensors --------------------------------------------------------------------------
-
-
-def _read_by_all(part: Tensor, whole: Tensor | None, reason: str, ties: Ties) -> None:
-    """A tensor that is broadcast over the units of others, which are those of `whole`.
-
-    All of them read it, so that it must stay, and with it the whole size along its own dimensions.
-    Not so where it is already sure to vanish with all who read it: a mean of a head's units.
-    """
-    if whole is None:
-        ties.pin(part, reason)
-        return
-    mine, theirs = torch.broadcast_tensors(narrowed(part), narrowed(whole))
-    apart = ~ties.together(mine, theirs)
-    if bool(apart.any()):
-        ties.pin(mine[apart], reason)
-        mixed(whole, [dim for dim in varying(whole) if part.shape[dim] > 1], reason, ties)
-
-
-def joined(parts: Sequence[Tensor], shape: Sequence[int], reason: str, ties: Ties) -> Tensor:
-    """Labels of an elementwise function of several tensors, of `shape`.
-
-    What lies at the same place vanishes together. A tensor that is broadcast over units must stay,
-    see `_read_by_all`.
-    """
-    whole: Tensor | None = None
-    dims = {
-        id(part): {dim + len(shape) - part.dim() for dim in varying(part)}  # of the result
-        for part in parts
-    }
-    broadcast: list[Tensor] = []
-    for part in parts:
-        part = part.view((1,) * (len(shape) - part.dim()) + part.shape)
-        over = {dim for dim, size in enumerate(part.shape) if size < shape[dim]}
-        if any(over & dims[id(other)] for other in parts):
-            broadcast.append(part)
-        elif whole is None:
-            whole = part.expand(shape)
-        else:
-            ties.tie(whole, part.expand(shape), reason)
-    for part in broadcast:
-        _read_by_all(part, whole, reason, ties)
-    return unknown(shape).labels if whole is None else whole
-
-
-def join(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """An elementwise function of several tensors."""
-    shape = shape_of(node)
-    if shape is None:
-        return None
-    labels = joined([u.labels for u in units.values()], shape, op_name(node), ties)
-    constant = unknown(shape).constant
-    kind = op_name(node).removeprefix("aten::").removesuffix("_")
-    if kind in ("add", "sub", "mul"):
-        narrow = {source: narrowed(value.constant).clone() for source, value in units.items()}
-        if kind == "mul":
-            zero = torch.stack(torch.broadcast_tensors(*(value == 0 for value in narrow.values())))
-            constant = zeros_only((~zero.any(0)).double())
-        else:
-            first, second = map_arg(node.args[:2], narrow.__getitem__)
-            function = torch.add if kind == "add" else torch.sub
-            constant = function(first, second, alpha=node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-    return Units(labels, constant.expand(shape))
-
-
-def shaped_like(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """expand_as, reshape_as, view_as: x's values, in the shape of another tensor."""
-    source, other = (units[part] for part in node.args[:2])  # type: ignore[index]
-    labels, constant, shape = source.labels, source.constant, tuple(other.labels.shape)
-    if op_name(node) != "aten::expand_as":
-        labels, constant = reshaped(labels, shape), reshaped(constant, shape)
-    labels = joined([labels, other.labels], shape, op_name(node), ties)
-    return Units(labels, constant.expand(shape))
-
-
-def at_places(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """gather, index_add, scatter_add: reads or adds at places along a dimension without units."""
-    source, index, *added = (units[part] for part in node.args if isinstance(part, Node))
-    vector = op_name(node).startswith("aten::index_add")
-    tensors = [source, *added] if vector else [source, index, *added]
-    rank, shape = source.labels.dim(), shape_of(node)
-    if shape is None or not rank or (vector and index.followed):
-        return None
-    dim: int = argument(node, 1, "dim") % rank
-    over = (*shape[:dim], 1, *shape[dim + 1 :])
-    others = [tuple(part.labels.shape[i] for i in range(rank) if i != dim) for part in tensors]
-    if len(set(others)) > 1 or any(dim in varying(part.labels) for part in tensors):
-        return None
-    labels = [narrowed(part.labels).expand(over) for part in tensors]
-    merged = joined(labels, over, op_name(node), ties)
-    constants = [narrowed(part.constant) for part in (source, *added)]
-    if any(constant.shape[dim] > 1 for constant in constants):
-        constants = [unknown(over).constant]
-    elif added:
-        constants = [zeros_only(constant) for constant in constants]
-    constant = torch.stack(torch.broadcast_tensors(*constants)).sum(0)
-    return Units(merged.expand(shape), constant.expand(shape))

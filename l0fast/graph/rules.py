@@ -2,7 +2,7 @@
 
 Ops that only move elements are run on the labels themselves. Each rule takes a node, the `Units` of
 each node among its arguments and the `Ties`, and gives Units, a list of them, or None where the
-units cannot be followed. `mixing` has the rules of ops that mix units.
+units cannot be followed. `mixing` and `joins` have the rules of ops that mix units.
 """
 
 from __future__ import annotations

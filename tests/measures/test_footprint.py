@@ -115,7 +115,7 @@ class SwiGLU(nn.Module):
 
 
 BY_STRUCTURE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
-    name: ZOO[name] for name in ("vgg", "resnext", "mobilenet", "densenet")
+    name: ZOO[name] for name in ("vgg", "resnext", "mobilenet", "densenet", "channelwise")
 } | {"swiglu": (SwiGLU, lambda: torch.randn(2, 6))}
 
 
