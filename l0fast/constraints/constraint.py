@@ -175,10 +175,11 @@ class DensityConstraint(DensityTerm):
     @torch.no_grad()
     def reset_multipliers_(self) -> None:
         """Sets the multipliers to 0, and what else has grown with them."""
-        self.multiplier.zero_()
+        # Past autograd: a loss that is formed already can still go backward.
+        self.multiplier.data.zero_()
         for name in self.dual.memory:
             if name != "restarts":
-                self.get_buffer(name).zero_()
+                self.get_buffer(name).data.zero_()
         self._buffers["violation"] = self.densities() - self.target
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:

@@ -99,9 +99,11 @@ def settle_(
         stays = kept[name].to(log_alpha.device)
         if limited.isdisjoint(n for n, owner in owners.items() if owner == name):
             stays &= layers[name].evaluation_gates() > 0  # `choose` keeps one, if closed
-        log_alpha.copy_(of.location(z).where(stays, _closed(of)))
+        # Past autograd: a loss that is formed already can still go backward.
+        log_alpha.data.copy_(of.location(z).where(stays, _closed(of)))
         if optimizer is not None:
             optimizer.state.pop(log_alpha, None)
+    handle.forget_counts()
     handle.set_stage(SETTLED)
 
 

@@ -236,8 +236,14 @@ def _refuse_none(
 ) -> NoReturn:
     """Says why no layer is left to gate."""
     if considered:
-        why = next(f"{name!r}: {choices[name].reason}" for name in considered)
-        expected = f"'input', 'output' or 'weight' where no recipe fits ({why})"
+        reasons = {name: choices[name].reason for name in considered}
+        # What stops the others says more than that a layer reads the model's input.
+        told = (name for name, why in reasons.items() if "the model's input" not in why)
+        name = next(told, next(iter(reasons)))
+        expected = (
+            f"a model in which units can go ({name!r}: {reasons[name]}); or 'input', 'output' or "
+            "'weight', with include= for the layers whose full size may stay around their gates"
+        )
         _checks.refuse("gates", gates, expected)
     expected = "a model with a Linear or conv layer to gate"
     for name, layer in list(computed.items())[:1]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -19,6 +22,16 @@ def op_name(node: Node) -> str:
     if schema is not None:
         return schema.name
     return getattr(node.target, "__name__", str(node.target))
+
+
+def op_in_words(node: Node) -> str:
+    """The op of a node with the line of code that calls it, where that is known."""
+    name = op_name(node)
+    calls = re.findall(r'File "([^"]+)", line (\d+).*\n\s*(.*)', node.meta.get("stack_trace") or "")
+    for path, line, code in reversed(calls):
+        if f"{os.sep}torch{os.sep}" not in path:
+            return f"{name} ({os.path.basename(path)}:{line}: {shorten(code, 60)})"
+    return name
 
 
 def writes_in_place(node: Node) -> bool:

@@ -19,7 +19,7 @@ from l0fast import _checks
 from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_channelwise, kind_of
 from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
-from l0fast.graph.nodes import op_name, shape_of, writes_in_place
+from l0fast.graph.nodes import op_in_words, op_name, shape_of, writes_in_place
 from l0fast.graph.sites import Site
 from l0fast.graph.tied import Tied
 from l0fast.graph.units import STAYS, Units, narrowed, unknown
@@ -229,7 +229,7 @@ class Walk(Tied):
             return
         if not sources or any(s not in self.values for s in sources):
             for source in sources:
-                self._pin_node(source, name)
+                self._pin_node(source, op_in_words(node))
             self._lose(node, name)
             return
         units = {source: self.values[source] for source in sources}
@@ -249,7 +249,8 @@ class Walk(Tied):
 
     def _follow(self, node: Node, units: dict[Node, Any]) -> tuple[Any, str]:
         """What the rule of an op makes of units; or None, and why they end there."""
-        rule, name = rule_for(node), op_name(node)
+        followed = any(part.followed for source in units for part in self.units(source))
+        rule, name = rule_for(node), op_in_words(node) if followed else op_name(node)
         if rule is None or not all(isinstance(value, Units) for value in units.values()):
             return None, name
         try:

@@ -676,3 +676,18 @@ def test_a_frontier_goes_on_from_before(digits: Data, tmp_path: Path, shrink: in
     wanted = Checkpoint.read(tmp_path / "f" / "density-0.3" / CHECKPOINT, torch.device("cpu"))
     for name, value in second.model.state_dict().items():
         assert torch.equal(value, wanted.model[name]), name
+
+
+def test_a_loss_that_was_formed_before_settling_still_goes_backward() -> None:
+    torch.manual_seed(0)
+    model: Any = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 3))
+    sparsify_(model, gates="input")
+    constraint = DensityConstraint(model, 0.5)
+    x = torch.randn(4, 6)
+    loss = model(x).square().mean() + constraint()
+    before = model[0].open_probability()
+    constraint.settle()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert not torch.equal(model[0].open_probability(), before)
+    assert float(constraint.densities().detach()) <= 0.5

@@ -252,3 +252,22 @@ def test_param_groups() -> None:
     with pytest.raises(ValueError, match=r"^steps: got 0; expected a whole number >= 1"):
         param_groups(model, 0.1, steps=0)
     torch.optim.SGD(param_groups(model, 0.1))
+
+
+class Sorted(nn.Module):
+    """Whatever is in front of a sort must stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).mean((2, 3))
+        return self.b(h.sort(-1).values)
+
+
+def test_a_refusal_names_the_op_and_the_line_that_stops_the_units() -> None:
+    with pytest.raises(
+        ValueError, match=r"units can go \('b': .*aten::sort \(test_sparsify\.py:\d+"
+    ):
+        sparsify_(Sorted(), example_inputs=torch.randn(2, 3, 4, 4))
