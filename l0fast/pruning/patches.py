@@ -98,18 +98,20 @@ def merged_tiers(
     (see `Liveness.extents`), patches.
 
     The next one is for when the last one failed. Each module that views, splits or slices what
-    shrinks is tried alone, without and with its attributes patched; where nothing helps, what it
-    views stays there, and other modules of its class are tried only as they are.
+    shrinks, or in which a size is written out in another way, is tried alone, without and with its
+    attributes patched; where nothing helps, what it views (or all that enters and leaves it) stays
+    there, and other modules of its class are tried only as they are.
     """
     yield MERGED, [], []
     views = live.shrinking()
     _whole(live, views, attempt)
     patches: list[AttributePatch] = []
-    rigid: list[str] = list(live.whole)
+    rigid: list[str] = []
     last: set[str] = set()
     hopeless: set[type[nn.Module]] = set()
-    for name in views:
-        extents = live.extents([other for other in (*views, *live.whole) if other != name])
+    parts = list(dict.fromkeys([*views, *live.whole]))
+    for name in parts:
+        extents = live.extents([other for other in parts if other != name])
 
         def holds(option: list[AttributePatch], extents: dict[str, Extent] = extents) -> bool:
             return not attempt(extents, option).failure
@@ -125,4 +127,4 @@ def merged_tiers(
             patches += found
             last = {patch.attribute for patch in found} or last
     yield EXCEPT if rigid else MERGED, rigid, patches
-    yield EXCEPT, [*views, *live.whole], []
+    yield EXCEPT, parts, []

@@ -168,7 +168,8 @@ class _Planner:
             return self.check(self.draft)
         except Exception as failure:
             place = _raised_in(failure, self.draft.model)
-            return Outcome(float("inf"), _checks.one_line(failure), place)
+            where = f" (in {place!r})" if place else ""
+            return Outcome(float("inf"), _checks.one_line(failure) + where, place)
 
     def edits_of(self, extents: Mapping[str, Extent]) -> list[Edit]:
         """What gives every layer its extent."""

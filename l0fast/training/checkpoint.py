@@ -138,7 +138,7 @@ class Checkpoint:
             {name: getattr(value, "shape", None) for name, value in state.items()}
             for state in (model.state_dict(), self.model)
         ]
-        for name in sorted({*shapes[0], *shapes[1]}):
+        for name in dict.fromkeys([*shapes[0], *shapes[1]]):
             mine, saved = (
                 "none" if name not in part else str(tuple(part[name] or ())) for part in shapes
             )

@@ -290,11 +290,15 @@ class Checked(nn.Module):
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.width = how, 16
+        self.decoy = 16 if how == "attribute" else 0
         self.up, self.down = nn.Linear(16, 24), nn.Linear(24, 16)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.how == "check":
+            assert x.shape[-1] == 16
+        elif self.how == "attribute":
             assert x.shape[-1] == self.width
+            x = x * self.decoy
         else:
             x = x / x.shape[-1]
         return self.down(torch.relu(self.up(x)))
@@ -353,3 +357,15 @@ def test_what_is_written_into_a_layers_output_later_is_not_taken_for_it() -> Non
     layers = nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 8), nn.ReLU(inplace=True)
     model = half_closed(nn.Sequential(*layers, nn.Linear(8, 3)), x)
     assert prune(model, x).report.tier == "merged"  # type: ignore[union-attr]
+
+
+def test_an_attribute_that_is_checked_follows() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, dtype=torch.float64)
+    checked = Checked("attribute")
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), checked)
+    model = half_closed(nn.Sequential(*model, nn.Linear(16, 4)), x)
+    small: Any = prune(model, x)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
+    assert small.report.tier == "merged"
+    assert (small[4].width, small[4].decoy) == (8, 16)
