@@ -15,7 +15,6 @@ from l0fast.layers.gated import Gated
 from l0fast.layers.options import check_options
 from l0fast.maths.hard_concrete import HardConcrete
 
-
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """A convolution as a function of its input, weight and bias."""
 
