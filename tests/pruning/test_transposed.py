@@ -301,7 +301,8 @@ def test_units_are_removed_during_training(build: Callable[[], nn.Module]) -> No
     step(model.train(), optimizer, *args)  # its state has followed
 
 
-def test_a_training_step_is_not_skipped_through_them() -> None:
+@pytest.mark.parametrize("without", [[], ["4"]], ids=["gated", "plain"])
+def test_a_training_step_is_not_skipped_through_them(without: list[str]) -> None:
     x = image(8).double()
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -310,8 +311,8 @@ def test_a_training_step_is_not_skipped_through_them() -> None:
         nn.Conv2d(8, 3, 3),
     ).double()  # fmt: skip
     twin = copy.deepcopy(model)
-    sparsify_(model, example_inputs=x, density_init=0.5, skip=True)
-    sparsify_(twin, example_inputs=x, density_init=0.5, skip=False)
+    for one, skip in ((model, True), (twin, False)):
+        sparsify_(one, example_inputs=x, density_init=0.5, skip=skip, exclude=without)
     skipping = gates(model).skipping
     assert skipping is not None
     ends = [layer for link in skipping.links for layer in link.layers()]
