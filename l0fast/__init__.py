@@ -9,6 +9,7 @@ from l0fast.constraints.several import Constraints
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
+from l0fast.layers.conv_transpose import L0ConvTranspose1d, L0ConvTranspose2d, L0ConvTranspose3d
 from l0fast.layers.handle import gates
 from l0fast.layers.linear import L0Linear
 from l0fast.maths.hard_concrete import HardConcrete
@@ -34,6 +35,9 @@ __all__ = [
     "L0Conv1d",
     "L0Conv2d",
     "L0Conv3d",
+    "L0ConvTranspose1d",
+    "L0ConvTranspose2d",
+    "L0ConvTranspose3d",
     "L0Linear",
     "L0Penalty",
     "LatencyTable",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l0fast.graph.sharding import full
+from l0fast.layers.dense_types import TRANSPOSED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners
 
@@ -21,15 +22,15 @@ def magnitudes(layer: Gated) -> Tensor:
     squares = full(layer.weight.detach()).square()
     if layer.gates == "weight":
         return squares.sqrt()
-    if layer.gates == "output":
+    if layer.gates == ("input" if isinstance(layer, TRANSPOSED) else "output"):
         units = squares.flatten(1).sum(1)
-        if layer.bias is not None:
-            units = units + full(layer.bias.detach()).square()
-        return (units / layer.group_size).sqrt()
-    by_input = squares.flatten(2).sum(2) if squares.dim() > 2 else squares
-    # In each group of a convolution, the columns are the inputs of that group.
-    groups = getattr(layer, "groups", 1)
-    units = by_input.unflatten(0, (groups, -1)).sum(1).flatten()
+    else:
+        by_column = squares.flatten(2).sum(2) if squares.dim() > 2 else squares
+        # In each group of a convolution, the columns are those of that group.
+        groups = getattr(layer, "groups", 1)
+        units = by_column.unflatten(0, (groups, -1)).sum(1).flatten()
+    if layer.gates == "output" and layer.bias is not None:
+        units = units + full(layer.bias.detach()).square()
     return (units.view(-1, layer.units).sum(1) / layer.group_size).sqrt()
 
 

@@ -21,10 +21,7 @@ from l0fast.graph.calls import Example
 from l0fast.graph.compare import values_of
 from l0fast.graph.computed import own_weights
 from l0fast.graph.nodes import argument, op_name
-from l0fast.layers.dense_types import DENSE_TYPES, dense_type_of
-
-LAYERS = {kind: dims for dims, kind in enumerate(DENSE_TYPES)}
-"""Classes of layers that can be made smaller -> how many dimensions follow their channels."""
+from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Classes of batch norms."""
@@ -53,7 +50,11 @@ class _Call:
 
 _CALLS: dict[type[nn.Module], _Call] = {
     nn.Linear: _Call("aten::linear", 1, "weight"),
-    **{kind: _Call(f"aten::conv{dims}d", 1, "weight") for kind, dims in LAYERS.items() if dims},
+    **{
+        kind: _Call(f"aten::conv{'_transpose' * (kind in TRANSPOSED)}{dims}d", 1, "weight")
+        for kind, dims in LAYERS.items()
+        if dims
+    },
     **dict.fromkeys(NORMS, _Call("aten::batch_norm", 3, "running_mean")),
     **dict.fromkeys(_INSTANCE_NORMS, _Call("aten::instance_norm", 1, "weight")),
     nn.GroupNorm: _Call("aten::group_norm", 2, "weight"),

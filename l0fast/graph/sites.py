@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0fast.graph.capture import Trace, is_carrier, is_site, kind_of, layer_size
 from l0fast.graph.computed import copied
+from l0fast.layers.dense_types import TRANSPOSED
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.hooks import foreign_hooks
 
@@ -99,7 +100,12 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
 
 
 def _has_bias_for_all(layer: nn.Module) -> bool:
-    """Whether a constant input adds the same everywhere, to a bias: it is not padded with zeros."""
+    """Whether a constant input adds the same everywhere, to a bias: it is not padded with zeros.
+
+    A transposed convolution gives less at its borders, or between its strides.
+    """
+    if isinstance(layer, TRANSPOSED):
+        return False
     padding: Any = getattr(layer, "padding", "valid")
     same = not any(padding) if isinstance(padding, tuple) else padding == "valid"
     return same and layer._parameters.get("bias") is not None

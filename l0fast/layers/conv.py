@@ -1,7 +1,11 @@
-"""The gated convolutions: drop-in subclasses of nn.Conv1d, nn.Conv2d and nn.Conv3d."""
+"""The gated convolutions: drop-in subclasses of nn.Conv1d, nn.Conv2d and nn.Conv3d.
+
+Transposed ones are in `conv_transpose`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,15 +15,50 @@ from l0fast.layers.gated import Gated
 from l0fast.layers.options import check_options
 from l0fast.maths.hard_concrete import HardConcrete
 
+Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""A convolution as a function of its input, weight and bias."""
 
-class _GatedConv(Gated):
-    """What L0Conv1d, L0Conv2d and L0Conv3d share."""
+
+class GatedConv(Gated):
+    """What the gated convolutions share, transposed or not."""
 
     groups: int
     in_channels: int
     out_channels: int
     kernel_size: tuple[int, ...]
     default_gates = "output"
+
+    def _num_inputs(self) -> int:
+        return self.in_channels
+
+    def _gate_shape(self) -> tuple[int, ...]:
+        shapes = {
+            "input": (self.in_channels // self.units,),
+            "output": (self.out_channels,),
+            "weight": tuple(self.weight.shape),
+        }
+        return shapes[self.gates]
+
+    def _mask_columns(self, weight: Tensor, z: Tensor) -> Tensor:
+        # Of C channels, c is column c % (C / groups) of the rows of group c // (C / groups).
+        weight = weight.unflatten(0, (self.groups, -1))
+        gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
+        return (weight * gate).flatten(0, 1)
+
+    def _gated(self, input: Tensor, convolve: Convolve) -> Tensor:
+        """convolve(input, weight, bias) with the gates."""
+        channels = -1 - len(self.kernel_size)
+        if self.noise == "example" and self.training:
+            if self.gates == "input":
+                self._check_width(input, channels)
+                input = input * self._example_z(input, channels)
+            y = convolve(input, self.weight, self.bias)
+            return y * self._example_z(y, channels) if self.gates == "output" else y
+        return convolve(*self._parts(input, channels))
+
+
+class _GatedConv(GatedConv):
+    """What L0Conv1d, L0Conv2d and L0Conv3d share."""
 
     def __init__(
         self,
@@ -58,33 +97,12 @@ class _GatedConv(Gated):
         )
         self._init_gates(gates, density_init, droprate_init, distribution, noise)
 
-    def _num_inputs(self) -> int:
-        return self.in_channels
-
-    def _gate_shape(self) -> tuple[int, ...]:
-        shapes = {
-            "input": (self.in_channels // self.units,),
-            "output": (self.out_channels,),
-            "weight": tuple(self.weight.shape),
-        }
-        return shapes[self.gates]
-
     def _mask_inputs(self, weight: Tensor, z: Tensor) -> Tensor:
-        # Input channel c is column c % (in / groups) of the filters of group c // (in / groups).
-        weight = weight.unflatten(0, (self.groups, -1))
-        gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))
-        return (weight * gate).flatten(0, 1)
+        return self._mask_columns(weight, z)
 
     def forward(self, input: Tensor) -> Tensor:
         """x [batch, in_channels, *spatial] -> [batch, out_channels, *spatial]."""
-        channels = -1 - len(self.kernel_size)
-        if self.noise == "example" and self.training:
-            if self.gates == "input":
-                self._check_width(input, channels)
-                input = input * self._example_z(input, channels)
-            y = self._conv_forward(input, self.weight, self.bias)  # type: ignore[attr-defined]
-            return y * self._example_z(y, channels) if self.gates == "output" else y
-        return self._conv_forward(*self._parts(input, channels))  # type: ignore[attr-defined]
+        return self._gated(input, self._conv_forward)  # type: ignore[attr-defined]
 
 
 _CONV_DOC = """nn.{dense} with hard-concrete gates.

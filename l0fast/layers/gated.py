@@ -207,11 +207,14 @@ class Gated(Drawn):
         z = self._z()
         if self.gates == "output":
             bias = None if self.bias is None else self.bias * z
-            return mask(self.weight, z, 0), bias
+            return self._mask_outputs(self.weight, z), bias
         return self._mask_inputs(self.weight, z), self.bias
 
     def _mask_inputs(self, weight: Tensor, z: Tensor) -> Tensor:
         return mask(weight, z, 1)
+
+    def _mask_outputs(self, weight: Tensor, z: Tensor) -> Tensor:
+        return mask(weight, z, 0)
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, masked weight and bias of this call: all of them, or what its gates leave open.
@@ -256,7 +259,7 @@ class Gated(Drawn):
         if self.gates == "weight":
             weight = mask(weight, z, None)
         elif self.gates == "output":
-            weight = mask(weight, z, 0)
+            weight = self._mask_outputs(weight, z)
             bias = None if bias is None else bias * z
         else:
             weight = self._mask_inputs(weight, z)

@@ -7,8 +7,13 @@ from typing import Any
 from torch import nn
 
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
+from l0fast.layers.conv_transpose import L0ConvTranspose1d, L0ConvTranspose2d, L0ConvTranspose3d
 from l0fast.layers.linear import L0Linear
 
 GATED_TYPES: dict[type[nn.Module], type[Any]] = {
-    gated.dense_type: gated for gated in (L0Linear, L0Conv1d, L0Conv2d, L0Conv3d)
+    gated.dense_type: gated
+    for gated in (
+        *(L0Linear, L0Conv1d, L0Conv2d, L0Conv3d),
+        *(L0ConvTranspose1d, L0ConvTranspose2d, L0ConvTranspose3d),
+    )
 }

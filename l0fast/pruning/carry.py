@@ -12,11 +12,10 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.graph.calls import unwrapped
-from l0fast.graph.capture import is_carrier
 from l0fast.graph.computed import copied
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.pruning.draft import Draft, GateValues, all_gates
-from l0fast.pruning.edits import Edit, sliced
+from l0fast.pruning.edits import Edit, sliced, weight_sides
 from l0fast.pruning.report import recipe_of, report_of
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)
@@ -27,14 +26,14 @@ class _Origin(NamedTuple):
 
     name: str
     edit: Edit | None
-    whole_groups: bool
-    """See `sliced`."""
+    sides: tuple[str, ...]
+    """Of its layer, see `weight_sides`."""
 
     def part(self, value: Tensor) -> Tensor:
         """What the pruned model has of it; a copy."""
         if self.edit is None:
             return value.detach().clone()
-        return sliced(value.detach(), self.edit, self.whole_groups)
+        return sliced(value.detach(), self.edit, self.sides)
 
 
 def _edits(model: nn.Module, small: nn.Module) -> dict[str, Edit]:
@@ -60,8 +59,8 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
         outer = holder.removesuffix("layer").removesuffix(".")
         inside = holder not in edits and outer in edits and holder != outer
         layer = outer if inside else holder
-        whole_groups = layer in edits and is_carrier(model.get_submodule(layer))
-        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(layer), whole_groups)
+        sides = weight_sides(model.get_submodule(layer)) if layer in edits else ()
+        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(layer), sides)
         if origin.name in shapes:
             meta = origin.part(torch.empty(shapes[origin.name], device="meta"))
             if meta.shape == tensor.shape:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from l0fast.graph.capture import LAYERS, is_carrier, kind_of, layer_size, resize_
 from l0fast.graph.sites import replace
+from l0fast.layers.dense_types import TRANSPOSED
 
 _SIDES = ("input", "output")
 
@@ -174,18 +175,25 @@ def scale(z: Tensor, dim: int) -> fx.GraphModule:
     )
 
 
-def sliced(value: Tensor, edit: Edit, whole_groups: bool) -> Tensor:
+def weight_sides(layer: nn.Module) -> tuple[str, ...]:
+    """The sides ("input", "output") of a layer that the first dimensions of its weight follow; of a
+    carrier, which keeps or loses whole groups, only the first."""
+    sides = _SIDES if isinstance(layer, TRANSPOSED) else _SIDES[::-1]
+    return sides[:1] if is_carrier(layer) else sides
+
+
+def sliced(value: Tensor, edit: Edit, sides: Sequence[str]) -> Tensor:
     """What an edit leaves of a tensor of its layer, or of one shaped like it; a copy in the same
     layout.
 
     Args:
-        value: [out, in, ...], [out], or a number.
+        value: a weight, [out], or a number.
         edit: of the layer.
-        whole_groups: the layer is a carrier: its tensors have only outputs to lose.
+        sides: see `weight_sides`.
     """
-    keep = () if not value.dim() else (edit.outputs,)
-    if value.dim() > 1 and not whole_groups:
-        keep += (edit.inputs,)
+    if value.dim() < 2:
+        sides = ("output",)[: value.dim()]
+    keep = [edit.inputs if side == "input" else edit.outputs for side in sides]
     last = value.dim() == 4 and not value.is_contiguous()
     last = last and value.is_contiguous(memory_format=torch.channels_last)
     for dim, index in enumerate(keep):
@@ -197,12 +205,12 @@ def sliced(value: Tensor, edit: Edit, whole_groups: bool) -> Tensor:
 
 def shrink_(small: Any, edit: Edit) -> None:
     """Slices a layer, in place, and sets the attributes that say its size."""
-    carrier = is_carrier(small)
+    sides = weight_sides(small)
     for owned in (small._parameters, small._buffers):
         for name, value in owned.items():
             if value is None:
                 continue
-            part = sliced(value.detach(), edit, carrier)
+            part = sliced(value.detach(), edit, sides)
             if isinstance(value, nn.Parameter):
                 part = nn.Parameter(part, value.requires_grad)
             owned[name] = part

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_carrier
 from l0fast.graph.sites import without_gates
 from l0fast.graph.structure import structure_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.counts import Counts, element_size
 from l0fast.pruning.draft import GateValues
-from l0fast.pruning.edits import AttributePatch, Edit, shrink_, sliced
+from l0fast.pruning.edits import AttributePatch, Edit, shrink_, sliced, weight_sides
 from l0fast.pruning.plan import make_plan, new_draft
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import recipe_of
@@ -187,12 +186,12 @@ def remove_(
         module = model.get_submodule(edit.name)
         log_alpha = module._parameters.pop("log_alpha", None)
         before = dict(module._parameters)
-        carrier = is_carrier(module)
+        sides = weight_sides(module)
         shrink_(module, edit)
         for name, old in before.items():
             if old is not None:
                 new: Any = module._parameters[name]
-                note(old, new, lambda v, e=edit, c=carrier: sliced(v, e, c))
+                note(old, new, lambda v, e=edit, s=sides: sliced(v, e, s))
         if log_alpha is not None:
             module._parameters["log_alpha"] = log_alpha
     shared: dict[int, nn.Parameter] = {}

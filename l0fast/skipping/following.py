@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import functional
-from l0fast.graph.capture import LAYERS, NORMS
+from l0fast.graph.capture import NORMS
 from l0fast.layers.draw import Compact, Draw, OnDevice, in_force
 from l0fast.layers.hooks import OwnHook, remove_hooks
 
@@ -158,7 +158,9 @@ def can_follow(layer: nn.Module) -> bool:
     if type(layer) in NORMS:
         norm: Any = layer
         return norm.running_mean is not None and norm.momentum is not None
-    return type(layer) in LAYERS and (getattr(layer, "groups", 1) == 1 or passes_on(layer))
+    return type(layer) in (nn.Linear, *_CONVOLVE) and (
+        getattr(layer, "groups", 1) == 1 or passes_on(layer)
+    )
 
 
 def follow(layer: nn.Module) -> Following:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from l0fast import L0Conv2d, L0Linear, Trainer, density, sparsify_
+from l0fast import L0Conv2d, L0ConvTranspose2d, L0Linear, Trainer, density, sparsify_
 from l0fast.constraints.magnitude import CLOSED, OPEN, MagnitudePruning
 from l0fast.constraints.ranking import magnitudes, scores, shared_magnitudes
 from l0fast.data.sets import Data
@@ -35,6 +35,17 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         (
             L0Conv2d(4, 6, 3, bias=False),
             lambda w, b: [w[k].square().mean() for k in range(6)],
+        ),
+        (
+            L0ConvTranspose2d(4, 6, 3, groups=2, gates="input"),
+            lambda w, b: [w[k].square().mean() for k in range(4)],
+        ),
+        (
+            L0ConvTranspose2d(4, 6, 3, groups=2),
+            lambda w, b: [
+                torch.cat([w[2 * (k // 3) :][:2, k % 3].flatten(), b[k : k + 1]]).square().mean()
+                for k in range(6)
+            ],
         ),
         (
             L0Linear.from_dense(nn.Linear(6, 2), units=3),

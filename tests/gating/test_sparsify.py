@@ -56,7 +56,7 @@ class MyLinear(nn.Linear):
 
 
 @pytest.mark.parametrize(
-    "other", [MyLinear(3, 3), nn.Bilinear(2, 2, 2), nn.ConvTranspose2d(1, 1, 1), nn.LazyLinear(3)]
+    "other", [MyLinear(3, 3), nn.Bilinear(2, 2, 2), nn.LazyConvTranspose2d(1, 1), nn.LazyLinear(3)]
 )
 def test_other_classes_are_left_alone(other: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(3, 3), other)

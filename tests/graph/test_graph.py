@@ -59,9 +59,10 @@ def test_what_runs_is_in_the_graph_whether_it_is_read_or_not() -> None:
 
 def test_what_can_shrink() -> None:
     plain = [nn.Linear(2, 2), nn.Conv1d(2, 2, 1), nn.Conv3d(2, 2, 1, groups=2), nn.BatchNorm2d(2)]
-    assert [is_site(layer) for layer in plain] == [True] * 4
-    assert [is_carrier(layer) for layer in plain] == [False, False, True, True]
-    others: list[nn.Module] = [nn.ReLU(), nn.LayerNorm(2), nn.ConvTranspose2d(2, 2, 1)]
+    plain += [nn.ConvTranspose1d(2, 2, 1), nn.ConvTranspose3d(2, 2, 1, groups=2)]
+    assert [is_site(layer) for layer in plain] == [True] * 6
+    assert [is_carrier(layer) for layer in plain] == [False, False, True, True, False, True]
+    others: list[nn.Module] = [nn.ReLU(), nn.LayerNorm(2), nn.LazyConvTranspose2d(2, 1)]
     others.append(nn.BatchNorm2d(2, track_running_stats=False))
     assert not any(is_site(layer) for layer in others)
 

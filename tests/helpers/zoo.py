@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -74,6 +75,36 @@ class UNet(nn.Module):
         deep = self.bottom(F.max_pool2d(skip, 2))
         deep = F.interpolate(deep, scale_factor=2.0, mode="nearest")
         return self.head(self.up(torch.cat([deep, skip], 1)))
+
+
+def dcgan(latent: int = 10, width: int = 4) -> nn.Module:
+    """A generator: from numbers to an image of 16 x 16."""
+    widths = [latent, 4 * width, 2 * width]
+    layers: list[nn.Module] = []
+    for place, (before, after) in enumerate(itertools.pairwise(widths)):
+        stride, padding = (2, 1) if place else (1, 0)
+        layers.append(nn.ConvTranspose2d(before, after, 4, stride, padding, bias=False))
+        layers += [nn.BatchNorm2d(after), nn.ReLU(True)]
+    return nn.Sequential(*layers, nn.ConvTranspose2d(widths[-1], 3, 4, 2, 1), nn.Tanh())
+
+
+class Autoencoder(nn.Module):
+    """Without norms; its decoder ends at the size of what the encoder took."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, width, 3, 2, 1), nn.ReLU(), nn.Conv2d(width, 12, 3, 2, 1), nn.ReLU()
+        )
+        self.decoder = nn.Sequential(
+            nn.ConvTranspose2d(12, width, 3, 2, 1, output_padding=1),
+            nn.ReLU(),
+            nn.ConvTranspose2d(width, 3, 3, 2, 1, output_padding=1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
 
 
 class FusedAttention(nn.Module):
@@ -330,6 +361,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
     ),
     "convnext": (convnext, lambda: image(32)),
     "unet": (UNet, lambda: image(16)),
+    "dcgan": (dcgan, lambda: torch.randn(2, 10, 1, 1)),
+    "autoencoder": (Autoencoder, lambda: image(16)),
     "vit": (vit, lambda: image(16)),
     "gpt2": (lambda: GPT2(FusedAttention), tokens),
     "gpt2 with attributes": (lambda: GPT2(SplitAttention), tokens),

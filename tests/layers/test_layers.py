@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from l0fast import autograd, functional
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.layers.conv import L0Conv1d, L0Conv2d, L0Conv3d
+from l0fast.layers.conv_transpose import L0ConvTranspose1d, L0ConvTranspose2d, L0ConvTranspose3d
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.linear import L0Linear
 from l0fast.layers.options import GATES
@@ -49,12 +50,32 @@ CASES: dict[str, Case] = {
     ),
     "conv3d": (nn.Conv3d, (2, 3, 2), {"padding": 1}, (2, 2, 3, 3, 3)),
     "conv3d_groups": (nn.Conv3d, (4, 4, 2), {"groups": 4}, (2, 4, 3, 3, 3)),
+    "transposed1d": (
+        *(nn.ConvTranspose1d, (4, 6, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+        (3, 4, 5),
+    ),
+    "transposed1d_no_bias": (nn.ConvTranspose1d, (5, 2, 2), {"bias": False}, (3, 5, 4)),
+    "transposed2d": (
+        *(nn.ConvTranspose2d, (3, 4, (2, 3)), {"dilation": (1, 2), "stride": (1, 2)}),
+        (3, 3, 4, 5),
+    ),
+    "transposed2d_square": (nn.ConvTranspose2d, (4, 4, 1), {}, (4, 4, 3, 3)),
+    "transposed2d_groups": (
+        *(nn.ConvTranspose2d, (6, 4, 3), {"groups": 2, "stride": 2}),
+        (2, 6, 3, 3),
+    ),
+    "transposed2d_depthwise": (nn.ConvTranspose2d, (3, 6, 2), {"groups": 3}, (2, 3, 3, 3)),
+    "transposed3d": (nn.ConvTranspose3d, (2, 3, 2), {"padding": 1}, (2, 2, 3, 3, 3)),
+    "transposed3d_groups": (nn.ConvTranspose3d, (4, 4, 2), {"groups": 4}, (2, 4, 2, 2, 2)),
 }  # fmt: skip
 KINDS: dict[str, Any] = {
     "Linear": L0Linear,
     "Conv1d": L0Conv1d,
     "Conv2d": L0Conv2d,
     "Conv3d": L0Conv3d,
+    "ConvTranspose1d": L0ConvTranspose1d,
+    "ConvTranspose2d": L0ConvTranspose2d,
+    "ConvTranspose3d": L0ConvTranspose3d,
 }
 
 
@@ -145,7 +166,7 @@ def test_open_gates_change_no_bit(name: str, noise: str, gates: str, training: b
 
 
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("name", ["conv1d", "conv2d_groups", "conv3d", "linear"])
+@pytest.mark.parametrize("name", ["conv1d", "conv2d_groups", "conv3d", "linear", "transposed2d"])
 def test_unbatched_inputs(name: str, gates: str) -> None:
     _, layer, x = make(name, gates)
     layer.eval()
@@ -157,6 +178,21 @@ def test_unbatched_inputs(name: str, gates: str) -> None:
         y = layer(x[0])
         torch.manual_seed(1)
         torch.testing.assert_close(y, layer(x[:1])[0])
+
+
+@pytest.mark.parametrize("gates", GATES)
+@pytest.mark.parametrize("training", [True, False])
+def test_a_transposed_layer_takes_the_size_of_its_output(training: bool, gates: str) -> None:
+    dense, layer, x = make("transposed1d", gates)
+    layer.train(training)
+    with torch.no_grad():
+        layer.log_alpha.fill_(1e4)
+    sizes = [9, 10]
+    assert [layer(x, [size]).shape[-1] for size in sizes] == sizes
+    for size in ([9], (3, 6, 10)):
+        assert torch.equal(layer(x, output_size=size), dense(x, output_size=size))
+    with pytest.raises(ValueError, match="valid sizes"):
+        layer(x, [11])
 
 
 @pytest.mark.parametrize("gates", ["input", "output"])
@@ -293,7 +329,9 @@ def test_gated_linear_of_what_is_open(
 # --- what is shared with the nn layer ----------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["linear", "conv1d_groups", "conv2d_circular", "conv3d"])
+@pytest.mark.parametrize(
+    "name", ["linear", "conv1d_groups", "conv2d_circular", "conv3d", "transposed1d"]
+)
 def test_from_dense_keeps_parameters_mode_and_hooks(name: str) -> None:
     dense_type, args, kwargs, _ = CASES[name]
     dense: Any = dense_type(*args, **kwargs).eval()
@@ -323,6 +361,7 @@ BLOCKS: dict[str, tuple[nn.Module, Tensor]] = {
     "Linear": (nn.Linear(6, 4), torch.randn(3, 6)),
     "Conv2d": (nn.Conv2d(6, 4, 2), torch.randn(3, 6, 4, 4)),
     "Conv2d in groups": (nn.Conv2d(6, 4, 2, groups=2), torch.randn(3, 6, 4, 4)),
+    "ConvTranspose1d": (nn.ConvTranspose1d(6, 4, 2, groups=2), torch.randn(3, 6, 4)),
 }
 
 
@@ -385,7 +424,9 @@ def test_from_dense_leaves_a_layers_own_compilation_behind() -> None:
 
 
 @pytest.mark.parametrize("gates", GATES)
-@pytest.mark.parametrize("name", ["linear_no_bias", "conv1d", "conv2d_depthwise", "conv3d"])
+@pytest.mark.parametrize(
+    "name", ["linear_no_bias", "conv1d", "conv2d_depthwise", "conv3d", "transposed2d"]
+)
 def test_state_dicts_go_from_and_into_the_dense_layer(name: str, gates: str) -> None:
     dense, layer, _ = make(name, gates)
     other: Any = copy.deepcopy(dense)

@@ -45,6 +45,19 @@ def convs() -> nn.Sequential:
     )
 
 
+def transposed() -> nn.Sequential:
+    """Transposed convolutions: one in groups, one without bias, one with an output padding."""
+    return nn.Sequential(
+        nn.ConvTranspose2d(1, 8, 3, bias=False),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 12, 2, 2, groups=4),
+        nn.SiLU(),
+        nn.ConvTranspose2d(12, 6, 3, 2, 1, output_padding=1),
+        nn.Tanh(),
+        nn.Conv2d(6, 2, 1),
+    )
+
+
 def sigmoids() -> nn.Sequential:
     """A closed unit is no zero after a sigmoid."""
     return nn.Sequential(nn.Linear(6, 12), nn.Sigmoid(), nn.Linear(12, 9), nn.ReLU())
@@ -55,6 +68,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "lenet": (plain.small_lenet, IMAGE),
     "lenet, its sizes written out": (lambda: plain.HardCoded(6, 10, 30), IMAGE),
     "convs": (convs, IMAGE),
+    "transposed": (transposed, IMAGE[..., :4, :5]),
     "sigmoids": (sigmoids, FLAT),
     "two readers": (plain.TwoReaders, FLAT),
     "called twice": (plain.CalledTwice, FLAT),
@@ -115,7 +129,8 @@ class SwiGLU(nn.Module):
 
 
 BY_STRUCTURE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
-    name: ZOO[name] for name in ("vgg", "resnext", "mobilenet", "densenet", "channelwise")
+    name: ZOO[name]
+    for name in ("vgg", "resnext", "mobilenet", "densenet", "channelwise", "dcgan", "autoencoder")
 } | {"swiglu": (SwiGLU, lambda: torch.randn(2, 6))}
 
 

@@ -121,7 +121,8 @@ def test_neighbours_agree_without_gathers_and_scatters(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["mobilenet", "resnext", "channelwise", "gpt2", "gpt2 with attributes", "bert"]
+    "name",
+    ["mobilenet", "resnext", "channelwise", "dcgan", "gpt2", "gpt2 with attributes", "bert"],
 )
 def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
     _, small, args = pruned(name, "random")
@@ -138,7 +139,8 @@ def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg", "mobilenet", "channelwise", "gpt2 with attributes", "bert", "llama"]
+    "name",
+    ["vgg", "mobilenet", "channelwise", "autoencoder", "gpt2 with attributes", "bert", "llama"],
 )
 def test_it_is_an_ordinary_model(name: str) -> None:
     """It copies, pickles, compiles without a break and exports, norms and heads included."""
