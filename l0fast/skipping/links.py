@@ -25,7 +25,7 @@ def _usable(layer: Any) -> bool:
     """Whether a layer can compute with some of its rows and columns."""
     if not isinstance(layer, Drawn) or layer.noise == "example" or layer.gates == "weight":
         return False
-    return getattr(layer, "groups", 1) == 1
+    return layer.gate_index is None and getattr(layer, "groups", 1) == 1
 
 
 class _Finder:
