@@ -10,11 +10,11 @@ from torch import Tensor
 from l0fast.graph.sharding import full
 from l0fast.layers.dense_types import TRANSPOSED
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gate_owners
+from l0fast.layers.handle import sharing
 
 
 def magnitudes(layer: Gated) -> Tensor:
-    """The root mean square of the parameters that each gate controls, of log_alpha's shape.
+    """The root mean square of the parameters that each of its gates controls.
 
     Within a layer it ranks units as the L2 norm of their weights does. Of a single weight it is the
     absolute value.
@@ -36,14 +36,18 @@ def magnitudes(layer: Gated) -> Tensor:
 
 def shared_magnitudes(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
     """Name of each layer with gates of its own -> their magnitudes, over all that share them."""
-    squares: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
-    for name, owner in gate_owners(layers).items():
-        layer = layers[name]
-        total = magnitudes(layer).square() * layer.group_size
-        squares[owner] = squares[owner] + total if owner in squares else total
-        sizes[owner] = sizes.get(owner, 0) + layer.group_size
-    return {owner: (total / sizes[owner]).sqrt() for owner, total in squares.items()}
+    found: dict[str, Tensor] = {}
+    for owner, readers in sharing(layers).items():
+        gates = layers[owner].log_alpha
+        squares = [magnitudes(layer).square() * layer.group_size for layer in readers.values()]
+        wide = torch.promote_types(squares[0].dtype, torch.float32)
+        total, sizes = torch.zeros(2, gates.numel(), dtype=wide, device=squares[0].device)
+        for layer, part in zip(readers.values(), squares, strict=True):
+            places = layer.places().to(total.device)
+            total.index_add_(0, places, part.flatten().to(wide))
+            sizes.index_add_(0, places, torch.full_like(part.flatten(), layer.group_size).to(wide))
+        found[owner] = (total / sizes).sqrt().view(gates.shape)
+    return found
 
 
 def scores(squares: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from l0fast.graph.liveness import Liveness
 from l0fast.graph.sites import Site, find_sites, tied_modules
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
+from l0fast.layers.serving import Share
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ class Choice:
     reason: str = ""
     units: int = 1
     shared: str = ""
-    """The layer before, which reads the same units, whose gates it shares."""
+    """The layer before, which reads some of the same units, whose gates it shares."""
+    share: Share | None = None
+    """Which of those gates it has, where it does not have all of them, in order."""
 
 
 def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
@@ -88,8 +91,9 @@ def by_structure(
       has gates on its outputs; a Linear that reads them has a gate on each of its inputs.
     - Any other layer has gates on its inputs, if nothing but layers needs the units there; one gate
       for each block of inputs that can only vanish together. Where several layers read the same
-      units (a residual stream, a squeeze-and-excite branch) they share the gates. Where they read
-      some of the same, Linears have gates of their own, but none with a convolution among them.
+      units (a residual stream, a squeeze-and-excite branch) they share the gates. So they do where
+      they read some of the same (a skip connection, a dense block) and a convolution is among
+      them: each has its own part of one set of gates. Linears alone have gates of their own there.
     - A Linear that reads the model's own inputs has a gate on each.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
@@ -120,6 +124,8 @@ class _Recipe:
         """Class of units -> the layers that read it."""
         self.makers: dict[int, set[str]] = {}
         """Class of units -> the layers that make it."""
+        self.reads: dict[str, set[int]] = {}
+        """Layer -> the classes of units that it reads."""
         self.carried: set[int] = set()
         """Classes of units that a norm or a convolution in groups passes on."""
         self.vectors: dict[str, Tensor] = {}
@@ -129,6 +135,7 @@ class _Recipe:
             if is_carrier(sites[name].layer):
                 self.carried.update(found)
                 continue
+            self.reads[name] = set(found)
             for one in found:
                 self.readers.setdefault(one, set()).add(name)
             if units is not None and name in layers and not sites[name].fixed:
@@ -142,10 +149,12 @@ class _Recipe:
         self.stays = int(walk.classes[STAYS])
         self.nonzero = self._nonzero(trace, sites)
         """Classes of units that do not reach every reader as zeros when their maker gives zeros."""
-        self.vanishing: dict[str, bool] = {}
-        """First of the layers that read the same -> see `_vanish`."""
+        self.vanishing: dict[frozenset[str], bool] = {}
+        """The layers that read some units -> see `_vanishes`."""
         self.closed_by_maker: set[int] = set()
-        """Classes of units that have gates where they are made."""
+        """Classes of units that have gates where they are made,"""
+        self.closed_by_reader: set[int] = set()
+        """and where they are read."""
 
     def _classes(self, labels: Tensor) -> list[int]:
         return self.walk.classes[labels].unique().tolist()
@@ -174,7 +183,8 @@ class _Recipe:
         made = self.walk.made[site.name]
         classes = set(self._classes(made))
         alone = len(classes) == len(made) and all(self.makers[o] == {site.name} for o in classes)
-        if self.stays in classes or self.nonzero & classes or not alone:
+        gated = self.closed_by_reader & classes
+        if self.stays in classes or self.nonzero & classes or gated or not alone:
             return inputs
         self.closed_by_maker |= classes
         return Choice("output")
@@ -197,38 +207,65 @@ class _Recipe:
             return Choice("", "the units that it reads do not lie in blocks of one size")
         if len(found) == 1:
             return Choice("", "what it reads can only vanish as a whole")
-        sharing = [name for name in self.walk.sites if any(name in self.readers[o] for o in found)]
-        alike = all(self._alike(site, name) for name in sharing)
-        images = any(not isinstance(self.walk.sites[n].layer, nn.Linear) for n in sharing)
-        if not alike and images:  # where they disagree they would gather whole images
-            others = ", ".join(name for name in sharing if name != site.name)
-            return Choice("", f"what it reads is also read by {others}")
-        if not linear and not self._vanish(sharing, vector):
+        names = self._connected(site.name)
+        barred = [name for name in names if not self._can_share(site, name)]
+        alike = not barred and all(torch.equal(self.vectors[name], vector) for name in names)
+        images = any(not isinstance(self.walk.sites[n].layer, nn.Linear) for n in names)
+        if not alike and not images:
+            names = [site.name]  # where they disagree they gather
+        elif barred:  # they would gather whole images
+            others = [name for name in barred if self.reads[name] & found] or barred
+            return Choice("", f"what it reads is also read by {', '.join(others)}")
+        gated = set[int]().union(*(self.reads[name] for name in names))
+        if images and not all(map(self._vanishes, gated)):
             return Choice("", "no unit that it reads can vanish alone: they are split or shuffled")
-        shared = sharing[0] if alike and sharing[0] != site.name else ""
-        reason = f"the gates of {shared!r}, which reads the same" if shared else ""
-        return Choice("input", reason, len(classes) // len(vector), shared)
+        shared = names[0] if names[0] != site.name else ""
+        same = "the same" if alike else "some of the same"
+        reason = f"the gates of {shared!r}, which reads {same}" if shared else ""
+        share = None if alike else self._share(names, vector)
+        self.closed_by_reader |= gated
+        return Choice("input", reason, len(classes) // len(vector), shared, share)
 
-    def _alike(self, site: Site, name: str) -> bool:
-        """Whether another layer reads just what this one does, and can share its gates."""
-        mine, other = self.vectors[site.name], self.vectors.get(name)
+    def _connected(self, name: str) -> list[str]:
+        """The layers that read what a layer reads, and those that read what these do, and so on."""
+        found, new = set[str](), {name}
+        while new:
+            found |= new
+            classes = set[int]().union(*(self.reads[one] for one in new))
+            new = set[str]().union(*(self.readers[one] for one in classes)) - found
+        return [name for name in self.walk.sites if name in found]
+
+    def _can_share(self, site: Site, name: str) -> bool:
+        """Whether another layer may have gates on what it reads, and share them with this one."""
+        vector, found = self.vectors.get(name), self.reads[name]
         weight, theirs = (self._weight(one) for one in (site, self.walk.sites[name]))
         return (
-            other is not None
-            and torch.equal(mine, other)
+            vector is not None
+            and len(vector) == len(found) > 1
+            and self.stays not in found
+            and not found <= self.closed_by_maker
             and (weight.dtype, weight.device) == (theirs.dtype, theirs.device)
         )
 
-    def _vanish(self, names: list[str], vector: Tensor) -> bool:
-        """Whether a unit exists no more when the gates that some layers have on it are closed."""
-        if names[0] not in self.vanishing:
+    def _share(self, names: list[str], vector: Tensor) -> Share | None:
+        """What a layer that reads `vector` has of the gates on all that some layers read."""
+        units = list(dict.fromkeys(torch.cat([self.vectors[name] for name in names]).tolist()))
+        place = {one: index for index, one in enumerate(units)}
+        index = tuple(place[one] for one in vector.tolist())
+        return None if index == tuple(range(len(units))) else Share(index, len(units))
+
+    def _vanishes(self, one: int) -> bool:
+        """Whether units of a class exist no more when the gates that all their readers have on them
+        are closed; of the classes with the same readers, one is tried."""
+        readers = frozenset(self.readers[one])
+        if readers not in self.vanishing:
             walk = copy.copy(self.walk)
             walk.sites = dict(walk.sites)
-            for name in names:
-                reads = walk.classes[self.walk.inputs[name].labels] != vector[0]  # type: ignore[union-attr]
+            for name in readers:
+                reads = walk.classes[self.walk.inputs[name].labels] != one  # type: ignore[union-attr]
                 walk.sites[name] = dataclasses.replace(walk.sites[name], reads=reads)
-            self.vanishing[names[0]] = not bool(Liveness(walk).present()[vector[0]])
-        return self.vanishing[names[0]]
+            self.vanishing[readers] = not bool(Liveness(walk).present()[one])
+        return self.vanishing[readers]
 
     @staticmethod
     def _weight(site: Site) -> Tensor:

@@ -165,6 +165,7 @@ def sparsify_(
             gates=choices[name].gates,
             units=choices[name].units,
             shared=gated.get(choices[name].shared),
+            share=choices[name].share,
             density_init=density,
             droprate_init=droprate,
             distribution=distribution,

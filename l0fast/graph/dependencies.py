@@ -71,7 +71,7 @@ class GateDependencies:
         rigid: Collection[str],
     ) -> None:
         owners = gate_owners(layers)
-        self.always = sum(layers[name].num_gates for name in own_gates(layers))
+        self.always = sum(layers[name].log_alpha.numel() for name in own_gates(layers))
         """Number of a gate that is always open, and"""
         self.never = self.always + 1
         """of one that never is."""
@@ -88,8 +88,8 @@ class GateDependencies:
         gates: dict[str, Tensor] = {}
         for name, layer in layers.items():
             if owners[name] == name:
-                gates[name] = torch.arange(start, start + layer.num_gates)
-                start += layer.num_gates
+                gates[name] = torch.arange(start, start + layer.log_alpha.numel())
+                start += layer.log_alpha.numel()
             own = gates[owners[name]]
             if name in sites and name not in scaled:
                 sides = self.reads if layer.gates == "input" else self.writes

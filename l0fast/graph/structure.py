@@ -14,6 +14,8 @@ from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import Trace, export, is_site, kind_of, train_but_norms
 from l0fast.graph.sites import without_gates
 from l0fast.layers.handle import gates
+from l0fast.layers.serving import INDEX
+from l0fast.layers.ties import GATES
 
 _OF_GATES = {"gates", "noise", "units", "stage", "training"}
 """Attributes of layers that do not change a plain model's structure."""
@@ -37,7 +39,7 @@ def _module_print(name: str, module: nn.Module) -> Fingerprint:
         (key, tuple(value.shape), str(value.dtype))
         for owned in (module._parameters, module._buffers)
         for key, value in owned.items()
-        if value is not None and key != "log_alpha"
+        if value is not None and key not in (GATES, INDEX)
     )
     kind = kind_of(module)
     return name, kind.__module__, kind.__qualname__, plain, tensors

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from l0fast.layers.serving import Serving
 from l0fast.maths.compaction import Order
 from l0fast.maths.hard_concrete import HardConcrete
 
@@ -177,24 +178,21 @@ def all_open(log_alpha: Tensor) -> Tensor:
     return ones + 0 * log_alpha
 
 
-class Drawn:
+class Drawn(Serving):
     """A layer whose gates are drawn for it, and where it finds them."""
 
     gates: str
     noise: str
     distribution: HardConcrete
-    log_alpha: nn.Parameter
     training: bool
     stage: str = DRAWN
     """Whether training draws its gates, or has those of evaluation, without noise: all of them
     open, as before a training under a constraint, or settled, as at its end."""
-    units: int
-    """How many consecutive inputs each gate serves; 1 for gates that are not on inputs."""
     _places: tuple[tuple[Board, int], ...] = ()
     """The boards of the models that it belongs to, and its place on each."""
 
     def open_probability(self) -> Tensor:
-        """P(z > 0) of each gate, of log_alpha's shape, differentiable; 0 or 1 without noise."""
+        """P(z > 0) of each gate in log_alpha, differentiable; 0 or 1 without noise."""
         if self.stage == DRAWN:
             return self.distribution.open_probability(self.log_alpha)
         return (self.evaluation_gates() > 0).to(self.log_alpha.dtype)
@@ -209,10 +207,6 @@ class Drawn:
         if self.stage == OPEN:
             return all_open(self.log_alpha)
         return self.distribution.median(self.log_alpha)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """What each gate has, [..., num_gates], for each of the units that it serves."""
-        return values if self.units == 1 else values.repeat_interleave(self.units, -1)
 
     def _given(self) -> Tensor | None:
         """The gates that a model's draw has for this call, or None."""
@@ -236,7 +230,9 @@ class Drawn:
         return None
 
     def _count(self, counts: OpenCounts, index: int = 0) -> None:
-        """Leaves what a draw counted of this layer for whoever asks `expected_open`."""
+        """Leaves what a draw counted of its log_alpha for whoever asks `expected_open`."""
+        if self.gate_index is not None:  # it has some of those gates
+            return
         for board, place in self._places:
             of = id(self.log_alpha), self.log_alpha._version
             board.counted[place] = Counted(counts, index, of)
@@ -291,7 +287,7 @@ def expected_open(layers: Sequence[Any]) -> Tensor:
         totals = None if counted is None else taken[counted.counts]
         if totals is None or counted is None:
             dtype = torch.promote_types(layer.log_alpha.dtype, torch.float32)
-            parts.append(layer.open_probability().sum(dtype=dtype))
+            parts.append(layer.own(layer.open_probability()).sum(dtype=dtype))
         else:
             parts.append(totals.view(-1)[counted.index])
     return torch.stack(parts)

@@ -13,6 +13,7 @@ from l0fast import _checks, autograd, functional
 from l0fast.layers.dense_types import dense_type_of
 from l0fast.layers.draw import DRAWN, STAGES, Drawn, OnDevice, OpenCounts
 from l0fast.layers.options import check_options
+from l0fast.layers.serving import Share, drop_index
 from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
 
@@ -64,6 +65,7 @@ class Gated(Drawn):
         noise: str,
         units: int = 1,
         shared: Gated | None = None,
+        share: Share | None = None,
     ) -> None:
         self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
@@ -71,7 +73,7 @@ class Gated(Drawn):
             self.distribution, self.log_alpha = shared.distribution, shared.log_alpha
             return
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        shape = self._gate_shape()
+        shape = self._gate_shape() if share is None else (share.total,)
         log_alpha = torch.full(shape, 0.0, dtype=dtype, device=self.weight.device)
         if droprate_init is not None:
             mean = math.log(1 - droprate_init) - math.log(droprate_init)
@@ -92,6 +94,7 @@ class Gated(Drawn):
         noise: str = "batch",
         units: int = 1,
         shared: Gated | None = None,
+        share: Share | None = None,
     ) -> Self:
         """A gated layer that shares the very parameters (and hooks) of a dense one.
 
@@ -101,6 +104,7 @@ class Gated(Drawn):
             units: with gates on inputs, how many consecutive ones each gate serves: those of an
                 attention head, say.
             shared: another gated layer, which reads the same units: its gates are this one's too.
+            share: which of them it has, where each of those that share them has a part.
 
         Raises:
             TypeError: `layer` is of another class, or its subclass has another forward.
@@ -119,12 +123,18 @@ class Gated(Drawn):
             _checks.refuse("units", units, f"1 where gates={gates!r}")
         if self._num_inputs() % units:
             _checks.refuse("units", units, f"a divisor of its {self._num_inputs()} inputs")
+        number = self._num_inputs() // units
+        if share is not None:
+            share.check(gates, number)
+            self.set_index(share.places(self.weight.device))
+            number = share.total
         if shared is not None:
-            mine, theirs = (gates, self._num_inputs() // units), (shared.gates, shared.num_gates)
+            mine, theirs = (gates, number), (shared.gates, shared.log_alpha.numel())
             if mine != theirs or gates != "input":
                 got = f"{theirs[1]} gates on its {theirs[0]}s"
                 _checks.refuse("shared", got, f"a layer with {mine[1]} gates on its inputs")
-        self._init_gates(gates, density_init, droprate_init, distribution, noise, units, shared)
+        start = density_init, droprate_init, distribution
+        self._init_gates(gates, *start, noise, units, shared, share)
         return self
 
     default_gates: ClassVar[str]
@@ -142,11 +152,6 @@ class Gated(Drawn):
         if input.shape[dim] == 1 < self._num_inputs():
             expected = f"{self._num_inputs()} features in dimension {dim}"
             _checks.refuse("input", tuple(input.shape), expected)
-
-    @property
-    def num_gates(self) -> int:
-        """How many gates the layer has."""
-        return self.log_alpha.numel()
 
     def remember_size(self) -> None:
         """Keeps counting against the size of now when gates are removed for good."""
@@ -241,6 +246,7 @@ class Gated(Drawn):
         own = ("gates", "noise", "units", "distribution", "stage", "_full", "_places")
         dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
+        drop_index(dense)
         return dense
 
     def folded(self, z: Tensor, dtype: torch.dtype | None = None) -> nn.Module:

@@ -44,6 +44,14 @@ def own_gates(layers: Mapping[str, Any]) -> list[str]:
     return list(dict.fromkeys(gate_owners(layers).values()))
 
 
+def sharing(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The first of some gated layers that share a log_alpha -> all that do, by name."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, owner in gate_owners(layers).items():
+        found.setdefault(owner, {})[name] = layers[name]
+    return found
+
+
 def refuse_adapters(name: str, model: nn.Module) -> None:
     """Refuses adapters, such as LoRA, on gated layers: they read and write units that the gates
     close, so that merged they are another model."""
@@ -160,8 +168,8 @@ class ModelGates:
         rows = [("layer", "kind", "gates", "open", "of", "expected", "shared with")]
         with torch.no_grad():
             for name, layer in self.layers.items():
-                opened = int((layer.evaluation_gates() > 0).sum())
-                expected = float(layer.open_probability().double().mean())
+                opened = int(layer.own(layer.evaluation_gates() > 0).sum())
+                expected = float(layer.own(layer.open_probability()).double().mean())
                 shared = "" if owners[name] == name else owners[name]
                 counts = str(opened), str(layer.num_gates), f"{expected:.4f}"
                 rows.append((name, type(layer).__name__, layer.gates, *counts, shared))

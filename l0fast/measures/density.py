@@ -68,14 +68,15 @@ def density(model: nn.Module, example_inputs: Any = None) -> DensityTable:
     rows: list[LayerDensity] = []
     with torch.no_grad():
         for name, layer in layers.items():
-            open_gates = int((layer.evaluation_gates() > 0).sum())
+            opened = layer.own(layer.open_probability())
+            open_gates = int(layer.own(layer.evaluation_gates() > 0).sum())
             rows.append(
                 LayerDensity(
                     name=name,
                     gates=layer.gates,
                     open_gates=open_gates,
                     num_gates=layer.all_gates,
-                    expected=float(layer.open_probability().double().sum()) / layer.all_gates,
+                    expected=float(opened.double().sum()) / layer.all_gates,
                     realised=open_gates / layer.all_gates,
                     params=layer.all_gates * layer.group_size,
                     macs=None if macs is None else macs[name],

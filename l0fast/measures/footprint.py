@@ -97,7 +97,7 @@ class Footprint(Measure):
         shifts = [torch.full((0,), 0.0, dtype=torch.float64)]
         for name in self.gated:
             layer = self.layers[name]
-            shifts.append(shifts[0].new_full((layer.num_gates,), layer.distribution.shift))
+            shifts.append(shifts[0].new_full((layer.log_alpha.numel(),), layer.distribution.shift))
         certain = shifts[0].new_tensor([torch.inf, -torch.inf])  # always open, and never
         sides = [len(side[name]) for side in (needs.reads, needs.writes) for name in self.names]
         least = [count(name) for count in (needs.least_read, needs.least) for name in self.names]

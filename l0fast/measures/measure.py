@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.layers.draw import expected_open
 from l0fast.layers.gated import Gated
+from l0fast.layers.handle import sharing
+from l0fast.layers.serving import likeliest
 from l0fast.measures.groups import AnyMeasure, Group, measure_name
 from l0fast.measures.latency import LatencyTable
 
@@ -76,12 +78,15 @@ class Measure(nn.Module):
         """[C] least shares that the gates can reach, with a unit left in each layer."""
         one_each: dict[str, Tensor] = {}
         floor: dict[str, Tensor] = {}
-        for name, layer in self.layers.items():
-            one_each[name] = torch.zeros(layer.log_alpha.shape, dtype=torch.bool)
-            if layer.gates != "weight":
-                one_each[name][:1] = True
+        for owner, layers in sharing(self.layers).items():
+            layer = layers[owner]
             least = layer.distribution.shift - layer.distribution.bound
-            floor[name] = torch.full(layer.log_alpha.shape, least, dtype=torch.float64)
+            logits = torch.full(layer.log_alpha.shape, least, dtype=torch.float64)
+            one = torch.zeros_like(logits, dtype=torch.bool)
+            if layer.gates != "weight":
+                one = likeliest(layers.values(), logits)
+            one_each.update(dict.fromkeys(layers, one))
+            floor.update(dict.fromkeys(layers, logits))
         with torch.no_grad():
             at_floor: list[float] = self.costs(floor).tolist()
         costs = zip(self.spent(one_each), at_floor, self.totals, strict=True)
@@ -108,7 +113,9 @@ class GateMeasure(Measure):
         self.register_buffer("weights", sizes / totals, persistent=False)
 
     def costs(self, logits: Mapping[str, Tensor]) -> Tensor:
-        counts = torch.stack([torch.sigmoid(logits[name]).sum() for name in self.layers])
+        counts = torch.stack(
+            [torch.sigmoid(layer.own(logits[n])).sum() for n, layer in self.layers.items()]
+        )
         return (self.sizes * counts).sum(1)
 
     def forward(self) -> Tensor:
@@ -130,10 +137,13 @@ class OwnMeasure(Measure):
         prefix = f"{group.whole}." if group.whole else ""
         self.names = {name: name.removeprefix(prefix) for name in group.layers}
         with torch.no_grad():
-            full = {name: torch.ones_like(layer.log_alpha) for name, layer in layers.items()}
+            full = {n: layer.own(torch.ones_like(layer.log_alpha)) for n, layer in layers.items()}
             self.totals = [float(self._cost(full))]
         expected = "a finite cost > 0 with every gate open"
         _checks.number(self.title, self.totals[0], expected, low=0.0, open_low=True)
+
+    def _of_group(self) -> list[tuple[str, Gated]]:
+        return [(name, self.layers[name]) for name in self.names]
 
     def _cost(self, opened: Mapping[str, Tensor]) -> Tensor:
         cost: Any = self.cost({short: opened[name] for name, short in self.names.items()})
@@ -144,10 +154,11 @@ class OwnMeasure(Measure):
 
     def costs(self, logits: Mapping[str, Tensor]) -> Tensor:
         opened = {
-            name: torch.sigmoid(logits[name]).to(self.layers[name].log_alpha) for name in self.names
+            name: torch.sigmoid(layer.own(logits[name])).to(layer.log_alpha)
+            for name, layer in self._of_group()
         }
         return self._cost(opened).reshape(1)
 
     def forward(self) -> Tensor:
-        opened = {name: self.layers[name].open_probability() for name in self.names}
+        opened = {name: layer.own(layer.open_probability()) for name, layer in self._of_group()}
         return (self._cost(opened) / self.totals[0]).reshape(1)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gate_owners, own_gates
+from l0fast.layers.handle import gate_owners, own_gates, sharing
+from l0fast.layers.serving import alike, likeliest
 from l0fast.measures.amounts import Asked
 from l0fast.measures.measure import Measure
 
@@ -51,8 +52,9 @@ def choose(
     with gates on units keeps its first block. Then blocks that begin with a gate that is open in
     evaluation are kept in the order of that gate's open probability, as long as every budget
     holds; a layer is complete with its first block that does not fit, and makes room for the
-    others'. With `fill` those that are closed in evaluation are kept as well where there is room,
-    in the layers that a budget is about.
+    others'. Where layers share some of their gates, each part that the same layers have is in
+    blocks, and complete, by itself. With `fill` those that are closed in evaluation are kept as
+    well where there is room, in the layers that a budget is about.
 
     Raises:
         ValueError: a budget does not hold the first block of its layers, or a log_alpha is NaN.
@@ -62,24 +64,28 @@ def choose(
     first: list[Tensor] = []
     waits: list[Tensor] = []
     place = 0
+    group: list[Tensor] = []
+    number = 0
     owners = gate_owners(layers)  # shared gates stay and go together
-    owning = own_gates(layers)
     filled = {owners[name] for one in budgets for name in one.layers} if fill else set[str]()
-    for name in owning:
+    for name, readers in sharing(layers).items():
         layer = layers[name]
         log_alpha = layer.log_alpha.detach().double().cpu().flatten()
         if bool(log_alpha.isnan().any()):
             _checks.refuse("log_alpha", math.nan, f"numbers in every gate of {name!r}")
         units = layer.gates != "weight"
         size = round_to if units else 1
-        order = log_alpha.argsort(descending=True, stable=True)
-        ranks = torch.arange(len(order))
-        leader = torch.empty_like(order)
-        leader[order] = order[ranks // size * size]
-        begins = leader == ranks
-        reserved = torch.zeros(len(order), dtype=torch.bool)
+        places = torch.arange(len(log_alpha))
+        leader, part = torch.empty_like(places), torch.empty_like(places)
+        for same in alike(readers.values()):
+            order = same[log_alpha[same].argsort(descending=True, stable=True)]
+            leader[order] = order[torch.arange(len(order)) // size * size]
+            part[same] = number
+            number += 1
+        begins = leader == places
+        reserved = torch.zeros(len(places), dtype=torch.bool)
         if units:
-            reserved[order[:1]] = True
+            reserved = likeliest(readers.values(), log_alpha)
         with torch.no_grad():
             is_open = layer.evaluation_gates() > 0
         if name in filled:
@@ -89,14 +95,14 @@ def choose(
         leaders.append(leader + place)
         # Monotone in the open probability, and never rounded to 1.
         scores.append(log_alpha + layer.distribution.shift)
-        place += len(order)
+        group.append(part)
+        place += len(places)
     sizes = [len(score) for score in scores]
-    owner = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
-    leader = torch.cat(leaders)
+    leader, part_of = torch.cat(leaders), torch.cat(group)
     kept = torch.cat(first)  # of each block, by the gate that it begins with
 
     def by_layer(blocks: Tensor) -> dict[str, Tensor]:
-        parts = dict(zip(owning, blocks[leader].split(sizes), strict=True))
+        parts = dict(zip(own_gates(layers), blocks[leader].split(sizes), strict=True))
         return {name: parts[of].view(layers[name].log_alpha.shape) for name, of in owners.items()}
 
     def fits(more: Tensor) -> bool:
@@ -123,5 +129,5 @@ def choose(
                 over = middle
         kept[waiting[:taken]] = True
         left = waiting[taken:]
-        waiting = left[owner[left] != owner[left[:1]]]
+        waiting = left[part_of[left] != part_of[left[:1]]]
     return by_layer(kept)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l0fast.gating.attention import unfused_in
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gates, own_gates
+from l0fast.layers.handle import gates, sharing
 from l0fast.measures.counts import Counts
 from l0fast.measures.groups import Group, measure_name
 from l0fast.measures.measure import GateMeasure
@@ -42,10 +42,10 @@ class Facts:
 class _GateCounts:
     """How the gates that stay differ from those that are open in evaluation, by layer."""
 
-    forced: dict[str, int]
-    """Closed by the targets."""
-    filled: dict[str, int]
-    """Kept, though closed."""
+    forced: dict[str, Tensor]
+    """bool, of log_alpha's shape: closed by the targets."""
+    filled: dict[str, Tensor]
+    """The same: kept, though closed."""
     collapsed: list[str]
     """Layers without an open gate."""
 
@@ -55,11 +55,22 @@ def _count_gates(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> _Ga
     found = _GateCounts({}, {}, [])
     for name, layer in layers.items():
         is_open = (layer.evaluation_gates() > 0).cpu()
-        found.forced[name] = int((is_open & ~kept[name]).sum())
-        found.filled[name] = int((kept[name] & ~is_open).sum())
-        if not bool((is_open & kept[name]).any()):
+        found.forced[name] = is_open & ~kept[name]
+        found.filled[name] = kept[name] & ~is_open
+        if not bool(layer.own(is_open & kept[name]).any()):
             found.collapsed.append(name)
     return found
+
+
+def _in_all(layers: Mapping[str, Gated], counts: Mapping[str, Tensor]) -> int:
+    """How many gates of some layers count, each once."""
+    total = 0
+    for owner, readers in sharing(layers).items():
+        had = torch.zeros(counts[owner].shape, dtype=torch.bool).flatten()
+        for layer in readers.values():
+            had[layer.places().cpu()] = True
+        total += int((counts[owner].flatten() & had).sum())
+    return total
 
 
 def _whole(value: float) -> float:
@@ -68,7 +79,7 @@ def _whole(value: float) -> float:
 
 
 def _group_rows(
-    layers: Mapping[str, Gated], facts: Facts, forced: Mapping[str, int]
+    layers: Mapping[str, Gated], facts: Facts, forced: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Any]]:
     """Name of each target -> what it asked for, and what is left."""
     return {
@@ -79,9 +90,7 @@ def _group_rows(
             "density": facts.spent[one.name] / one.measure.totals[0],
             "kept": _whole(facts.spent[one.name]),
             "total": _whole(one.measure.totals[0]),
-            "forced": sum(
-                forced[name] for name in own_gates({name: layers[name] for name in one.layers})
-            ),
+            "forced": _in_all({name: layers[name] for name in one.layers}, forced),
         }
         for one in facts.budgets
     }
@@ -97,7 +106,7 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
         dense, left: the plain model at full size, and the pruned one, counted.
     """
     layers, kept = gates(model).layers, facts.kept
-    counts, owning = _count_gates(layers, kept), own_gates(layers)
+    counts = _count_gates(layers, kept)
     changed = {edit.name for edit in plan.edits}
     sites = [
         site_row(
@@ -105,7 +114,7 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
             plan,
             layers.get(name),
             kept.get(name),
-            counts.forced.get(name, 0),
+            counts.forced.get(name),
             name in counts.collapsed,
         )
         for name in plan.sites
@@ -119,10 +128,10 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
         format=REPORT_FORMAT,
         architecture="-".join(str(s[units[s["gates"]]][0]) for s in sites if s["gates"]),
         density=gated.spent(kept)[0] / gated.totals[0],
-        forced=sum(counts.forced[name] for name in owning),
+        forced=_in_all(layers, counts.forced),
         collapsed=counts.collapsed,
         round_to=facts.round_to,
-        filled=sum(counts.filled[name] for name in owning),
+        filled=_in_all(layers, counts.filled),
         groups=_group_rows(layers, facts, counts.forced),
         params=[small["params"], full["params"]],
         macs=[small["macs"], full["macs"]],
@@ -146,13 +155,15 @@ def site_row(
     plan: Plan,
     layer: Gated | None,
     kept: Tensor | None,
-    forced: int,
+    forced: Tensor | None,
     collapsed: bool,
 ) -> dict[str, Any]:
     """The row of one layer."""
     site, extent = plan.sites[name], plan.extents[name]
     edit = next((edit for edit in plan.edits if edit.name == name), None)
     gates = None if layer is None else layer.gates
+    if layer is not None and kept is not None and forced is not None:
+        kept, forced = layer.own(kept), layer.own(forced)
     inputs = int(extent.columns.sum()), len(extent.columns)
     outputs = int(extent.rows.sum()), len(extent.rows)
     smaller = inputs[0] < inputs[1] or outputs[0] < outputs[1]
@@ -189,7 +200,7 @@ def site_row(
         "gates": gates,
         "gates_open": 0 if kept is None else int(kept.sum()),
         "gates_total": 0 if kept is None else kept.numel(),
-        "forced": forced,
+        "forced": 0 if forced is None else int(forced.sum()),
         "in": list(inputs),
         "out": list(outputs),
         "status": status,

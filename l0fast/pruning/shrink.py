@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from l0fast.graph.calls import Example
 from l0fast.graph.sites import without_gates
 from l0fast.graph.structure import structure_of
-from l0fast.layers.handle import gated_layers, gates
+from l0fast.layers.handle import gated_layers, gates, sharing
+from l0fast.layers.serving import INDEX, likeliest
 from l0fast.measures.counts import Counts, element_size
 from l0fast.pruning.draft import GateValues
 from l0fast.pruning.edits import AttributePatch, Edit, shrink_, sliced, weight_sides
@@ -36,7 +37,7 @@ class Removal:
     edits: list[Edit]
     patches: list[AttributePatch]
     gates: dict[str, list[int]]
-    """Gated layer -> indices of its gates that stay; layers that lose none are left out."""
+    """Gated layer -> which of its gates stay, by number; layers that lose none are left out."""
 
     def as_json(self) -> dict[str, Any]:
         """A dict that `from_json` takes."""
@@ -71,16 +72,22 @@ class Idle:
         The likeliest gate of each layer always does, and so do gates on single weights.
         """
         kept: dict[str, Tensor] = {}
-        for name, layer in gated_layers(model).items():
-            seldom = (layer.open_probability() < SELDOM).cpu()
-            before = self.epochs.get(name, torch.zeros(seldom.shape, dtype=torch.int64))
-            self.epochs[name] = (before + 1) * seldom
-            # A gate that is closed once it is settled does not come back.
-            kept[name] = ~seldom if layer.settled else self.epochs[name] < self.patience
-            if layer.gates == "weight" or name in self.stuck:
-                kept[name].fill_(True)
-            else:
-                kept[name][layer.log_alpha.argmax().cpu()] = True
+        for owner, layers in sharing(gated_layers(model)).items():
+            log_alpha = layers[owner].log_alpha
+            stays = torch.ones(log_alpha.shape, dtype=torch.bool)
+            for name, layer in layers.items():
+                seldom = layer.own(layer.open_probability() < SELDOM).cpu()
+                before = self.epochs.get(name, torch.zeros(seldom.shape, dtype=torch.int64))
+                self.epochs[name] = (before + 1) * seldom
+                if layer.gates != "weight":
+                    # A gate that is closed once it is settled does not come back.
+                    own = ~seldom if layer.settled else self.epochs[name] < self.patience
+                    stays[layer.places().cpu()] = own
+            if layers[owner].gates != "weight":
+                stays |= likeliest(layers.values(), log_alpha).cpu()
+            if not self.stuck.isdisjoint(layers):
+                stays.fill_(True)
+            kept.update(dict.fromkeys(layers, stays))
         return kept
 
     def as_json(self) -> dict[str, Any]:
@@ -185,6 +192,7 @@ def remove_(
     for edit in removal.edits:
         module = model.get_submodule(edit.name)
         log_alpha = module._parameters.pop("log_alpha", None)
+        index = module._buffers.pop(INDEX, None)
         before = dict(module._parameters)
         sides = weight_sides(module)
         shrink_(module, edit)
@@ -194,16 +202,13 @@ def remove_(
                 note(old, new, lambda v, e=edit, s=sides: sliced(v, e, s))
         if log_alpha is not None:
             module._parameters["log_alpha"] = log_alpha
-    shared: dict[int, nn.Parameter] = {}
-    for name, stay in removal.gates.items():
-        old = layers[name].log_alpha
-        if id(old) not in shared:
-            index = torch.tensor(stay, device=old.device)
-            new = nn.Parameter(old.detach()[index].clone(), old.requires_grad)
-            shared[id(old)] = new
-            note(old, new, lambda v, i=index: v[i].clone())
-        layers[name]._parameters["log_alpha"] = shared[id(old)]
-        layers[name]._forget_draws()
+        if index is not None:
+            module._buffers[INDEX] = index
+    for owner, readers in sharing(layers).items():
+        if not removal.gates.keys().isdisjoint(readers):
+            old = layers[owner].log_alpha
+            stay = _keep_gates(readers, removal.gates)
+            note(old, layers[owner].log_alpha, lambda v, i=stay: v[i].clone())
     if optimizer is not None:
         _follow(optimizer, replaced)
     handle.removed = replace(
@@ -212,6 +217,21 @@ def remove_(
         attributes=[*earlier.attributes, *(patch.as_json() for patch in removal.patches)],
     )
     attach_skipping(model, example, skip)
+
+
+def _keep_gates(readers: Mapping[str, Any], gates: Mapping[str, list[int]]) -> Tensor:
+    """Takes gates from layers that share them: what stays of their log_alpha, in order."""
+    old = next(iter(readers.values())).log_alpha
+    places = {name: layer.places() for name, layer in readers.items()}
+    left = {name: own[gates[name]] if name in gates else own for name, own in places.items()}
+    stay = torch.cat(list(left.values())).unique()
+    new = nn.Parameter(old.detach()[stay].clone(), old.requires_grad)
+    for name, layer in readers.items():
+        if layer.gate_index is not None:
+            layer.set_index(torch.searchsorted(stay, left[name]))
+        layer._parameters["log_alpha"] = new
+        layer._forget_draws()
+    return stay
 
 
 def _follow(optimizer: torch.optim.Optimizer, replaced: Mapping[int, Any]) -> None:

@@ -13,7 +13,8 @@ from l0fast.graph.capture import is_site, layer_size
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gate_owners, gates
+from l0fast.layers.handle import gates, sharing
+from l0fast.layers.serving import likeliest
 from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.flops import output_shapes
 from l0fast.measures.trial import Trial
@@ -31,15 +32,16 @@ def widths_left(plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def half_closed(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
-    """Layer -> bool, of log_alpha's shape: about half of its units stay, chosen by chance."""
+    """Layer -> bool, of log_alpha's shape: half of its gates stay, by chance, and one at least."""
     kept: dict[str, Tensor] = {}
     chance = torch.Generator().manual_seed(0)
-    for name, layer in layers.items():
-        kept[name] = torch.ones(layer.log_alpha.shape, dtype=torch.bool)
-        if layer.gates != "weight":
-            closed = torch.randperm(layer.num_gates, generator=chance)[layer.num_gates // 2 :]
-            kept[name][closed[: layer.num_gates - 1]] = False
-    return {name: kept[owner] for name, owner in gate_owners(layers).items()}
+    for owner, alike in sharing(layers).items():
+        stays = torch.ones(layers[owner].log_alpha.shape, dtype=torch.bool)
+        if layers[owner].gates != "weight":
+            scores = torch.randperm(stays.numel(), generator=chance)
+            stays = (scores >= (stays.numel() + 1) // 2) | likeliest(alike.values(), scores)
+        kept.update(dict.fromkeys(alike, stays))
+    return {name: kept[name] for name in layers}
 
 
 def _tried(

@@ -27,7 +27,8 @@ def _usable(layer: Any) -> bool:
     always computed whole."""
     if not isinstance(layer, Drawn) or layer.noise == "example" or layer.gates == "weight":
         return False
-    return getattr(layer, "groups", 1) == 1 and not isinstance(layer, TRANSPOSED)
+    plain = getattr(layer, "groups", 1) == 1 and not isinstance(layer, TRANSPOSED)
+    return plain and layer.gate_index is None
 
 
 class _Finder:

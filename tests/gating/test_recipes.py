@@ -72,7 +72,7 @@ PLACES: dict[str, dict[str, tuple[str, int]]] = {
     "llama": {"o_proj": ("input", 8), "down_proj": ("input", 1)},
     "channelwise": {"3": ("input", 4), "6": ("input", 3)}
     | dict.fromkeys(("9", "12", "15", "20"), ("input", 1)),
-    "unet": dict.fromkeys(("down.3", "bottom.3", "up.3", "head"), ("input", 1)),
+    "unet": dict.fromkeys(("down.3", "bottom.0", "bottom.3", "up.0", "up.3", "head"), ("input", 1)),
     "resnext": {
         f"layer{stage}.0.{name}": ("input", units)
         for stage in (1, 2, 3, 4)
@@ -97,10 +97,7 @@ def test_what_has_no_gates_says_why() -> None:
     found = reasons(*zoo("resnext"))
     assert found["conv1"] == "it reads the model's input 'x'"
     assert "passes its channels on" in found["layer1.0.conv2"]
-    found = reasons(*zoo("densenet"))
-    assert (
-        "also read by features.transition1.conv" in found["features.denseblock1.denselayer1.conv1"]
-    )
+    assert list(reasons(*zoo("densenet"))) == ["features.conv0"]
     found = reasons(*zoo("shufflenet"))
     assert "no unit that it reads can vanish alone" in found["stage2.1.branch2.0"]
     found = reasons(*zoo("gpt2"))
@@ -189,6 +186,41 @@ def test_a_squeeze_and_excite_branch_shares_the_gates_of_what_it_scales() -> Non
     block = "features.2.0.block"
     found = shared("efficientnet")
     assert found[f"{block}.2.fc1"] == {f"{block}.2.fc1", f"{block}.3.0"}
+
+
+def test_readers_of_some_of_the_same_units_have_parts_of_one_set() -> None:
+    assert shared("unet") == {"bottom.0": {"bottom.0", "up.0"}}
+    block = "features.denseblock3"
+    assert shared("densenet")[f"{block}.denselayer1.conv1"] == {
+        f"{block}.denselayer1.conv1",
+        f"{block}.denselayer2.conv1",
+        "features.transition3.conv",
+    }
+
+
+def test_no_part_has_gates_where_one_reader_can_have_none() -> None:
+    model, x = zoo("densenet")
+    table = sparsify_(model, example_inputs=x, exclude="*denselayer2.conv1", dry_run=True)
+    rows = {row.name: row for row in table.layers}
+    for name in ("features.denseblock3.denselayer1.conv1", "features.transition3.conv"):
+        assert "also read by features.denseblock3.denselayer2.conv1" in rows[name].reason
+        assert not rows[name].gates
+    assert rows["features.transition2.conv"].gates
+
+
+class Backwards(nn.Module):
+    """Its layers are defined in another order than they run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last, self.first = nn.Conv2d(6, 2, 1), nn.Conv2d(3, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+
+def test_units_have_gates_at_one_place() -> None:
+    assert placed(Backwards(), torch.randn(1, 3, 4, 4)) == {"last": ("input", 1)}
 
 
 def test_gates_are_not_shared_with_a_layer_that_has_none() -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import sparsify_
-from l0fast.layers.handle import gated_layers
+from l0fast.layers.handle import gated_layers, sharing
+from l0fast.layers.serving import alike
 
 
 def half_closed(model: nn.Module, x: Any, **options: Any) -> Any:
@@ -16,9 +17,11 @@ def half_closed(model: nn.Module, x: Any, **options: Any) -> Any:
     args = x if isinstance(x, tuple) else (x,)
     model = sparsify_(model.double().eval(), example_inputs=args, **options)
     with torch.no_grad():
-        for layer in gated_layers(model).values():
-            layer.log_alpha.uniform_(-1.2, 1.4)
-            layer.log_alpha.view(-1)[: layer.log_alpha.numel() // 2] = -4.0
+        for layers in sharing(gated_layers(model)).values():
+            log_alpha = next(iter(layers.values())).log_alpha
+            log_alpha.uniform_(-1.2, 1.4)
+            for part in alike(layers.values()):
+                log_alpha.view(-1)[part[: len(part) // 2]] = -4.0
     return model
 
 
