@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import ROOT, environment, report
-from bench.zoo.measure import Result
 from bench.zoo.held_out import HELD_OUT
+from bench.zoo.measure import Result
 from bench.zoo.models import ZOO
 from bench.zoo.names import check, library_of
 from bench.zoo.table import LIBRARIES, as_csv, as_json, markdown
