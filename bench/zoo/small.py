@@ -74,7 +74,7 @@ def of_torchvision(name: str) -> Entry:
         options |= {} if name.startswith("ssd") else {"min_size": SIDE, "max_size": SIDE}
         example = own = lambda: ([torch.rand(3, SIDE, SIDE), torch.rand(3, SIDE, SIDE)],)
     elif task == "video":
-        example = lambda: (torch.randn(1, 3, 16, SIDE, SIDE),)  # noqa: E731
+        example = lambda: (torch.randn(1, 3, 8, 32, 32),)  # noqa: E731
         own = lambda: (torch.randn(1, 3, 16, 224, 224),)  # noqa: E731
     elif task == "optical_flow":
         example = own = lambda: (torch.randn(1, 3, 128, 128), torch.randn(1, 3, 128, 128))
@@ -178,8 +178,7 @@ def _of(model: Any, config: Any) -> Example:
 SIZES = {
     "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "num_layers": 2,
     "num_attention_heads": 4, "attention_head_dim": 16, "norm_num_groups": 8,
-    "cross_attention_dim": 32, "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"), "num_embeds_ada_norm": CLASSES,
+    "cross_attention_dim": 32, "num_embeds_ada_norm": CLASSES,
 }  # fmt: skip
 """What a small model of diffusers has, of these names those that its class takes."""
 
@@ -190,10 +189,15 @@ def in_diffusers(name: str) -> bool:
 
 
 def of_diffusers(name: str, **options: Any) -> Entry:
-    """A model of small sizes; `options` are what differs in its arguments."""
+    """A model of small sizes, of its first and last kind of block; `options` are what differs."""
     found = getattr(import_module("diffusers"), name)
     arguments = inspect.signature(found.__init__).parameters
-    sizes = {size: value for size, value in SIZES.items() if size in arguments} | options
+    sizes: dict[str, Any] = {name: SIZES[name] for name in SIZES if name in arguments}
+    for blocks in ("down_block_types", "up_block_types"):
+        if blocks in arguments:
+            kinds = arguments[blocks].default
+            sizes[blocks] = (kinds[0], kinds[-1])
+    sizes |= options
     takes = inspect.signature(found.forward).parameters
 
     def build() -> nn.Module:
