@@ -146,6 +146,8 @@ def of_transformers(name: str, head: str = "", **options: Any) -> Entry:
     found = getattr(transformers, head, None) or next(
         mapping[kind] for mapping in mappings if kind in mapping
     )
+    if isinstance(found, tuple):  # several models for one task
+        found = found[0]
     return Entry(
         "transformers", lambda: found(small_configuration(kind, **options)), _of(found, config)
     )
@@ -192,7 +194,11 @@ def of_diffusers(name: str, **options: Any) -> Entry:
     """A model of small sizes, of its first and last kind of block; `options` are what differs."""
     found = getattr(import_module("diffusers"), name)
     arguments = inspect.signature(found.__init__).parameters
-    sizes: dict[str, Any] = {name: SIZES[name] for name in SIZES if name in arguments}
+    sizes: dict[str, Any] = {
+        name: size
+        for name, size in SIZES.items()
+        if name in arguments and arguments[name].default is not None
+    }
     for blocks in ("down_block_types", "up_block_types"):
         if blocks in arguments:
             kinds = arguments[blocks].default
