@@ -40,7 +40,8 @@ class Dense(nn.Module):
 
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
-        self.backbone, self.head = detector.backbone, detector.head
+        self.backbone = detector.get_submodule("backbone")
+        self.head = detector.get_submodule("head")
 
     def forward(self, image: Tensor) -> dict[str, Tensor]:
         return self.head(list(self.backbone(image).values()))

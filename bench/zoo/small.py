@@ -177,7 +177,7 @@ def _of(model: Any, config: Any) -> Example:
     return example
 
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "num_layers": 2,
     "num_attention_heads": 4, "attention_head_dim": 16, "norm_num_groups": 8,
     "cross_attention_dim": 32, "num_embeds_ada_norm": CLASSES,
@@ -206,10 +206,7 @@ def of_diffusers(name: str, **options: Any) -> Entry:
     sizes |= options
     takes = inspect.signature(found.forward).parameters
 
-    def build() -> nn.Module:
-        return found(**sizes)
-
-    channels = build().config["in_channels"]
+    channels = found(**sizes).config["in_channels"]
 
     def example() -> dict[str, Any]:
         sample = "sample" if "sample" in takes else "hidden_states"
@@ -222,4 +219,4 @@ def of_diffusers(name: str, **options: Any) -> Entry:
             inputs["class_labels"] = torch.randint(0, CLASSES, (2,))
         return inputs
 
-    return Entry("diffusers", build, example)
+    return Entry("diffusers", lambda: found(**sizes), example)
