@@ -1,5 +1,8 @@
 """`python -m bench.zoo`: gates, closes, prunes and compares every model of the zoo.
 
+A name may also be one that is in no list: timm/ or torchvision/ and a model, transformers/ and a
+configuration's class or a model type, diffusers/ and a model's class. The last two become small.
+
 Each model has a process of its own. What has been measured from the same commit stays, so that an
 interrupted run goes on where it was. Exit code: 0 if every model ran and is equal, else 1.
 """
@@ -16,26 +19,38 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import ROOT, environment, report
+from bench.zoo.held_out import HELD_OUT
 from bench.zoo.measure import Result
 from bench.zoo.models import ZOO
-from bench.zoo.table import as_csv, as_json, markdown
+from bench.zoo.names import check, library_of
+from bench.zoo.table import LIBRARIES, as_csv, as_json, markdown
 
 EQUAL = {"error_float64": 1e-10, "error_float32": 1e-5}
 """The largest relative errors of a model that counts as the same function."""
+LAST_LINES = 12
+"""How much is kept of what a process that failed has printed."""
+TITLES = {"zoo": "The zoo", "held_out": "The held-out models"}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.zoo", description=__doc__)
     parser.add_argument("names", nargs="*", help="models or libraries, for example timm (all)")
+    parser.add_argument("--held-out", action="store_true", help="the held-out list, not the zoo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for each model")
     parser.add_argument("--untimed", action="store_true", help="leave latencies out")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--list", action="store_true", help="only say which models there are")
     arguments = parser.parse_args(argv)
+    listed = HELD_OUT if arguments.held_out else tuple(ZOO)
+    arguments.models = [model for model in listed if _fits(model, arguments.names)]
     for name in arguments.names:
-        if not any(_fits(model, [name]) for model in ZOO):
-            parser.error(f"names: got {name!r}; expected a library or model of --list")
+        if not any(_fits(model, [name]) for model in listed):
+            try:
+                check(name)
+            except ValueError as error:
+                parser.error(str(error))
+            arguments.models.append(name)
     return arguments
 
 
@@ -55,7 +70,7 @@ def _measured(path: Path, commit: str, seed: int) -> dict[str, Result]:
 
 
 def _one(name: str, arguments: argparse.Namespace) -> Result:
-    library = ZOO[name].library
+    library = library_of(name)
     if importlib.util.find_spec(library) is None:
         return Result(name, arguments.seed, f"{library} is not installed (pip install .[zoo])")
     mode = "untimed" if arguments.untimed else "timed"
@@ -74,7 +89,7 @@ def _one(name: str, arguments: argparse.Namespace) -> Result:
         return Result(name, arguments.seed, f"did not end within {arguments.limit:.0f} s")
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return Result(name, arguments.seed, lines[-1][:300])
+        return Result(name, arguments.seed, lines[-1][:300], last_lines=lines[-LAST_LINES:])
     return Result(**json.loads(done.stdout))
 
 
@@ -86,36 +101,40 @@ def _says(row: Result) -> str:
     if row.failure:
         return f"FAILED: {row.failure}"
     share = f"{row.gone / row.dead:.1%} of what is dead is gone" if row.dead else "nothing is dead"
+    gated, weights = row.weights
     left = f"{row.params[0] / row.params[1]:.1%} of the parameters left"
     error = "" if _equal(row) else f", ERROR {row.error_float64:.2g}, {row.error_float32:.2g}"
-    return f"{row.gated} of {row.layers} layers gated, {share}, {left}{error}"
+    layers = f"{row.gated} of {row.layers} layers gated ({gated / weights:.1%} of the weights)"
+    return f"{layers}, {share}, {left}{error}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     arguments = _arguments(argv)
-    names = [name for name in ZOO if _fits(name, arguments.names)]
+    names: list[str] = arguments.models
     if arguments.list:
         print("\n".join(names))
         return 0
     words = ["python", "-m", "bench.zoo", *arguments.names]
     words += [f"--seed={arguments.seed}"] if arguments.seed else []
+    words += ["--held-out"] if arguments.held_out else []
     words += ["--untimed"] if arguments.untimed else []
     about = report.facts(shlex.join(words), 1, tested=False) | {
-        library: report.version(library) for library in ("torchvision", "timm", "transformers")
+        library: report.version(library) for library in LIBRARIES
     }
-    out = arguments.out
+    out, stem = arguments.out, "held_out" if arguments.held_out else "zoo"
     out.mkdir(parents=True, exist_ok=True)
-    rows = _measured(out / "zoo.json", str(about["commit"]), arguments.seed)
+    rows = _measured(out / f"{stem}.json", str(about["commit"]), arguments.seed)
     for name in names:
         if name not in rows:
             rows[name] = _one(name, arguments)
         print(f"{name}: {_says(rows[name])}", flush=True)
-        done = [rows[known] for known in ZOO if known in rows]
-        (out / "zoo.json").write_text(as_json(done, about), encoding="utf-8")
-        (out / "zoo.csv").write_text(as_csv(done), encoding="utf-8")
-        (out / "zoo.md").write_text(markdown(done, about), encoding="utf-8")
-    print(f"zoo.md, zoo.csv, zoo.json in {out}")
+        order = HELD_OUT if arguments.held_out else tuple(ZOO)
+        done = [rows[known] for known in dict.fromkeys([*order, *rows]) if known in rows]
+        (out / f"{stem}.json").write_text(as_json(done, about), encoding="utf-8")
+        (out / f"{stem}.csv").write_text(as_csv(done), encoding="utf-8")
+        (out / f"{stem}.md").write_text(markdown(done, about, TITLES[stem]), encoding="utf-8")
+    print(f"{stem}.md, {stem}.csv, {stem}.json in {out}")
     return 0 if all(_equal(rows[name]) for name in names) else 1
 
 

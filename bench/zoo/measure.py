@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 import l0fast
 from bench.timing import Effort, cpu_sample, interleaved, paired_ratios, quartiles
-from bench.zoo.models import ZOO, Entry
+from bench.zoo.models import Entry
+from bench.zoo.names import entry_of
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import is_carrier
 from l0fast.graph.compare import relative_error, tensors_of
@@ -52,10 +53,15 @@ class Result:
     name: str
     seed: int
     failure: str = ""
+    gating_seconds: float = 0.0
+    """Of `sparsify_`."""
     seconds: float = 0.0
+    """Of `prune`."""
     layers: int = 0
     """Linears and ordinary convolutions that run."""
     gated: int = 0
+    weights: tuple[int, int] = (0, 0)
+    """(of the gated layers, of all that run)."""
     gates: int = 0
     removed: int = 0
     compacted: int = 0
@@ -76,6 +82,8 @@ class Result:
     pruned_ms: float = 0.0
     speedup: float = 0.0
     """Median of the dense model's time over the pruned one's, round by round, one CPU thread."""
+    last_lines: list[str] = field(default_factory=list)
+    """What the process printed last, if it failed."""
     notes: list[str] = field(default_factory=list)
     not_removed: dict[str, list[str]] = field(default_factory=dict)
     """Why a layer is compacted or kept -> the layers."""
@@ -171,18 +179,19 @@ def _count_dead(result: Result, model: nn.Module, small: Any, entry: Entry) -> N
             result.dead_but_there[name] = left
 
 
-def _largest_error(one: nn.Module, other: nn.Module, inputs: list[Any]) -> float:
+def _largest_error(one: nn.Module, other: nn.Module, inputs: list[Example]) -> float:
     with torch.no_grad():
         return max(
-            relative_error(tensors_of(one(*args)), tensors_of(other(*args))) for args in inputs
+            relative_error(tensors_of(example.call(one)), tensors_of(example.call(other)))
+            for example in inputs
         )
 
 
-def _time(result: Result, dense: nn.Module, small: nn.Module, args: tuple[Any, ...]) -> None:
+def _time(result: Result, dense: nn.Module, small: nn.Module, example: Example) -> None:
     def call(model: nn.Module) -> Any:
         def run() -> object:
             with torch.no_grad():
-                return model(*args)
+                return example.call(model)
 
         return run
 
@@ -208,6 +217,11 @@ def _read_report(result: Result, report: Report) -> None:
             result.not_removed.setdefault(site["reason"], []).append(site["name"])
 
 
+def _weights(layer: nn.Module) -> int:
+    found = getattr(layer, "weight", None)
+    return found.numel() if isinstance(found, Tensor) else 0
+
+
 def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Result:
     """Everything that a row says of one model.
 
@@ -227,25 +241,31 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
         if not row.gates:
             result.without_gates.setdefault(row.reason, []).append(row.name)
     result.notes += [table.note] if table.note else []
-    args = widened(Example.of(example), torch.float64).args
+    weights = {row.name: _weights(dense.get_submodule(row.name)) for row in table.layers}
+    wide = widened(Example.of(example), torch.float64)
+    inputs: Any = wide.args or dict(wide.kwargs)
     model = copy.deepcopy(dense).double()
-    l0fast.sparsify_(model, example_inputs=args, density_init=0.7, skip=False)
+    begin = time.perf_counter()
+    l0fast.sparsify_(model, example_inputs=inputs, density_init=0.7, skip=False)
+    result.gating_seconds = time.perf_counter() - begin
     set_gates(model)
     layers = gated_layers(model)
     result.gated = len(layers)
+    result.weights = sum(weights.get(name, 0) for name in layers), sum(weights.values())
     result.gates = sum(layer.num_gates for layer in layers.values())
 
     begin = time.perf_counter()
-    small: Any = l0fast.prune(model, args)
+    small: Any = l0fast.prune(model, inputs)
     result.seconds = time.perf_counter() - begin
     notes = result.notes
     _read_report(result, small.report)
     result.notes = notes + result.notes
 
-    fresh = [entry.example() for _ in range(FRESH)]
-    wide = [widened(Example.of(one), torch.float64).args for one in fresh]
+    fresh = [Example.of(entry.example()) for _ in range(FRESH)]
     model.eval()
-    result.error_float64 = _largest_error(small, model, wide)
+    result.error_float64 = _largest_error(
+        small, model, [widened(one, torch.float64) for one in fresh]
+    )
     _count_dead(result, model, small, entry)
     small = small.float()
     result.error_float32 = _largest_error(small, copy.deepcopy(model).float(), fresh)
@@ -263,7 +283,7 @@ def main() -> int:
     name, seed, timed = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "timed"
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    answer.write(json.dumps(asdict(measure(name, ZOO[name], seed, timed))))
+    answer.write(json.dumps(asdict(measure(name, entry_of(name), seed, timed))))
     answer.close()
     return 0
 

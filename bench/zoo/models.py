@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Example = Callable[[], tuple[Any, ...]]
+Example = Callable[[], tuple[Any, ...] | dict[str, Any]]
+"""Draws an input: positional arguments, or keyword arguments."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Entry:
     """One model, and how to draw an input for it."""
 
     library: str
-    """What has to be installed: "torchvision", "timm" or "transformers"."""
+    """What has to be installed, for example "timm"."""
     build: Callable[[], nn.Module]
     example: Example
 

@@ -13,23 +13,28 @@ from bench.report import Facts, significant
 from bench.zoo.measure import Result
 
 HEAD = (
-    "model", "layers", "gated", "gates", "removed / compacted / kept", "dead gone", "parameters",
-    "MACs", "ms", "faster", "error float64", "float32", "prune s",
+    "model", "layers", "gated", "weights gated", "gates", "removed / compacted / kept", "dead gone",
+    "parameters", "MACs", "ms", "faster", "error float64", "float32", "tier", "sparsify_ s",
+    "prune s",
 )  # fmt: skip
 PLAIN = (
     "name", "seed", "failure", "layers", "gated", "gates", "removed", "compacted", "kept", "tier",
     "dead", "gone", "gathered", "error_float64", "error_float32", "dense_ms", "pruned_ms",
-    "speedup", "seconds",
+    "speedup", "gating_seconds", "seconds",
 )  # fmt: skip
+
+LIBRARIES = ("torchvision", "timm", "transformers", "diffusers", "peft")
+"""Where models come from: their versions are told."""
 
 EXPLAINED = """\
 Half of each layer's gates closed and the others partly open, at random; random weights and batch
 norm statistics. *layers*: Linears and ordinary convolutions that run; *gated*: of them, with
-gates; *removed / compacted / kept*: what the report of `prune` says of layers with gates and of
-others that they change; *dead gone*: of the parameters on which nothing hangs any more (by
-autograd, see `bench/zoo/measure.py`), the share that no longer exists, with no gather or scatter
-in its place; *left*: of the dense model's; *ms*: one forward of the example, median; *error*: the
-largest on fresh inputs, relative to the largest output."""
+gates; *weights gated*: the share of all layers' weights that the gated layers have; *removed /
+compacted / kept*: what the report of `prune` says of layers with gates and of others that they
+change; *dead gone*: of the parameters on which nothing hangs any more (by autograd, see
+`bench/zoo/measure.py`), the share that no longer exists, with no gather or scatter in its place;
+*left*: of the dense model's; *ms*: one forward of the example, median; *error*: the largest on
+fresh inputs, relative to the largest output."""
 
 
 def _percent(part: float, of: float) -> str:
@@ -44,6 +49,7 @@ def _cells(row: Result) -> tuple[str, ...]:
         row.name,
         str(row.layers),
         str(row.gated),
+        _percent(*row.weights),
         f"{row.gates:,}",
         f"{row.removed} / {row.compacted} / {row.kept}",
         _percent(row.gone, row.dead),
@@ -53,23 +59,29 @@ def _cells(row: Result) -> tuple[str, ...]:
         f"{row.speedup:.2f}x" if row.speedup else "",
         f"{row.error_float64:.1e}",
         f"{row.error_float32:.1e}",
+        row.tier,
+        f"{row.gating_seconds:.1f}",
         f"{row.seconds:.1f}",
     )
 
 
-def markdown(rows: Sequence[Result], about: Facts) -> str:
+def markdown(rows: Sequence[Result], about: Facts, title: str) -> str:
     """The table, with what it holds for, and what stopped the models with dead weights left."""
+    cells = [HEAD, *map(_cells, rows)]
+    filled = [place for place in range(len(HEAD)) if any(row[place] for row in cells[1:])]
+    table = [f"| {' | '.join(row[place] for place in filled)} |" for row in cells]
+    versions = ", ".join(f"{name} {about[name]}" for name in LIBRARIES if about.get(name))
     lines = [
-        "# The zoo",
+        f"# {title}",
         "",
         f"`{about['command']}`, commit {about['commit']}, {about['date']}, torch {about['torch']}, "
-        f"{about['cpu']}, one thread.",
+        f"{versions}, {about['cpu']}, one thread.",
         "",
         EXPLAINED,
         "",
-        f"| {' | '.join(HEAD)} |",
-        f"|{' --- |' * len(HEAD)}",
-        *(f"| {' | '.join(_cells(row))} |" for row in rows),
+        table[0],
+        f"|{' --- |' * len(filled)}",
+        *table[1:],
         "",
         "## What stops the rest",
         "",

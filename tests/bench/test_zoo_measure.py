@@ -14,9 +14,14 @@ from torch import Tensor, nn
 from torchvision.models.mobilenetv3 import InvertedResidualConfig
 
 from bench import environment
+from bench.zoo import __main__ as command
 from bench.zoo import measure as zoo
+from bench.zoo.held_out import HELD_OUT
+from bench.zoo.models import ZOO as LISTED
 from bench.zoo.models import Entry
+from bench.zoo.names import LIBRARIES, check, entry_of
 from l0fast import prune
+from l0fast.graph.calls import Example
 from tests import ROOT
 from tests.helpers.zoo import ZOO, image
 
@@ -138,3 +143,63 @@ def test_the_command_writes_a_table_and_tells_what_is_missing(tmp_path: Path) ->
     assert "timm is not installed (pip install .[zoo])" in done.stdout
     assert "timm/resnet10t | timm is not installed" in (tmp_path / "zoo.md").read_text()
     assert (tmp_path / "zoo.csv").read_text().count("\n") > 10
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision/resnet34",
+        "torchvision/mvit_v2_s",
+        "transformers/Qwen3Config",
+        "transformers/bart",
+        "transformers/DeiTConfig",
+        "timm/cait_xxs24_224",
+        "diffusers/UNet2DConditionModel",
+    ],
+)
+def test_a_model_that_is_in_no_list_is_built_from_its_name(name: str) -> None:
+    pytest.importorskip(name.partition("/")[0])
+    assert name not in LISTED
+    entry = entry_of(name)
+    with torch.no_grad():
+        first, second = (Example.of(entry.example()) for _ in range(2))
+        assert first.call(entry.build().eval()) is not None
+    pairs = zip(first.tensors(), second.tensors(), strict=True)
+    assert any(not torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_row_of_a_model_that_is_in_no_list() -> None:
+    """Its forward takes keyword arguments; a Linear without gates has weights, too."""
+    row = zoo.measure("it", entry_of("transformers/electra"), timed=False)
+    assert row.error_float64 <= 1e-10
+    assert 0 < row.gated < row.layers
+    assert 0 < row.weights[0] < row.weights[1]
+    assert 0 < row.gone <= row.dead
+    assert row.gating_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("torchvision/resnet19", "a model of torchvision.models.list_models()"),
+        ("transformers/Bertt", "a class of a model's configuration or a model type"),
+        ("tim/resnet10t", "one of timm, torchvision, transformers, diffusers"),
+        ("timm/", "one of timm, torchvision, transformers, diffusers"),
+    ],
+)
+def test_a_name_that_does_not_exist_is_one_clear_error(
+    name: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        command.main([name])
+    said = capsys.readouterr().err
+    assert f"names: got {name!r}; expected" in said
+    assert expected in said
+    assert "Traceback" not in said
+
+
+def test_every_name_of_the_held_out_list_exists() -> None:
+    assert len(set(HELD_OUT)) == len(HELD_OUT) >= 30
+    for name in HELD_OUT:
+        check(name)
+    assert {name.partition("/")[0] for name in HELD_OUT} >= set(LIBRARIES)
