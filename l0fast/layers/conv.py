@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.layers.gated import Gated
-from l0fast.layers.options import check_options
+from l0fast.layers.options import check_options, check_width
 from l0fast.maths.hard_concrete import HardConcrete
 
 Convolve = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -50,7 +50,7 @@ class GatedConv(Gated):
         channels = -1 - len(self.kernel_size)
         if self.noise == "example" and self.training:
             if self.gates == "input":
-                self._check_width(input, channels)
+                check_width(input, channels, self.in_channels)
                 input = input * self._example_z(input, channels)
             y = convolve(input, self.weight, self.bias)
             return y * self._example_z(y, channels) if self.gates == "output" else y

@@ -147,12 +147,6 @@ class Gated(Drawn):
     def _num_inputs(self) -> int:
         raise NotImplementedError
 
-    def _check_width(self, input: Tensor, dim: int) -> None:
-        """Refuses a single input, which the gates would repeat where the dense layer raises."""
-        if input.shape[dim] == 1 < self._num_inputs():
-            expected = f"{self._num_inputs()} features in dimension {dim}"
-            _checks.refuse("input", tuple(input.shape), expected)
-
     def remember_size(self) -> None:
         """Keeps counting against the size of now when gates are removed for good."""
         if self._full is None:

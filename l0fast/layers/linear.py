@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l0fast import autograd, functional
 from l0fast.layers.draw import EVERYTHING, OnDevice
 from l0fast.layers.gated import Gated
-from l0fast.layers.options import check_options
+from l0fast.layers.options import check_options, check_width
 from l0fast.maths.hard_concrete import HardConcrete
 
 
@@ -73,12 +73,12 @@ class L0Linear(Gated, nn.Linear):
         """x [..., in_features] -> [..., out_features]."""
         if self.noise == "example" and self.training:
             if self.gates == "input":
-                self._check_width(input, -1)
+                check_width(input, -1, self.in_features)
                 return F.linear(input * self._example_z(input, -1), self.weight, self.bias)
             y = F.linear(input, self.weight, self.bias)
             return y * self._example_z(y, -1)
         if self.gates == "input" and not self.training:
-            self._check_width(input, -1)
+            check_width(input, -1, self.in_features)
             return F.linear(input * self._z(), self.weight, self.bias)
         compact = self._compact_here()
         if isinstance(compact, OnDevice):
@@ -88,6 +88,6 @@ class L0Linear(Gated, nn.Linear):
         if self.gates == "input":
             part = compact or EVERYTHING
             if compact is None:
-                self._check_width(input, -1)
+                check_width(input, -1, self.in_features)
             return autograd.gated_linear(input, self.weight, self.bias, self._z(), *part)
         return F.linear(*self._parts(input, -1))

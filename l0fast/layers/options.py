@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from l0fast import _checks
 
 GATES = ("input", "output", "weight")
@@ -32,3 +34,19 @@ def check_options(
             )
     if gates == "weight" and noise == "example":
         _checks.refuse("noise", noise, "'batch' where gates='weight'")
+
+
+def check_width(input: Tensor, dim: int, features: int) -> None:
+    """Refuses a single input, which the gates would repeat where the dense layer raises.
+
+    Args:
+        input: of a layer.
+        dim: where its features are.
+        features: how many the layer takes.
+
+    Raises:
+        ValueError: there is one, and the layer takes more.
+    """
+    if input.shape[dim] == 1 < features:
+        expected = f"{features} features in dimension {dim}"
+        _checks.refuse("input", tuple(input.shape), expected)
