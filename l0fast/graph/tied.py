@@ -91,4 +91,5 @@ class Tied:
         """Why those of some units that must stay do."""
         pinned = labels[self.classes[labels] == self.classes[STAYS]]
         stops = [reason for name in self.makers(pinned) for reason in self.stops[name]]
-        return ", ".join(dict.fromkeys(stops)) or "units that only go with others, which must stay"
+        alone = "units that only go with others, which must stay" if len(pinned) else ""
+        return ", ".join(dict.fromkeys(stops)) or alone

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import LAYERS, is_carrier, is_site, kind_of
 from l0fast.graph.compare import relative_error, values_of
+from l0fast.layers.dense_types import TRANSPOSED
 
 SAMPLES = 1 << 14
 """How many elements of a layer's output are looked at."""
@@ -131,7 +132,8 @@ def _could_be(layer: nn.Module, given: Tensor) -> float:
     """The largest sum that a layer's weights and inputs of this size could make."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    rows = weight.detach().double().flatten(1).abs().sum(1)
+    weight = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
+    rows = weight.double().flatten(1).abs().sum(1)
     largest = given.detach().abs().max() if given.numel() else 0.0
     return float(rows.max() * largest) if rows.numel() else 0.0
 

@@ -316,7 +316,7 @@ def test_a_fully_closed_layer() -> None:
 
 @pytest.mark.parametrize("gates", ["input", "output"])
 def test_a_module_called_twice(gates: str) -> None:
-    """It gets smaller inside, and its weight stays one."""
+    """It gets smaller where both calls agree, and its weight stays one."""
 
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -334,9 +334,9 @@ def test_a_module_called_twice(gates: str) -> None:
     model = half_closed(live(Twice()), image(), gates=gates)
     small: Any = prune(model, image())
     assert_same(small, model, image())
-    assert "called 2 times" in next(
-        row["reason"] for row in small.report.sites if row["name"] == "block.0"
-    )
+    assert small.report.tier == "merged"
+    if gates == "output":
+        assert small.block[0].out_channels < 10
     kept, dense = small.report.params
     assert kept < 0.75 * dense
 
