@@ -74,21 +74,24 @@ def _one(name: str, arguments: argparse.Namespace) -> Result:
     if importlib.util.find_spec(library) is None:
         return Result(name, arguments.seed, f"{library} is not installed (pip install .[zoo])")
     mode = "untimed" if arguments.untimed else "timed"
-    command = [sys.executable, "-m", "bench.zoo.measure", name, str(arguments.seed), mode]
-    try:
-        done = subprocess.run(
-            command,
-            cwd=ROOT,
-            env=environment(1),
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=arguments.limit,
-        )
-    except subprocess.TimeoutExpired:
-        return Result(name, arguments.seed, f"did not end within {arguments.limit:.0f} s")
+    options = [name, str(arguments.seed), mode, str(arguments.limit)]
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.zoo.measure", *options],
+        cwd=ROOT,
+        env=environment(1),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        late = [place for place, line in enumerate(lines) if line.startswith("Timeout (")]
+        if late:
+            failure = f"did not end within {arguments.limit:.0f} s"
+            # The call that was running comes first; of those around it, what is ours.
+            ours = [line for line in lines[late[0] + 3 :] if str(ROOT) in line]
+            where = lines[late[0] + 2 : late[0] + 3] + ours[:LAST_LINES]
+            return Result(name, arguments.seed, failure, last_lines=where)
         return Result(name, arguments.seed, lines[-1][:300], last_lines=lines[-LAST_LINES:])
     return Result(**json.loads(done.stdout))
 

@@ -10,6 +10,7 @@ gather or scatter stands in for it.
 from __future__ import annotations
 
 import copy
+import faulthandler
 import json
 import math
 import os
@@ -276,11 +277,12 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
 
 
 def main() -> int:
-    """Measures the model and seed that the command line names."""
+    """Measures the model and seed that the command line names, within its seconds."""
     # What libraries print must not get into the answer.
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     name, seed, timed = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "timed"
+    faulthandler.dump_traceback_later(float(sys.argv[4]), exit=True)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     answer.write(json.dumps(asdict(measure(name, entry_of(name), seed, timed))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -203,3 +204,11 @@ def test_every_name_of_the_held_out_list_exists() -> None:
     for name in HELD_OUT:
         check(name)
     assert {name.partition("/")[0] for name in HELD_OUT} >= set(LIBRARIES)
+
+
+def test_a_model_that_takes_too_long_says_where_it_was(tmp_path: Path) -> None:
+    options = ["torchvision/densenet121", "--untimed", "--limit", "1", "--out", str(tmp_path)]
+    assert command.main(options) == 1
+    (row,) = json.loads((tmp_path / "zoo.json").read_text())["rows"]
+    assert row["failure"] == "did not end within 1 s"
+    assert row["last_lines"][0].startswith("  File ")
