@@ -61,9 +61,9 @@ def test_parts_that_the_same_layers_have() -> None:
     assert [part.tolist() for part in alike([L0Linear(3, 2)])] == [[0, 1, 2]]
 
 
-def test_the_likeliest_gate_of_each_layer() -> None:
+def test_the_likeliest_gate_of_each_part() -> None:
     scores = torch.tensor([1.0, 0.0, 1.0, 5.0, 2.0])
-    assert likeliest(readers(), scores).tolist() == [True, False, False, True, False]
+    assert likeliest(readers(), scores).tolist() == [True, True, False, True, False]
     assert likeliest([L0Linear(3, 2)], torch.zeros(3)).tolist() == [True, False, False]
 
 

@@ -18,7 +18,7 @@ from l0fast.constraints.ranking import magnitudes, shared_magnitudes
 from l0fast.data.sets import Data
 from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers, sharing
-from l0fast.layers.serving import alike
+from l0fast.layers.serving import likeliest
 from l0fast.pruning import shrink as compaction
 from l0fast.pruning.shrink import plan_removal, remove_
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed
@@ -89,13 +89,12 @@ def example(name: str) -> Tensor:
     return torch.randn(2, 3, *(32, 32) if name == "densenet" else (16, 16), dtype=torch.float64)
 
 
-def close_(model: nn.Module) -> None:
-    """Opens some gates and closes the others; each layer keeps some."""
+def close_(model: nn.Module, share: float) -> None:
+    """Closes some gates and opens the others; each part that the same layers have keeps one."""
     for layers in sharing(gated_layers(model)).values():
         log_alpha = next(iter(layers.values())).log_alpha
-        closed = torch.rand(log_alpha.shape) < 0.5
-        for part in alike(layers.values()):
-            closed[part[:1]] = False
+        scores = torch.rand(log_alpha.shape)
+        closed = (scores < share) & ~likeliest(layers.values(), scores)
         with torch.no_grad():
             log_alpha.copy_(torch.where(closed, -60.0, 60.0))
 
@@ -114,12 +113,14 @@ def test_closed_gates_go_from_every_reader_without_gathers(name: str) -> None:
 
 @pytest.mark.parametrize("measure", ["params", "macs", "memory", "gates"])
 @pytest.mark.parametrize("name", BUILDS)
-def test_sizes_are_the_pruned_models(name: str, measure: str) -> None:
+@pytest.mark.parametrize("share", [0.5, 1.0], ids=["half", "all but one"])
+def test_sizes_are_the_pruned_models(name: str, measure: str, share: float) -> None:
     x = example(name)
     model = sparsify_(built(name), example_inputs=x, skip=False)
     constraint = DensityConstraint(model, target=0.9, measure=measure, example_inputs=x)
-    close_(model)
+    close_(model, share)
     small: Any = prune(model, x)
+    assert_merged(small)
     assert small.report.forced == 0
     expected = small.report.density
     if measure != "gates":
