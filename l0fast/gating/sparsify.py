@@ -95,9 +95,10 @@ def sparsify_(
 
     With gates="auto" the model's structure says where they go, found by one torch.export on
     `example_inputs`: on the output channels of convolutions without a norm behind them; elsewhere
-    on the inputs of a Linear, or of a convolution that alone reads some hidden units, so that what
-    makes these can go (a convolution and its batch norm, an MLP's hidden units, both halves of a
-    gated MLP); one gate for each attention head, group of query heads with one key, or group of a
+    on the inputs of a Linear or a convolution, so that what makes these can go (a convolution and
+    its batch norm, an MLP's hidden units, both halves of a gated MLP). Layers that read the same
+    units, or a part of the same (a skip connection, a dense block), share the gates of these. There
+    is one gate for each attention head, group of query heads with one key, or group of a
     convolution; and on the model's own inputs into a Linear. What a residual stream with norms, or
     the model's output, needs has none. Where there is no example, or torch.export refuses the
     model, each convolution has gates on its outputs and each Linear on its inputs.

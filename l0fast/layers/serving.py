@@ -95,10 +95,14 @@ def alike(layers: Iterable[Serving]) -> list[Tensor]:
 
 
 def likeliest(layers: Iterable[Serving], scores: Tensor) -> Tensor:
-    """bool, of the shape of the log_alpha that some layers share: of each layer, the gate with the
-    highest score."""
+    """bool, of the shape of the log_alpha that some layers share: the gate with the highest score
+    of each part that the same layers have.
+
+    They are kept in any case: without them a layer would read nothing, or a unit that its maker
+    must keep would arrive at readers that do not want it.
+    """
     found = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    for layer in layers:
-        places = layer.places().to(scores.device).sort().values
+    for part in alike(layers):
+        places = part.to(scores.device)
         found[places[scores.flatten()[places].argmax()]] = True
     return found.view(scores.shape)

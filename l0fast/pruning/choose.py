@@ -52,8 +52,8 @@ def choose(
     with gates on units keeps its first block. Then blocks that begin with a gate that is open in
     evaluation are kept in the order of that gate's open probability, as long as every budget
     holds; a layer is complete with its first block that does not fit, and makes room for the
-    others'. Where layers share some of their gates, each part that the same layers have is in
-    blocks, and complete, by itself. With `fill` those that are closed in evaluation are kept as
+    others'. Where layers share some of their gates, all this is about each part that the same
+    layers have, not about a layer. With `fill` those that are closed in evaluation are kept as
     well where there is room, in the layers that a budget is about.
 
     Raises:

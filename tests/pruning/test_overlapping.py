@@ -5,18 +5,25 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from l0fast import DensityConstraint, density, param_groups, prune, sparsify_
+from l0fast import DensityConstraint, Trainer, density, param_groups, prune, sparsify_
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.ranking import magnitudes, shared_magnitudes
+from l0fast.data.sets import Data
+from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers, sharing
-from l0fast.layers.serving import alike
+from l0fast.layers.serving import likeliest
+from l0fast.pruning import shrink as compaction
+from l0fast.pruning.shrink import plan_removal, remove_
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed
+from tests.helpers.runs import quick
+from tests.helpers.same_run import Stop, assert_same_run
 from tests.helpers.zoo import ZOO, UNet
 
 
@@ -31,12 +38,12 @@ def unit(before: int, after: int, size: int = 3) -> nn.Module:
 class Vov(nn.Module):
     """One-shot aggregation: each convolution reads the one before, the last reads all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 3, classes: int = 4) -> None:
         super().__init__()
-        self.stem = unit(3, 8)
+        self.stem = unit(channels, 8)
         self.layers = nn.ModuleList(unit(8, 8) for _ in range(3))
         self.concat = unit(32, 12, 1)
-        self.fc = nn.Linear(12, 4)
+        self.fc = nn.Linear(12, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         found = [self.stem(x)]
@@ -82,13 +89,12 @@ def example(name: str) -> Tensor:
     return torch.randn(2, 3, *(32, 32) if name == "densenet" else (16, 16), dtype=torch.float64)
 
 
-def close_(model: nn.Module) -> None:
-    """Opens some gates and closes the others; each layer keeps some."""
+def close_(model: nn.Module, share: float) -> None:
+    """Closes some gates and opens the others; each part that the same layers have keeps one."""
     for layers in sharing(gated_layers(model)).values():
         log_alpha = next(iter(layers.values())).log_alpha
-        closed = torch.rand(log_alpha.shape) < 0.5
-        for part in alike(layers.values()):
-            closed[part[:1]] = False
+        scores = torch.rand(log_alpha.shape)
+        closed = (scores < share) & ~likeliest(layers.values(), scores)
         with torch.no_grad():
             log_alpha.copy_(torch.where(closed, -60.0, 60.0))
 
@@ -107,12 +113,14 @@ def test_closed_gates_go_from_every_reader_without_gathers(name: str) -> None:
 
 @pytest.mark.parametrize("measure", ["params", "macs", "memory", "gates"])
 @pytest.mark.parametrize("name", BUILDS)
-def test_sizes_are_the_pruned_models(name: str, measure: str) -> None:
+@pytest.mark.parametrize("share", [0.5, 1.0], ids=["half", "all but one"])
+def test_sizes_are_the_pruned_models(name: str, measure: str, share: float) -> None:
     x = example(name)
     model = sparsify_(built(name), example_inputs=x, skip=False)
     constraint = DensityConstraint(model, target=0.9, measure=measure, example_inputs=x)
-    close_(model)
+    close_(model, share)
     small: Any = prune(model, x)
+    assert_merged(small)
     assert small.report.forced == 0
     expected = small.report.density
     if measure != "gates":
@@ -198,6 +206,63 @@ def test_a_training_ends_at_its_target(name: str, skip: bool) -> None:
     assert 0.5 < small.report.params[0] / small.report.params[1] <= 0.7
     assert small.report.forced == 0
     assert_same(small, model, x)
+
+
+@pytest.mark.parametrize("shrink", [None, 2])
+def test_the_trainer_trains_them(
+    digits: Data, shrink: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compaction, "SELDOM", 0.3)
+
+    def one(out: str) -> Trainer:
+        torch.manual_seed(5)
+        settings = quick(density=0.3, epochs=4, gate_lr=0.2, dual_lr=0.5, shrink=shrink)
+        return Trainer(Vov(1, 10), digits, settings, out=tmp_path / out, device="cpu")
+
+    first = one("undisturbed")
+    summary = first.fit()
+    if shrink:
+        sizes = [row["params"] for row in first.history]
+        assert sizes[0] > sizes[-1] >= summary["params"]
+    assert summary["feasible"] is True
+    assert summary["realised_density"] <= 0.3
+    small: Any = first.pruned
+    assert small.report.tier == "merged"
+    x = digits.test.inputs
+    torch.testing.assert_close(small.eval()(x), first.model.eval()(x), rtol=1e-4, atol=1e-4)
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 3:
+            raise Stop("stopped")
+
+    with pytest.raises(Stop, match="stopped"):
+        one("out").fit(resume=True, on_epoch=stop)
+    one("out").fit(resume=True)
+    assert_same_run(tmp_path / "out", tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_gates_that_go_for_good_go_from_every_reader(name: str) -> None:
+    x = example(name)
+    model = half_closed(built(name), x, skip=False)
+    wanted, layers = model(x), gated_layers(model)
+    kept = {key: layer.log_alpha.detach() > -3 for key, layer in layers.items()}
+    optimizer = torch.optim.Adam(model.parameters())
+    removal, _ = plan_removal(model, Example.of(x), kept)
+    assert removal is not None
+    remove_(model, removal, Example.of(x), False, optimizer)
+    torch.testing.assert_close(model(x), wanted)
+    for readers in sharing(layers).values():
+        assert len({id(layer.log_alpha) for layer in readers.values()}) == 1
+        log_alpha = next(iter(readers.values())).log_alpha
+        assert bool((log_alpha > -3).all())
+        used = torch.cat([layer.places() for layer in readers.values()]).unique()
+        assert len(used) == len(log_alpha)
+        for layer in readers.values():
+            assert layer.num_gates * layer.units == layer._num_inputs()
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for p in model.parameters()}
+    assert_same(prune(model, x), model, x)
 
 
 def test_magnitude_pruning_meets_its_target() -> None:
