@@ -84,12 +84,13 @@ def _one(name: str, arguments: argparse.Namespace) -> Result:
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        said = done.stderr.replace(f"{ROOT}/", "")
+        lines = said.strip().splitlines() or [f"exit code {done.returncode}"]
         late = [place for place, line in enumerate(lines) if line.startswith("Timeout (")]
         if late:
             failure = f"did not end within {arguments.limit:.0f} s"
             # The call that was running comes first; of those around it, what is ours.
-            ours = [line for line in lines[late[0] + 3 :] if str(ROOT) in line]
+            ours = [line for line in lines[late[0] + 3 :] if 'File "/' not in line]
             where = lines[late[0] + 2 : late[0] + 3] + ours[:LAST_LINES]
             return Result(name, arguments.seed, failure, last_lines=where)
         return Result(name, arguments.seed, lines[-1][:300], last_lines=lines[-LAST_LINES:])
