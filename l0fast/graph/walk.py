@@ -116,8 +116,10 @@ class Walk(Tied):
 
     def _finish(self) -> None:
         """Sums up what the nodes did."""
-        several: dict[str, list[Units]] = {}
-        """Layer that is called more than once -> the units along its inputs, by call."""
+        unread = self.trace.unread
+        for name in unread & self.outputs.keys():  # they may be read in training
+            self.pin(self.made_only_by(unread, self.outputs[name]), UNREAD)
+        several: dict[str, list[Units]] = {}  # layer called more than once -> its inputs, by call
         for name, number in self.trace.counts.items():
             if number > 1:
                 calls = [node for node, called in self.trace.calls.items() if called == name]
