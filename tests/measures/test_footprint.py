@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import tests.helpers.plain_models as plain
 from l0fast import DensityConstraint, prune, sparsify_
 from l0fast.graph.calls import Example
-from l0fast.layers.handle import gated_layers
+from l0fast.layers.handle import gated_layers, sharing
+from l0fast.layers.serving import likeliest
 from l0fast.measures.measure import SIZES
 from l0fast.pruning.trial import tried
 from l0fast.training import models
@@ -66,12 +67,17 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
 
 
 def close_at_random(model: nn.Module, share: float) -> None:
-    """Gates that are open or closed for certain; one open in each layer."""
+    """Gates that are open or closed for certain; one open in each layer, and in each part
+    of shared gates."""
     with torch.no_grad():
         for layer in gated_layers(model).values():
             shut = torch.rand(layer.log_alpha.shape) < share
             shut.view(-1)[torch.randint(shut.numel(), (1,))] = False
             layer.log_alpha.copy_(torch.where(shut, -torch.inf, torch.inf))
+        for layers in sharing(gated_layers(model)).values():
+            parts = [one for one in layers.values() if one.gate_index is not None]
+            for log_alpha in (one.log_alpha for one in parts[:1]):
+                log_alpha[likeliest(layers.values(), log_alpha)] = torch.inf
 
 
 def constrained(model: nn.Module, measure: str, x: Tensor, target: Any = 1.0) -> DensityConstraint:
