@@ -104,5 +104,5 @@ def likeliest(layers: Iterable[Serving], scores: Tensor) -> Tensor:
     found = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     for part in alike(layers):
         places = part.to(scores.device)
-        found[places[scores.flatten()[places].argmax().reshape(1)]] = True
+        found[places[scores.flatten()[places].argmax(0, keepdim=True)]] = True
     return found.view(scores.shape)
