@@ -164,7 +164,7 @@ class Trace:
 
 
 @contextmanager
-def _quietly() -> Generator[None]:
+def quietly() -> Generator[None]:
     """torch.export speaks of its own affairs, on stderr too: not while we use it."""
     logger = logging.getLogger("torch")
     level = logger.level
@@ -230,7 +230,7 @@ def export(model: nn.Module, example: Example) -> Trace:
     """
     plain = model.register_forward_hook(lambda _model, _args, given: _plain(given))
     try:
-        with _quietly(), _without_validation(), torch.no_grad():
+        with quietly(), _without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         plain.remove()

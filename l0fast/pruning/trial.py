@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_site, layer_size
+from l0fast.graph.capture import is_site, layer_size, quietly
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
@@ -96,7 +96,8 @@ def tried(model: nn.Module, example: Example) -> tuple[Trial, Plan]:
     if handle.trial is None or handle.trial[0].structure is not structure:
         try:
             fake = FakeTensorMode(allow_non_fake_inputs=True)
-            handle.trial = _tried(model, structure, example, fake)
+            with quietly():  # what does not fit is tried out
+                handle.trial = _tried(model, structure, example, fake)
         except Exception:  # its forward asks for values
             handle.trial = _tried(model, structure, example, None)
     return handle.trial

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -345,3 +346,21 @@ def test_constrained_training_meets_it() -> None:
     small: Any = prune(model, FLAT)
     kept, dense = small.report.params
     assert kept / dense <= 0.4
+
+
+def test_what_is_tried_out_is_not_logged() -> None:
+    build, x = MODELS["lenet, its sizes written out"]
+    model = sparsify_(build(), gates="output")
+    heard: list[logging.LogRecord] = []
+
+    class Ear(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            heard.append(record)
+
+    ear, log = Ear(), logging.getLogger("torch")
+    log.addHandler(ear)
+    try:
+        constrained(model, "macs", x)
+    finally:
+        log.removeHandler(ear)
+    assert [record.getMessage() for record in heard if record.levelno >= logging.WARNING] == []
