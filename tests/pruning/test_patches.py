@@ -89,3 +89,34 @@ def test_a_patch_is_read_back_or_refused() -> None:
     for key, value in (("value", [5, 4]), ("value", [0, 4]), ("value", [3]), ("more", 1)):
         with pytest.raises((ValueError, TypeError)):
             AttributePatch.from_json({**patch.as_json(), key: value})
+
+
+class Part(nn.Module):
+    """Adds to the first units of a stream, as many as its attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.decoy = 12, 12
+        self.add = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = x[:, : self.width], x[:, self.width :]
+        return torch.cat([first + self.add(first.relu()), rest], 1) * (self.decoy - 11)
+
+
+def test_modules_that_slice_the_same_stream_are_patched_together() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    model: Any = nn.Sequential(nn.Linear(6, 20), Part(), Part(), nn.ReLU(), nn.Linear(20, 3))
+    names = ["1.add", "2.add", "4"]
+    sparsify_(model.double(), include=names, gates="input").eval()
+    with torch.no_grad():
+        for name in names:
+            gates = model.get_submodule(name).log_alpha
+            gates.fill_(9.0)
+            gates[[1, 3] if len(gates) == 12 else [1, 3, 15]] = -9.0
+    small: Any = prune(model, x)
+    assert same(small, model, x)
+    assert small.report.tier == "merged"
+    assert small[0].out_features == 17
+    assert [(part.width, part.decoy) for part in (small[1], small[2])] == [(10, 12)] * 2
