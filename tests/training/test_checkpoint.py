@@ -68,7 +68,7 @@ def test_the_generator_goes_back() -> None:
         (
             {"dataset": "digits", "lr": 0.1},
             nn.Linear(3, 4),
-            "model.bias: got '(4,)'; expected shape (2,), as in",
+            "model.weight: got '(4, 3)'; expected shape (2, 3), as in",
         ),
         (
             {"dataset": "digits", "lr": 0.1},

@@ -653,7 +653,9 @@ def test_the_checkpoint_of_another_model_is_refused(
     settings = quick(density=0.5, epochs=1)
     other = models.build("mlp", (1, 8, 8), 10, (32, 15))
     one = Trainer(other, digits, settings, out=tmp_path, identity=identity, device="cpu")
-    with pytest.raises(ValueError, match=r"^model\.fc2\.bias: got '\(15,\)'; expected shape \(16"):
+    with pytest.raises(
+        ValueError, match=r"^model\.fc2\.weight: got '\(15, 32\)'; expected shape \(16"
+    ):
         one.fit(resume=True)
 
 
