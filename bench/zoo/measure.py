@@ -29,9 +29,9 @@ from bench.timing import Effort, cpu_sample, interleaved, paired_ratios, quartil
 from bench.zoo.models import Entry
 from bench.zoo.names import entry_of
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_carrier
 from l0fast.graph.compare import relative_error, tensors_of
 from l0fast.layers.handle import gated_layers
+from l0fast.pruning.edits import weight_sides
 from l0fast.pruning.precision import widened
 from l0fast.pruning.report import Report
 
@@ -151,10 +151,10 @@ def _left_out(report: Report, model: nn.Module, name: str, shape: torch.Size) ->
     edit = next((edit for edit in report.layers if edit["name"] == module), None)
     if edit is None or not shape:
         return gone, gathered
-    sides = [(0, edit["outputs"], edit["scatter"])]
-    if len(shape) > 1 and not is_carrier(model.get_submodule(module)):
-        sides.append((1, edit["inputs"], edit["gather"]))
-    for dim, stays, moved in sides:
+    stay = {"input": (edit["inputs"], edit["gather"]), "output": (edit["outputs"], edit["scatter"])}
+    sides = weight_sides(model.get_submodule(module)) if len(shape) > 1 else ("output",)
+    for dim, side in enumerate(sides):
+        stays, moved = stay[side]
         if stays is not None:
             left = torch.ones(shape[dim], dtype=torch.bool)
             left[stays] = False
