@@ -43,7 +43,7 @@ class _Call:
 
     op: str
     place: int
-    """Of the argument that is a tensor of the layer, or None where it has none."""
+    """Of the argument that is a tensor of the layer; it is None where the layer has none."""
     key: str
     """The name of that tensor."""
 

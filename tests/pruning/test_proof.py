@@ -26,7 +26,7 @@ from l0fast.pruning.proof import Proof
 from tests.helpers.zoo import ZOO
 
 
-def half_closed(model: nn.Module, example: Any) -> nn.Module:
+def half_of_each_closed(model: nn.Module, example: Any) -> nn.Module:
     """Gates on a model, half of each layer's closed."""
     sparsify_(model.double().eval(), example_inputs=example)
     chance = torch.Generator().manual_seed(0)
@@ -106,7 +106,7 @@ class Giver(nn.Module):
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "number"])
 def test_a_pruned_model_gives_the_same_object(kind: str) -> None:
     x = torch.randn(4, 12, dtype=torch.float64)
-    model = half_closed(Giver(kind), x)
+    model = half_of_each_closed(Giver(kind), x)
     with torch.no_grad():
         got, expected = (values_of(one(x)) for one in (prune(model, x), model))
     assert len(expected) > 0
@@ -138,7 +138,7 @@ def test_a_model_that_gives_nothing_to_compare_is_refused(factor: float | None, 
 def test_the_report_says_what_was_compared(name: str) -> None:
     build, example = ZOO[name]
     x = widened(Example.of(example()), torch.float64).args
-    small: Any = prune(half_closed(build(), x), x)
+    small: Any = prune(half_of_each_closed(build(), x), x)
     report = small.report
     expected = {
         "lenet": ["the example", "noise in a batch of 3"],
@@ -195,7 +195,7 @@ def test_units_taken_for_others_are_seen_in_every_family(name: str) -> None:
     torch.manual_seed(0)
     build, example = ZOO[name]
     x = widened(Example.of(example()), torch.float64).args
-    case = Case(half_closed(build(), x), x)
+    case = Case(half_of_each_closed(build(), x), x)
     assert not case.fails(list(case.plan.edits))
     wrong = [edits for side in ("inputs", "outputs") for edits in case.wrong(side)]
     assert len(wrong) > 1
@@ -267,7 +267,7 @@ class Tokens(nn.Module):
 
 def test_a_length_is_not_taken_for_a_width() -> None:
     torch.manual_seed(0)
-    model = half_closed(Tokens(), torch.randint(0, 10, (2, 16)))
+    model = half_of_each_closed(Tokens(), torch.randint(0, 10, (2, 16)))
     small: Any = prune(model, torch.randint(0, 10, (2, 16)))
     assert (small.max_len, small.width) == (48, 24)
     longer = torch.randint(0, 10, (2, 60))
@@ -275,7 +275,7 @@ def test_a_length_is_not_taken_for_a_width() -> None:
 
 
 def test_a_wrong_length_is_seen_on_longer_sequences() -> None:
-    model = half_closed(Tokens(), x := torch.randint(0, 10, (2, 16)))
+    model = half_of_each_closed(Tokens(), x := torch.randint(0, 10, (2, 16)))
     case = Case(model, x)
     (patch,) = case.plan.patches
     wrong = [patch, replace(patch, attribute="max_len")]
@@ -309,7 +309,9 @@ def test_a_size_outside_of_views_keeps_what_its_module_reads_and_nothing_else(ho
     torch.manual_seed(0)
     x = torch.randn(4, 8, dtype=torch.float64)
     around = [nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), Checked(how)]
-    model = half_closed(nn.Sequential(*around, nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), x)
+    model = half_of_each_closed(
+        nn.Sequential(*around, nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)), x
+    )
     small: Any = prune(model, x)
     torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
     assert small.report.tier != "each layer by itself"
@@ -342,7 +344,7 @@ class Decoder(nn.Module):
 def test_heads_go_though_a_cache_is_given_too() -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8, dtype=torch.float64)
-    model = half_closed(Decoder(), x)
+    model = half_of_each_closed(Decoder(), x)
     assert gated_layers(model)["out"].units == 2
     small: Any = prune(model, x)
     assert small.report.tier == "merged"
@@ -355,7 +357,7 @@ def test_what_is_written_into_a_layers_output_later_is_not_taken_for_it() -> Non
     torch.manual_seed(0)
     x = torch.randn(4, 6, dtype=torch.float64)
     layers = nn.Linear(6, 12), nn.ReLU(inplace=True), nn.Linear(12, 8), nn.ReLU(inplace=True)
-    model = half_closed(nn.Sequential(*layers, nn.Linear(8, 3)), x)
+    model = half_of_each_closed(nn.Sequential(*layers, nn.Linear(8, 3)), x)
     assert prune(model, x).report.tier == "merged"  # type: ignore[union-attr]
 
 
@@ -364,7 +366,7 @@ def test_an_attribute_that_is_checked_follows() -> None:
     x = torch.randn(4, 8, dtype=torch.float64)
     checked = Checked("attribute")
     model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), checked)
-    model = half_closed(nn.Sequential(*model, nn.Linear(16, 4)), x)
+    model = half_of_each_closed(nn.Sequential(*model, nn.Linear(16, 4)), x)
     small: Any = prune(model, x)
     torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
     assert small.report.tier == "merged"
