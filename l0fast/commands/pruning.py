@@ -19,7 +19,7 @@ from l0fast.graph.calls import Example
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import density
 from l0fast.pruning.prune import prune as prune_model
-from l0fast.pruning.report import format_report, required_report
+from l0fast.pruning.report import required_report
 from l0fast.pruning.saving import save_pruned
 from l0fast.pruning.shrink import Removal, remove_
 from l0fast.training import models
@@ -85,7 +85,7 @@ def prune(args: argparse.Namespace) -> int:
         _checks.refuse("out", str(out), "a file that is not there yet (--force replaces it)")
     small = _pruned(*_rebuilt(path), args.target)
     save_pruned(small, out)
-    print(format_report(required_report(small)))
+    print(required_report(small))
     print(f"saved {out}")
     return 0
 
@@ -105,5 +105,5 @@ def report(args: argparse.Namespace) -> int:
     if feasible is not None:
         words = "meet the target" if feasible else "do not meet the target: pruning closes more"
         print(f"\nthe gates {words}")
-    print(f"\npruned, it would be:\n\n{format_report(required_report(small))}")
+    print(f"\npruned, it would be:\n\n{required_report(small)}")
     return 0

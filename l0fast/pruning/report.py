@@ -17,9 +17,12 @@ from l0fast.measures.amounts import words
 REPORT_FORMAT = 1
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    """What `prune` has done; see `prune` for its fields. It holds what JSON knows."""
+    """What `prune` has done; see `prune` for its fields. `print` shows it as a table.
+
+    It holds what JSON knows.
+    """
 
     format: int
     architecture: str
@@ -44,6 +47,10 @@ class Report:
     layers: list[dict[str, Any]]
     compared: list[str] = field(default_factory=list)
 
+    def __str__(self) -> str:
+        """A table, one line a layer, and lines about the whole model."""
+        return _as_text(self)
+
     def as_json(self) -> dict[str, Any]:
         """A dict that `from_json` takes."""
         return asdict(self)
@@ -53,6 +60,10 @@ class Report:
         return all(hasattr(other, n) and getattr(self, n) == getattr(other, n) for n in names)
 
     __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        kept, before = self.params
+        return f"<Report of {self.architecture}: {kept:,} of {before:,} parameters>"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Report:
         return self  # frozen
@@ -129,8 +140,8 @@ def recipe_of(model: nn.Module) -> Recipe:
     return Recipe(**{name: getattr(report, name) for name in names})
 
 
-def format_report(report: Report) -> str:
-    """A pruned model's report as a text with a table, one line a layer."""
+def _as_text(report: Report) -> str:
+    """A table, one line a layer, and lines about the whole model."""
     head = ("layer", "kind", "gates", "open", "in", "out", "status", "reason")
     rows: list[tuple[str, ...]] = [head]
     for site in report.sites:

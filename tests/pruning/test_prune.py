@@ -29,7 +29,7 @@ from l0fast.measures.groups import Group
 from l0fast.measures.measure import GateMeasure
 from l0fast.pruning.choose import Budget, choose
 from l0fast.pruning.edits import Edit, edited, gather, scatter
-from l0fast.pruning.report import Report, format_report
+from l0fast.pruning.report import Report
 from l0fast.training.models import mlp
 from tests import ROOT
 
@@ -190,7 +190,7 @@ def test_collapsed_layers_are_named(gates: str) -> None:
     x = torch.randn(3, 4, dtype=torch.float64)
     whole: Any = prune(model, x)
     assert whole.report.collapsed == []
-    assert "collapsed" not in format_report(whole.report)
+    assert "collapsed" not in str(whole.report)
     with torch.no_grad():
         for index in (2, 3):
             model[index].log_alpha.fill_(-9.0)
@@ -204,7 +204,7 @@ def test_collapsed_layers_are_named(gates: str) -> None:
         assert ("one unit of zeros stays" in row["reason"]) is (collapsed and gates != "weight")
         assert "all gates are open" not in row["reason"]
     line = "collapsed: all gates of 2, 3 are closed, nothing passes through"
-    assert line in format_report(small.report).splitlines()
+    assert line in str(small.report).splitlines()
 
 
 def test_a_closed_conv_keeps_one_channel_of_zeros() -> None:
@@ -829,7 +829,7 @@ def test_an_attribute_follows_its_size() -> None:
     assert small.second == left < model.second == 10
     patch = {"name": "", "kind": "HardCoded", "attribute": "second", "value": [left, 10]}
     assert small.report.attributes == [patch]
-    assert f"second: {left} instead of 10" in format_report(small.report)
+    assert f"second: {left} instead of 10" in str(small.report)
 
 
 @pytest.mark.parametrize("gates", ["input", "output"])
@@ -1068,7 +1068,7 @@ def test_the_report_is_plain_and_readable(everything: Any) -> None:
     for small, _ in everything.values():
         report = small.report
         assert Report.from_json(json.loads(json.dumps(report.as_json()))) == report
-        text = format_report(report)
+        text = str(report)
         assert all(row["name"] in text for row in report.sites)
         assert report.architecture in text
         assert f"{report.params[0]:,}" in text

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from l0fast import DensityConstraint, load_pruned, param_groups, prune, save_pruned, sparsify_
 from l0fast.graph import capture
 from l0fast.layers.handle import gated_layers
-from l0fast.pruning.report import format_report
 from tests.helpers.zoo import ZOO
 
 
@@ -115,7 +114,7 @@ GATHERS = {
 def test_neighbours_agree_without_gathers_and_scatters(name: str) -> None:
     _, small, _ = pruned(name, "random")
     found = {row["name"] for row in small.report.sites if row["status"] == "compacted"}
-    assert found == GATHERS.get(name, set()), format_report(small.report)
+    assert found == GATHERS.get(name, set()), str(small.report)
     assert small.report.tier.startswith("merged")
     assert (small.report.tier == "merged") == (name != "gpt2")
 
