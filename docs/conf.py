@@ -28,6 +28,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "command_reference",
+    "docstrings",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints", "gallery/*.ipynb", "gallery/*.py"]
 default_role = "code"  # a single backtick in a docstring is code
@@ -58,7 +59,7 @@ intersphinx_mapping = (
 sphinx_gallery_conf = {
     "examples_dirs": "../examples",
     "gallery_dirs": "gallery",
-    "filename_pattern": r"\.py$",
+    "filename_pattern": os.environ.get("L0FAST_DOCS_EXAMPLES", r"\.py$"),
     "abort_on_example_error": True,
     "show_memory": False,
     "show_signature": False,

@@ -1,4 +1,9 @@
-"""A loop with Accelerate, accumulation and a schedule: digits, an MLP, a quarter of it."""
+"""
+A loop with Accelerate
+======================
+
+With accumulation and a schedule: digits, an MLP, a quarter of its parameters.
+"""
 
 import torch
 import torch.nn.functional as F

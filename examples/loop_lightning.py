@@ -1,4 +1,9 @@
-"""Lightning's Trainer: digits, an MLP, a quarter of its parameters."""
+"""
+Lightning's Trainer
+===================
+
+Digits, an MLP, a quarter of its parameters.
+"""
 
 import lightning
 import torch

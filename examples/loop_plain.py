@@ -1,4 +1,9 @@
-"""A plain PyTorch loop: digits, an MLP, a quarter of its parameters."""
+"""
+A plain PyTorch loop
+====================
+
+Digits, an MLP, a quarter of its parameters.
+"""
 
 import torch
 import torch.nn.functional as F

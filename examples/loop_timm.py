@@ -1,4 +1,9 @@
-"""A loop with timm's model, optimizer and schedule: digits, a small ViT, a fifth of it."""
+"""
+A loop with timm
+================
+
+Its model, optimizer and schedule: digits, a small ViT, a fifth of its parameters.
+"""
 
 import timm
 import torch

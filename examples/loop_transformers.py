@@ -1,4 +1,9 @@
-"""Hugging Face's Trainer: digits, a small ViT, a fifth of its parameters."""
+"""
+Hugging Face's Trainer
+======================
+
+Digits, a small ViT, a fifth of its parameters.
+"""
 
 import torch
 from sklearn.datasets import load_digits

@@ -54,7 +54,7 @@ class Constraints(Attachable, nn.Module):
     `step()` moves the multipliers of all. `prune` holds every target, by its own measure.
 
     Args:
-        constraints: `DensityConstraint`s, by different measures or on different layers.
+        constraints: of the class `DensityConstraint`, by different measures or on different layers.
 
     Attributes:
         constraints: the same, in order; each with its multipliers.

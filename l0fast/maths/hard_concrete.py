@@ -87,7 +87,8 @@ class HardConcrete:
     ) -> Tensor | None:
         """The gradient of log_alpha, from that of z, of its open probability, or of both.
 
-        Equals: dz * [0 < z < 1] * (zeta - gamma) / temperature * s * (1 - s)
+        Equals:
+            dz * [0 < z < 1] * (zeta - gamma) / temperature * s * (1 - s)
             + dprobability * probability * (1 - probability)
         What comes through z is exactly 0 where z is 0 or 1.
         """

@@ -196,36 +196,8 @@ def prune(
 
     Returns:
         A model of the same class, of plain PyTorch modules, in the same dtype, device and mode.
-        Its attribute `report` is a `Report`, a frozen dataclass of what JSON knows (a model that
-        has a `report` of its own keeps it, and ours is `l0fast_report`):
-            format: 1.
-            architecture: units left along each gated layer's gated dimension, "198-233-100".
-            density: parameters of kept gates / gated parameters.
-            forced: how many gates the targets closed that were open in evaluation.
-            collapsed: names of the gated layers without an open gate, through which nothing of
-                the input passes (with gates on units, one unit of zeros stands for them).
-            round_to: as asked; filled: how many gates stay that are closed in evaluation.
-            groups: name -> {layers, measure, target, density, kept, total, forced}: each target,
-                with what is kept of its measure, and of how much (empty without targets).
-            params, macs, memory: [after, before]; before is the dense model without gates; MACs,
-                and the memory of activations in bytes, are those of one forward of the example.
-            latency: [after, before], measured now, in seconds for one forward of the example, if
-                a target is one of latency (what that holds is the table's prediction), or None.
-            sites: a dict for each gated layer, and for each other layer that changed: name, kind,
-                gates ("input", "output", "weight" or None), gates_open, gates_total, forced,
-                in and out ([kept, of]), status ("removed": closed units do not exist any more,
-                "compacted": left out, with a gather or scatter; "kept": full size), reason.
-            tier: how far layers could be merged; notes: what was undone, and why.
-            max_error, tolerance: largest relative error found, and allowed.
-            compared: what the models were compared on, in words.
-            attention: the nn.MultiheadAttention modules that `sparsify_` made ordinary ones of two
-                Linears, and how they are called, a list of dicts.
-            attributes: attributes of modules that followed a size, such as num_heads, a list of
-                dicts: name, kind (of the module), attribute, value ([after, before]).
-            folded: names of the layers whose biases hold what constant inputs gave.
-            layers: the recipe, a list of dicts in the order to apply: name, kind, in, out,
-                inputs and outputs (the indices that stay, None for all), gather and scatter
-                ([positions, of], None for none), scale ("input", "output" or None).
+        Its attribute `report` is a `Report`; a model that has a `report` of its own keeps it, and
+        ours is `l0fast_report`.
 
     Raises:
         ValueError: no gates, a target that leaves no unit for a layer, an example that the model

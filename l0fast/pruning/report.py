@@ -19,9 +19,43 @@ REPORT_FORMAT = 1
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Report:
-    """What `prune` has done; see `prune` for its fields. `print` shows it as a table.
+    """What `prune` has done. `print` shows it as a table.
 
-    It holds what JSON knows.
+    It holds what JSON knows. Where two numbers are given they are [after, before].
+
+    Attributes:
+        format: 1.
+        architecture: units left along each gated layer's gated dimension, "198-233-100".
+        density: parameters of kept gates over gated parameters.
+        forced: how many gates the targets closed that were open in evaluation.
+        collapsed: names of the gated layers without an open gate. Nothing of the input passes
+            through them; with gates on units, one unit of zeros stands for them.
+        round_to: as asked.
+        filled: how many gates stay that are closed in evaluation.
+        groups: name of a target -> a dict: layers, measure, target, density, kept, total, forced.
+            Empty without targets.
+        params: parameters, [after, before]; before is the dense model without gates.
+        macs: multiply-accumulates of one forward of the example, [after, before].
+        memory: bytes of activations of one forward of the example, [after, before].
+        latency: measured seconds for one forward of the example, [after, before], where a target
+            is one of latency, else None. The target holds the prediction of its table.
+        sites: a dict for each gated layer, and for each other layer that changed: name, kind,
+            gates ("input", "output", "weight" or None), gates_open, gates_total, forced, in and
+            out ([kept, of]), status and reason. A status is "removed" (closed units do not exist
+            any more), "compacted" (left out, with a gather or scatter) or "kept" (full size).
+        tier: how far layers could be merged.
+        notes: what was undone, and why.
+        max_error: the largest relative error found.
+        tolerance: the largest that is allowed.
+        compared: what the models were compared on, in words.
+        attention: a dict for each nn.MultiheadAttention that `sparsify_` made an ordinary one of
+            two Linears: how it is called.
+        attributes: a dict for each attribute of a module that followed a size, such as num_heads:
+            name, kind (of the module), attribute, value ([after, before]).
+        folded: names of the layers whose biases hold what constant inputs gave.
+        layers: the recipe, a list of dicts in the order to apply: name, kind, in, out, inputs and
+            outputs (the indices that stay, None for all), gather and scatter ([positions, of],
+            None for none), scale ("input", "output" or None).
     """
 
     format: int
