@@ -13,7 +13,7 @@ WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-triton36 lint format bench gpu clean
+.PHONY: help venv demo test test-triton36 lint format docs bench gpu release clean
 .DEFAULT_GOAL := help
 
 help:
@@ -22,8 +22,10 @@ help:
 	@echo 'make test-triton36  the tests of the kernels with Triton $(TRITON), the oldest that is allowed'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  apply the formatting that lint asks for'
+	@echo 'make docs    the site, in docs/_build/html: every page and example runs, warnings are errors'
 	@echo 'make bench   test, then measure, on this machine'
 	@echo 'make gpu     the same on a GPU, with the PyTorch that $$(PYTHON) has: nothing is installed'
+	@echo 'make release  build the wheel and the sdist in dist/, check them, and say how to tag'
 	@echo 'make clean   remove all that make has made'
 
 $(STAMP): pyproject.toml constraints.txt
@@ -61,6 +63,19 @@ format: $(STAMP)
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
+docs: $(STAMP)
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html -d docs/_build/doctrees
+
+release: $(STAMP)
+	rm -rf dist
+	$(PY) -m pip install --quiet -c constraints.txt build twine
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) -m pip install --quiet --force-reinstall --no-deps --target build/check dist/*.whl
+	cd build/check && $(CURDIR)/$(PY) -c 'import l0fast, pathlib; assert pathlib.Path(l0fast.__file__).is_relative_to(pathlib.Path.cwd())'
+	@echo "now: git tag v$$($(PY) -c 'import l0fast; print(l0fast.__version__)') && git push --tags, and upload dist/*"
+
 bench: $(STAMP)
 	$(PY) -m bench
 
@@ -68,5 +83,5 @@ gpu:
 	$(PYTHON) -m bench --gpu
 
 clean:
-	rm -rf .venv $(DEMO) dist build .pytest_cache .ruff_cache .hypothesis .benchmarks
+	rm -rf .venv $(DEMO) dist build docs/_build docs/gallery docs/sg_execution_times.rst .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find l0fast kernels tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

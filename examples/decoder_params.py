@@ -35,7 +35,7 @@ l0fast.DensityConstraint(
     model, target="150k params", measure="params", example_inputs=example, steps=steps
 ).attach(optimizer)
 
-for step in range(steps):
+for _ in range(steps):
     starts = torch.randint(len(code) - length, (16,))
     batch = code[starts[:, None] + torch.arange(length)]
     loss = model(input_ids=batch, labels=batch).loss

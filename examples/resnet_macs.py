@@ -2,8 +2,8 @@
 A pretrained ResNet to a third of its MACs
 ==========================================
 
-Fine-tuning: a dense ResNet is trained first, and stands for a pretrained one. Then it gets gates, and
-trains on under a target for its multiply-accumulates.
+Fine-tuning: a dense ResNet is trained first, and stands for a pretrained one. Then it gets gates,
+and trains on under a target for its multiply-accumulates.
 """
 
 import torch

@@ -2,8 +2,8 @@
 Single weights to a density
 ===========================
 
-Gates on single weights (unstructured sparsity). The layers keep their sizes; nine of ten weights are
-exactly zero.
+Gates on single weights (unstructured sparsity). The layers keep their sizes; nine of ten weights
+are exactly zero.
 """
 
 import torch
@@ -19,7 +19,9 @@ x, y = torch.tensor(digits.data / 16, dtype=torch.float32), torch.tensor(digits.
 train, test = slice(0, 1400), slice(1400, None)
 steps = 600
 
-model = nn.Sequential(nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10))
+model = nn.Sequential(
+    nn.Linear(64, 300), nn.ReLU(), nn.Linear(300, 100), nn.ReLU(), nn.Linear(100, 10)
+)
 model = l0fast.sparsify_(model, gates="weight")
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 l0fast.DensityConstraint(model, target=0.1, steps=steps).attach(optimizer)

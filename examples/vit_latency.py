@@ -19,9 +19,8 @@ x, y = images.contiguous(), torch.tensor(digits.target)
 train, test = slice(0, 1400), slice(1400, None)
 steps = 400
 
-model = VisionTransformer(
-    image_size=8, patch_size=2, num_layers=2, num_heads=4, hidden_dim=64, mlp_dim=512, num_classes=10
-)
+sizes = {"hidden_dim": 64, "mlp_dim": 512, "num_layers": 2, "num_heads": 4}
+model = VisionTransformer(image_size=8, patch_size=2, num_classes=10, **sizes)
 model = l0fast.sparsify_(model, example_inputs=x[:64])
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 l0fast.DensityConstraint(
@@ -39,5 +38,6 @@ small = l0fast.prune(model, x[:64])
 print(small.report)
 with torch.no_grad():
     accuracy = (small.eval()(x[test]).argmax(1) == y[test]).float().mean()
-group = next(iter(small.report.groups.values()))
-print(f"accuracy {accuracy:.3f}, predicted ms {1e3 * group['total']:.2f} -> {1e3 * group['kept']:.2f}")
+(group,) = small.report.groups.values()
+before, after = 1e3 * group["total"], 1e3 * group["kept"]
+print(f"accuracy {accuracy:.3f}, predicted ms {before:.2f} -> {after:.2f}")
