@@ -29,6 +29,7 @@ extensions = [
     "sphinx_gallery.gen_gallery",
     "command_reference",
     "docstrings",
+    "mathml",
 ]
 exclude_patterns = ["_build", "**.ipynb_checkpoints", "gallery/*.ipynb", "gallery/*.py"]
 default_role = "code"  # a single backtick in a docstring is code
@@ -40,6 +41,7 @@ nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+nb_output_stderr = "remove"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -67,6 +69,7 @@ sphinx_gallery_conf = {
     "min_reported_time": 1,
 }
 
+html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "l0fast"
 html_static_path = ["_static"]
