@@ -195,6 +195,19 @@ class Liveness:
                         found.add((size, left))
         return found
 
+    def parts(self, module: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(before, after) of the sizes of all parts, where a module splits and some change."""
+        present = self._alone
+        found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        for node, _ in self._rigid([module]):
+            parts = self.walk.units(node)
+            for dim in range(parts[0].labels.dim()) if len(parts) > 1 else ():
+                before = tuple(units.labels.shape[dim] for units in parts)
+                after = tuple(self._left(units, present, dim) for units in parts)
+                if after != before:
+                    found.add((before, after))
+        return found
+
     def extents(self, rigid: Collection[str] = ()) -> dict[str, Extent]:
         """What each layer physically needs, with gathers and scatters only where they must be.
 

@@ -20,7 +20,8 @@ from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
 from l0fast.layers.sampling import detach
-from l0fast.pruning.edits import AttributePatch, Edit, edited, in_dtype
+from l0fast.pruning.attributes import AttributePatch
+from l0fast.pruning.edits import Edit, edited, in_dtype
 from l0fast.skipping.attach import stop_skipping
 
 
@@ -127,7 +128,7 @@ class Draft:
         for patch in patches:
             module = self.model.get_submodule(patch.name)
             self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
-            setattr(module, patch.attribute, patch.value[0])
+            patch.apply(self.model)
         places = {name: self.model.get_submodule(name) for name in self._edits}
         # Most layers are as in the attempt before; the others go before new ones are made.
         self._made = {name: one for name, one in self._made.items() if self._is_as_made(name)}

@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from l0fast.graph.capture import LAYERS, is_carrier, kind_of, layer_size, resize_
 from l0fast.graph.sites import replace
 from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.pruning.attributes import AttributePatch
 
 _SIDES = ("input", "output")
 
@@ -96,38 +97,6 @@ class Edit:
         if not fits or edit.as_json() != dict(entry) or edit.scale not in (None, *_SIDES):
             raise ValueError("an entry that contradicts itself")
         return edit
-
-
-@dataclass(frozen=True)
-class AttributePatch:
-    """An attribute of a module that must follow a size; as JSON, one entry of the recipe."""
-
-    name: str
-    """Of the module, "" for the model itself."""
-    kind: str
-    """Its class."""
-    attribute: str
-    value: tuple[int, int]
-    """(after, before)."""
-
-    def as_json(self) -> dict[str, Any]:
-        """A dict that `from_json` takes."""
-        return {**vars(self), "value": list(self.value)}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> AttributePatch:
-        """The patch of a recipe's entry.
-
-        Raises:
-            ValueError, TypeError, KeyError: it is not one.
-        """
-        after, before = (int(number) for number in entry["value"])
-        patch = cls(
-            str(entry["name"]), str(entry["kind"]), str(entry["attribute"]), (after, before)
-        )
-        if patch.as_json() != dict(entry) or not 0 < after < before:
-            raise ValueError("an entry that contradicts itself")
-        return patch
 
 
 def channel_dim(layer: nn.Module) -> int:
@@ -284,7 +253,7 @@ def apply(model: nn.Module, edits: list[Edit], patches: Iterable[AttributePatch]
         edits, patches: to carry out.
     """
     for patch in patches:
-        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
+        patch.apply(model)
     layers = {edit.name: model.get_submodule(edit.name) for edit in edits}
     return replace(
         model, {id(layers[edit.name]): edited(layers[edit.name], edit) for edit in edits}

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from l0fast.graph.liveness import Extent, Liveness
-from l0fast.pruning.edits import AttributePatch
+from l0fast.pruning.attributes import AttributePatch, sizes_in
 
 MERGED, EXCEPT = "merged", "merged except across reshapes"
 MOST_OPTIONS = 64
@@ -38,17 +38,19 @@ def _choices(
     """For each attribute that may hold a size in some modules of one class: ways to patch it in all
     of them at once.
 
-    Any attribute that holds one of the sizes as an int may be where the forward has it from.
+    Any attribute that holds one of the sizes as an int, or those of all parts of a split, may be
+    where the forward has it from.
     """
     found: dict[str, list[list[AttributePatch]]] = {}
     """Attribute -> for each module that may need it, the patches that would do."""
     for name in names:
-        module, sizes = model.get_submodule(name), sorted(live.sizes(name))
+        module = model.get_submodule(name)
+        sizes = [*sorted(live.sizes(name)), *sorted(live.parts(name))]
         for key, value in vars(module).items():
             fits = [
                 AttributePatch(name, type(module).__name__, key, (after, size))
                 for size, after in sizes
-                if type(value) is int and size == value
+                if size == sizes_in(value)
             ]
             if fits:
                 found.setdefault(key, []).append(fits)

@@ -17,8 +17,9 @@ from l0fast.graph.liveness import Extent, Liveness, local_extents
 from l0fast.graph.sites import Site, find_sites, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
+from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import Draft, GateValues
-from l0fast.pruning.edits import AttributePatch, Edit
+from l0fast.pruning.edits import Edit
 from l0fast.pruning.patches import Outcome, merged_tiers
 
 ALONE = "each layer by itself"

@@ -16,7 +16,8 @@ from l0fast.layers.handle import gated_layers, gates, sharing
 from l0fast.layers.serving import INDEX, likeliest
 from l0fast.measures.counts import Counts, element_size
 from l0fast.pruning.draft import GateValues
-from l0fast.pruning.edits import AttributePatch, Edit, shrink_, sliced, weight_sides
+from l0fast.pruning.attributes import AttributePatch
+from l0fast.pruning.edits import Edit, shrink_, sliced, weight_sides
 from l0fast.pruning.plan import make_plan, new_draft
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import recipe_of
@@ -188,7 +189,7 @@ def remove_(
         replaced[id(old)] = new, part
 
     for patch in removal.patches:
-        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
+        patch.apply(model)
     for edit in removal.edits:
         module = model.get_submodule(edit.name)
         log_alpha = module._parameters.pop("log_alpha", None)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import prune, sparsify_
-from l0fast.pruning.edits import AttributePatch
+from l0fast.pruning.attributes import AttributePatch
 
 
 class Split(nn.Module):
