@@ -183,9 +183,8 @@ class Liveness:
             )
         )
 
-    def sizes(self, module: str) -> set[tuple[int, int]]:
+    def sizes(self, module: str, present: Tensor) -> set[tuple[int, int]]:
         """(before, after) of the sizes that change in what a module views, splits or slices."""
-        present = self._alone
         found: set[tuple[int, int]] = set()
         for node, _ in self._rigid([module]):
             for units in (u for n in (node, *node.all_input_nodes) for u in self.walk.units(n)):
@@ -195,9 +194,10 @@ class Liveness:
                         found.add((size, left))
         return found
 
-    def parts(self, module: str) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    def parts(
+        self, module: str, present: Tensor
+    ) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
         """(before, after) of the sizes of all parts, where a module splits and some change."""
-        present = self._alone
         found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
         for node, _ in self._rigid([module]):
             parts = self.walk.units(node)

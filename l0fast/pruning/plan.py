@@ -172,6 +172,12 @@ class _Planner:
             where = f" (in {place!r})" if place else ""
             return Outcome(float("inf"), _checks.one_line(failure) + where, place)
 
+    def trial(self, extents: Mapping[str, Extent], patches: Iterable[AttributePatch]) -> Outcome:
+        """What comes of some extents; afterwards the draft is of full size, as it was."""
+        outcome = self.attempt(self.edits_of(extents), patches, constants_of(extents))
+        self.draft.undo()
+        return outcome
+
     def edits_of(self, extents: Mapping[str, Extent]) -> list[Edit]:
         """What gives every layer its extent."""
         layers, factors = self.values.layers, self.draft.factors
@@ -190,13 +196,7 @@ class _Planner:
             also = None if self.training is None else Walk(self.training, sites)
             live = Liveness(Walk(self.trace, sites), also)
             self.draft.undo()
-            tiers = merged_tiers(
-                self.draft.model,
-                live,
-                lambda extents, patches: self.attempt(
-                    self.edits_of(extents), patches, constants_of(extents)
-                ),
-            )
+            tiers = merged_tiers(self.draft.model, live, self.trial)
         tried: list[tuple[list[Edit], list[AttributePatch]]] = []
         undone: dict[str, str] = {}
         for tier, rigid, patches in chain(tiers, [(ALONE, [], [])]):
