@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from l0fast.graph.capture import LAYERS, is_carrier, kind_of, layer_size, resize_
 from l0fast.graph.sites import replace
 from l0fast.layers.dense_types import TRANSPOSED
-from l0fast.pruning.attributes import AttributePatch
 
 _SIDES = ("input", "output")
 
@@ -245,8 +244,15 @@ def edited(
     return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
 
 
-def apply(model: nn.Module, edits: list[Edit], patches: Iterable[AttributePatch] = ()) -> nn.Module:
-    """Makes layers smaller and patches attributes, in place; returns the root.
+class Patch(Protocol):
+    """What makes a module follow the sizes of its layers."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Carries it out on a part of the model, in place."""
+
+
+def apply(model: nn.Module, edits: list[Edit], patches: Iterable[Patch] = ()) -> nn.Module:
+    """Makes layers smaller and carries patches out, in place; returns the root.
 
     Args:
         model: of full size.

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from l0fast.graph.liveness import Extent, Liveness
+from l0fast.graph.views import views_of
 from l0fast.pruning.attributes import AttributePatch, sizes_in
+from l0fast.pruning.views import Calls, Patch, view_patch
 
 MERGED, EXCEPT = "merged", "merged except across reshapes"
 MOST_OPTIONS = 64
@@ -30,7 +32,7 @@ class Outcome(NamedTuple):
     """The module in which it was noticed, if that is known."""
 
 
-Attempt = Callable[[dict[str, Extent], list[AttributePatch]], Outcome]
+Attempt = Callable[[dict[str, Extent], list[Patch]], Outcome]
 """(extents, patches) -> what comes of them."""
 
 
@@ -63,8 +65,8 @@ def _choices(
     return ways
 
 
-def _attributes(patches: list[AttributePatch]) -> set[str]:
-    return {patch.attribute for patch in patches}
+def _attributes(patches: Sequence[Patch]) -> set[str]:
+    return {patch.attribute for patch in patches if isinstance(patch, AttributePatch)}
 
 
 def _options(
@@ -122,6 +124,7 @@ class _Release:
         live: what is left of its units.
         attempt: tries a draft.
         parts: the modules that may have sizes written out.
+        anew: modules may be made anew.
 
     Attributes:
         parts: the same, with those that turned out to be among them.
@@ -130,11 +133,17 @@ class _Release:
     """
 
     def __init__(
-        self, model: nn.Module, live: Liveness, attempt: Attempt, parts: list[str]
+        self,
+        model: nn.Module,
+        live: Liveness,
+        attempt: Attempt,
+        parts: list[str],
+        anew: bool,
     ) -> None:
         self._model, self._live, self._attempt = model, live, attempt
+        self._anew, self._calls = anew, Calls()
         self.parts, self.free = parts, set[str]()
-        self.patches: list[AttributePatch] = []
+        self.patches: list[Patch] = []
         self._last: set[str] = set()
         self._hopeless: set[type[nn.Module]] = set()
 
@@ -147,7 +156,7 @@ class _Release:
         """The modules that must stay rigid."""
         return [name for name in self.parts if name not in self.free]
 
-    def _patched(self, group: list[str]) -> tuple[list[AttributePatch] | None, list[str]]:
+    def _patched(self, group: list[str]) -> tuple[list[Patch] | None, list[str]]:
         """The patches with which a group can be free, beside those that are; or None, and where
         failures were noticed."""
         live, places = self._live, list[str]()
@@ -165,7 +174,24 @@ class _Release:
         choices = [] if hopeless else _choices(self._model, live, group, present)
         options = _options(choices, self._last)
         found = next((option for option in options if holds(option)), None)
+        if found is None and not hopeless:
+            anew = self._made_anew(group, present)
+            found = anew if anew and holds(anew) else None
         return None if found is None else [*others, *_fewest(found, holds)], places
+
+    def _made_anew(self, group: list[str], present: Tensor) -> list[Patch]:
+        """The patches that make each module of a group anew whose views get smaller."""
+        if not self._anew:
+            return []
+        modules = {name: self._model.get_submodule(name) for name in group}
+        with self._calls.of([m for m in modules.values() if m not in self._calls]):
+            if not all(module in self._calls for module in modules.values()):
+                self._attempt(self._live.extents(list({*self.parts, *group})), [])
+        patches = (
+            view_patch(name, module, self._calls, views_of(self._live, name, present))
+            for name, module in modules.items()
+        )
+        return [patch for patch in patches if patch is not None]
 
     def _joined(self, group: list[str], places: list[str]) -> list[str]:
         """A group with the modules where it was seen to fail, and all parts of their classes."""
@@ -216,8 +242,8 @@ class _Release:
 
 
 def merged_tiers(
-    model: nn.Module, live: Liveness, attempt: Attempt
-) -> Iterator[tuple[str, list[str], list[AttributePatch]]]:
+    model: nn.Module, live: Liveness, attempt: Attempt, anew: bool = True
+) -> Iterator[tuple[str, list[str], list[Patch]]]:
     """Plans that merge layers with their neighbours, the furthest first: name, rigid modules
     (see `Liveness.extents`), patches.
 
@@ -229,7 +255,7 @@ def merged_tiers(
     yield MERGED, [], []
     views = live.shrinking()
     _whole(live, views, attempt)
-    release = _Release(model, live, attempt, list(dict.fromkeys([*views, *live.whole])))
+    release = _Release(model, live, attempt, list(dict.fromkeys([*views, *live.whole])), anew)
     release.all()
     rigid = release.rigid
     yield EXCEPT if rigid else MERGED, rigid, release.patches

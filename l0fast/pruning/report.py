@@ -80,6 +80,7 @@ class Report:
     folded: list[str]
     layers: list[dict[str, Any]]
     compared: list[str] = field(default_factory=list)
+    views: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table, one line a layer, and lines about the whole model."""
@@ -126,6 +127,7 @@ class Recipe:
     attributes: list[dict[str, Any]] = field(default_factory=list)
     attention: list[dict[str, Any]] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
+    views: list[dict[str, Any]] = field(default_factory=list)
 
 
 _FIELDS = {one.name for one in fields(Report)}
@@ -219,6 +221,8 @@ def _as_text(report: Report) -> str:
     for patch in report.attributes:
         name = f"{patch['name']}.{patch['attribute']}".lstrip(".")
         lines.append(f"{name}: {patch['value'][0]} instead of {patch['value'][1]}")
+    for patch in report.views:
+        lines.append(f"{patch['name']}: made anew by torch.fx, for the sizes in its views")
     lines.append(f"largest error: {report.max_error:.3g} (allowed {report.tolerance:g})")
     lines.append(f"compared on: {'; '.join(report.compared)}")
     lines.extend(report.notes)
