@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from l0fast.graph.liveness import Extent, Liveness
 from l0fast.graph.views import views_of
 from l0fast.pruning.attributes import AttributePatch, sizes_in
-from l0fast.pruning.views import Calls, Patch, view_patch
+from l0fast.pruning.called import Calls
+from l0fast.pruning.outcome import Outcome
+from l0fast.pruning.views import Patch, view_patch
 
 MERGED, EXCEPT = "merged", "merged except across reshapes"
 MOST_OPTIONS = 64
@@ -19,17 +20,6 @@ MOST_JOINED = 3
 """How often a group of modules may be tried again with those where it was seen to fail."""
 MOST_WHOLE = 8
 """How many modules may be found that need all of what enters and leaves them."""
-
-
-class Outcome(NamedTuple):
-    """What came of trying a draft."""
-
-    error: float
-    """The largest relative error."""
-    failure: str = ""
-    """What is wrong, "" for nothing."""
-    place: str | None = None
-    """The module in which it was noticed, if that is known."""
 
 
 Attempt = Callable[[dict[str, Extent], list[Patch]], Outcome]
@@ -129,7 +119,8 @@ class _Release:
     Attributes:
         parts: the same, with those that turned out to be among them.
         free: those that are no longer rigid.
-        patches: of their attributes.
+        patches: of their attributes and views.
+        reasons: why modules cannot be made anew.
     """
 
     def __init__(
@@ -144,6 +135,7 @@ class _Release:
         self._anew, self._calls = anew, Calls()
         self.parts, self.free = parts, set[str]()
         self.patches: list[Patch] = []
+        self.reasons: dict[str, str] = {}
         self._last: set[str] = set()
         self._hopeless: set[type[nn.Module]] = set()
 
@@ -179,6 +171,17 @@ class _Release:
             found = anew if anew and holds(anew) else None
         return None if found is None else [*others, *_fewest(found, holds)], places
 
+    def notes(self) -> list[str]:
+        """Says of the modules that stay rigid why they cannot be made anew."""
+        by: dict[str, list[str]] = {}
+        for name in self.rigid:
+            if name in self.reasons:
+                by.setdefault(self.reasons[name], []).append(name)
+        return [
+            f"the forward of {', '.join(names)} cannot be written again with smaller sizes: {why}"
+            for why, names in by.items()
+        ]
+
     def _made_anew(self, group: list[str], present: Tensor) -> list[Patch]:
         """The patches that make each module of a group anew whose views get smaller."""
         if not self._anew:
@@ -187,11 +190,16 @@ class _Release:
         with self._calls.of([m for m in modules.values() if m not in self._calls]):
             if not all(module in self._calls for module in modules.values()):
                 self._attempt(self._live.extents(list({*self.parts, *group})), [])
-        patches = (
-            view_patch(name, module, self._calls, views_of(self._live, name, present))
-            for name, module in modules.items()
-        )
-        return [patch for patch in patches if patch is not None]
+        patches: list[Patch] = []
+        for name, module in modules.items():
+            views = views_of(self._live, name, present)
+            try:
+                patch = view_patch(name, module, self._calls, views)
+            except ValueError as reason:
+                self.reasons[name] = str(reason)
+            else:
+                patches += [] if patch is None else [patch]
+        return patches
 
     def _joined(self, group: list[str], places: list[str]) -> list[str]:
         """A group with the modules where it was seen to fail, and all parts of their classes."""
@@ -242,7 +250,7 @@ class _Release:
 
 
 def merged_tiers(
-    model: nn.Module, live: Liveness, attempt: Attempt, anew: bool = True
+    model: nn.Module, live: Liveness, attempt: Attempt, notes: list[str], anew: bool = True
 ) -> Iterator[tuple[str, list[str], list[Patch]]]:
     """Plans that merge layers with their neighbours, the furthest first: name, rigid modules
     (see `Liveness.extents`), patches.
@@ -258,5 +266,6 @@ def merged_tiers(
     release = _Release(model, live, attempt, list(dict.fromkeys([*views, *live.whole])), anew)
     release.all()
     rigid = release.rigid
+    notes += release.notes()
     yield EXCEPT if rigid else MERGED, rigid, release.patches
     yield EXCEPT, release.parts, []

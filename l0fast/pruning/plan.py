@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast import _checks
-from l0fast.graph.capture import Trace, is_site, layer_size
+from l0fast.graph.capture import Trace, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
 from l0fast.graph.sites import Site, find_sites, tied_modules
 from l0fast.graph.structure import Structure
@@ -20,7 +20,8 @@ from l0fast.graph.walk import Walk
 from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.edits import Edit
-from l0fast.pruning.patches import Outcome, merged_tiers
+from l0fast.pruning.outcome import Outcome
+from l0fast.pruning.patches import merged_tiers
 from l0fast.pruning.views import Patch, ViewPatch
 
 ALONE = "each layer by itself"
@@ -144,16 +145,6 @@ def new_draft(
     return draft
 
 
-def _raised_in(error: Exception, model: nn.Module) -> str | None:
-    """The innermost module of a model, other than a layer, whose forward has raised an error."""
-    names = {id(module): name for name, module in model.named_modules() if not is_site(module)}
-    found, trace = None, error.__traceback__
-    while trace is not None:
-        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
-        trace = trace.tb_next
-    return found
-
-
 class _Planner:
     """Tries plans out on a draft, the furthest-reaching first."""
 
@@ -179,9 +170,7 @@ class _Planner:
             self.draft.make_smaller(edits, patches, constants)
             return self.check(self.draft)
         except Exception as failure:
-            place = _raised_in(failure, self.draft.model)
-            where = f" (in {place!r})" if place else ""
-            return Outcome(float("inf"), _checks.one_line(failure) + where, place)
+            return Outcome.of(failure, self.draft.model)
 
     def trial(self, extents: Mapping[str, Extent], patches: Iterable[Patch]) -> Outcome:
         """What comes of some extents; afterwards the draft is of full size, as it was."""
@@ -207,7 +196,7 @@ class _Planner:
             also = None if self.training is None else Walk(self.training, sites)
             live = Liveness(Walk(self.trace, sites), also)
             self.draft.undo()
-            tiers = merged_tiers(self.draft.model, live, self.trial, self.anew)
+            tiers = merged_tiers(self.draft.model, live, self.trial, self.notes, self.anew)
         tried: list[tuple[list[Edit], list[Patch]]] = []
         undone: dict[str, str] = {}
         for tier, rigid, patches in chain(tiers, [(ALONE, [], [])]):

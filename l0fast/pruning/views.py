@@ -2,27 +2,27 @@
 left.
 
 As in `B, N, C = x.shape; ...; x.reshape(B, N, C)`, where C is what enters and the units inside have
-become fewer. What comes out is a torch.fx module of the same parameters and the same modules inside,
-which copies, pickles, compiles and exports without l0fast.
+become fewer. What comes out is a torch.fx module of the same parameters and the same modules
+inside, which copies, pickles, compiles and exports without l0fast.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx._symbolic_trace import _assert_is_none
 
+from l0fast import _checks
 from l0fast.graph.capture import is_site
 from l0fast.graph.sites import replace
 from l0fast.graph.views import View
 from l0fast.layers.hooks import foreign_hooks
 from l0fast.pruning.attributes import AttributePatch
+from l0fast.pruning.called import Calls, Constant
 
 _CALLS: dict[Any, str] = {
     "reshape": "reshape",
@@ -37,12 +37,10 @@ _CALLS: dict[Any, str] = {
 _OWN = ("__call__", "train", "_apply", "_load_from_state_dict", "get_extra_state", "state_dict")
 """Methods that a module made anew has from nn.Module."""
 
-Constant = None | bool | str
-
 
 @dataclass(frozen=True)
 class ViewPatch:
-    """A module that is made anew with other sizes in its views; as JSON, one entry of the recipe."""
+    """A module made anew with other sizes in its views; as JSON, one entry of the recipe."""
 
     name: str
     kind: str
@@ -128,24 +126,16 @@ class _Tracer(fx.Tracer):
             if one.name in self._constants:
                 constant = self._constants[one.name]
                 words = f"{one.name}: expected {constant!r}, as in the example it was pruned with"
-                if constant is None:
-                    self.create_proxy("call_function", _assert_is_none, (proxy, words), {})
-                else:
-                    self.create_proxy(
-                        "call_function", torch._assert, (proxy == constant, words), {}
-                    )
+                self.create_proxy("call_function", torch._assert, (proxy == constant, words), {})
             names.append(one.name)
-            proxies.append(self._constants.get(one.name, proxy))
+            several = (proxy[i] for i in range(self._lengths.get(one.name, 0)))
+            argument = tuple(several) if one.name in self._lengths else proxy
+            proxies.append(self._constants.get(one.name, argument))
 
         def forward(root: nn.Module, *given: Any) -> Any:
             return root_fn(root, **dict(zip(names, given, strict=True)))
 
         return forward, [self.root, *proxies]
-
-    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        if obj.node.op == "placeholder" and obj.node.name in self._lengths:
-            return iter([obj[i] for i in range(self._lengths[obj.node.name])])
-        return super().iter(obj)
 
 
 def _traced(
@@ -207,95 +197,46 @@ def _resize(node: fx.Node, sizes: Sequence[int | None]) -> None:
     node.args = (node.args[0], tuple(new)) if single else (node.args[0], *new)
 
 
-class Calls:
-    """How modules are called on the example: with which arguments, of which kinds."""
-
-    def __init__(self) -> None:
-        self._seen: dict[nn.Module, list[dict[str, Any]]] = {}
-
-    def __contains__(self, module: nn.Module) -> bool:
-        return module in self._seen
-
-    @contextmanager
-    def of(self, modules: Sequence[nn.Module]) -> Iterator[None]:
-        """Notes the calls of some modules."""
-        hooks = [
-            module.register_forward_pre_hook(self._note, with_kwargs=True) for module in modules
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _note(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        try:
-            bound = inspect.signature(module.forward).bind(*args, **kwargs)
-        except (TypeError, ValueError):
-            return
-        bound.apply_defaults()
-        self._seen.setdefault(module, []).append(dict(bound.arguments))
-
-    def forms(self, module: nn.Module) -> tuple[dict[str, Constant], dict[str, int]] | None:
-        """The arguments that are constants, and those that are tuples; None where one is neither,
-        nor a tensor or a number."""
-        calls = self._seen.get(module, [])
-        constants: dict[str, Constant] = {}
-        lengths: dict[str, int] = {}
-        for name, one in inspect.signature(module.forward).parameters.items() if calls else ():
-            given = [call[name] for call in calls]
-            if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
-                if any(given):
-                    return None
-            elif all(isinstance(value, Constant) for value in given):
-                if len(set(given)) > 1:
-                    return None
-                constants[name] = given[0]
-            elif all(isinstance(value, (tuple, list)) for value in given):
-                if len({len(value) for value in given}) > 1:
-                    return None
-                lengths[name] = len(given[0])
-            elif not all(isinstance(value, (torch.Tensor, int, float)) for value in given):
-                return None
-        return (constants, lengths) if calls else None
-
-
 def view_patch(
     name: str, module: nn.Module, calls: Calls, views: Sequence[View]
 ) -> ViewPatch | None:
-    """The patch that gives a module's views the sizes that are left, or None where there is none.
+    """The patch that gives a module's views the sizes that are left; None where they stay.
 
     Args:
         name: of the module.
         module: of full size.
         calls: how it is called.
         views: in its forward, in the order of the model's graph; those of each call in turn.
+
+    Raises:
+        ValueError: it cannot be made anew.
     """
+    if not any(view.smaller for view in views):
+        return None
     forms = calls.forms(module)
     if not name or is_site(module) or forms is None:
-        return None
+        raise ValueError("it is the model, a layer, or called with more than tensors and numbers")
     was = module.training
     try:
         graph = _traced(module, *forms)
         module.training = not was
         other = _traced(module, *forms)
-        if str(graph.python_code("self").src) != str(other.python_code("self").src):
-            return None  # it does something else in training
-        nodes = [node for node in graph.nodes if node.target in _CALLS]
-        again = len(views) // max(len(nodes), 1)
-        if not nodes or list(views) != list(views[: len(nodes)]) * again:
-            return None
-        changes = [
-            (node, view.sizes) for node, view in zip(nodes, views, strict=False) if view.smaller
-        ]
-        if any(_CALLS[node.target] != view.kind for node, view in zip(nodes, views, strict=False)):
-            return None
-        for node, sizes in changes:
-            _resize(node, sizes)
-    except Exception:  # torch.fx does not follow it
-        return None
+    except Exception as error:
+        raise ValueError(f"torch.fx does not follow it: {_checks.one_line(error)}") from error
     finally:
         module.training = was
+    if graph.python_code("self").src != other.python_code("self").src:
+        raise ValueError("it does something else in training")
+    nodes = [node for node in graph.nodes if node.target in _CALLS]
+    again = len(views) // max(len(nodes), 1)
+    kinds = [_CALLS[node.target] for node in nodes]
+    first = list(views[: len(nodes)])
+    if list(views) != first * again or kinds != [view.kind for view in first]:
+        raise ValueError("its views are not those of the exported graph, or differ between calls")
+    pairs = zip(nodes, first, strict=True)
+    sizes = tuple((node.name, view.sizes) for node, view in pairs if view.smaller)
+    for node, view in zip(nodes, first, strict=True):
+        if view.smaller:
+            _resize(node, view.sizes)
     constants, lengths = (tuple(form.items()) for form in forms)
-    sizes = tuple((node.name, sizes) for node, sizes in changes)
-    return ViewPatch(name, type(module).__name__, constants, lengths, sizes) if sizes else None
+    return ViewPatch(name, type(module).__name__, constants, lengths, sizes)
