@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,7 +23,7 @@ class Calls:
         return module in self._seen
 
     @contextmanager
-    def of(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+    def of(self, modules: Sequence[nn.Module]) -> Generator[None]:
         """Notes the calls of some modules."""
         hooks = [
             module.register_forward_pre_hook(self._note, with_kwargs=True) for module in modules

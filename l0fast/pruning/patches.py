@@ -156,7 +156,7 @@ class _Release:
         others = [patch for patch in self.patches if patch.name not in group]
         extents, present = live.extents(rigid), live.present(rigid)
 
-        def holds(option: list[AttributePatch]) -> bool:
+        def holds(option: Sequence[Patch]) -> bool:
             outcome = self._attempt(extents, [*others, *option])
             if outcome.failure and outcome.place is not None:
                 places.append(outcome.place)
@@ -166,10 +166,10 @@ class _Release:
         choices = [] if hopeless else _choices(self._model, live, group, present)
         options = _options(choices, self._last)
         found = next((option for option in options if holds(option)), None)
-        if found is None and not hopeless:
-            anew = self._made_anew(group, present)
-            found = anew if anew and holds(anew) else None
-        return None if found is None else [*others, *_fewest(found, holds)], places
+        if found is not None:
+            return [*others, *_fewest(found, holds)], places
+        anew = [] if hopeless else self._made_anew(group, present)
+        return [*others, *anew] if anew and holds(anew) else None, places
 
     def notes(self) -> list[str]:
         """Says of the modules that stay rigid why they cannot be made anew."""

@@ -122,7 +122,7 @@ class _Tracer(fx.Tracer):
             if one.kind in (one.VAR_POSITIONAL, one.VAR_KEYWORD):
                 continue  # the example gives none
             default = () if one.default is one.empty else (one.default,)
-            proxy = self.create_proxy("placeholder", one.name, default, {})
+            proxy: Any = self.create_proxy("placeholder", one.name, default, {})
             if one.name in self._constants:
                 constant = self._constants[one.name]
                 words = f"{one.name}: expected {constant!r}, as in the example it was pruned with"
@@ -238,5 +238,7 @@ def view_patch(
     for node, view in zip(nodes, first, strict=True):
         if view.smaller:
             _resize(node, view.sizes)
-    constants, lengths = (tuple(form.items()) for form in forms)
-    return ViewPatch(name, type(module).__name__, constants, lengths, sizes)
+    constants, lengths = forms
+    return ViewPatch(
+        name, type(module).__name__, tuple(constants.items()), tuple(lengths.items()), sizes
+    )
