@@ -52,6 +52,10 @@ class Report:
             two Linears: how it is called.
         attributes: a dict for each attribute of a module that followed a size, such as num_heads:
             name, kind (of the module), attribute, value ([after, before]).
+        views: a dict for each module that was made anew by torch.fx, with the sizes that are left
+            in its views, since no attribute holds them: name, kind (the class it had), constants
+            and lengths (of arguments of its forward), views (node -> sizes). Its attributes, such
+            as num_heads, are gone with its class.
         folded: names of the layers whose biases hold what constant inputs gave.
         layers: the recipe, a list of dicts in the order to apply: name, kind, in, out, inputs and
             outputs (the indices that stay, None for all), gather and scatter ([positions, of],
