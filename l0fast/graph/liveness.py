@@ -127,7 +127,7 @@ class Liveness:
         own = callers[node] == module and node.op == "call_function"
         return own or any(inside(source) != inside(node) for source in node.all_input_nodes)
 
-    def _left(self, units: Units, present: Tensor, dim: int) -> int:
+    def left(self, units: Units, present: Tensor, dim: int) -> int:
         """What is left of a tensor's size along one dimension; an empty one has nothing to lose."""
         if not units.labels.numel():
             return units.labels.shape[dim]
@@ -138,7 +138,7 @@ class Liveness:
     def _uneven(self, node: Node, present: Tensor) -> bool:
         """Whether x.chunk(n) would cut what is left elsewhere than between its parts."""
         number, dim = (*node.args, 0)[1:3]
-        left = [self._left(part, present, dim) for part in self.walk.units(node)]  # type: ignore[arg-type]
+        left = [self.left(part, present, dim) for part in self.walk.units(node)]  # type: ignore[arg-type]
         return left != [len(part) for part in torch.empty(sum(left)).chunk(number)]  # type: ignore[arg-type]
 
     def viewed(self, rigid: Collection[str]) -> Tensor:
@@ -183,16 +183,27 @@ class Liveness:
             )
         )
 
-    def sizes(self, module: str) -> set[tuple[int, int]]:
+    def sizes(self, module: str, present: Tensor) -> set[tuple[int, int]]:
         """(before, after) of the sizes that change in what a module views, splits or slices."""
-        present = self._alone
         found: set[tuple[int, int]] = set()
         for node, _ in self._rigid([module]):
             for units in (u for n in (node, *node.all_input_nodes) for u in self.walk.units(n)):
                 for dim, size in enumerate(units.labels.shape):
-                    left = self._left(units, present, dim)
+                    left = self.left(units, present, dim)
                     if left < size:
                         found.add((size, left))
+        return found
+
+    def parts(self, module: str, present: Tensor) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(before, after) of the sizes of all parts, where a module splits and some change."""
+        found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        for node, _ in self._rigid([module]):
+            parts = self.walk.units(node)
+            for dim in range(parts[0].labels.dim()) if len(parts) > 1 else ():
+                before = tuple(units.labels.shape[dim] for units in parts)
+                after = tuple(self.left(units, present, dim) for units in parts)
+                if after != before:
+                    found.add((before, after))
         return found
 
     def extents(self, rigid: Collection[str] = ()) -> dict[str, Extent]:

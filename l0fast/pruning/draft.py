@@ -20,7 +20,9 @@ from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
 from l0fast.layers.sampling import detach
-from l0fast.pruning.edits import AttributePatch, Edit, edited, in_dtype
+from l0fast.pruning.attributes import AttributePatch
+from l0fast.pruning.edits import Edit, edited, in_dtype
+from l0fast.pruning.views import Patch
 from l0fast.skipping.attach import stop_skipping
 
 
@@ -102,6 +104,8 @@ class Draft:
         self._placed: dict[str, nn.Module] = {}
         self._before: list[tuple[nn.Module, str, Any]] = []
         """Attributes that were patched, and what they were."""
+        self._anew: list[tuple[nn.Module, nn.Module]] = []
+        """Modules that were made anew for their views, and those in whose places they are."""
         self._edits: dict[str, Edit | None] = {}
         self._constants: Mapping[str, Tensor] = {}
         self._made: dict[str, tuple[nn.Module, Edit | None, Tensor | None]] = {}
@@ -110,7 +114,7 @@ class Draft:
     def make_smaller(
         self,
         edits: Iterable[Edit],
-        patches: Iterable[AttributePatch] = (),
+        patches: Iterable[Patch] = (),
         constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Carries edits out, in place of those before.
@@ -126,8 +130,12 @@ class Draft:
         self._edits.update((edit.name, edit) for edit in edits)
         for patch in patches:
             module = self.model.get_submodule(patch.name)
-            self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
-            setattr(module, patch.attribute, patch.value[0])
+            if isinstance(patch, AttributePatch):
+                self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
+                patch.apply(self.model)
+            else:
+                patch.apply(self.model)
+                self._anew.append((self.model.get_submodule(patch.name), module))
         places = {name: self.model.get_submodule(name) for name in self._edits}
         # Most layers are as in the attempt before; the others go before new ones are made.
         self._made = {name: one for name, one in self._made.items() if self._is_as_made(name)}
@@ -158,7 +166,9 @@ class Draft:
         self.model = replace(self.model, back)
         for module, attribute, value in reversed(self._before):
             setattr(module, attribute, value)
-        self._placed, self._before = {}, []
+        for new, module in reversed(self._anew):
+            self.model = replace(self.model, {id(new): module})
+        self._placed, self._before, self._anew = {}, [], []
 
     def made(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         """One of the layers that have gates or get smaller, made anew.

@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -96,38 +96,6 @@ class Edit:
         if not fits or edit.as_json() != dict(entry) or edit.scale not in (None, *_SIDES):
             raise ValueError("an entry that contradicts itself")
         return edit
-
-
-@dataclass(frozen=True)
-class AttributePatch:
-    """An attribute of a module that must follow a size; as JSON, one entry of the recipe."""
-
-    name: str
-    """Of the module, "" for the model itself."""
-    kind: str
-    """Its class."""
-    attribute: str
-    value: tuple[int, int]
-    """(after, before)."""
-
-    def as_json(self) -> dict[str, Any]:
-        """A dict that `from_json` takes."""
-        return {**vars(self), "value": list(self.value)}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> AttributePatch:
-        """The patch of a recipe's entry.
-
-        Raises:
-            ValueError, TypeError, KeyError: it is not one.
-        """
-        after, before = (int(number) for number in entry["value"])
-        patch = cls(
-            str(entry["name"]), str(entry["kind"]), str(entry["attribute"]), (after, before)
-        )
-        if patch.as_json() != dict(entry) or not 0 < after < before:
-            raise ValueError("an entry that contradicts itself")
-        return patch
 
 
 def channel_dim(layer: nn.Module) -> int:
@@ -276,15 +244,22 @@ def edited(
     return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
 
 
-def apply(model: nn.Module, edits: list[Edit], patches: Iterable[AttributePatch] = ()) -> nn.Module:
-    """Makes layers smaller and patches attributes, in place; returns the root.
+class Patch(Protocol):
+    """What makes a module follow the sizes of its layers."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Carries it out on a part of the model, in place."""
+
+
+def apply(model: nn.Module, edits: list[Edit], patches: Iterable[Patch] = ()) -> nn.Module:
+    """Makes layers smaller and carries patches out, in place; returns the root.
 
     Args:
         model: of full size.
         edits, patches: to carry out.
     """
     for patch in patches:
-        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
+        patch.apply(model)
     layers = {edit.name: model.get_submodule(edit.name) for edit in edits}
     return replace(
         model, {id(layers[edit.name]): edited(layers[edit.name], edit) for edit in edits}

@@ -18,7 +18,7 @@ from l0fast.graph.compare import TOLERANCE, tensors_of
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.observation import Observation, Rows, observe, sites_of
-from l0fast.pruning.patches import Outcome
+from l0fast.pruning.outcome import Outcome
 from l0fast.pruning.precision import Maker, holders_that_run, in_precision, widened
 from l0fast.pruning.probes import SEED, Probe, groups_of_probes, perturbed
 

@@ -195,7 +195,8 @@ def prune(
             report names widths that are no multiples.
 
     Returns:
-        A model of the same class, of plain PyTorch modules, in the same dtype, device and mode.
+        A model of the same class, of plain PyTorch modules, in the same dtype, device and mode
+        (modules in `report.views` are torch.fx modules).
         Its attribute `report` is a `Report`; a model that has a `report` of its own keeps it, and
         ours is `l0fast_report`.
 

@@ -143,10 +143,11 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
         max_error=plan.error,
         tolerance=facts.tolerance,
         attention=[call.as_json() for call in unfused_in(model)],
-        attributes=[*before.attributes, *(patch.as_json() for patch in plan.patches)],
+        attributes=[*before.attributes, *(patch.as_json() for patch in plan.attributes)],
         folded=sorted({*before.folded, *plan.constants}),
         layers=[*before.layers, *(edit.as_json() for edit in plan.edits)],
         compared=facts.compared,
+        views=[*before.views, *(patch.as_json() for patch in plan.views)],
     )
 
 

@@ -15,8 +15,9 @@ from l0fast.graph.structure import structure_of
 from l0fast.layers.handle import gated_layers, gates, sharing
 from l0fast.layers.serving import INDEX, likeliest
 from l0fast.measures.counts import Counts, element_size
+from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import GateValues
-from l0fast.pruning.edits import AttributePatch, Edit, shrink_, sliced, weight_sides
+from l0fast.pruning.edits import Edit, shrink_, sliced, weight_sides
 from l0fast.pruning.plan import make_plan, new_draft
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import recipe_of
@@ -121,11 +122,11 @@ def plan_removal(
     while not all(bool(mask.all()) for mask in kept.values()):
         values, structure = GateValues(layers, kept), structure_of(model, example)
         proof = Proof(model, values, example, structure.more_in_training)
-        plan = make_plan(new_draft(model, values, structure), structure, proof.check)
+        plan = make_plan(new_draft(model, values, structure), structure, proof.check, anew=False)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
         stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}
         if not stuck:
-            removal = _removal(model, list(plan.edits), list(plan.patches))
+            removal = _removal(model, list(plan.edits), plan.attributes)
             return removal, found if removal is not None else set(kept)
         whole = stuck & {name for name, mask in kept.items() if not bool(mask.all())}
         for name in whole or kept:
@@ -188,7 +189,7 @@ def remove_(
         replaced[id(old)] = new, part
 
     for patch in removal.patches:
-        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
+        patch.apply(model)
     for edit in removal.edits:
         module = model.get_submodule(edit.name)
         log_alpha = module._parameters.pop("log_alpha", None)

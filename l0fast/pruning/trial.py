@@ -19,7 +19,7 @@ from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.flops import output_shapes
 from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import Draft, GateValues
-from l0fast.pruning.patches import Outcome
+from l0fast.pruning.outcome import Outcome
 from l0fast.pruning.plan import Plan, make_plan, new_draft
 
 
