@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from l0fast._tables import aligned
 from l0fast.graph.capture import Trace, is_carrier
 from l0fast.graph.liveness import Liveness
-from l0fast.graph.sites import Site, find_sites, tied_modules
+from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 from l0fast.layers.serving import Share
@@ -165,7 +165,8 @@ class _Recipe:
             for name, site in sites.items()
             if _makes(site.layer)
         }
-        walk = Walk(trace, (sites | silent).values())
+        held = [name for name, site in sites.items() if is_held(site)]
+        walk = Walk(trace, (sites | silent).values(), held)
         found: set[int] = set(self.carried)
         for name, units in walk.inputs.items():
             if units is not None and _makes(sites[name].layer):

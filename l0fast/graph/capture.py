@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
 from l0fast.graph.calls import Example
-from l0fast.graph.compare import values_of
 from l0fast.graph.computed import own_weights
+from l0fast.graph.exporting import plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
+from l0fast.graph.tensors import ChannelTensor, added, channel_tensors
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -32,6 +27,7 @@ CHANNELWISE: dict[type[nn.Module], str] = {
     **dict.fromkeys((*NORMS, *_INSTANCE_NORMS), "num_features"),
     nn.GroupNorm: "num_channels",
     nn.PReLU: "num_parameters",
+    ChannelTensor: "channels",
 }
 """Classes of layers with a number for each channel that they pass on, in dimension 1 -> the
 attribute that says of how many. They shrink with the channels."""
@@ -156,67 +152,16 @@ class Trace:
     """Layers whose weights something other than their own call reads."""
     unread: set[str]
     """Layers that run, and whose output reaches no output of the model."""
+    held: dict[Node, str] = field(default_factory=dict)
+    """Node -> the tensor with a number for each channel that it stands for."""
     counts: Counter[str] = field(init=False)
-    """How often each layer is called."""
+    """How often each layer is called, and such a tensor read."""
+    added: set[str] = field(init=False)
+    """Such tensors that do more than multiply."""
 
     def __post_init__(self) -> None:
-        self.counts = Counter(self.calls.values())
-
-
-@contextmanager
-def quietly() -> Generator[None]:
-    """torch.export speaks of its own affairs, on stderr too: not while we use it."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _plain(value: Any) -> Any:
-    """What a model gives, of containers that torch.export knows: lists in place of objects, see
-    `values_of`."""
-    if isinstance(value, Mapping):
-        return [_plain(part) for part in value.values()]
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    plain = value is None or isinstance(value, (Tensor, str, int, float, complex))
-    return value if plain else values_of(value)
-
-
-@contextmanager
-def _without_validation() -> Generator[None]:
-    """Distributions look at the values that they are given, which torch.export does not know."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-def _read(graph: torch.fx.Graph) -> set[Node]:
-    """The nodes that reach an output or change something; drops the others, which tie no units.
-
-    Calls of layers are not dropped, nor what is made of their outputs: they run, so that sizes
-    must fit.
-    """
-    read: set[Node] = set()
-    for node in reversed(graph.nodes):
-        if node.is_impure() or not read.isdisjoint(node.users):
-            read.add(node)
-    unread: set[Node] = set()
-    ops = {call.op for call in _CALLS.values()}
-    for node in graph.nodes:
-        called = op_name(node) in ops or not unread.isdisjoint(node.all_input_nodes)
-        if called and node not in read:
-            unread.add(node)
-    graph.eliminate_dead_code(lambda node: node in read or node in unread)
-    return read
+        self.counts = Counter([*self.calls.values(), *self.held.values()])
+        self.added = added(self.graph, self.held, self.inputs)
 
 
 def export(model: nn.Module, example: Example) -> Trace:
@@ -228,25 +173,27 @@ def export(model: nn.Module, example: Example) -> Trace:
     Raises:
         Exception: whatever torch.export raises for a model that it refuses.
     """
-    plain = model.register_forward_hook(lambda _model, _args, given: _plain(given))
+    hook = model.register_forward_hook(lambda _model, _args, given: plain(given))
     try:
-        with quietly(), _without_validation(), torch.no_grad():
+        with quietly(), without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
-        plain.remove()
-    read = _read(program.graph)
+        hook.remove()
+    read = read_nodes(program.graph, {call.op for call in _CALLS.values()})
     signature = program.graph_signature
-    held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    held_at = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {id(module): name for name, module in model.named_modules()}
 
     def holder(node: object) -> tuple[nn.Module, str] | None:
         """The module and attribute of the tensor that a placeholder stands for."""
         name = held_at.get(node.name) if isinstance(node, Node) else None
-        if name is None:
-            return None
-        path, _, attribute = name.rpartition(".")
-        return modules[path], attribute
+        path, _, attribute = (name or "").rpartition(".")
+        return None if name is None or path not in modules else (modules[path], attribute)
 
     def tensor(module: nn.Module, key: str) -> Any:
         return {**module._parameters, **module._buffers}.get(key)
@@ -290,4 +237,5 @@ def export(model: nn.Module, example: Example) -> Trace:
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     }
     unread = {name for node, name in calls.items() if node not in read}
-    return Trace(program.graph, calls, callers, inputs, read_outside, unread)
+    held = channel_tensors(model, program.graph, held_at, is_site)
+    return Trace(program.graph, calls, callers, inputs, read_outside, unread, held)

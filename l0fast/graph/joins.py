@@ -49,7 +49,7 @@ def _joined(parts: Sequence[Tensor], shape: Sequence[int], reason: str, ties: Ti
         for part in parts
     }
     broadcast: list[Tensor] = []
-    for part in parts:
+    for part in sorted(parts, key=ties.is_held):  # the result has the units of layers
         part = part.view((1,) * (len(shape) - part.dim()) + part.shape)
         over = {dim for dim, size in enumerate(part.shape) if size < shape[dim]}
         if any(over & dims[id(other)] for other in parts):
@@ -74,8 +74,8 @@ def join(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     if kind in ("add", "sub", "mul"):
         narrow = {source: narrowed(value.constant).clone() for source, value in units.items()}
         if kind == "mul":
-            zero = torch.stack(torch.broadcast_tensors(*(value == 0 for value in narrow.values())))
-            constant = zeros_only((~zero.any(0)).double())
+            factors = torch.stack(torch.broadcast_tensors(*map_arg(node.args[:2], narrow.get)))
+            constant = factors.prod(0).masked_fill((factors == 0).any(0), 0.0)
         else:
             first, second = map_arg(node.args[:2], narrow.__getitem__)
             function = torch.add if kind == "add" else torch.sub

@@ -17,7 +17,7 @@ from torch.fx import Node
 from l0fast.graph.capture import is_carrier
 from l0fast.graph.channels import RIGID
 from l0fast.graph.nodes import op_name
-from l0fast.graph.sites import Site
+from l0fast.graph.sites import Site, is_held
 from l0fast.graph.units import STAYS, Units, narrowed
 from l0fast.graph.walk import Walk
 
@@ -242,6 +242,8 @@ class Liveness:
         arrives = None if units is None else present[self.walk.classes[units.labels]]
         if is_carrier(site.layer):
             extent.rows = extent.leaves
+            if is_held(site):
+                arrives = extent.leaves
             if arrives is not None:
                 extent.arrives = extent.columns = arrives
             return

@@ -102,6 +102,9 @@ def norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     source = units[node.args[0]]  # type: ignore[index]
     rank, shape = source.labels.dim(), argument(node, 1, "normalized_shape")
     mixed(source.labels, range(rank - len(shape), rank), op_name(node), ties)
+    for other in units.values():  # the numbers for each element, which is never gone alone
+        if other is not source:
+            ties.pin(other.labels, op_name(node))
     return Units(source.labels, unknown(source.labels.shape).constant)
 
 

@@ -122,6 +122,11 @@ class Structure:
             return cls(None, _checks.one_line(failure), made_from)
         return cls(trace, "", made_from, *more)
 
+    @property
+    def added(self) -> set[str]:
+        """Tensors with a number for each channel that do more than multiply, see `Trace`."""
+        return set() if self.trace is None else self.trace.added
+
     def raw(self, layers: Iterable[str]) -> set[str]:
         """Those of some layers whose weights something reads past the layer's own call."""
         return set() if self.trace is None else self.trace.read_outside.intersection(layers)

@@ -16,13 +16,14 @@ class Tied:
     Args:
         names: of the layers.
         maker: unit -> the number of the layer that makes it, -1 for none.
+        first_held: the first unit of tensors that belong to no layer: they come last.
     """
 
     classes: Tensor
     """Unit -> the class of units with which it exists or does not: the least of them."""
 
-    def __init__(self, names: list[str], maker: Tensor) -> None:
-        self._names, self._maker = names, maker
+    def __init__(self, names: list[str], maker: Tensor, first_held: int) -> None:
+        self._names, self._maker, self.first_held = names, maker, first_held
         self.stops: dict[str, list[str]] = {name: [] for name in names}
         """Layer -> why some of its units cannot vanish alone."""
         self._parent = torch.arange(len(maker))
@@ -49,6 +50,9 @@ class Tied:
 
     def together(self, first: Tensor, second: Tensor) -> Tensor:
         return self._roots(first) == self._roots(second)
+
+    def is_held(self, labels: Tensor) -> bool:
+        return bool((narrowed(labels) >= self.first_held).all())
 
     def _roots(self, labels: Tensor) -> Tensor:
         """The least units of the classes of some units."""

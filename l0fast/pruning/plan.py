@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from l0fast import _checks
 from l0fast.graph.capture import Trace, is_site, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
-from l0fast.graph.sites import Site, find_sites, tied_modules
+from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.pruning.draft import Draft, GateValues
@@ -55,8 +55,14 @@ class Plan:
         return [
             name
             for name, site in self.sites.items()
-            if site.local or (self.live is not None and not site.fixed)
+            if site.local or (self.live is not None and not (site.fixed or is_held(site)))
         ]
+
+    @property
+    def held(self) -> list[str]:
+        """The tensors of other modules that they can make smaller."""
+        sites = self.sites.items() if self.live is not None else ()
+        return [name for name, site in sites if is_held(site) and not site.fixed]
 
 
 def gated_sites(

@@ -3,7 +3,7 @@ noise, and on other sizes than the example's."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -19,7 +19,7 @@ from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.observation import Observation, Rows, observe, sites_of
 from l0fast.pruning.patches import Outcome
-from l0fast.pruning.precision import Maker, holders_that_run, in_precision, widened
+from l0fast.pruning.precision import holders_that_run, in_precision, widened
 from l0fast.pruning.probes import SEED, Probe, groups_of_probes, perturbed
 
 
@@ -55,6 +55,7 @@ class Proof:
         values: of its gates.
         example: of what it takes.
         training: whether pruned models must run on the example in training, too.
+        added: tensors that may be in the constants that closed units leave: they keep their values.
 
     Attributes:
         tolerance: the largest relative error that counts as equal.
@@ -65,9 +66,14 @@ class Proof:
     """
 
     def __init__(
-        self, model: nn.Module, values: GateValues, example: Example, training: bool = False
+        self,
+        model: nn.Module,
+        values: GateValues,
+        example: Example,
+        training: bool = False,
+        added: Collection[str] = (),
     ) -> None:
-        self._training, self._example = training, example
+        self._training, self._example, self._added = training, example, added
         # A gate that is closed has a log_alpha of minus infinity.
         closed = {
             name: layer.log_alpha.detach().masked_fill(
@@ -85,7 +91,7 @@ class Proof:
             if not given.something:
                 got = f"{type(model).__name__}, whose output of class {given.kind} holds none"
                 _checks.refuse("model", got, "a model that gives finite numbers, to compare by")
-        for probes in groups_of_probes(model, first.example):
+        for probes in groups_of_probes(model, first.example, added):
             for probe in probes:
                 try:
                     with self._running(values, closed):
@@ -133,16 +139,19 @@ class Proof:
         self,
         model: nn.Module,
         probe: Probe,
-        makers: Mapping[str, Maker] | None = None,
+        draft: Draft | None = None,
         rows: Mapping[str, Rows] | None = None,
     ) -> Observation:
-        changed = perturbed(self._source) if probe.perturbed else nullcontext()
-        with (
-            changed,
-            own_randomness(model, SEED),
-            in_precision(model, self._dtype, self._holders, makers),
-        ):
-            return observe(model, probe.example.copy(), self._sites, rows)
+        changed = perturbed(self._source, self._added) if probe.perturbed else nullcontext()
+        with changed:
+            if draft is not None:
+                draft.cut_again()
+            makers = {} if draft is None else draft.makers
+            with (
+                own_randomness(model, SEED),
+                in_precision(model, self._dtype, self._holders, makers),
+            ):
+                return observe(model, probe.example.copy(), self._sites, rows)
 
     def _rows(self, draft: Draft, name: str) -> Rows:
         _, size = layer_size(self._source.get_submodule(name))
@@ -156,7 +165,7 @@ class Proof:
         worst, rows = 0.0, {name: self._rows(draft, name) for name in self._sites}
         for probe, expected in self._seen:
             with evaluating(draft.model):
-                got = self._run(draft.model, probe, draft.makers, rows)
+                got = self._run(draft.model, probe, draft, rows)
             for error, name in got.errors(expected):
                 worst = max(worst, error)
                 if error > self.tolerance:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_site, layer_size, quietly
+from l0fast.graph.capture import is_site, layer_size
 from l0fast.graph.dependencies import GateDependencies
+from l0fast.graph.exporting import quietly
 from l0fast.graph.structure import Structure, structure_of
+from l0fast.graph.tensors import channel_tensor
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, sharing
 from l0fast.layers.serving import likeliest
@@ -52,6 +54,9 @@ def _tried(
     draft = new_draft(model, values, structure, fake)
     size = element_size(model)
     full = {name: layer_size(m) for name, m in model.named_modules() if is_site(m)}
+    if structure.trace is not None:
+        held = [(name, channel_tensor(model, name)) for name in structure.trace.held.values()]
+        full |= {name: layer_size(one) for name, one in held if one is not None}
 
     def own() -> Example:
         return example.copy() if fake is None else example.map(fake.from_tensor)
@@ -74,6 +79,7 @@ def _tried(
         structure=structure,
         sites=plan.sites,
         shrinking=tuple(plan.shrinking),
+        held=tuple(plan.held),
         live=plan.live,
         dependencies=dependencies,
         kept=values.kept,

@@ -49,6 +49,9 @@ class Groups:
     def together(self, first: Tensor, second: Tensor) -> Tensor:
         return self.classes[first] == self.classes[second]
 
+    def is_held(self, labels: Tensor) -> bool:
+        return False
+
 
 def example(shape: tuple[int, ...], dim: int) -> Tensor:
     x = torch.randn(shape, dtype=torch.float64)

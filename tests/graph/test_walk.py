@@ -155,7 +155,7 @@ def test_tensors_take_memory_only_where_they_vary(name: str) -> None:
 def test_a_class_is_its_least_unit(seed: int) -> None:
     torch.manual_seed(seed)
     size = 200
-    tied = Tied(["a", "b"], torch.arange(size) % 3 - 1)
+    tied = Tied(["a", "b"], torch.arange(size) % 3 - 1, size)
     expected = list(range(size))
     for number in (1, 5, 40, 3, 20):
         pairs = torch.randint(0, size, (2, number))
@@ -170,7 +170,7 @@ def test_a_class_is_its_least_unit(seed: int) -> None:
 
 
 def test_who_makes_what_is_tied_is_told_why() -> None:
-    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]))
+    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]), 5)
     tied.tie(torch.tensor([1, 3]), torch.tensor([2, 3]), "first")
     tied.pin(torch.tensor([0, 4]), "second")
     tied.pin(torch.tensor([4]), "second")
