@@ -74,8 +74,11 @@ def join(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     if kind in ("add", "sub", "mul"):
         narrow = {source: narrowed(value.constant).clone() for source, value in units.items()}
         if kind == "mul":
-            factors = torch.stack(torch.broadcast_tensors(*map_arg(node.args[:2], narrow.get)))
-            constant = factors.prod(0).masked_fill((factors == 0).any(0), 0.0)
+            first, second = map_arg(node.args[:2], narrow.__getitem__)
+            constant = first * second
+            for source, factor in narrow.items():
+                if not ties.is_held(units[source].labels):  # what a module holds may be trained
+                    constant = torch.where(factor == 0, 0.0, constant)
         else:
             first, second = map_arg(node.args[:2], narrow.__getitem__)
             function = torch.add if kind == "add" else torch.sub
