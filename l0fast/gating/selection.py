@@ -87,6 +87,8 @@ def row_of(name: str, layer: Any, choice: Choice) -> GateRow:
     inputs, outputs = capture.layer_size(layer)
     sizes = {"input": inputs, "output": outputs, "weight": layer.weight.numel(), "": 0}
     gates = sizes[choice.gates] // choice.units
+    if choice.share is not None:
+        gates = len(set(choice.share.index))
     kind = type(layer).__name__
     return GateRow(name, kind, choice.gates, choice.units, gates, choice.reason)
 
