@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,30 +143,57 @@ class Trace:
     Layers are those that can be made smaller.
     """
 
-    graph: torch.fx.Graph
+    nodes: list[Node]
+    """Of its graph, in order; of several, one after another."""
     calls: dict[Node, str]
     callers: dict[Node, str]
     """Node -> the innermost module in whose forward it is."""
-    inputs: set[str]
-    """Names of the nodes that are the model's own inputs."""
+    inputs: set[Node]
+    """The nodes that are the model's own inputs, or those of its parts."""
     read_outside: set[str]
     """Layers whose weights something other than their own call reads."""
     unread: set[str]
     """Layers that run, and whose output reaches no output of the model."""
     held: dict[Node, str] = field(default_factory=dict)
     """Node -> the tensor with a number for each channel that it stands for."""
+    parts: tuple[str, ...] = ()
+    """The modules whose graphs these are, each for itself; () for the whole model's."""
     counts: Counter[str] = field(init=False)
     """How often each layer is called, and such a tensor read."""
     added: set[str] = field(init=False)
     """Such tensors that do more than multiply."""
 
     def __post_init__(self) -> None:
-        self.counts = Counter([*self.calls.values(), *self.held.values()])
-        self.added = added(self.graph, self.held, self.inputs)
+        self.counts = self.calls_of() + Counter(self.held.values())
+        self.added = added(self.nodes, self.held, self.inputs)
+
+    def calls_of(self) -> Counter[str]:
+        """How often each layer is called."""
+        return Counter(self.calls.values())
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Trace]) -> Trace:
+        """The graphs of several modules, by name, as one."""
+        traces = parts.values()
+        return cls(
+            [node for trace in traces for node in trace.nodes],
+            {node: name for trace in traces for node, name in trace.calls.items()},
+            {node: name for trace in traces for node, name in trace.callers.items()},
+            set().union(*(trace.inputs for trace in traces)),
+            set().union(*(trace.read_outside for trace in traces)),
+            set().union(*(trace.unread for trace in traces)),
+            {node: name for trace in traces for node, name in trace.held.items()},
+            tuple(parts),
+        )
 
 
-def export(model: nn.Module, example: Example) -> Trace:
+def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -> Trace:
     """The graph of one forward of `model` on an example, in evaluation.
+
+    Args:
+        model: to export.
+        example: of what its forward takes.
+        whole: the model that it is a part of, and that names are those of; itself by default.
 
     torch.export refuses an object of a class that nobody has registered as an output: it sees the
     tensors in it, and not a decoder's cache.
@@ -181,13 +209,19 @@ def export(model: nn.Module, example: Example) -> Trace:
         hook.remove()
     read = read_nodes(program.graph, {call.op for call in _CALLS.values()})
     signature = program.graph_signature
+    whole = model if whole is None else whole
+    modules = dict(whole.named_modules(remove_duplicate=False))
+    names = {id(module): name for name, module in whole.named_modules()}
+    inside = f"{names[id(model)]}." if names[id(model)] else ""
     held_at = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
+        node: inside + name
+        for of in (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        )
+        for node, name in of.items()
     }
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = {id(module): name for name, module in model.named_modules()}
 
     def holder(node: object) -> tuple[nn.Module, str] | None:
         """The module and attribute of the tensor that a placeholder stands for."""
@@ -217,7 +251,7 @@ def export(model: nn.Module, example: Example) -> Trace:
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         path = next(reversed(stack.values()))[0] if stack else ""
-        caller = modules.get(path, model)
+        caller = modules.get(inside + path, model)
         callers[node] = names[id(caller)]
         if is_call(node, caller):
             calls[node] = names[id(caller)]
@@ -231,11 +265,13 @@ def export(model: nn.Module, example: Example) -> Trace:
         if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
             read_outside.add(names[id(held_by[0])])
     # Those that are tensors: the text of another one may be the name of any node.
-    inputs = {
+    given = {
         spec.arg.name
         for spec in signature.input_specs
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     }
+    inputs = {node for node in program.graph.nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
-    held = channel_tensors(model, program.graph, held_at, is_site)
-    return Trace(program.graph, calls, callers, inputs, read_outside, unread, held)
+    nodes = list(program.graph.nodes)
+    held = channel_tensors(whole, nodes, held_at, is_site)
+    return Trace(nodes, calls, callers, inputs, read_outside, unread, held)

@@ -63,9 +63,7 @@ def last_to_go(walk: Walk, labels: Tensor) -> int:
         labels: units of the layer, those that it may keep.
     """
     made = torch.cat([walk.classes[of] for of in walk.made.values()])
-    total, own = (
-        of.bincount(minlength=len(walk.classes)) for of in (made, walk.classes[labels])
-    )
+    total, own = (of.bincount(minlength=len(walk.classes)) for of in (made, walk.classes[labels]))
     classes = walk.classes[labels]
     others = (total - own)[classes].clamp(min=0)
     return int((others * (int(own.max()) + 1) + own[classes]).argmin())
@@ -133,7 +131,7 @@ class Liveness:
         whole = [module for module in self.whole if modules is not None and module in modules]
         return [
             (node, self._read(node))
-            for node in trace.graph.nodes
+            for node in trace.nodes
             if (self._is_rigid(node) and (modules is None or trace.callers[node] in modules))
             or any(self._at_border(node, module) for module in whole)
         ]

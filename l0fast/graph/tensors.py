@@ -4,9 +4,8 @@ learned scale or shift, the numbers of a frozen batch norm. They get smaller wit
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -88,7 +87,7 @@ def part_of(model: nn.Module, name: str) -> nn.Module:
 
 def channel_tensors(
     model: nn.Module,
-    graph: torch.fx.Graph,
+    nodes: Iterable[Node],
     held_at: Mapping[str, str],
     is_layer: Callable[[nn.Module], bool],
 ) -> dict[Node, str]:
@@ -98,8 +97,8 @@ def channel_tensors(
     count.
 
     Args:
-        model: that was exported.
-        graph: its.
+        model: that was exported, or a part of it.
+        nodes: of its graph, or of one of its parts.
         held_at: name of a node -> name of the parameter, buffer or other tensor of a module that
             it stands for.
         is_layer: whether a module is a layer that gets smaller by itself.
@@ -110,7 +109,7 @@ def channel_tensors(
             for tensor in owned.values():
                 owners[id(tensor)] = owners.get(id(tensor), 0) + 1
     found: dict[Node, str] = {}
-    for node in graph.nodes:
+    for node in nodes:
         held = channel_tensor(model, held_at[node.name]) if node.name in held_at else None
         if held is None or is_layer(held.place[0]) or owners[id(held.tensor)] > 1:
             continue
@@ -119,24 +118,24 @@ def channel_tensors(
     return found
 
 
-def added(graph: torch.fx.Graph, held: Mapping[Node, str], inputs: Collection[str]) -> set[str]:
+def added(nodes: Iterable[Node], held: Mapping[Node, str], inputs: Collection[Node]) -> set[str]:
     """Those of some tensors that do more than multiply what the model computes: what a closed unit
     leaves behind them may be another constant than zero.
 
     Args:
-        graph: of an export.
-        held: its nodes that stand for such tensors.
-        inputs: names of those that stand for the model's inputs.
+        nodes: of an export.
+        held: those that stand for such tensors.
+        inputs: those that stand for the model's inputs.
     """
     fixed: dict[Node, set[str]] = {}
     """Node that depends on no input of the model -> the tensors that it depends on."""
     found: set[str] = set()
-    for node in graph.nodes:
+    for node in nodes:
         sources = node.all_input_nodes
         names = {name for source in sources for name in fixed.get(source, ())}
         if node in held:
             fixed[node] = {held[node]}
-        elif node.name not in inputs and all(source in fixed for source in sources):
+        elif node not in inputs and all(source in fixed for source in sources):
             fixed[node] = names
         elif op_name(node) not in KEEPS_ZEROS:
             found |= names

@@ -69,7 +69,7 @@ class Walk(Tied):
         """A layer's own call -> the units along its inputs."""
         self._written: dict[Node, tuple[Tensor, Tensor]] = {}
         """Node that writes in place -> what it adds to `tainted`, and to `restless`."""
-        for node in self.trace.graph.nodes:
+        for node in self.trace.nodes:
             self._visit(node)
         self._finish()
         everywhere = (part for node in self.values for part in self.units(node))
@@ -95,7 +95,7 @@ class Walk(Tied):
         walk.stops = {name: list(reasons) for name, reasons in self.stops.items()}
         changed: set[Node] = set()
         others = walk.untold ^ self.untold
-        for node in self.trace.graph.nodes:
+        for node in self.trace.nodes:
             name = self.trace.calls.get(node) or self.trace.held.get(node, "")
             if (
                 name not in others
@@ -146,7 +146,7 @@ class Walk(Tied):
         elif self.trace.held.get(node) in self.sites:
             self._hold(node, self.sites[self.trace.held[node]])
         else:
-            known = node.name in self.trace.inputs
+            known = node in self.trace.inputs
             self._lose(node, f"the model's input {node.name!r}" if known else "a constant")
 
     def units(self, node: Node) -> list[Units]:

@@ -155,7 +155,9 @@ class _Planner:
         self.draft, self.values, self.check = draft, draft.values, check
         self.trace, self.training = structure.trace, structure.training
         self.notes: list[str] = []
-        if structure.failure:
+        if structure.in_parts:
+            self.notes.append(f"layers are merged {structure.in_parts}")
+        elif structure.failure:
             refusal = f"torch.export refuses the model: {structure.failure}"
             self.notes.append(f"layers are not merged, {refusal}")
         self.fixed: dict[str, str] = {}

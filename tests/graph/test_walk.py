@@ -78,7 +78,7 @@ def assert_alike(one: Walk, other: Walk) -> None:
     for name, units in one.inputs.items():
         assert (units is None) == (other.inputs[name] is None)
         assert units is None or units.same_as(other.inputs[name])  # type: ignore[arg-type]
-    for node in one.trace.graph.nodes:
+    for node in one.trace.nodes:
         mine, theirs = one.units(node), other.units(node)
         assert len(mine) == len(theirs)
         assert all(map(Units.same_as, mine, theirs)), node

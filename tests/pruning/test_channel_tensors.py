@@ -1,4 +1,4 @@
-"""Tensors with a number for each channel that modules hold beside their layers: they get smaller."""
+"""Tensors with a number for each channel, which modules hold beside their layers."""
 
 from __future__ import annotations
 
@@ -93,7 +93,8 @@ def test_they_go_with_the_channels(name: str, padding: int) -> None:
     assert small.first.out_channels == small.second.in_channels == 4
     parts = {site["name"]: site["in"] for site in small.report.sites}
     held = parts.keys() - {"first", "second", "fc"}
-    assert held and all(parts[part] == [4, 8] for part in held)
+    assert held
+    assert all(parts[part] == [4, 8] for part in held)
     if name == "scale":
         # Zeros stay zeros, so that the convolution itself has the gates, one for each channel.
         assert gated_layers(model)["first"].gates == "output"
