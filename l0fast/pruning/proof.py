@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +20,12 @@ from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.observation import Observation, Rows, observe, sites_of
 from l0fast.pruning.patches import Outcome
-from l0fast.pruning.precision import holders_that_run, in_precision, widened
+from l0fast.pruning.precision import (
+    float64_for_float32,
+    holders_that_run,
+    in_precision,
+    widened,
+)
 from l0fast.pruning.probes import SEED, Probe, groups_of_probes, perturbed
 
 
@@ -46,9 +52,9 @@ class Proof:
     """What a gated model computes with some of its gates closed, to compare pruned ones with it.
 
     It runs in float64, each weight widened as its module is entered; where a module reads the
-    weights of others, with all of them widened at once; where the model does not run in float64,
-    in its own dtypes. Compared are its output, and the outputs that each Linear and convolution has
-    left.
+    weights of others, with all of them widened at once; where its forward makes tensors of float32,
+    with these in float64, too; where the model does not run in float64, in its own dtypes. Compared
+    are its output, and the outputs that each Linear and convolution has left.
 
     Args:
         model: with gates; it is run, and is the same afterwards.
@@ -84,6 +90,7 @@ class Proof:
         self._source, self._sites = model, sites_of(model)
         self._holders: Mapping[str, str] = {}
         self._dtype: torch.dtype | None = torch.float64
+        self._doubling = False
         self._seen: list[tuple[Probe, Observation]] = []
         with self._running(values, closed):
             self._choose(model, example)
@@ -117,13 +124,13 @@ class Proof:
             ways = [runs, {}]
         except Exception:  # perhaps of the example's dtype
             pass
-        for self._holders in ways:
+        for self._doubling, self._holders in product((False, True), ways):
             try:
                 self._first(model, widened(example, torch.float64))
             except Exception:
                 continue
             return
-        self._dtype, self._holders = None, {}
+        self._dtype, self._holders, self._doubling = None, {}, False
         try:
             self._first(model, example)
         except Exception as error:
@@ -150,6 +157,7 @@ class Proof:
             with (
                 own_randomness(model, SEED),
                 in_precision(model, self._dtype, self._holders, makers),
+                float64_for_float32() if self._doubling else nullcontext(),
             ):
                 return observe(model, probe.example.copy(), self._sites, rows)
 

@@ -118,7 +118,8 @@ def test_its_gradient_is_that_of_both_places() -> None:
     # And it counts for both in the density.
     layer.log_alpha.data.fill_(-20.0)
     layer.log_alpha.data[0] = 20.0
-    assert float(expected_open([layer])[0].detach()) * layer.group_size == pytest.approx(2 * 8, abs=1e-3)
+    number = float(expected_open([layer])[0].detach())
+    assert number * layer.group_size == pytest.approx(2 * 8, abs=1e-3)
 
 
 def test_a_unit_at_two_places_goes_during_training() -> None:
