@@ -208,7 +208,8 @@ class _Recipe:
         if vector is None:
             return Choice("", "it is not one of the layers that may have gates")
         if len(found) == 1:
-            return Choice("", "what it reads can only vanish as a whole")
+            why = self.walk.tied_by(units.labels)
+            return Choice("", f"what it reads can only vanish as a whole{why and ': '}{why}")
         names = self._connected(site.name)
         barred = [name for name in names if not self._can_share(site, name)]
         alike = not barred and all(torch.equal(self.vectors[name], vector) for name in names)

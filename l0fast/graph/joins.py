@@ -73,16 +73,16 @@ def join(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     kind = op_name(node).removeprefix("aten::").removesuffix("_")
     if kind in ("add", "sub", "mul"):
         narrow = {source: narrowed(value.constant).clone() for source, value in units.items()}
+        first, second = map_arg(node.args[:2], narrow.__getitem__)  # type: ignore[misc]
+        operands: Any = first, second
         if kind == "mul":
-            first, second = map_arg(node.args[:2], narrow.__getitem__)
-            constant = first * second
+            constant = torch.mul(*operands)
             for source, factor in narrow.items():
                 if not ties.is_held(units[source].labels):  # what a module holds may be trained
                     constant = torch.where(factor == 0, 0.0, constant)
         else:
-            first, second = map_arg(node.args[:2], narrow.__getitem__)
-            function = torch.add if kind == "add" else torch.sub
-            constant = function(first, second, alpha=node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+            function: Any = torch.add if kind == "add" else torch.sub
+            constant = function(*operands, alpha=node.kwargs.get("alpha", 1))
     return Units(labels, constant.expand(shape))
 
 

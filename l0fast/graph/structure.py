@@ -113,6 +113,7 @@ class Structure:
             ValueError: the model does not take the example.
         """
         made_from, refusal = fingerprint(model, example), ""
+        trace: Trace | None = None
         with evaluating(model), without_gates(model) as plain:
             try:
                 trace = export(plain, example)

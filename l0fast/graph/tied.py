@@ -54,6 +54,10 @@ class Tied:
     def is_held(self, labels: Tensor) -> bool:
         return bool((narrowed(labels) >= self.first_held).all())
 
+    def of_layers(self, units: Units) -> bool:
+        """Whether units of layers are in a tensor."""
+        return units.followed and not self.is_held(units.labels)
+
     def _roots(self, labels: Tensor) -> Tensor:
         """The least units of the classes of some units."""
         roots = self._parent[labels]
@@ -94,6 +98,10 @@ class Tied:
     def reasons(self, labels: Tensor) -> str:
         """Why those of some units that must stay do."""
         pinned = labels[self.classes[labels] == self.classes[STAYS]]
-        stops = [reason for name in self.makers(pinned) for reason in self.stops[name]]
         alone = "units that only go with others, which must stay" if len(pinned) else ""
-        return ", ".join(dict.fromkeys(stops)) or alone
+        return self.tied_by(pinned) or alone
+
+    def tied_by(self, labels: Tensor) -> str:
+        """What keeps some units from vanishing alone."""
+        stops = [reason for name in self.makers(labels) for reason in self.stops[name]]
+        return ", ".join(dict.fromkeys(stops))

@@ -244,7 +244,7 @@ class Walk(Tied):
                 self._written[node] = torch.arange(len(self._maker)), torch.arange(0)
             return
         self.values[node] = after
-        if not any(part.followed for part in self.units(node)):
+        if not any(map(self.of_layers, self.units(node))):
             self.lost[node] = self._lost(node)
         if writes_in_place(node):  # other views of the same memory no longer hold what they did
             self._written[node] = self._changed(node, units, after)
@@ -284,7 +284,7 @@ class Walk(Tied):
     def _lost(self, node: Node) -> str:
         """Why an op gives no unit, where none of its inputs has any."""
         sources = node.all_input_nodes
-        if any(part.followed for source in sources for part in self.units(source)):
+        if any(self.of_layers(part) for source in sources for part in self.units(source)):
             return op_name(node)
         return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
 

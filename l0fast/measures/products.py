@@ -70,8 +70,9 @@ def unreckoned(trace: Trace) -> list[str]:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         counter = FlopCounterMode(display=False)
         try:
+            target: Any = node.target
             with torch.no_grad(), counter:
-                node.target(*args, **kwargs)  # on tensors without data
+                target(*args, **kwargs)  # on tensors without data
         except Exception:
             continue
         if counter.get_total_flops():
