@@ -94,6 +94,8 @@ def by_structure(
       units (a residual stream, a squeeze-and-excite branch) they share the gates. So they do where
       they read some of the same (a skip connection, a dense block) and a convolution is among
       them: each has its own part of one set of gates. Linears alone have gates of their own there.
+    - Units that vanish together and lie in blocks of several sizes, or at several places, have one
+      gate, which each of these inputs names.
     - A Linear that reads the model's own inputs has a gate on each.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
