@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, overload
 
@@ -11,6 +12,7 @@ from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
 from l0fast.gating.recipes import Choice, GateTable
 from l0fast.gating.selection import (
+    UNFOLLOWED,
     ModelT,
     Selection,
     choose,
@@ -150,6 +152,8 @@ def sparsify_(
         rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
         rows += [computed_row(name, layer) for name, layer in computed.items()]
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
+    if chosen.structure is not None and chosen.structure.trace is None:
+        warnings.warn(f"sparsify_: {chosen.note}; {UNFOLLOWED}", stacklevel=2)
     names = [name for name in considered if choices[name].gates]
     if not names and not gated_layers(model):
         _refuse_none(model, gates, choices, considered, computed)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributions import Distribution
+from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
 from l0fast.graph.calls import Example
-from l0fast.graph.compare import values_of
 from l0fast.graph.computed import own_weights
+from l0fast.graph.exporting import plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
+from l0fast.graph.tensors import ChannelTensor, added, channel_tensors
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -32,6 +28,7 @@ CHANNELWISE: dict[type[nn.Module], str] = {
     **dict.fromkeys((*NORMS, *_INSTANCE_NORMS), "num_features"),
     nn.GroupNorm: "num_channels",
     nn.PReLU: "num_parameters",
+    ChannelTensor: "channels",
 }
 """Classes of layers with a number for each channel that they pass on, in dimension 1 -> the
 attribute that says of how many. They shrink with the channels."""
@@ -146,81 +143,57 @@ class Trace:
     Layers are those that can be made smaller.
     """
 
-    graph: torch.fx.Graph
+    nodes: list[Node]
+    """Of its graph, in order; of several, one after another."""
     calls: dict[Node, str]
     callers: dict[Node, str]
     """Node -> the innermost module in whose forward it is."""
-    inputs: set[str]
-    """Names of the nodes that are the model's own inputs."""
+    inputs: set[Node]
+    """The nodes that are the model's own inputs, or those of its parts."""
     read_outside: set[str]
     """Layers whose weights something other than their own call reads."""
     unread: set[str]
     """Layers that run, and whose output reaches no output of the model."""
+    held: dict[Node, str] = field(default_factory=dict)
+    """Node -> the tensor with a number for each channel that it stands for."""
+    parts: tuple[str, ...] = ()
+    """The modules whose graphs these are, each for itself; () for the whole model's."""
     counts: Counter[str] = field(init=False)
-    """How often each layer is called."""
+    """How often each layer is called, and such a tensor read."""
+    added: set[str] = field(init=False)
+    """Such tensors that do more than multiply."""
 
     def __post_init__(self) -> None:
-        self.counts = Counter(self.calls.values())
+        self.counts = self.calls_of() + Counter(self.held.values())
+        self.added = added(self.nodes, self.held, self.inputs)
+
+    def calls_of(self) -> Counter[str]:
+        """How often each layer is called."""
+        return Counter(self.calls.values())
+
+    @classmethod
+    def of_parts(cls, parts: Mapping[str, Trace]) -> Trace:
+        """The graphs of several modules, by name, as one."""
+        traces = parts.values()
+        return cls(
+            [node for trace in traces for node in trace.nodes],
+            {node: name for trace in traces for node, name in trace.calls.items()},
+            {node: name for trace in traces for node, name in trace.callers.items()},
+            set().union(*(trace.inputs for trace in traces)),
+            set().union(*(trace.read_outside for trace in traces)),
+            set().union(*(trace.unread for trace in traces)),
+            {node: name for trace in traces for node, name in trace.held.items()},
+            tuple(parts),
+        )
 
 
-@contextmanager
-def quietly() -> Generator[None]:
-    """torch.export speaks of its own affairs, on stderr too: not while we use it."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _plain(value: Any) -> Any:
-    """What a model gives, of containers that torch.export knows: lists in place of objects, see
-    `values_of`."""
-    if isinstance(value, Mapping):
-        return [_plain(part) for part in value.values()]
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    plain = value is None or isinstance(value, (Tensor, str, int, float, complex))
-    return value if plain else values_of(value)
-
-
-@contextmanager
-def _without_validation() -> Generator[None]:
-    """Distributions look at the values that they are given, which torch.export does not know."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
-
-
-def _read(graph: torch.fx.Graph) -> set[Node]:
-    """The nodes that reach an output or change something; drops the others, which tie no units.
-
-    Calls of layers are not dropped, nor what is made of their outputs: they run, so that sizes
-    must fit.
-    """
-    read: set[Node] = set()
-    for node in reversed(graph.nodes):
-        if node.is_impure() or not read.isdisjoint(node.users):
-            read.add(node)
-    unread: set[Node] = set()
-    ops = {call.op for call in _CALLS.values()}
-    for node in graph.nodes:
-        called = op_name(node) in ops or not unread.isdisjoint(node.all_input_nodes)
-        if called and node not in read:
-            unread.add(node)
-    graph.eliminate_dead_code(lambda node: node in read or node in unread)
-    return read
-
-
-def export(model: nn.Module, example: Example) -> Trace:
+def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -> Trace:
     """The graph of one forward of `model` on an example, in evaluation.
+
+    Args:
+        model: to export.
+        example: of what its forward takes.
+        whole: the model that it is a part of, and that names are those of; itself by default.
 
     torch.export refuses an object of a class that nobody has registered as an output: it sees the
     tensors in it, and not a decoder's cache.
@@ -228,25 +201,33 @@ def export(model: nn.Module, example: Example) -> Trace:
     Raises:
         Exception: whatever torch.export raises for a model that it refuses.
     """
-    plain = model.register_forward_hook(lambda _model, _args, given: _plain(given))
+    hook = model.register_forward_hook(lambda _model, _args, given: plain(given))
     try:
-        with quietly(), _without_validation(), torch.no_grad():
+        with quietly(), without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
-        plain.remove()
-    read = _read(program.graph)
+        hook.remove()
+    read = read_nodes(program.graph, {call.op for call in _CALLS.values()})
     signature = program.graph_signature
-    held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = {id(module): name for name, module in model.named_modules()}
+    whole = model if whole is None else whole
+    modules = dict(whole.named_modules(remove_duplicate=False))
+    names = {id(module): name for name, module in whole.named_modules()}
+    inside = f"{names[id(model)]}." if names[id(model)] else ""
+    held_at = {
+        node: inside + name
+        for of in (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        )
+        for node, name in of.items()
+    }
 
     def holder(node: object) -> tuple[nn.Module, str] | None:
         """The module and attribute of the tensor that a placeholder stands for."""
         name = held_at.get(node.name) if isinstance(node, Node) else None
-        if name is None:
-            return None
-        path, _, attribute = name.rpartition(".")
-        return modules[path], attribute
+        path, _, attribute = (name or "").rpartition(".")
+        return None if name is None or path not in modules else (modules[path], attribute)
 
     def tensor(module: nn.Module, key: str) -> Any:
         return {**module._parameters, **module._buffers}.get(key)
@@ -270,7 +251,7 @@ def export(model: nn.Module, example: Example) -> Trace:
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         path = next(reversed(stack.values()))[0] if stack else ""
-        caller = modules.get(path, model)
+        caller = modules.get(inside + path, model)
         callers[node] = names[id(caller)]
         if is_call(node, caller):
             calls[node] = names[id(caller)]
@@ -284,10 +265,13 @@ def export(model: nn.Module, example: Example) -> Trace:
         if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
             read_outside.add(names[id(held_by[0])])
     # Those that are tensors: the text of another one may be the name of any node.
-    inputs = {
+    given = {
         spec.arg.name
         for spec in signature.input_specs
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     }
+    inputs = {node for node in program.graph.nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
-    return Trace(program.graph, calls, callers, inputs, read_outside, unread)
+    nodes = list(program.graph.nodes)
+    held = channel_tensors(whole, nodes, held_at, is_site)
+    return Trace(nodes, calls, callers, inputs, read_outside, unread, held)

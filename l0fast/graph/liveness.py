@@ -16,8 +16,9 @@ from torch.fx import Node
 
 from l0fast.graph.capture import is_carrier
 from l0fast.graph.channels import RIGID
+from l0fast.graph.mixing import in_groups
 from l0fast.graph.nodes import op_name
-from l0fast.graph.sites import Site
+from l0fast.graph.sites import Site, is_held
 from l0fast.graph.units import STAYS, Units, narrowed
 from l0fast.graph.walk import Walk
 
@@ -51,6 +52,21 @@ def _local(site: Site) -> Extent:
     arrives, leaves = torch.ones_like(site.reads), torch.ones_like(site.writes)
     columns, rows = (site.reads, site.writes) if site.local else (arrives, leaves)
     return Extent(arrives, columns, rows, leaves)
+
+
+def last_to_go(walk: Walk, labels: Tensor) -> int:
+    """The place of the unit that a layer keeps in any case: of a class that has the fewest units of
+    other layers, and then the fewest of its own.
+
+    Args:
+        walk: along the graph.
+        labels: units of the layer, those that it may keep.
+    """
+    made = torch.cat([walk.classes[of] for of in walk.made.values()])
+    total, own = (of.bincount(minlength=len(walk.classes)) for of in (made, walk.classes[labels]))
+    classes = walk.classes[labels]
+    others = (total - own)[classes].clamp(min=0)
+    return int((others * (int(own.max()) + 1) + own[classes]).argmin())
 
 
 class Liveness:
@@ -89,11 +105,14 @@ class Liveness:
         for name, labels in walk.made.items():
             if not walk.trace.counts[name]:
                 live[walk.classes[labels]] = True
+        self.kept: list[int] = []
+        """Classes of units that are there only since a layer keeps one in any case."""
         # A layer keeps a unit even if its readers and its own gates have none in common.
         for name, labels in walk.made.items():
-            writes, classes = walk.sites[name].writes, walk.classes[labels]
-            if bool(writes.any()) and not bool((live[classes] & writes).any()):
-                live[classes[writes.nonzero()[0]]] = True
+            may_stay = labels[walk.sites[name].writes]
+            if len(may_stay) and not bool(live[walk.classes[may_stay]].any()):
+                self.kept.append(int(walk.classes[may_stay[last_to_go(walk, may_stay)]]))
+                live[self.kept[-1]] = True
         self.live = live
         """bool, by class of units: somebody reads it."""
         self._known: dict[Node, Tensor] = {}
@@ -112,10 +131,20 @@ class Liveness:
         whole = [module for module in self.whole if modules is not None and module in modules]
         return [
             (node, self._read(node))
-            for node in trace.graph.nodes
-            if (op_name(node) in RIGID and (modules is None or trace.callers[node] in modules))
+            for node in trace.nodes
+            if (self._is_rigid(node) and (modules is None or trace.callers[node] in modules))
             or any(self._at_border(node, module) for module in whole)
         ]
+
+    def _is_rigid(self, node: Node) -> bool:
+        return op_name(node) in RIGID and node not in self.walk.trace.calls
+
+    def _sized(self, node: Node) -> list[Units]:
+        """The units of what a node reads and gives, in the shapes that it is told."""
+        found = [units for one in (node, *node.all_input_nodes) for units in self.walk.units(one)]
+        if op_name(node) == "aten::group_norm":
+            found.append(in_groups(node, found[0]))
+        return found
 
     def _at_border(self, node: Node, module: str) -> bool:
         """Whether a node reads what enters or leaves a module, or is of its own forward."""
@@ -187,7 +216,7 @@ class Liveness:
         """(before, after) of the sizes that change in what a module views, splits or slices."""
         found: set[tuple[int, int]] = set()
         for node, _ in self._rigid([module]):
-            for units in (u for n in (node, *node.all_input_nodes) for u in self.walk.units(n)):
+            for units in self._sized(node):
                 for dim, size in enumerate(units.labels.shape):
                     left = self.left(units, present, dim)
                     if left < size:
@@ -253,6 +282,8 @@ class Liveness:
         arrives = None if units is None else present[self.walk.classes[units.labels]]
         if is_carrier(site.layer):
             extent.rows = extent.leaves
+            if is_held(site):
+                arrives = extent.leaves
             if arrives is not None:
                 extent.arrives = extent.columns = arrives
             return

@@ -40,7 +40,7 @@ def views_of(live: Liveness, module: str, present: Tensor) -> list[View]:
     """
     found: list[View] = []
     trace = live.walk.trace
-    for node in trace.graph.nodes:
+    for node in trace.nodes:
         kind = KINDS.get(op_name(node))
         if kind is None or trace.callers[node] != module:
             continue

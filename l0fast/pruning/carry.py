@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.graph.calls import unwrapped
 from l0fast.graph.computed import copied
+from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.pruning.draft import Draft, GateValues, all_gates
 from l0fast.pruning.edits import Edit, sliced, weight_sides
@@ -59,8 +60,9 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
         outer = holder.removesuffix("layer").removesuffix(".")
         inside = holder not in edits and outer in edits and holder != outer
         layer = outer if inside else holder
-        sides = weight_sides(model.get_submodule(layer)) if layer in edits else ()
-        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(layer), sides)
+        edited = name if name in edits else layer  # a tensor, or the layer that has it
+        sides = weight_sides(part_of(model, edited)) if edited in edits else ()
+        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(edited), sides)
         if origin.name in shapes:
             meta = origin.part(torch.empty(shapes[origin.name], device="meta"))
             if meta.shape == tensor.shape:

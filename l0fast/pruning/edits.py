@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from l0fast.graph.capture import LAYERS, is_carrier, kind_of, layer_size, resize_
 from l0fast.graph.sites import replace
+from l0fast.graph.tensors import ChannelTensor, part_of
 from l0fast.layers.dense_types import TRANSPOSED
 
 _SIDES = ("input", "output")
@@ -146,6 +147,8 @@ def scale(z: Tensor, dim: int) -> fx.GraphModule:
 def weight_sides(layer: nn.Module) -> tuple[str, ...]:
     """The sides ("input", "output") of a layer that the first dimensions of its weight follow; of a
     carrier, which keeps or loses whole groups, only the first."""
+    if isinstance(layer, ChannelTensor):
+        return layer.sides
     sides = _SIDES if isinstance(layer, TRANSPOSED) else _SIDES[::-1]
     return sides[:1] if is_carrier(layer) else sides
 
@@ -161,7 +164,8 @@ def sliced(value: Tensor, edit: Edit, sides: Sequence[str]) -> Tensor:
     """
     if value.dim() < 2:
         sides = ("output",)[: value.dim()]
-    keep = [edit.inputs if side == "input" else edit.outputs for side in sides]
+    parts = {"input": edit.inputs, "output": edit.outputs}
+    keep = [parts.get(side) for side in sides]
     last = value.dim() == 4 and not value.is_contiguous()
     last = last and value.is_contiguous(memory_format=torch.channels_last)
     for dim, index in enumerate(keep):
@@ -260,7 +264,11 @@ def apply(model: nn.Module, edits: list[Edit], patches: Iterable[Patch] = ()) ->
     """
     for patch in patches:
         patch.apply(model)
-    layers = {edit.name: model.get_submodule(edit.name) for edit in edits}
-    return replace(
-        model, {id(layers[edit.name]): edited(layers[edit.name], edit) for edit in edits}
-    )
+    layers: dict[int, nn.Module] = {}
+    for edit in edits:
+        layer = part_of(model, edit.name)
+        if isinstance(layer, ChannelTensor):
+            layer.put(sliced(layer.tensor.detach(), edit, layer.sides))
+        else:
+            layers[id(layer)] = edited(layer, edit)
+    return replace(model, layers)

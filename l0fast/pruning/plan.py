@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from l0fast import _checks
 from l0fast.graph.capture import Trace, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
-from l0fast.graph.sites import Site, find_sites, tied_modules
+from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.pruning.attributes import AttributePatch
@@ -68,8 +68,14 @@ class Plan:
         return [
             name
             for name, site in self.sites.items()
-            if site.local or (self.live is not None and not site.fixed)
+            if site.local or (self.live is not None and not (site.fixed or is_held(site)))
         ]
+
+    @property
+    def held(self) -> list[str]:
+        """The tensors of other modules that they can make smaller."""
+        sites = self.sites.items() if self.live is not None else ()
+        return [name for name, site in sites if is_held(site) and not site.fixed]
 
 
 def gated_sites(
@@ -152,7 +158,9 @@ class _Planner:
         self.draft, self.values, self.check, self.anew = draft, draft.values, check, anew
         self.trace, self.training = structure.trace, structure.training
         self.notes: list[str] = []
-        if structure.failure:
+        if structure.in_parts:
+            self.notes.append(f"layers are merged {structure.in_parts}")
+        elif structure.failure:
             refusal = f"torch.export refuses the model: {structure.failure}"
             self.notes.append(f"layers are not merged, {refusal}")
         self.fixed: dict[str, str] = {}

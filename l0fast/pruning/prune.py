@@ -223,7 +223,7 @@ def prune(
         kept = choose(layers, budgets, round_to)
         values = GateValues(layers, kept)
         structure = structure_of(model, example)
-        proof = Proof(model, values, example, structure.more_in_training)
+        proof = Proof(model, values, example, structure.more_in_training, structure.added)
         draft = new_draft(model, values, structure)
         if dense is None:
             dense = known_dense(model, structure) or Counts.of(draft.model, example, size, {})

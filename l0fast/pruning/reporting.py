@@ -164,7 +164,8 @@ def site_row(
     edit = next((edit for edit in plan.edits if edit.name == name), None)
     gates = None if layer is None else layer.gates
     if layer is not None and kept is not None and forced is not None:
-        kept, forced = layer.own(kept), layer.own(forced)
+        had = layer.places().unique().cpu()  # each once
+        kept, forced = kept.flatten()[had], forced.flatten()[had]
     inputs = int(extent.columns.sum()), len(extent.columns)
     outputs = int(extent.rows.sum()), len(extent.rows)
     smaller = inputs[0] < inputs[1] or outputs[0] < outputs[1]

@@ -17,6 +17,7 @@ from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
 from l0fast.graph.capture import is_site, kind_of, layer_size
+from l0fast.graph.tensors import part_of
 from l0fast.pruning.attributes import AttributePatch, sizes_in
 from l0fast.pruning.edits import Edit, apply
 from l0fast.pruning.report import Report, attach_report, required_report
@@ -156,7 +157,7 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
 
     def part(what: str, name: str) -> Any:
         try:
-            return model.get_submodule(name)
+            return part_of(model, name)
         except AttributeError:
             differs(f"it has a {what} {name!r}")
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l0fast.graph.calls import Example
 from l0fast.graph.sites import without_gates
 from l0fast.graph.structure import structure_of
+from l0fast.graph.tensors import ChannelTensor, part_of
 from l0fast.layers.handle import gated_layers, gates, sharing
 from l0fast.layers.serving import INDEX, likeliest
 from l0fast.measures.counts import Counts, element_size
@@ -121,7 +122,7 @@ def plan_removal(
     found: set[str] = set()
     while not all(bool(mask.all()) for mask in kept.values()):
         values, structure = GateValues(layers, kept), structure_of(model, example)
-        proof = Proof(model, values, example, structure.more_in_training)
+        proof = Proof(model, values, example, structure.more_in_training, structure.added)
         plan = make_plan(new_draft(model, values, structure), structure, proof.check, anew=False)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
         stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}
@@ -191,7 +192,12 @@ def remove_(
     for patch in removal.patches:
         patch.apply(model)
     for edit in removal.edits:
-        module = model.get_submodule(edit.name)
+        module = part_of(model, edit.name)
+        if isinstance(module, ChannelTensor):
+            whole: Any = module.tensor
+            module.put(sliced(whole.detach(), edit, module.sides))
+            note(whole, module.tensor, lambda v, e=edit, s=module.sides: sliced(v, e, s))  # type: ignore[arg-type]
+            continue
         log_alpha = module._parameters.pop("log_alpha", None)
         index = module._buffers.pop(INDEX, None)
         before = dict(module._parameters)
