@@ -88,7 +88,7 @@ def _run(
         return Variant(title, lambda: build(make), calls=calls, graphed=graph, compiled=compiled)
 
     def compiled() -> Call:
-        torch.compiler.reset()  # for these shapes alone
+        torch._dynamo.reset()  # for these shapes alone
         return _call(torch.compile(published.gated_weight, dynamic=False), which, operands())
 
     def copying() -> Call:

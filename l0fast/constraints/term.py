@@ -42,6 +42,8 @@ class DensityTerm(Attachable, nn.Module):
 
     handle: ModelGates
     """Of the model; it holds this term by a weak reference."""
+    counts_on_host: bool = False
+    """Whether a step does work on the host, which no replay of a CUDA graph would repeat."""
 
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()

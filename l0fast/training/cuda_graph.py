@@ -33,6 +33,9 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
     skipping = None if handle is None else handle.skipping
     if skipping is not None and not skipping.unread:
         return "skip=True reads the gates of convolutions back to the host"
+    for term in () if handle is None else handle.constraints:
+        if term.counts_on_host:
+            return f"{type(term).__name__} counts its steps on the host"
     return None
 
 
