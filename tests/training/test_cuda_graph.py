@@ -256,6 +256,40 @@ def test_a_failing_capture_goes_on_as_ever(data: Data, monkeypatch: pytest.Monke
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
 
 
+class Generator:
+    """What a generator of PyTorch 2.11 is on a GPU after a capture that failed."""
+
+    def __init__(self, offset: int = 8) -> None:
+        self.offset, self.stuck = offset, True
+
+    def draw(self) -> None:
+        if self.stuck:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+        self.offset += 4
+
+    def get_state(self) -> int:
+        return self.offset
+
+    def set_state(self, offset: int) -> None:
+        self.offset = offset
+
+    def clone_state(self) -> int:
+        return self.offset
+
+    def graphsafe_set_state(self, offset: int) -> None:
+        self.offset, self.stuck = offset, False
+
+
+@pytest.mark.parametrize("stuck", [True, False])
+def test_noise_goes_on_after_a_failing_capture(stuck: bool) -> None:
+    generator = Generator()
+    generator.stuck = stuck
+    cuda_graph.release_(generator, generator.draw)
+    assert generator.offset == 8
+    generator.draw()
+    assert generator.offset == 12
+
+
 def test_a_failing_capture_that_was_asked_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     Stand(monkeypatch, fail=True)
     model = nn.Linear(2, 2)
