@@ -169,7 +169,9 @@ def _error(model: nn.Module, example: Example, links: list[Link]) -> float:
 def _allowed(model: nn.Module) -> float:
     """How much masked and skipped may differ."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
-    return max(SLACK.get(one, 1.0) * TOLERANCE.get(one, TOLERANCE[torch.bfloat16]) for one in dtypes)
+    return max(
+        SLACK.get(one, 1.0) * TOLERANCE.get(one, TOLERANCE[torch.bfloat16]) for one in dtypes
+    )
 
 
 def _ends(model: nn.Module, links: list[Link]) -> list[Any]:

@@ -1,5 +1,5 @@
-"""The step as one CUDA graph: captured and replayed for real on a GPU; elsewhere its operations are,
-and what a graph could not hold is refused (see `tests.helpers.capture`)."""
+"""The step as one CUDA graph: captured and replayed for real on a GPU; elsewhere its operations
+are, and what a graph could not hold is refused (see `tests.helpers.capture`)."""
 
 from __future__ import annotations
 
