@@ -40,14 +40,24 @@ def triton_gated_weight(
 
     Under autocast the result has autocast's dtype: the pass that masks is also the cast.
     """
-    dtype, device_type = weight.dtype, weight.device.type
-    if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = _result_dtype(weight)
     if dim is None:
         return _gated_weight(weight, log_alpha, state, dtype, *_numbers(distribution))
     sizes = (log_alpha.numel(),)
     z, expected_open = _hard_concrete(log_alpha, state, sizes, *_numbers(distribution))
     return _scaled_weight(weight, z, dim, dtype), expected_open.view(())
+
+
+def triton_scaled_weight(weight: Tensor, z: Tensor, dim: int) -> Tensor:
+    """weight * z over dimension `dim`, on the Triton backend; in autocast's dtype, if it is on."""
+    return _scaled_weight(weight, z, dim, _result_dtype(weight))
+
+
+def _result_dtype(weight: Tensor) -> torch.dtype:
+    device_type = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
 
 
 def _numbers(distribution: HardConcrete) -> tuple[float, float, float]:
@@ -148,7 +158,8 @@ def _gated_weight_backward(
 def _scaled_weight(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     if kernels := kernels_for(weight):
         return kernels.scaled_weight_forward(weight, z, dim, dtype)
-    return maths.mask(weight, z, dim).to(dtype).contiguous()
+    layout = maths.memory_format(weight)
+    return maths.mask(weight, z, dim).to(dtype).contiguous(memory_format=layout)
 
 
 @torch.library.custom_op("l0fast::scaled_weight_backward", mutates_args=())
@@ -158,7 +169,13 @@ def _scaled_weight_backward(
     if kernels := kernels_for(weight):
         return kernels.scaled_weight_backward(dscaled, weight, z, dim)
     dweight, dz = maths.mask_backward(dscaled.float(), weight.float(), z, dim)
-    return dweight.to(weight.dtype).contiguous(), dz
+    layout = maths.memory_format(weight)
+    return dweight.to(weight.dtype).contiguous(memory_format=layout), dz
+
+
+def _laid_out_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    layout = maths.memory_format(weight)
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=layout)
 
 
 def _contiguous_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -187,12 +204,12 @@ def _(dmasked: Tensor, dopen: Tensor | None, weight: Tensor, log_alpha: Tensor, 
 
 @_scaled_weight.register_fake
 def _(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Any:
-    return _contiguous_like(weight, dtype)
+    return _laid_out_like(weight, dtype)
 
 
 @_scaled_weight_backward.register_fake
 def _(dscaled: Tensor, weight: Tensor, z: Tensor, dim: int) -> Any:
-    return _contiguous_like(weight), _contiguous_like(z)
+    return _laid_out_like(weight, weight.dtype), _contiguous_like(z)
 
 
 def _save(*tensors: int) -> Callable[..., None]:
