@@ -29,6 +29,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "scaled_weight": (
         "maths/test_gated_weight.py",
         "kernels/test_kernel_scaled_weight.py",
+        "autograd/test_scaled_weight.py",
         *_BINDING,
     ),
     "compaction": ("maths/test_compaction.py", "kernels/test_kernel_compaction.py"),

@@ -6,6 +6,8 @@ convolution's weight keeps its memory format: with channels last it is a [O, k, 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -148,6 +150,12 @@ class Tiling:
         return self.grid[1] * (self.rows // self.gates) if self.by_row else self.grid[0]
 
 
+@functools.lru_cache(maxsize=1024)
+def tiling_of(shape: torch.Size, dim: int) -> Tiling:
+    """A layer has one for good: making it takes the host as long as a launch."""
+    return Tiling(shape, dim)
+
+
 # Where each dimension lies with channels last, and the way there and back.
 LAST_DIM = (0, 3, 1, 2)
 TO_LAST, FROM_LAST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -165,7 +173,7 @@ def scaled_weight_forward(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtyp
     weight, z = weight.contiguous(), z.contiguous()
     out = launch.empty(weight, weight.shape, dtype)
     if weight.numel():
-        tiling = Tiling(weight.shape, dim)
+        tiling = tiling_of(weight.shape, dim)
         with launch.on(weight):
             scaled_weight_kernel[tiling.grid](
                 weight,
@@ -193,7 +201,7 @@ def scaled_weight_backward(
     dweight = launch.empty(weight, weight.shape)
     if not weight.numel():
         return dweight, torch.zeros_like(z)
-    tiling = Tiling(weight.shape, dim)
+    tiling = tiling_of(weight.shape, dim)
     partial = launch.empty(z, (tiling.parts, tiling.gates))
     with launch.on(weight):
         scaled_weight_backward_kernel[tiling.grid](

@@ -361,3 +361,65 @@ def test_each_replay_draws_fresh_gates_on_the_chip(data: Data) -> None:
             if step >= ORDINARY:
                 drawn.append(of_latest(layer).detach().clone())
     assert len({tuple(z.tolist()) for z in drawn}) == len(drawn)
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+def test_a_capture_that_fails_on_the_chip_trains_on(data: Data) -> None:
+    """What cannot be captured is a read by the host; noise is drawn after it as before."""
+    runs: list[Trainer] = []
+    for fails in (True, False):
+        one = trainer(data, device="cuda", skip=False)
+        inner = one._steps._step
+
+        def step(index: Tensor, one: Trainer = one, inner: Any = inner) -> None:
+            inner(index)
+            if torch.cuda.is_current_stream_capturing():
+                one._loss_sum.item()
+
+        if fails:
+            one._steps._step = step
+        else:
+            one._steps._ordinary = -(10**6)
+        one.fit()
+        runs.append(one)
+    assert runs[0]._steps.captures == 0
+    assert runs[0]._steps.failure
+    same(*runs)
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize(
+    "changes", [{"model": "lenet5"}, *KINDS[1:], {"method": "magnitude"}], ids=str
+)
+def test_every_kind_of_training_on_the_chip(changes: dict[str, Any], data: Data) -> None:
+    runs: list[Trainer] = []
+    for capture in (True, False):
+        one = trainer(data, device="cuda", skip=False, **changes)
+        if not capture:
+            one._steps._ordinary = -(10**6)
+        one.fit()
+        runs.append(one)
+    captured = 0 if "method" in changes else 1 + (changes.get("settle", 0) > 0)
+    assert [one._steps.captures for one in runs] == [captured, 0]
+    same(*runs)
+
+
+@pytest.mark.gpu
+@pytest.mark.unpoisoned
+def test_a_model_that_shrinks_frees_the_graph_of_before_on_the_chip(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shrink, "SELDOM", 0.4)
+    changes: dict[str, Any] = {"shrink": 1, "epochs": 6, "gate_lr": 0.2, "density": 0.3}
+    one = trainer(data, device="cuda", skip=False, **changes)
+    used: list[int] = []
+
+    def measure(_: Any) -> None:
+        torch.cuda.synchronize()
+        used.append(torch.cuda.memory_reserved())
+
+    one.fit(on_epoch=measure)
+    assert one._steps.captures > 1
+    assert max(used[1:]) <= 2 * used[0]
