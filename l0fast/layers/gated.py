@@ -210,10 +210,10 @@ class Gated(Drawn):
         return self._mask_inputs(self.weight, z), self.bias
 
     def _mask_inputs(self, weight: Tensor, z: Tensor) -> Tensor:
-        return mask(weight, z, 1)
+        return autograd.scaled_weight(weight, z, 1)
 
     def _mask_outputs(self, weight: Tensor, z: Tensor) -> Tensor:
-        return mask(weight, z, 0)
+        return autograd.scaled_weight(weight, z, 0)
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, masked weight and bias of this call: all of them, or what its gates leave open.
