@@ -28,6 +28,7 @@ from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.training.folder import RunFolder
 from l0fast.training.method import lr_factor, make_optimizer, make_term
+from l0fast.training.matching import Run
 from l0fast.training.metrics import Row, check_finite, error_percent, measure, stall_metrics
 from l0fast.training.placement import place_data, place_model_, usable_device
 from l0fast.training.run_state import RunState
@@ -257,10 +258,13 @@ class Trainer:
         if path is not None:
             checkpoint = Checkpoint.read(path, self.device)
             checkpoint.refuse_other_run(path, self._run_identity)
+            self._as_asked.check(checkpoint, path)
+            _warn_of_threads(checkpoint)
             self.state.load_(checkpoint, path)
             self.folder.write_metrics(self.history)  # a kill may have left them an epoch behind
         else:
             if start_from is not None:
+                self._as_asked.check_start(start_from, self.folder.path or Path("start_from"))
                 self.state.start_from_(start_from)
             self.folder.save(self.checkpoint())
         self.folder.remove_parts()
@@ -269,6 +273,12 @@ class Trainer:
         """Where another run starts from, after `fit`: before the gates settled, or the end."""
         return self._unsettled or self.folder.read_unsettled(self.device) or self.checkpoint()
 
+    @property
+    def _as_asked(self) -> Run:
+        """What a checkpoint must fit."""
+        validation = self.data.validation is not None
+        return Run(self.state, self.settings, self.steps_per_epoch, validation, self._base_lrs)
+
     def checkpoint(self) -> Checkpoint:
         """The state of the run as it is; its tensors are the model's own."""
         return self.state.checkpoint(self._run_identity)
@@ -276,3 +286,11 @@ class Trainer:
     def write_summary(self, summary: Summary) -> None:
         """Writes `summary` into summary.json, in place of the one that is there."""
         self.folder.write_summary(summary)
+
+
+def _warn_of_threads(checkpoint: Checkpoint) -> None:
+    """Warns where a run goes on with another number of CPU threads."""
+    now = torch.get_num_threads()
+    if checkpoint.threads not in (None, now):
+        words = f"threads: got {now}; the run began with {checkpoint.threads}"
+        warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=3)
