@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
-import re
+import shutil
 import stat
 import time
 from collections.abc import Callable, Generator
@@ -19,8 +20,6 @@ except ImportError:  # Windows has no flock: nothing is locked there
 
 PARTS = ".*.part"
 """Pattern of the temporary files, which only a killed process leaves behind."""
-SAFETENSORS_PART = re.compile(r"\.tmp[A-Za-z0-9]{6}")
-"""The names of the temporary files that safetensors writes beside its file."""
 PATIENCE = 60.0
 """How many seconds `locked` waits at most."""
 
@@ -32,7 +31,7 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     earlier processes that died left of this file is removed. The file has the mode of a new file,
     by the process's umask, however `write` makes it.
     """
-    sweep(path.parent, f".{path.name}.*.part")
+    sweep(path.parent, f".{glob.escape(path.name)}.*.part")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         temporary.touch()
@@ -44,6 +43,18 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def part_folder(path: Path) -> Generator[Path]:
+    """A temporary folder beside `path`, for writers that leave temporary files of their own where
+    they write; swept like a temporary file."""
+    folder = path.with_name(f".{path.name}.folder.{os.getpid()}.part")
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -60,15 +71,10 @@ def sweep(folder: Path, pattern: str = PARTS) -> None:
     for part in folder.glob(pattern):
         pid = part.suffixes[-2][1:] if len(part.suffixes) > 1 else ""
         if pid.isdecimal() and not _is_alive(int(pid)):
-            part.unlink(missing_ok=True)
-
-
-def sweep_safetensors(folder: Path) -> None:
-    """Removes the temporary files of safetensors; only where no other process writes into the
-    folder, for their names do not say whose they are."""
-    for part in folder.glob(".tmp*"):
-        if SAFETENSORS_PART.fullmatch(part.name) and part.is_file():
-            part.unlink(missing_ok=True)
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
 
 
 def _is_alive(pid: int) -> bool:

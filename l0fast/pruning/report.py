@@ -113,7 +113,13 @@ class Report:
         Raises:
             TypeError: it is none.
         """
-        return cls(**entry)
+        made = cls(**entry)
+        for one in fields(cls):
+            value = getattr(made, one.name)
+            kinds = {kind.partition("[")[0] for kind in str(one.type).split(" | ")}
+            if ("None" if value is None else type(value).__name__) not in kinds:
+                raise TypeError(f"{one.name} is a {type(value).__name__}")
+        return made
 
 
 @dataclass(frozen=True)

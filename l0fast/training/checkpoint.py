@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -180,6 +181,13 @@ class Checkpoint:
             )
             if mine != saved:
                 _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
+
+    def warn_of_threads(self) -> None:
+        """Warns where a run goes on with another number of CPU threads."""
+        now = torch.get_num_threads()
+        if self.threads not in (None, now):
+            words = f"threads: got {now}; the run began with {self.threads}"
+            warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=4)
 
     def restore_rng(self, device: torch.device) -> None:
         """Sets torch's generators to where the run had them."""

@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -145,13 +146,14 @@ class Trainer:
         """
         if not self._opened:
             self.open(resume)
-        with scalar_writer(self.folder.path, self.history) as write_scalars:
-            while self.epoch < self.settings.epochs:
-                row = self._run_epoch()
-                write_scalars(row)
-                if on_epoch is not None:
-                    on_epoch(row)
-        return self._finish()
+        with closing(self.folder):
+            with scalar_writer(self.folder.path, self.history) as write_scalars:
+                while self.epoch < self.settings.epochs:
+                    row = self._run_epoch()
+                    write_scalars(row)
+                    if on_epoch is not None:
+                        on_epoch(row)
+            return self._finish()
 
     def _run_epoch(self) -> Row:
         """One epoch: settles, trains, measures, shrinks and saves; returns its metrics."""
@@ -253,21 +255,29 @@ class Trainer:
                 gates again that settling closes here. So the checkpoint from before settling is
                 kept, and closed gates are not removed.
         """
-        self._opened, self._another_follows = True, another_follows
+        self._another_follows = another_follows
         path = self.folder.open(resume)
+        try:
+            self._go_on_from(path, start_from)
+        except BaseException:
+            self.folder.close()
+            raise
+        self._opened = True
+
+    def _go_on_from(self, path: Path | None, start_from: Checkpoint | None) -> None:
+        """Takes the checkpoint of this run, or begins a new run."""
         if path is not None:
             checkpoint = Checkpoint.read(path, self.device)
             checkpoint.refuse_other_run(path, self._run_identity)
             self._as_asked.check(checkpoint, path)
-            _warn_of_threads(checkpoint)
+            checkpoint.warn_of_threads()
             self.state.load_(checkpoint, path)
             self.folder.write_metrics(self.history)  # a kill may have left them an epoch behind
-        else:
-            if start_from is not None:
-                self._as_asked.check_start(start_from, self.folder.path or Path("start_from"))
-                self.state.start_from_(start_from)
-            self.folder.save(self.checkpoint())
-        self.folder.remove_parts()
+            return
+        if start_from is not None:
+            self._as_asked.check_start(start_from, self.folder.path or Path("start_from"))
+            self.state.start_from_(start_from)
+        self.folder.save(self.checkpoint())
 
     def next_start(self) -> Checkpoint:
         """Where another run starts from, after `fit`: before the gates settled, or the end."""
@@ -286,11 +296,3 @@ class Trainer:
     def write_summary(self, summary: Summary) -> None:
         """Writes `summary` into summary.json, in place of the one that is there."""
         self.folder.write_summary(summary)
-
-
-def _warn_of_threads(checkpoint: Checkpoint) -> None:
-    """Warns where a run goes on with another number of CPU threads."""
-    now = torch.get_num_threads()
-    if checkpoint.threads not in (None, now):
-        words = f"threads: got {now}; the run began with {checkpoint.threads}"
-        warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=3)
