@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import NoReturn
 
 from torch import Tensor
@@ -11,6 +12,18 @@ from torch import Tensor
 def refuse(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
     """Raises `error` with the one form every message of the library has."""
     raise error(f"{name}: got {got!r}; expected {expected}")
+
+
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters, which a terminal would obey, as escapes; but for `keep`."""
+    return "".join(
+        one if one in keep or not _is_control(one) else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
 
 
 def one_line(error: Exception) -> str:

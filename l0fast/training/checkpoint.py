@@ -46,7 +46,13 @@ def _check_kinds(entries: Entries, state: dict[str, Any]) -> None:
     entries.names("model", state["model"])
     if state["term"] is not None:
         entries.names("term", state["term"])
-        entries.names("term._extra_state", state["term"].get("_extra_state", {}))
+        extra = state["term"].get("_extra_state", {})
+        entries.names("term._extra_state", extra)
+        if "latency" in extra:
+            try:
+                LatencyTable.from_json(extra["latency"])
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                entries.refuse("latency table", f"is damaged ({_checks.one_line(error)})")
     best = state.get("best")
     if best is not None:
         entries.names("best", best, ("epoch", "model"))

@@ -12,6 +12,7 @@ from torch import nn
 
 from l0fast import _checks
 from l0fast._digest import sealed_json
+from l0fast._extras import require
 from l0fast._files import FolderLock, sweep, write_atomically, write_text
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.measures.latency import LatencyTable
@@ -54,9 +55,11 @@ class RunFolder:
             ValueError: it is no folder, another run is writing into it, or it holds a run that is
                 not to be resumed.
             OSError: it cannot be made.
+            ModuleNotFoundError: matplotlib is not installed.
         """
         if self.path is None:
             return None
+        require("train", "matplotlib")  # a run ends with its picture
         if self.path.exists() and not self.path.is_dir():
             _checks.refuse("out", str(self.path), "a folder")
         self.path.mkdir(parents=True, exist_ok=True)

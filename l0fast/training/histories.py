@@ -29,7 +29,7 @@ def check_history(
         entries: of the checkpoint.
         checkpoint: its history.
         settings: of the run.
-        names: of its constraints; None without any.
+        names: of its constraints; None where they are not known, or there are none.
         validation: whether it has a validation split.
     """
     history = checkpoint.history
@@ -62,7 +62,7 @@ def _check_value(
     elif key in SHARES:
         entries.real(place, value, 0.0, ROUNDED)
     elif key in BY_CONSTRAINT:
-        entries.names(place, value, names or ())
+        entries.names(place, value, names)
         for name, number in value.items():
             entries.real(f"{place}.{name}", number)
     elif key in ("feasible", "settled"):

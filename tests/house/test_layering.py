@@ -14,6 +14,7 @@ from tests import ROOT
 LEVELS: dict[str, int] = {
     "_checks": 0,
     "_digest": 0,
+    "_extras": 0,
     "_files": 0,
     "_tables": 0,
     "maths": 1,

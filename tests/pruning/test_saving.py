@@ -354,9 +354,9 @@ def test_an_alias_of_another_shape_is_refused(tmp_path: Path) -> None:
 
     def elsewhere(recipe: Any) -> None:
         (alias,) = recipe["aliases"]
-        recipe["aliases"][alias] = "head.bias" if alias != "head.bias" else "fc.bias"
+        recipe["aliases"][alias] = "hidden.bias"
 
-    with pytest.raises(ValueError, match=r"has shape|an alias of nothing"):
+    with pytest.raises(ValueError, match=r"its '\w+.weight' has shape \(\d+,\), not \(11, \d+\)"):
         load_pruned(build, rewritten(path, elsewhere))
 
 
