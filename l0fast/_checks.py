@@ -6,7 +6,7 @@ import math
 import unicodedata
 from typing import NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def refuse(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
@@ -30,6 +30,13 @@ def one_line(error: Exception) -> str:
     """What was raised, for a message: its class and its first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def module(name: str, value: object) -> nn.Module:
+    """`value`, if it is a module."""
+    if not isinstance(value, nn.Module):
+        refuse(name, type(value).__name__, "a torch.nn.Module", TypeError)
+    return value
 
 
 def number(

@@ -17,6 +17,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data import sets
 from l0fast.gating.sparsify import sparsify_
 from l0fast.graph.calls import Example
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import density
 from l0fast.pruning.prune import prune as prune_model
@@ -26,7 +27,7 @@ from l0fast.training import models
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.entries import Entries
 from l0fast.training.folder import PRUNED
-from l0fast.training.histories import check_history
+from l0fast.training.histories import Rows
 from l0fast.training.matching import check_model
 from l0fast.training.removals import check_removals
 from l0fast.training.settings import BEFORE, TrainerSettings
@@ -95,7 +96,6 @@ def _rebuilt(path: Path, named: str | None) -> Trained:
     if checkpoint.term is None or not settings.gated:
         _checks.refuse("checkpoint", str(path), "one of a model with gates (this one is dense)")
     entries.whole("epoch", checkpoint.epoch, 0, settings.epochs)
-    check_history(entries, checkpoint, settings, None, False)
     name = identity["model"]
     _refuse_unnamed_code(path, name, named)
     in_shape, num_classes = _sizes(entries, identity)
@@ -110,6 +110,10 @@ def _rebuilt(path: Path, named: str | None) -> Trained:
         models.sparsify_published_(model, example, False)
     else:
         sparsify_(model, gates=settings.gates, example_inputs=example, skip=False)
+    groups = checkpoint.term.get("_extra_state", {}).get("groups", [])
+    entries.kind("term._extra_state.groups", groups, list)
+    constraints = [group[0] for group in groups if isinstance(group, list) and group]
+    Rows(settings, gated_layers(model), constraints, None).check(entries, checkpoint)
     if checkpoint.removals is not None:
         check_removals(entries, checkpoint.removals, model, Example.of(example))
     checkpoint.refuse_other_model(path, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, NoReturn, overload
 
@@ -28,7 +29,7 @@ from l0fast.graph.calls import Example
 from l0fast.graph.capture import kind_of
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sharding import refuse_shared
-from l0fast.graph.sites import replace
+from l0fast.graph.sites import replace, unchanged_if_refused
 from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.handle import gated_layers
@@ -150,34 +151,38 @@ def sparsify_(
         rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
         rows += [computed_row(name, layer) for name, layer in computed.items()]
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
+    if chosen.structure is not None and chosen.structure.trace is None:
+        words = "the gates do not follow the model's structure"
+        warnings.warn(f"sparsify_: {words}: {chosen.note}", stacklevel=2)
     names = [name for name in considered if choices[name].gates]
     if not names and not gated_layers(model):
         _refuse_none(model, gates, choices, considered, computed)
     initial = _initial(names, choices, density_init, droprate_init)
 
-    stop_skipping(model)
-    unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
-    layers = {name: model.get_submodule(name) for name in names}
-    gated: dict[str, Any] = {}
-    for name, layer in layers.items():
-        density, droprate = initial[name]
-        gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
-            layer,
-            gates=choices[name].gates,
-            units=choices[name].units,
-            shared=gated.get(choices[name].shared),
-            share=choices[name].share,
-            density_init=density,
-            droprate_init=droprate,
-            distribution=distribution,
-            noise=noise,
-        )
-    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
-    handle = attach_draw(model)
-    if chosen.structure is not None:
-        handle.structure = chosen.structure
-    if example is not None:
-        attach_skipping(model, example, skip)
+    with unchanged_if_refused(model):
+        stop_skipping(model)
+        unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
+        layers = {name: model.get_submodule(name) for name in names}
+        gated: dict[str, Any] = {}
+        for name, layer in layers.items():
+            density, droprate = initial[name]
+            gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
+                layer,
+                gates=choices[name].gates,
+                units=choices[name].units,
+                shared=gated.get(choices[name].shared),
+                share=choices[name].share,
+                density_init=density,
+                droprate_init=droprate,
+                distribution=distribution,
+                noise=noise,
+            )
+        replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+        handle = attach_draw(model)
+        if chosen.structure is not None:
+            handle.structure = chosen.structure
+        if example is not None:
+            attach_skipping(model, example, skip)
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Generator, Mapping
@@ -163,6 +164,9 @@ class Trace:
         self.counts = Counter(self.calls.values())
 
 
+_LOCK = threading.RLock()
+
+
 @contextmanager
 def quietly() -> Generator[None]:
     """torch.export speaks of its own affairs, on stderr too: not while we use it."""
@@ -230,7 +234,8 @@ def export(model: nn.Module, example: Example) -> Trace:
     """
     plain = model.register_forward_hook(lambda _model, _args, given: _plain(given))
     try:
-        with quietly(), _without_validation(), torch.no_grad():
+        # One at a time: it changes what all threads of a process share.
+        with _LOCK, quietly(), _without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         plain.remove()

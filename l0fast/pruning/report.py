@@ -156,7 +156,7 @@ def required_report(small: nn.Module) -> Report:
     Raises:
         ValueError: it has none.
     """
-    report = report_of(small)
+    report = report_of(small) if isinstance(small, nn.Module) else None
     if report is None:
         _checks.refuse("small", type(small).__name__, "a model that prune returned")
     return report

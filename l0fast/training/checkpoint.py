@@ -110,6 +110,7 @@ class Checkpoint:
             for name, value in vars(self).items()
             if not (name in OPTIONAL and value is None)
         }
+        state["format"] = FORMAT
 
         def write(temporary: Path) -> None:
             with temporary.open("wb") as file:
@@ -147,7 +148,6 @@ class Checkpoint:
         if not sealed and version != EARLIER:
             _checks.refuse(name, str(path), f"{WHOLE} (this one has lost its digest)")
         _check_kinds(Entries(path, name, WHOLE), state)
-        state["format"] = FORMAT  # what it is written as, if it is
         return cls(
             **{field.name: state[field.name] for field in fields(cls) if field.name in state}
         )

@@ -21,7 +21,7 @@ from l0fast.layers.serving import INDEX
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.entries import Entries
-from l0fast.training.histories import check_history
+from l0fast.training.histories import Rows
 from l0fast.training.method import lr_factor
 from l0fast.training.removals import check_removals
 from l0fast.training.run_state import RunState
@@ -63,8 +63,13 @@ class Run:
         if checkpoint.threads is not None:
             entries.whole("threads", checkpoint.threads, 1)
         term = self.state.term
-        names = term.names if isinstance(term, DensityConstraint) else None
-        check_history(entries, checkpoint, settings, names, self.validation)
+        rows = Rows(
+            settings,
+            gated_layers(self.state.model),
+            term.names if isinstance(term, DensityConstraint) else (),
+            self.validation,
+        )
+        rows.check(entries, checkpoint)
         model, optimizer = self._as_removed(entries, checkpoint)
         checkpoint.refuse_other_model(path, model)
         check_model(entries, "model", checkpoint.model, model)
@@ -116,6 +121,7 @@ class Run:
                 entries.refuse(f"idle.epochs.{name}", "holds no numbers of epochs")
         entries.kind("idle.stuck", idle["stuck"], list)
         for name in idle["stuck"]:
+            entries.kind("idle.stuck, in part,", name, str)
             if name not in layers:
                 entries.refuse("idle.stuck", f"has an unknown {name!r}")
         return model, optimizer
