@@ -145,6 +145,9 @@ def sparsify_(
     if gates == "auto" and example is not None:
         twin, calls, fused = with_ordinary_attention(model, example)
     considered, computed = _considered(twin, include, exclude, example)
+    for name, layer in considered.items():
+        if not layer.get_parameter("weight").numel():
+            _checks.refuse(f"model.{name}", "no weights", "layers with weights; exclude this one")
     chosen = choose(twin, gates, considered, example)
     choices = chosen.choices
     if dry_run:
