@@ -21,6 +21,10 @@ TRACEBACK_VARIABLE = "L0FAST_TRACEBACK"
 """Environment variable: set, an error shows its traceback."""
 
 
+NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")
+"""What torch says where memory ends."""
+
+
 class Terminated(BaseException):
     """SIGTERM: the process is asked to end."""
 
@@ -129,7 +133,7 @@ def _in_words(error: Exception) -> str:
     words = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
         return words
-    if isinstance(error, MemoryError) or "not enough memory" in words or "out of memory" in words:
+    if isinstance(error, MemoryError) or any(one in words for one in NO_MEMORY):
         return f"memory: there is not enough ({words or type(error).__name__})"
     if isinstance(error, (ValueError, TypeError, OSError)):
         return words

@@ -68,6 +68,8 @@ class Edit:
 
         def indices(values: Any, size: int) -> tuple[int, ...]:
             found = tuple(int(value) for value in values)
+            if any(type(value) is not int for value in values):
+                raise TypeError("an index that is no whole number")
             if not found or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] >= size:
                 raise ValueError(f"indices outside [0, {size})")
             return found

@@ -172,7 +172,7 @@ class Checkpoint:
             if key not in known:
                 expected = "a run without it (an earlier version's cannot be resumed)"
                 _checks.refuse(key, ours, f"{expected}, as in the checkpoint {path}")
-            if ours != theirs:
+            if ours != theirs or isinstance(ours, bool) is not isinstance(theirs, bool):
                 _checks.refuse(key, ours, f"{theirs!r}, as in the checkpoint {path}")
 
     def refuse_other_model(self, path: Path, model: nn.Module) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from l0fast.training.checkpoint import EARLIER, Checkpoint
 from l0fast.training.entries import Entries
-from l0fast.training.metrics import VALIDATION
+from l0fast.training.metrics import VALIDATION, Row
 from l0fast.training.settings import TrainerSettings
 
 OF_ALL = ("epoch", "loss", "train_error_percent", "test_error_percent")
@@ -18,6 +18,16 @@ OF_CONSTRAINTS = ("density", "measure", "feasible")
 OF_MULTIPLIERS = ("aim", "lambda", "restarts", "stalls")
 ROUNDED = 1.0 + 1e-3
 """The most that a share may be: sums of float32 may be a little over 1."""
+
+
+def best_epoch(history: Sequence[Row], settings: TrainerSettings) -> int | None:
+    """The epoch that `RunState.keep_if_best` has kept, by the rows of the epochs."""
+    best: Row | None = None
+    for row in history:
+        may = settings.may_select(row["epoch"]) and row.get("feasible", True)
+        if may and (best is None or row[VALIDATION] <= best[VALIDATION]):
+            best = row
+    return None if best is None else best["epoch"]
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from l0fast.layers.serving import INDEX
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.entries import Entries
-from l0fast.training.histories import Rows
+from l0fast.training.histories import Rows, best_epoch
 from l0fast.training.method import lr_factor
 from l0fast.training.removals import check_removals
 from l0fast.training.run_state import RunState
@@ -111,10 +111,8 @@ class Run:
         idle: Any = checkpoint.idle
         entries.names("idle", idle, ("epochs", "stuck"))
         layers = gated_layers(model)
-        entries.names("idle.epochs", idle["epochs"])
+        entries.names("idle.epochs", idle["epochs"], layers if idle["epochs"] else ())
         for name, count in idle["epochs"].items():
-            if name not in layers:
-                entries.refuse("idle.epochs", f"has an unknown {name!r}")
             like = torch.zeros(layers[name].num_gates, dtype=torch.int64)
             entries.tensor(f"idle.epochs.{name}", count, like)
             if bool((count < 0).any()) or bool((count > checkpoint.epoch).any()):
@@ -137,14 +135,10 @@ class Run:
 
     def _check_best(self, entries: Entries, checkpoint: Checkpoint, model: nn.Module) -> None:
         best: Any = checkpoint.best
+        found = best_epoch(checkpoint.history, self.settings)
+        entries.equal("best.epoch", None if best is None else best["epoch"], found)
         if best is None:
             return
-        if self.settings.select != "best":
-            entries.refuse("best", "is of a run with select='best'")
-        entries.names("best", best, ("epoch", "model"))
-        entries.whole("best.epoch", best["epoch"], 1, checkpoint.epoch)
-        if not self.settings.may_select(best["epoch"]):
-            entries.refuse("best.epoch", f"is {best['epoch']}, which cannot be selected")
         check_model(entries, "best.model", best["model"], model)
 
     def _check_term(self, entries: Entries, checkpoint: Checkpoint) -> None:

@@ -61,15 +61,18 @@ def saved(finished: Path, at: tuple[Any, ...], value: Any) -> str:
 def test_code_runs_only_if_the_user_names_it(
     finished: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    Path("evil.py").write_text("open('ran', 'w')\ndef net(): pass\n")
-    path = saved(finished, ("identity", "model"), "evil:net")
+    name = f"evil_{command}"
+    Path(f"{name}.py").write_text("open('ran', 'w').close()\ndef net(): pass\n")
+    state = torch.load(saved(finished, ("identity", "model"), f"{name}:net"), weights_only=True)
+    write_checkpoint(Path("odd.pt"), replaced(state, ("identity", "widths"), None))
+    path = "odd.pt"
     message = refused(capsys, command, path)
-    assert "expected --model evil:net beside it: this checkpoint names code of yours" in message
+    assert f"expected --model {name}:net beside it: this checkpoint names code of yours" in message
     assert not Path("ran").exists()
     message = refused(capsys, command, path, "--model", "other:net")
-    assert "model: got 'other:net'; expected 'evil:net', which the checkpoint odd.pt" in message
+    assert f"model: got 'other:net'; expected '{name}:net', which the checkpoint odd.pt" in message
     assert not Path("ran").exists()
-    assert run(command, path, "--model", "evil:net") == 2  # it builds no model
+    assert run(command, path, "--model", f"{name}:net") == 2  # it builds no model
     assert Path("ran").exists()
 
 

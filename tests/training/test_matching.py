@@ -32,7 +32,7 @@ def may_be(at: tuple[Any, ...], what: str) -> bool:
     parameter that has no moments, since nothing reads it."""
     unsaid = at == ("identity",) and what in [f"without {name!r}" for name in BEFORE]
     unread = at == ("optimizer", "state") and what.startswith("without ")
-    return unsaid or unread or (at == () and what == "without 'threads'")
+    return unsaid or unread or (at == ("threads",) and what == "None")
 
 
 
