@@ -105,7 +105,8 @@ def of_json(entry: Mapping[str, Any], tensors: Mapping[str, Tensor] | None = Non
     digest.update(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode())
     for name, tensor in sorted((tensors or {}).items()):
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy()))
+        content: Any = tensor.detach().reshape(-1).view(torch.uint8).numpy()
+        digest.update(content)
     return digest.hexdigest()
 
 

@@ -43,8 +43,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--model",
             metavar="M",
-            help="the model that the checkpoint names; needed where that is package.module:callable, "
-            "for its code will run",
+            help="the model that the checkpoint names; needed where that is "
+            "package.module:callable, for its code will run",
         )
         command.add_argument(
             "--target",

@@ -69,7 +69,8 @@ def _sizes(entries: Entries, identity: dict[str, Any]) -> tuple[tuple[int, ...],
     fixed = sets.FIXED.get(identity["dataset"])
     if fixed is not None:
         return fixed
-    shape, classes = (identity.get(name) for name in ("in_shape", "num_classes"))
+    shape: Any = identity.get("in_shape")
+    classes: Any = identity.get("num_classes")
     entries.kind("identity.in_shape", shape, list)
     for size in (*shape, classes):
         entries.whole("identity.in_shape and num_classes", size, 1, LARGEST)

@@ -22,7 +22,6 @@ from l0fast.training import models
 from l0fast.training.settings import MAX_SEED, TrainerSettings
 from l0fast.training.trainer import Trainer
 
-
 MAX_THREADS = 2**16
 
 
@@ -105,7 +104,9 @@ def set_up(args: argparse.Namespace) -> Setup:
     require("train", "matplotlib", "tqdm", *(["sklearn"] if args.dataset == "digits" else []))
     in_colour = models.from_torchvision(args.model)
     if args.threads is not None:
-        threads = _checks.whole("threads", values.number("threads", args.threads, int), 1, MAX_THREADS)
+        threads = _checks.whole(
+            "threads", values.number("threads", args.threads, int), 1, MAX_THREADS
+        )
         torch.set_num_threads(threads)
     # Moments of closed gates' weights decay into denormals, which CPUs add very slowly.
     torch.set_flush_denormal(True)

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Generator
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from l0fast import _checks
 
@@ -47,7 +47,7 @@ class Parser(argparse.ArgumentParser):
 class _Printable(io.TextIOBase):
     """A stream that shows control characters, which a terminal would obey, as escapes."""
 
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:

@@ -68,7 +68,9 @@ class Gated(Drawn):
         share: Share | None = None,
     ) -> None:
         if not self.weight.numel():
-            _checks.refuse("weight", tuple(self.weight.shape), "a layer with weights; exclude this one")
+            _checks.refuse(
+                "weight", tuple(self.weight.shape), "a layer with weights; exclude this one"
+            )
         self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
         if shared is not None:

@@ -29,8 +29,8 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         return
     if model.training and torch._C._are_functorch_transforms_active():
         raise RuntimeError(
-            "torch.func: got a transform of a training step; expected plain autograd, or a model in "
-            "evaluation: gates are drawn once for a whole step"
+            "torch.func: got a transform of a training step; expected plain autograd, or a model "
+            "in evaluation: gates are drawn once for a whole step"
         )
     handle: ModelGates = model.__dict__[ATTRIBUTE]
     board = handle.board

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -118,9 +118,8 @@ class Entries:
 
 
 def _same(value: object, wanted: object) -> bool:
-    if isinstance(wanted, Tensor) or isinstance(value, Tensor):
-        both = isinstance(value, Tensor) and isinstance(wanted, Tensor)
-        return both and value.dtype == wanted.dtype and torch.equal(value.cpu(), wanted.cpu())
+    if isinstance(value, Tensor) and isinstance(wanted, Tensor):
+        return value.dtype == wanted.dtype and torch.equal(value.cpu(), wanted.cpu())
     if isinstance(wanted, Mapping):
         return isinstance(value, Mapping) and (
             list(value) == list(wanted) and all(_same(value[key], wanted[key]) for key in wanted)

@@ -149,7 +149,7 @@ class Run:
             return
         own: Mapping[str, Any] = term.state_dict()
         entries.names("term", dict(saved), own)
-        extra = {**own["_extra_state"], "settled": self._settled(checkpoint)}
+        extra: dict[str, Any] = {**own["_extra_state"], "settled": self._settled(checkpoint)}
         if isinstance(term, MagnitudePruning):
             extra["done"] = checkpoint.step
         got: Any = saved["_extra_state"]

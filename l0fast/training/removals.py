@@ -13,9 +13,7 @@ from l0fast.pruning.shrink import Removal, remove_
 from l0fast.training.entries import Entries
 
 
-def check_removals(
-    entries: Entries, removals: object, model: nn.Module, example: Example
-) -> None:
+def check_removals(entries: Entries, removals: object, model: nn.Module, example: Example) -> None:
     """Carries removals out on a model, in place, each after it has been checked.
 
     Args:

@@ -35,7 +35,7 @@ def is_summary(summary: object) -> bool:
     if not isinstance(summary, dict):
         return False
     get = summary.get
-    numbers = [get(name) for name in (*NUMBERS, "seconds")]
+    numbers: list[Any] = [get(name) for name in (*NUMBERS, "seconds")]
     numbers += [get(n) for n in ("penalty", "realised_density") if get(n) is not None]
     targets = get("target_layer_density") or {}
     widths = get("architecture")

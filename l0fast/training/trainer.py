@@ -28,8 +28,8 @@ from l0fast.training.arguments import check_arguments, json_facts
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.training.folder import RunFolder
-from l0fast.training.method import lr_factor, make_optimizer, make_term
 from l0fast.training.matching import Run
+from l0fast.training.method import lr_factor, make_optimizer, make_term
 from l0fast.training.metrics import Row, check_finite, error_percent, measure, stall_metrics
 from l0fast.training.placement import place_data, place_model_, usable_device
 from l0fast.training.run_state import RunState

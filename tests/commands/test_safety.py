@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +117,9 @@ def test_one_process_trains_in_a_folder(finished: Path, capsys: pytest.CaptureFi
 
 def test_what_the_living_write_stays_and_what_the_dead_left_goes(finished: Path) -> None:
     shutil.copytree(finished, "run")
-    done = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1)
+    done = subprocess.run(
+        [sys.executable, "-c", "import os; print(os.getpid())"], stdout=-1, check=True
+    )
     dead, living = int(done.stdout), os.getppid()
     for pid in (dead, living):
         Path("run", f".{CHECKPOINT}.{pid}.part").touch()
@@ -168,7 +170,7 @@ def test_what_another_process_has_trained_is_not_trained_again(
 def test_a_lock_is_waited_for(tmp_path: Path) -> None:
     lock = FolderLock(tmp_path)
     lock.acquire()
-    with pytest.raises(BlockingIOError), locked(tmp_path, patience=0.0):
+    with pytest.raises(BlockingIOError, match="is writing here"), locked(tmp_path, patience=0.0):
         pass
     threading.Timer(0.2, lock.release).start()
     with locked(tmp_path, patience=30.0):
@@ -276,7 +278,9 @@ def test_seeds_beyond_all_are_one_line(capsys: pytest.CaptureFixture[str]) -> No
         refused(capsys, *COMPARE, "--seeds", text)
 
 
-@pytest.mark.parametrize("error", [KeyError("x"), RecursionError("deep"), MemoryError(), OSError(5)])
+@pytest.mark.parametrize(
+    "error", [KeyError("x"), RecursionError("deep"), MemoryError(), OSError(5)]
+)
 def test_whatever_is_raised_is_one_line(
     error: Exception, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,9 +337,19 @@ def test_a_file_that_would_unpack_to_anything(
 
 
 @contextlib.contextmanager
-def training(*words: str) -> Iterator[subprocess.Popen[str]]:
+def training(*words: str) -> Generator[subprocess.Popen[str]]:
     """A process that trains for long, once its first checkpoint is there."""
-    arguments = [sys.executable, "-m", "l0fast", *FAST, "--epochs", "100000", "--out", "run", *words]
+    arguments = [
+        sys.executable,
+        "-m",
+        "l0fast",
+        *FAST,
+        "--epochs",
+        "100000",
+        "--out",
+        "run",
+        *words,
+    ]
     process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=-1, stdout=-1, text=True)
     try:
         end = time.monotonic() + 200
@@ -350,7 +364,8 @@ def training(*words: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signals here")
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interr")]
+    ("number", "code", "word"),
+    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interr")],
 )
 def test_a_signal_ends_it_in_one_line(number: int, code: int, word: str) -> None:
     with training() as process:
