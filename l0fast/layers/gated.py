@@ -68,9 +68,7 @@ class Gated(Drawn):
         share: Share | None = None,
     ) -> None:
         if not self.weight.numel():
-            _checks.refuse(
-                "weight", tuple(self.weight.shape), "a layer with weights; exclude this one"
-            )
+            _checks.refuse("weight", tuple(self.weight.shape), "one that is not empty; exclude it")
         self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
         if shared is not None:

@@ -76,7 +76,7 @@ def test_every_wrong_entry_is_refused(saved: Any, digits: Data, tmp_path: Path) 
             continue
         taken.append(f"{'.'.join(map(str, at))}: {what}")
     assert not taken, f"{len(taken)} of {TRIES}: {taken}"
-    assert_same(run.state.model.state_dict(), before)
+    assert_same(dict(run.state.model.state_dict()), before)
 
 
 @pytest.mark.parametrize("saved", ["constrained"], indirect=True)
