@@ -27,7 +27,7 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
     model = DataDependent()
     handle = model.register_forward_pre_hook(lambda *_: None)
     before = {name: (type(m), dict(vars(m))) for name, m in model.named_modules()}
-    with pytest.raises(ValueError, match=r"^skip: got True; expected 'auto' or False for this mod"):
+    with pytest.raises(ValueError, match=r"^skip: got True; expected .auto. or False for"):
         sparsify_(model, gates="input", example_inputs=X, skip=True)
     assert {name: (type(m), dict(vars(m))) for name, m in model.named_modules()} == before
     assert handle_of(model) is None
@@ -36,7 +36,7 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
 
 
 def test_without_a_structure_there_is_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"^sparsify_: the gates do not follow the model's structu"):
+    with pytest.warns(UserWarning, match=r"^sparsify_: the gates do not follow the model"):
         sparsify_(DataDependent(), example_inputs=X)
 
 
@@ -58,7 +58,7 @@ def test_a_weight_that_is_nan_proves_nothing() -> None:
     model: Any = sparsify_(net(), example_inputs=X)
     with torch.no_grad():
         model[0].weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match=r"^model\.0\.weight: got 'NaN'; expected weights that are"):
+    with pytest.raises(ValueError, match=r"^model\.0\.weight: got 'NaN'; expected weights"):
         prune(model, X)
 
 
@@ -100,7 +100,9 @@ def test_none_is_no_model(call: Callable[[], Any]) -> None:
 def test_a_layer_without_weights_is_named() -> None:
     with pytest.warns(UserWarning, match="zero-element"):
         model = nn.Sequential(nn.Linear(6, 0), nn.Linear(0, 3))
-    with pytest.raises(ValueError, match=r"^model\.0: got 'no weights'; expected layers with weigh"):
+    with pytest.raises(
+        ValueError, match=r"^model\.0: got 'no weights'; expected layers with weigh"
+    ):
         sparsify_(model, example_inputs=X)
 
 
