@@ -30,7 +30,7 @@ from l0fast.graph.calls import Example
 from l0fast.graph.capture import kind_of
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sharding import refuse_shared
-from l0fast.graph.sites import replace
+from l0fast.graph.sites import replace, unchanged_if_refused
 from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.handle import gated_layers
@@ -146,6 +146,9 @@ def sparsify_(
     if gates == "auto" and example is not None:
         twin, calls, fused = with_ordinary_attention(model, example)
     considered, computed = _considered(twin, include, exclude, example)
+    for name, layer in considered.items():
+        if not layer.get_parameter("weight").numel():
+            _checks.refuse(f"model.{name}", "no weights", "layers with weights; exclude this one")
     chosen = choose(twin, gates, considered, example)
     choices = chosen.choices
     if dry_run:
@@ -159,29 +162,30 @@ def sparsify_(
         _refuse_none(model, gates, choices, considered, computed)
     initial = _initial(names, choices, density_init, droprate_init)
 
-    stop_skipping(model)
-    unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
-    layers = {name: model.get_submodule(name) for name in names}
-    gated: dict[str, Any] = {}
-    for name, layer in layers.items():
-        density, droprate = initial[name]
-        gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
-            layer,
-            gates=choices[name].gates,
-            units=choices[name].units,
-            shared=gated.get(choices[name].shared),
-            share=choices[name].share,
-            density_init=density,
-            droprate_init=droprate,
-            distribution=distribution,
-            noise=noise,
-        )
-    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
-    handle = attach_draw(model)
-    if chosen.structure is not None:
-        handle.structure = chosen.structure
-    if example is not None:
-        attach_skipping(model, example, skip)
+    with unchanged_if_refused(model):
+        stop_skipping(model)
+        unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
+        layers = {name: model.get_submodule(name) for name in names}
+        gated: dict[str, Any] = {}
+        for name, layer in layers.items():
+            density, droprate = initial[name]
+            gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
+                layer,
+                gates=choices[name].gates,
+                units=choices[name].units,
+                shared=gated.get(choices[name].shared),
+                share=choices[name].share,
+                density_init=density,
+                droprate_init=droprate,
+                distribution=distribution,
+                noise=noise,
+            )
+        replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+        handle = attach_draw(model)
+        if chosen.structure is not None:
+            handle.structure = chosen.structure
+        if example is not None:
+            attach_skipping(model, example, skip)
     return model
 
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import own_weights
-from l0fast.graph.exporting import plain, quietly, read_nodes, without_validation
+from l0fast.graph.exporting import LOCK, plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
 from l0fast.graph.tensors import ChannelTensor, added, channel_tensors
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
@@ -203,7 +203,8 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     """
     hook = model.register_forward_hook(lambda _model, _args, given: plain(given))
     try:
-        with quietly(), without_validation(), torch.no_grad():
+        # One at a time: it changes what all threads of a process share.
+        with LOCK, quietly(), without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         hook.remove()

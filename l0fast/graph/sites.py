@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -86,6 +87,29 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
             if id(child) in replacements:
                 module._modules[name] = replacements[id(child)]
     return replacements.get(id(model), model)
+
+
+@contextmanager
+def unchanged_if_refused(model: nn.Module) -> Generator[None]:
+    """Puts a model's modules, hooks and attributes back where an error ends the block."""
+    before = {
+        module: {
+            key: (value, copy.copy(value) if isinstance(value, (dict, set)) else None)
+            for key, value in vars(module).items()
+        }
+        for module in model.modules()
+    }
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before.items():
+            vars(module).clear()
+            for key, (value, content) in attributes.items():
+                if content is not None:  # the same object: handles of hooks point to it
+                    value.clear()
+                    value.update(content)
+                vars(module)[key] = value
+        raise
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:

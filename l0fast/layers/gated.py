@@ -67,6 +67,8 @@ class Gated(Drawn):
         shared: Gated | None = None,
         share: Share | None = None,
     ) -> None:
+        if not self.weight.numel():
+            _checks.refuse("weight", tuple(self.weight.shape), "one that is not empty; exclude it")
         self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
         if shared is not None:
@@ -282,7 +284,8 @@ class Gated(Drawn):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The state of the dense layer loads too: the gates then stay as they are.
         own = {"_extra_state": self.get_extra_state()}
-        if prefix + "weight" in state_dict:
+        dense = prefix + "_extra_state" not in state_dict
+        if dense and prefix + "weight" in state_dict:
             own["log_alpha"] = self.log_alpha.detach()
         lacking = {
             prefix + name: one for name, one in own.items() if prefix + name not in state_dict

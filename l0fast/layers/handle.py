@@ -232,8 +232,9 @@ def gates(model: nn.Module) -> ModelGates:
 
     Raises:
         ValueError: the model has no gates.
+        TypeError: it is no module.
     """
-    handle = handle_of(model)
+    handle = handle_of(_checks.module("model", model))
     if handle is None:
         layers = gated_layers(model)
         if not layers:

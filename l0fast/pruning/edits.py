@@ -69,6 +69,8 @@ class Edit:
 
         def indices(values: Any, size: int) -> tuple[int, ...]:
             found = tuple(int(value) for value in values)
+            if any(type(value) is not int for value in values):
+                raise TypeError("an index that is no whole number")
             if not found or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] >= size:
                 raise ValueError(f"indices outside [0, {size})")
             return found
@@ -76,8 +78,13 @@ class Edit:
         def part(values: Any, size: int) -> tuple[int, ...] | None:
             return None if values is None else indices(values, size)
 
-        def move(value: Any) -> tuple[tuple[int, ...], int] | None:
-            return None if value is None else (indices(value[0], int(value[1])), int(value[1]))
+        def move(value: Any, size: int) -> tuple[tuple[int, ...], int] | None:
+            if value is None:
+                return None
+            of = int(value[1])
+            if of > size:
+                raise ValueError(f"{of} units of a layer that has {size}")
+            return indices(value[0], of), of
 
         size = int(entry["in"][1]), int(entry["out"][1])
         edit = cls(
@@ -86,8 +93,8 @@ class Edit:
             size,
             part(entry["inputs"], size[0]),
             part(entry["outputs"], size[1]),
-            move(entry["gather"]),
-            move(entry["scatter"]),
+            move(entry["gather"], size[0]),
+            move(entry["scatter"], size[1]),
             entry["scale"],
         )
         fits = all(
