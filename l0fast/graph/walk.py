@@ -16,13 +16,14 @@ from torch import Tensor
 from torch.fx import Node
 
 from l0fast import _checks
-from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_channelwise, kind_of
+from l0fast.graph.capture import Trace, input_place, is_carrier, is_channelwise
 from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_in_words, op_name, shape_of, writes_in_place
 from l0fast.graph.sites import UNREAD, Site, is_held
 from l0fast.graph.tied import Tied
 from l0fast.graph.units import STAYS, Units, grids_of, in_all, narrowed, unknown
+from l0fast.layers.dense_types import inner_dims
 
 
 class Walk(Tied):
@@ -179,8 +180,8 @@ class Walk(Tied):
 
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
-        source: Any = node.args[0]
-        inner = LAYERS.get(kind_of(site.layer), 0)
+        source: Any = node.args[input_place(site.layer)]
+        inner = inner_dims(site.layer) or 0
         shape, made = shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
         if shape is not None and source in self.values:

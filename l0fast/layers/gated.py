@@ -50,7 +50,8 @@ class Gated(Drawn):
             gates on single weights).
     """
 
-    dense_type: ClassVar[type[nn.Module]]
+    dense_type: type[nn.Module]
+    """The class of the ordinary layer."""
     weight: nn.Parameter
     bias: nn.Parameter | None
     _full: tuple[int, int] | None = None
@@ -110,10 +111,8 @@ class Gated(Drawn):
             TypeError: `layer` is of another class, or its subclass has another forward.
             ValueError: an option is out of its range.
         """
-        if dense_type_of(type(layer)) is not cls.dense_type or isinstance(layer, Gated):
-            _checks.refuse(
-                "layer", type(layer).__name__, f"a torch.nn.{cls.dense_type.__name__}", TypeError
-            )
+        if isinstance(layer, Gated) or not cls._stands_for(layer):
+            _checks.refuse("layer", type(layer).__name__, cls._expected(), TypeError)
         gates = gates or cls.default_gates
         check_options(gates, density_init, droprate_init, noise)
         _checks.whole("units", units)
@@ -138,6 +137,15 @@ class Gated(Drawn):
         return self
 
     default_gates: ClassVar[str]
+
+    @classmethod
+    def _stands_for(cls, layer: nn.Module) -> bool:
+        """Whether a dense layer is one that this class gates."""
+        return dense_type_of(type(layer)) is cls.dense_type
+
+    @classmethod
+    def _expected(cls) -> str:
+        return f"a torch.nn.{cls.dense_type.__name__}"
 
     # --- the gates -----------------------------------------------------------------------------
 
@@ -237,7 +245,7 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "units", "distribution", "stage", "_full", "_places")
+        own = ("gates", "noise", "units", "distribution", "stage", "_full", "_places", "dense_type")
         dense.__dict__.update(_own_state(self, without=own))
         del dense._parameters["log_alpha"]
         drop_index(dense)
