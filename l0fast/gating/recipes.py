@@ -24,6 +24,9 @@ from l0fast.graph.walk import Walk
 from l0fast.layers.dense_types import is_linear
 from l0fast.layers.serving import Share
 
+BASE = ".base_layer"
+"""How the names of layers end that have an adapter beside them."""
+
 
 @dataclass(frozen=True)
 class GateRow:
@@ -153,6 +156,8 @@ class _Recipe:
         self.stays = int(walk.classes[STAYS])
         self.nonzero = self._nonzero(trace, sites)
         """Classes of units that do not reach every reader as zeros when their maker gives zeros."""
+        self.adapted = [name[: -len(BASE)] for name in sites if name.endswith(BASE)]
+        """The modules in which a layer has an adapter beside it."""
         self.vanishing: dict[frozenset[str], bool] = {}
         """The layers that read some units -> see `_vanishes`."""
         self.closed_by_maker: set[int] = set()
@@ -199,6 +204,8 @@ class _Recipe:
         units, source = self.walk.inputs[site.name], self.walk.sources[site.name]
         if units is None or not bool((units.labels != STAYS).any()):
             if linear and source.startswith("the model's input"):
+                if any(site.name.startswith(f"{path}.") for path in self.adapted):
+                    return Choice("", "with a gather before it, an adapter could not be merged")
                 return Choice("input")
             return Choice("", f"it reads {source}")
         classes = self.walk.classes[units.labels]

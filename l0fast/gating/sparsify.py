@@ -33,7 +33,7 @@ from l0fast.graph.sites import replace
 from l0fast.layers.dense_types import inner_dims
 from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import gated_type_of
-from l0fast.layers.handle import gated_layers
+from l0fast.layers.handle import gated_layers, note_adapters
 from l0fast.layers.options import GATES
 from l0fast.layers.sampling import attach_draw
 from l0fast.maths.hard_concrete import HardConcrete
@@ -178,6 +178,7 @@ def sparsify_(
             noise=noise,
         )
     replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+    note_adapters(model)
     handle = attach_draw(model)
     if chosen.structure is not None:
         handle.structure = chosen.structure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, ClassVar, Self
 
@@ -14,22 +13,13 @@ from l0fast.layers.dense_types import dense_type_of
 from l0fast.layers.draw import DRAWN, STAGES, Drawn, OnDevice, OpenCounts
 from l0fast.layers.options import check_options
 from l0fast.layers.serving import Share, drop_index
+from l0fast.layers.takeover import OF_GATES, own_state
 from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
 
 DENSITY_INIT = 0.9
 DROPRATE_STD = 0.01
 """Spread of log_alpha around its mean in the published initialisation (droprate_init)."""
-
-
-def _own_state(layer: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The attributes of `layer` for another layer to take over: the very parameters and hooks."""
-    return {
-        key: copy.copy(value) if isinstance(value, (dict, set)) else value
-        for key, value in vars(layer).items()
-        # A layer that was compiled by itself holds its own class's forward there.
-        if key not in (*without, "_compiled_call_impl")
-    }
 
 
 class Gated(Drawn):
@@ -117,7 +107,7 @@ class Gated(Drawn):
         check_options(gates, density_init, droprate_init, noise)
         _checks.whole("units", units)
         self = cls.__new__(cls)
-        self.__dict__.update(_own_state(layer))
+        self.__dict__.update(own_state(layer))
         if units > 1 and gates != "input":
             _checks.refuse("units", units, f"1 where gates={gates!r}")
         if self._num_inputs() % units:
@@ -245,8 +235,7 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "units", "distribution", "stage", "_full", "_places", "dense_type")
-        dense.__dict__.update(_own_state(self, without=own))
+        dense.__dict__.update(own_state(self, without=OF_GATES))
         del dense._parameters["log_alpha"]
         drop_index(dense)
         return dense

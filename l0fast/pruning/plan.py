@@ -17,6 +17,7 @@ from l0fast.graph.liveness import Extent, Liveness, local_extents
 from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
+from l0fast.pruning.adapters import sizes_around
 from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.edits import Edit
@@ -214,6 +215,7 @@ class _Planner:
             else:
                 extents = merges.extents(rigid)
             edits = self.edits_of(extents)
+            patches = [*patches, *sizes_around(self.draft.source, edits)]
             if (edits, patches) in tried:
                 continue
             tried.append((edits, patches))
