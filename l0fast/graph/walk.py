@@ -286,7 +286,9 @@ class Walk(Tied):
         """Why an op gives no unit, where none of its inputs has any."""
         sources = node.all_input_nodes
         if any(self.of_layers(part) for source in sources for part in self.units(source)):
-            return op_name(node)
+            others = [self.lost[source] for source in sources if source in self.lost]
+            why = next((other for other in others if other != "a constant"), "")
+            return f"{op_name(node)} of {why}" if why else op_in_words(node)
         return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
 
     def _item(self, node: Node) -> None:
