@@ -287,5 +287,5 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     inputs = {node for node in program.graph.nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
     nodes = list(program.graph.nodes)
-    held = channel_tensors(whole, nodes, held_at, is_site)
+    held = channel_tensors(whole, nodes, held_at, inputs, is_site)
     return Trace(nodes, calls, callers, inputs, read_outside, unread, held)

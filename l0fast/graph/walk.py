@@ -172,7 +172,7 @@ class Walk(Tied):
         what it is put together with."""
         held: Any = site.layer
         self.inputs[site.name], self.sources[site.name] = None, ""
-        labels, values = self.outputs[site.name].view(held.tensor.shape), held.values()
+        labels, values = held.over(self.outputs[site.name]), held.values()
         nothing = unknown(values.shape).constant
         self.values[node] = Units(labels, nothing if site.name in self.untold else values)
         if site.fixed:
@@ -288,7 +288,7 @@ class Walk(Tied):
         if any(self.of_layers(part) for source in sources for part in self.units(source)):
             others = [self.lost[source] for source in sources if source in self.lost]
             why = next((other for other in others if other != "a constant"), "")
-            return f"{op_name(node)} of {why}" if why else op_in_words(node)
+            return why or op_in_words(node)
         return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
 
     def _item(self, node: Node) -> None:
