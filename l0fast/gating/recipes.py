@@ -76,8 +76,7 @@ class Choice:
 def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
     """Where gates go in a model whose graph is not known: safe anywhere, if not always smaller."""
     return {
-        name: Choice("input" if is_linear(layer) else "output")
-        for name, layer in layers.items()
+        name: Choice("input" if is_linear(layer) else "output") for name, layer in layers.items()
     }
 
 

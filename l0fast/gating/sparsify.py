@@ -107,10 +107,10 @@ def sparsify_(
 
     Args:
         model: any module; its nn.Linear, nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d take part,
-            and subclasses of them that keep their forward, which become layers of the base class
-            and transformers' Conv1D
-            (those inside PyTorch's fused attention modules do not, nor those whose weights
-            something computes, such as weight_norm).
+            and subclasses of them that keep their forward, which become layers of the base class;
+            and transformers' Conv1D, a Linear whose weight is [in, out] (those inside PyTorch's
+            fused attention modules do not, nor those whose weights something computes, such as
+            weight_norm).
         gates: "auto", or "input", "output" or "weight" for every layer that takes part.
         include: only layers whose name matches a glob pattern (or one of several), or for which
             predicate(name, layer) is true.

@@ -17,7 +17,7 @@ from l0fast.graph.computed import own_weights
 from l0fast.graph.exporting import plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
 from l0fast.graph.tensors import ChannelTensor, added, channel_tensors
-from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out, kind_of
+from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Classes of batch norms."""

@@ -115,8 +115,9 @@ JOINS = _aten(
 """Ops on each element of several tensors."""
 
 _SEVERAL = _aten(
-    "bmm cat einsum embedding expand_as gather group_norm index index_add index_select layer_norm matmul mm "
-    "prelu reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as view_as"
+    "bmm cat einsum embedding expand_as gather group_norm index index_add index_select layer_norm "
+    "matmul mm prelu reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as "
+    "view_as"
 )
 """Ops with a rule that may have several tensors."""
 

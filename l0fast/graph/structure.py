@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_flatten
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.capture import Trace, export, is_site, kind_of, train_but_norms
+from l0fast.graph.capture import Trace, export, is_site, train_but_norms
 from l0fast.graph.parts import export_parts
 from l0fast.graph.sites import without_gates
+from l0fast.layers.dense_types import kind_of
 from l0fast.layers.handle import gates
 from l0fast.layers.serving import INDEX
 from l0fast.layers.ties import GATES

@@ -181,8 +181,7 @@ class Walk(Tied):
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
         source: Any = node.args[input_place(site.layer)]
-        inner = inner_dims(site.layer) or 0
-        shape, made = shape_of(source), shape_of(node)
+        inner, shape, made = inner_dims(site.layer) or 0, shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
         if shape is not None and source in self.values:
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
@@ -279,17 +278,15 @@ class Walk(Tied):
 
     def _seen_elsewhere(self, node: Node) -> bool:
         """Whether what is written into a node may be read by another way than from the writer."""
-        fresh = node in self.trace.calls or op_name(node) == "aten::cat"
-        return len(node.users) > 1 or not fresh
+        return len(node.users) > 1 or not (node in self.trace.calls or op_name(node) == "aten::cat")
 
     def _lost(self, node: Node) -> str:
-        """Why an op gives no unit, where none of its inputs has any."""
+        """Why an op gives no unit."""
         sources = node.all_input_nodes
-        if any(self.of_layers(part) for source in sources for part in self.units(source)):
-            others = [self.lost[source] for source in sources if source in self.lost]
-            why = next((other for other in others if other != "a constant"), "")
-            return why or op_in_words(node)
-        return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
+        reasons = [self.lost[source] for source in sources if source in self.lost]
+        if not any(self.of_layers(part) for source in sources for part in self.units(source)):
+            return next(iter(reasons), op_name(node))
+        return next((why for why in reasons if why != "a constant"), op_in_words(node))
 
     def _item(self, node: Node) -> None:
         source: Any = node.args[0]

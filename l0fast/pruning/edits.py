@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph.capture import is_carrier, kind_of, layer_size, resize_
+from l0fast.graph.capture import is_carrier, layer_size, resize_
 from l0fast.graph.sites import replace
 from l0fast.graph.tensors import ChannelTensor, part_of
-from l0fast.layers.dense_types import inner_dims, inputs_first, is_in_out
+from l0fast.layers.dense_types import inner_dims, inputs_first, is_in_out, kind_of
 
 _SIDES = ("input", "output")
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.graph.capture import is_site, kind_of, layer_size
+from l0fast.graph.capture import is_site, layer_size
 from l0fast.graph.tensors import part_of
+from l0fast.layers.dense_types import kind_of
 from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.edits import Edit, apply
 from l0fast.pruning.report import Report, attach_report, required_report
