@@ -144,7 +144,7 @@ def resize_(layer: Any, inputs: int, outputs: int) -> None:
         setattr(layer, name, outputs)
         return
     if is_in_out(layer):
-        layer.nx, layer.nf = inputs, outputs
+        vars(layer).update(nx=inputs, nf=outputs)
         return
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"in_{unit}", inputs)

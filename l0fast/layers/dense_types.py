@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -56,7 +58,7 @@ def inner_dims(module: nn.Module) -> int | None:
     return 0 if _is_in_out(kind) else LAYERS.get(kind)
 
 
-def is_in_out(layer: nn.Module) -> bool:
+def is_in_out(layer: Any) -> bool:
     """Whether a layer is a Linear whose weight is [in, out]."""
     return _is_in_out(kind_of(layer))
 
@@ -66,6 +68,6 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or is_in_out(layer)
 
 
-def inputs_first(layer: nn.Module) -> bool:
+def inputs_first(layer: Any) -> bool:
     """Whether the first dimension of a layer's weight is that of its inputs."""
     return isinstance(layer, TRANSPOSED) or is_in_out(layer)

@@ -68,10 +68,11 @@ class L0InOut(Gated, nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """x [..., nx] -> [..., nf]."""
         check_width(input, -1, self.nx)
-        weight, bias = self.weight, self.bias
+        weight, bias = self.weight, self.bias  # it always has one
         each = self.noise == "example" and self.training
         if not each:
             weight, bias = self._masked()
+            assert bias is not None
         elif self.gates == "input":
             input = input * self._example_z(input, -1)
         y = torch.addmm(bias, input.reshape(-1, self.nx), weight)

@@ -62,6 +62,6 @@ def test_each_block_has_its_own_number(tmp_path: Path) -> None:
     assert model.config is model.blocks[0].config is model.blocks[1].config
     assert model.config.heads == 4
     save_pruned(small, tmp_path / "small.safetensors")
-    again = load_pruned(lambda: Model().double(), tmp_path / "small.safetensors").eval()
+    again: Any = load_pruned(lambda: Model().double(), tmp_path / "small.safetensors").eval()
     assert torch.equal(again(X), small(X))
     assert (again.blocks[0].config.heads, again.config.heads) == (2, 4)
