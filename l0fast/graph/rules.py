@@ -216,7 +216,7 @@ def rows(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
     """embedding: picks rows of a table, which has its units along its columns."""
     table, index = (units[part] for part in node.args[:2])  # type: ignore[index]
     shape, found = shape_of(node), table.along(1)
-    if shape is None or found is None or index.followed:
+    if shape is None or found is None or index.followed or not table.followed:
         return None
     return Units(found.labels.expand(shape), found.constant.expand(shape))
 

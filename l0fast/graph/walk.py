@@ -286,7 +286,7 @@ class Walk(Tied):
         reasons = [self.lost[source] for source in sources if source in self.lost]
         if not any(self.of_layers(part) for source in sources for part in self.units(source)):
             return next(iter(reasons), op_name(node))
-        return next((why for why in reasons if why != "a constant"), op_in_words(node))
+        return next((why for why in reasons if why.startswith("aten::")), op_in_words(node))
 
     def _item(self, node: Node) -> None:
         source: Any = node.args[0]
