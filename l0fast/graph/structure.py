@@ -142,6 +142,15 @@ class Structure:
         """Tensors with a number for each channel that do more than multiply, see `Trace`."""
         return set() if self.trace is None else self.trace.added
 
+    def unseen(self, layers: Iterable[str]) -> list[str]:
+        """Those of some layers that have not run, neither in evaluation nor in training."""
+        traces = [trace for trace in (self.trace, self.training) if trace is not None]
+        return [
+            name
+            for name in layers
+            if not any(trace.counts[name] or name in trace.read_outside for trace in traces)
+        ]
+
     def raw(self, layers: Iterable[str]) -> set[str]:
         """Those of some layers whose weights something reads past the layer's own call."""
         return set() if self.trace is None else self.trace.read_outside.intersection(layers)

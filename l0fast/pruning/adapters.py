@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from l0fast.pruning.edits import AttributePatch, Edit
+from l0fast.pruning.attributes import AttributePatch
+from l0fast.pruning.edits import Edit
 
 
 def sizes_around(model: nn.Module, edits: Iterable[Edit]) -> list[AttributePatch]:
