@@ -27,13 +27,13 @@ from l0fast.gating.selection import (
     with_ordinary_attention,
 )
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import kind_of
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sharding import refuse_shared
 from l0fast.graph.sites import replace, unchanged_if_refused
+from l0fast.layers.dense_types import inner_dims
 from l0fast.layers.gated import DENSITY_INIT, Gated
-from l0fast.layers.gated_types import GATED_TYPES
-from l0fast.layers.handle import gated_layers
+from l0fast.layers.gated_types import gated_type_of
+from l0fast.layers.handle import gated_layers, note_adapters
 from l0fast.layers.options import GATES
 from l0fast.layers.sampling import attach_draw
 from l0fast.maths.hard_concrete import HardConcrete
@@ -107,9 +107,10 @@ def sparsify_(
 
     Args:
         model: any module; its nn.Linear, nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d take part,
-            and subclasses of them that keep their forward, which become layers of the base class
-            (those inside PyTorch's fused attention modules do not, nor those whose weights
-            something computes, such as weight_norm).
+            and subclasses of them that keep their forward, which become layers of the base class;
+            and transformers' Conv1D, a Linear whose weight is [in, out] (those inside PyTorch's
+            fused attention modules do not, nor those whose weights something computes, such as
+            weight_norm).
         gates: "auto", or "input", "output" or "weight" for every layer that takes part.
         include: only layers whose name matches a glob pattern (or one of several), or for which
             predicate(name, layer) is true.
@@ -169,7 +170,7 @@ def sparsify_(
         gated: dict[str, Any] = {}
         for name, layer in layers.items():
             density, droprate = initial[name]
-            gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
+            gated[name] = gated_type_of(layer).from_dense(
                 layer,
                 gates=choices[name].gates,
                 units=choices[name].units,
@@ -181,6 +182,7 @@ def sparsify_(
                 noise=noise,
             )
         replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+        note_adapters(model)
         handle = attach_draw(model)
         if chosen.structure is not None:
             handle.structure = chosen.structure
@@ -200,9 +202,8 @@ def _check_call(
     """Refuses what is wrong whatever the model is made of."""
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
-    kind = kind_of(model)
-    if kind in GATED_TYPES and not isinstance(model, Gated):
-        wanted = f"a model that contains layers (or {GATED_TYPES[kind].__name__}.from_dense)"
+    if inner_dims(model) is not None and not isinstance(model, Gated):
+        wanted = f"a model that contains layers (or {gated_type_of(model).__name__}.from_dense)"
         _checks.refuse("model", f"a single {type(model).__name__}", wanted)
     refuse_shared(model)
     _checks.one_of("gates", gates, ("auto", *GATES))

@@ -17,7 +17,7 @@ from l0fast.graph.computed import own_weights
 from l0fast.graph.exporting import LOCK, plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
 from l0fast.graph.tensors import ChannelTensor, added, channel_tensors
-from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
+from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Classes of batch norms."""
@@ -43,6 +43,8 @@ class _Call:
     """Of the argument that is a tensor of the layer; it is None where the layer has none."""
     key: str
     """The name of that tensor."""
+    input: int = 0
+    """The place of its input."""
 
 
 _CALLS: dict[type[nn.Module], _Call] = {
@@ -57,12 +59,20 @@ _CALLS: dict[type[nn.Module], _Call] = {
     nn.GroupNorm: _Call("aten::group_norm", 2, "weight"),
     nn.PReLU: _Call("aten::prelu", 1, "weight"),
 }
+_IN_OUT_CALL = _Call("aten::addmm", 2, "weight", input=1)
 
 
-def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer; of a gated one or of a subclass, the dense class that it stands for."""
-    gated = getattr(module, "dense_type", None)
-    return gated or dense_type_of(type(module)) or type(module)
+def _call_of(layer: nn.Module) -> _Call | None:
+    """What the own call of a layer looks like; None for what is no layer."""
+    if is_in_out(layer):
+        return _IN_OUT_CALL
+    return next((call for kind, call in _CALLS.items() if isinstance(layer, kind)), None)
+
+
+def input_place(layer: nn.Module) -> int:
+    """The place of the input among the arguments of a layer's own call."""
+    call = _call_of(layer)
+    return 0 if call is None else call.input
 
 
 def _size_name(module: nn.Module) -> str:
@@ -86,7 +96,7 @@ def is_site(module: nn.Module) -> bool:
         return module.num_parameters > 1
     if is_channelwise(module):
         return True
-    return kind_of(module) in LAYERS and module._parameters["weight"] is not None
+    return inner_dims(module) is not None and module._parameters["weight"] is not None
 
 
 def groups_of(layer: nn.Module) -> int:
@@ -116,6 +126,8 @@ def layer_size(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a layer that can be made smaller."""
     if name := _size_name(layer):
         return getattr(layer, name), getattr(layer, name)
+    if is_in_out(layer):
+        return layer.nx, layer.nf  # type: ignore[return-value]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]
@@ -130,6 +142,9 @@ def resize_(layer: Any, inputs: int, outputs: int) -> None:
         layer.groups = layer.groups * inputs // before
     if name := _size_name(layer):
         setattr(layer, name, outputs)
+        return
+    if is_in_out(layer):
+        vars(layer).update(nx=inputs, nf=outputs)
         return
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"in_{unit}", inputs)
@@ -208,7 +223,7 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         hook.remove()
-    read = read_nodes(program.graph, {call.op for call in _CALLS.values()})
+    read = read_nodes(program.graph, {call.op for call in (*_CALLS.values(), _IN_OUT_CALL)})
     signature = program.graph_signature
     whole = model if whole is None else whole
     modules = dict(whole.named_modules(remove_duplicate=False))
@@ -235,8 +250,7 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
 
     def is_call(node: Node, caller: nn.Module) -> bool:
         """Whether a node is the own call of the layer in whose forward it is."""
-        kinds = (call for kind, call in _CALLS.items() if isinstance(caller, kind))
-        call = next(kinds, None)
+        call = _call_of(caller)
         if call is None or op_name(node) != call.op or not is_site(caller):
             return False
         if isinstance(caller, nn.GroupNorm) and node.args[1] != caller.num_groups:
@@ -274,5 +288,5 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     inputs = {node for node in program.graph.nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
     nodes = list(program.graph.nodes)
-    held = channel_tensors(whole, nodes, held_at, is_site)
+    held = channel_tensors(whole, nodes, held_at, inputs, is_site)
     return Trace(nodes, calls, callers, inputs, read_outside, unread, held)

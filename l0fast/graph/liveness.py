@@ -137,6 +137,8 @@ class Liveness:
         ]
 
     def _is_rigid(self, node: Node) -> bool:
+        if self.walk.trace.callers[node] in self.walk.sites:  # a layer knows its size
+            return False
         return op_name(node) in RIGID and node not in self.walk.trace.calls
 
     def _sized(self, node: Node) -> list[Units]:

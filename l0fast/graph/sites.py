@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast.graph.capture import Trace, is_carrier, is_site, kind_of, layer_size
+from l0fast.graph.capture import Trace, is_carrier, is_site, layer_size
 from l0fast.graph.computed import copied
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
-from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.dense_types import TRANSPOSED, kind_of
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.hooks import foreign_hooks
 

@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph.capture import LAYERS, is_carrier, kind_of, layer_size, resize_
+from l0fast.graph.capture import is_carrier, layer_size, resize_
 from l0fast.graph.sites import replace
 from l0fast.graph.tensors import ChannelTensor, part_of
-from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.dense_types import inner_dims, inputs_first, is_in_out, kind_of
 
 _SIDES = ("input", "output")
 
@@ -108,7 +108,7 @@ class Edit:
 
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's inputs and outputs that its channels lie along, < 0."""
-    return -1 - LAYERS[kind_of(layer)]
+    return -1 - (inner_dims(layer) or 0)
 
 
 def _module(name: str, tensors: dict[str, Tensor], build: Any) -> fx.GraphModule:
@@ -156,7 +156,7 @@ def weight_sides(layer: nn.Module) -> tuple[str, ...]:
     carrier, which keeps or loses whole groups, only the first."""
     if isinstance(layer, ChannelTensor):
         return layer.sides
-    sides = _SIDES if isinstance(layer, TRANSPOSED) else _SIDES[::-1]
+    sides = _SIDES if inputs_first(layer) else _SIDES[::-1]
     return sides[:1] if is_carrier(layer) else sides
 
 
@@ -217,6 +217,7 @@ def _fold(layer: Any, constants: Tensor) -> None:
     """Adds what constant inputs give to a copy's bias, which becomes a new parameter."""
     weight, bias = layer.weight.detach().double(), layer.bias.detach()
     given = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    given = given.t() if is_in_out(layer) else given
     folded = (bias.double() + given @ constants.to(weight.device)).to(bias.dtype)
     layer._parameters["bias"] = nn.Parameter(folded, layer.bias.requires_grad)
 

@@ -16,9 +16,10 @@ from torch import Tensor, fx, nn
 from l0fast import _checks, _digest
 from l0fast._files import part_folder, write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.graph.capture import is_site, kind_of, layer_size
+from l0fast.graph.capture import is_site, layer_size
 from l0fast.graph.tensors import part_of
-from l0fast.pruning.attributes import AttributePatch, sizes_in
+from l0fast.layers.dense_types import kind_of
+from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.edits import Edit, apply
 from l0fast.pruning.report import Report, attach_report, required_report
 from l0fast.pruning.views import ViewPatch
@@ -219,7 +220,7 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         model = apply(model, [edit])
     for patch in recipe["patches"]:
         module, value = part("module", patch.name), patch.value[1]
-        found = sizes_in(vars(module).get(patch.attribute))
+        found = dict(sizes_of(module)).get(patch.attribute)
         if type(module).__name__ != patch.kind or found != value:
             wanted = f"a {patch.kind} with {patch.attribute}={value}"
             differs(f"its {patch.name or 'root'!r} is {wanted}")
