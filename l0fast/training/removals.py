@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_site
-from l0fast.layers.dense_types import kind_of, layer_size
+from l0fast.graph.capture import is_site, layer_size
+from l0fast.layers.dense_types import kind_of
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.shrink import Removal, remove_
 from l0fast.training.entries import Entries
