@@ -39,6 +39,8 @@ class Budget(NamedTuple):
     def corrected(self, kept: Mapping[str, Tensor], spent: float) -> Budget:
         """The same where the kept gates turned out to cost that much."""
         reckoned = self.measure.spent(kept)[self.place]
+        if not reckoned:  # all of it is gone
+            return self
         return self._replace(factor=max(self.factor, spent / reckoned))
 
 

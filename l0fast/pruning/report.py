@@ -85,6 +85,7 @@ class Report:
     layers: list[dict[str, Any]]
     compared: list[str] = field(default_factory=list)
     views: list[dict[str, Any]] = field(default_factory=list)
+    cuts: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table, one line a layer, and lines about the whole model."""
@@ -132,6 +133,7 @@ class Recipe:
     attention: list[dict[str, Any]] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
     views: list[dict[str, Any]] = field(default_factory=list)
+    cuts: list[dict[str, Any]] = field(default_factory=list)
 
 
 _FIELDS = {one.name for one in fields(Report)}
@@ -204,6 +206,9 @@ def _as_text(report: Report) -> str:
     if report.collapsed:
         names = ", ".join(report.collapsed)
         lines.append(f"collapsed: all gates of {names} are closed, nothing passes through")
+    for cut in report.cuts:
+        lines.append(f"removed branches, by their last layers: {', '.join(cut['branches'])}")
+        lines += [f"taken out of {name!r}: {places}" for name, places in cut["dropped"].items()]
     for what, key in (("parameters", "params"), ("MACs", "macs"), ("activation bytes", "memory")):
         after, before = getattr(report, key)
         share = f" ({after / before:.2%})" if before else ""
