@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from l0fast.constraints.ranking import shared_magnitudes
+from l0fast.layers.branch import branch_gates
 from l0fast.layers.draw import DRAWN
 
 CENTRE, REACH = 2.0, 2.0
@@ -24,7 +25,7 @@ def spread_(term: Any) -> None:
     Equals, in each layer:
         log_alpha = CENTRE + REACH * (2 * rank / (N - 1) - 1)
     with the rank, from 0 to N - 1, of the root mean square of the weights behind each gate. The
-    targets come down from the density that follows.
+    targets come down from the density that follows. Gates on branches start at CENTRE.
     """
     handle = term.handle
     for name, sizes in shared_magnitudes(handle.layers).items():
@@ -34,5 +35,7 @@ def spread_(term: Any) -> None:
             -1.0, 1.0, sizes.numel(), dtype=torch.float64, device=sizes.device
         )
         log_alpha.copy_((CENTRE + REACH * ranks).view(log_alpha.shape))
+    for gate in branch_gates(handle.layers).values():
+        gate.log_alpha.fill_(CENTRE)
     handle.set_stage(DRAWN)
     term.begin_()

@@ -10,6 +10,13 @@ from torch import nn
 
 from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
+from l0fast.gating.depth import (
+    branch_rows,
+    check_depth,
+    find_branches,
+    put_branches,
+    refuse_no_branches,
+)
 from l0fast.gating.recipes import Choice, GateTable
 from l0fast.gating.selection import (
     UNFOLLOWED,
@@ -26,6 +33,7 @@ from l0fast.gating.selection import (
     run_by,
     with_ordinary_attention,
 )
+from l0fast.graph.branches import Branch
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sharding import refuse_shared
@@ -51,6 +59,7 @@ def sparsify_(
     droprate_init: float | Mapping[str, float] | None = None,
     distribution: HardConcrete | None = None,
     noise: str = "batch",
+    depth: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
     dry_run: Literal[False] = False,
@@ -68,6 +77,7 @@ def sparsify_(
     droprate_init: float | Mapping[str, float] | None = None,
     distribution: HardConcrete | None = None,
     noise: str = "batch",
+    depth: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
     dry_run: Literal[True],
@@ -84,6 +94,7 @@ def sparsify_(
     droprate_init: float | Mapping[str, float] | None = None,
     distribution: HardConcrete | None = None,
     noise: str = "batch",
+    depth: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
     dry_run: bool = False,
@@ -120,6 +131,9 @@ def sparsify_(
         droprate_init: for replicating papers, see `L0Linear`; a number or a mapping.
         distribution: of the gates; HardConcrete() by default.
         noise: "batch" or "example", see `L0Linear`.
+        depth: whether each residual branch (an attention, an MLP, a ResNet's block) has one more
+            gate, on the whole of it: y = x + z * f(x). Closed, the branch is gone, and so is a
+            block without a branch. The table has them; `graph.branches` says which are found.
         example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
             or a dict of keyword arguments. A list that the model takes as one argument is one, and
             so is a NamedTuple. Where given, layers that never run on it are left out, and closed
@@ -141,6 +155,7 @@ def sparsify_(
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
     _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
+    check_depth(depth, gates, noise, example_inputs)
     example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
@@ -152,20 +167,27 @@ def sparsify_(
             _checks.refuse(f"model.{name}", "no weights", "layers with weights; exclude this one")
     chosen = choose(twin, gates, considered, example)
     choices = chosen.choices
+    branches, refused, may = list[Branch](), dict[str, str](), {*considered, *gated_layers(model)}
+    if depth and example is not None:
+        branches, refused = find_branches(twin, chosen.structure, example, may)
     if dry_run:
         rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
         rows += [computed_row(name, layer) for name, layer in computed.items()]
+        rows += branch_rows(twin, branches, refused)
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
     if chosen.structure is not None and chosen.structure.trace is None:
         warnings.warn(f"sparsify_: {chosen.note}; {UNFOLLOWED}", stacklevel=2)
+    if depth and not branches:
+        refuse_no_branches(refused)
     names = [name for name in considered if choices[name].gates]
-    if not names and not gated_layers(model):
+    if not names and not branches and not gated_layers(model):
         _refuse_none(model, gates, choices, considered, computed)
     initial = _initial(names, choices, density_init, droprate_init)
 
     with unchanged_if_refused(model):
         stop_skipping(model)
-        unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
+        touched = [*names, *(one.name for one in branches)]
+        unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, touched)})
         layers = {name: model.get_submodule(name) for name in names}
         gated: dict[str, Any] = {}
         for name, layer in layers.items():
@@ -182,6 +204,7 @@ def sparsify_(
                 noise=noise,
             )
         replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+        put_branches(model, branches, density_init, distribution)
         note_adapters(model)
         handle = attach_draw(model)
         if chosen.structure is not None:

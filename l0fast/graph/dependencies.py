@@ -3,40 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from l0fast.graph.branches import Branch, branch_of
 from l0fast.graph.capture import is_carrier, layer_size
 from l0fast.graph.liveness import Liveness, last_to_go
 from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
+from l0fast.graph.ways import Ways, smallest
+from l0fast.layers.branch import BranchGate
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, own_gates
-
-
-class Ways(NamedTuple):
-    """Ways to units: each is open while all of some gates are, and one of some others.
-
-    Gates go by number, through all layers; two more follow, see `GateDependencies`.
-    """
-
-    all_of: Tensor
-    """[..., A]"""
-    any_of: Tensor
-    """[..., B]"""
-
-    def once_open(self, gate: Tensor, always: int) -> Ways:
-        """The same ways where one gate is known to be open; `gate` broadcasts to both."""
-        return Ways(*(part.masked_fill(part == gate, always) for part in self))
-
-
-def smallest(classes: Tensor) -> int:
-    """How many units the smallest of some classes has."""
-    return int(classes.unique(return_counts=True)[1].min())
-
 
 Walks = tuple[Walk, Walk]
 """A walk on which nothing is known of the constants that carriers give: what they are now is no
@@ -84,6 +64,8 @@ class GateDependencies:
             self.reads[name], self.writes[name] = (
                 torch.full((units,), self.always) for units in layer_size(site.layer)
             )
+        self.branches: list[tuple[int, Branch]] = []
+        """The gates on branches, and what they are on."""
         start = 0
         gates: dict[str, Tensor] = {}
         for name, layer in layers.items():
@@ -91,6 +73,8 @@ class GateDependencies:
                 gates[name] = torch.arange(start, start + layer.log_alpha.numel())
                 start += layer.log_alpha.numel()
             own = gates[owners[name]]
+            if isinstance(layer, BranchGate):
+                self.branches.append((int(own), branch_of(name, layer)))
             if name in sites and name not in scaled:
                 sides = self.reads if layer.gates == "input" else self.writes
                 sides[name] = layer.spread(own)
@@ -102,6 +86,7 @@ class GateDependencies:
             for name, own in self.reads.items()
         }
         """Layer -> the ways to the inputs that it computes with."""
+        self._depth = max((len(self.around(name)) for name in sites), default=0)
         self.classes = {name: torch.full_like(own, STAYS) for name, own in self.writes.items()}
         """Layer -> the class of each output; STAYS where it does not depend on who reads it."""
         self._last: dict[str, int] = {}
@@ -113,6 +98,15 @@ class GateDependencies:
         if live is not None:
             self.viewed = live.viewed(rigid)
             self._follow(live.walk)
+
+    def around(self, name: str) -> list[int]:
+        """The gates of the branches that a module is in."""
+        return [gate for gate, branch in self.branches if branch.holds(name)]
+
+    def gates_around(self, name: str) -> Tensor:
+        """[D] the same, filled up with `always`: a layer is there while they are open."""
+        found = self.around(name)
+        return torch.tensor(found + [self.always] * (self._depth - len(found)), dtype=torch.int64)
 
     # --- what makes inputs zero ---------------------------------------------------------------
 
@@ -151,6 +145,7 @@ class GateDependencies:
             zero, classes = zeros[name], self._arrives(walk, name)
             single = zero & (several[classes] == 1)
             all_of = [self.reads[name], by_class[classes].masked_fill(~single, self.always)]
+            all_of += self.gates_around(name)[:, None].expand(-1, len(classes)).unbind()
             any_of = [torch.full_like(classes, self.never)]
             for maker in shared:
                 needed, helps = single | alone[maker][name], zero & ~others[maker][name]
@@ -239,14 +234,18 @@ class GateDependencies:
     # --- what the sizes need ------------------------------------------------------------------
 
     def inputs(self, names: list[str]) -> Ways:
-        """[inputs, ...] the ways to those of some layers, one layer after another."""
-        columns = [self.columns[name] for name in names]
+        """[inputs, ...] the ways to those of some layers, one layer after another, in the
+        branches that these are in."""
+        columns = [
+            self.columns[name].within(self.gates_around(name), self.always) for name in names
+        ]
         return Ways(*(torch.cat(parts) for parts in zip(*columns, strict=True)))
 
-    def outputs(self, names: list[str], others: list[Tensor]) -> tuple[Tensor, Ways]:
-        """Of the outputs of some layers, and behind them of `others`, units by class: [outputs]
-        their own gates, and [outputs, K, ...] the ways to the inputs that read each once its own
-        gate is open. It is there while one way is open.
+    def outputs(self, names: list[str], others: list[tuple[str, Tensor]]) -> tuple[Tensor, Ways]:
+        """Of the outputs of some layers, and behind them of `others`, the units by class that some
+        modules give: [outputs] their own gates, and [outputs, K, ...] the ways to the inputs that
+        read each, once its own gate is open, and the branches that it is in. It is there while one
+        way is open.
         """
         own: list[Tensor] = []
         stays: list[Tensor] = []
@@ -257,11 +256,14 @@ class GateDependencies:
             if name in self.carriers:  # they pass on what is there
                 stays[-1] = stays[-1] | self.viewed[classes]
                 own[-1] = torch.full_like(classes, self.always)
-        for classes in others:
+        for _, classes in others:
             stays.append((classes == STAYS) | self.viewed[classes])
             own.append(torch.full_like(classes, self.always))
         gate, stay = torch.cat(own), torch.cat(stays)
-        asked = torch.cat([*(self.classes[name] for name in names), *others])
+        asked = torch.cat([*(self.classes[name] for name in names), *(one for _, one in others)])
+        modules = [*names, *(name for name, _ in others)]
+        pairs = zip(modules, own, strict=True)
+        around = [self.gates_around(name).expand(len(part), -1) for name, part in pairs]
         # Behind all ways that lead to readers: one that is always open, and one that never is.
         width = self._readers.shape[1] - 1
         ends = (torch.full((1, width), number) for number in (self.always, self.never))
@@ -274,6 +276,7 @@ class GateDependencies:
         index = (first[:, None] + place).masked_fill(place >= number[:, None], len(classes) + 1)
         widths = [part.shape[1] for part in self.columns[names[0]]]
         ways = Ways(*table[index].split(widths, -1))
+        ways = ways.within(torch.cat(around), self.always)
         return gate, ways.once_open(gate[:, None, None], self.always)
 
     def least_read(self, name: str) -> int:

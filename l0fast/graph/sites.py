@@ -82,7 +82,7 @@ def without_gates(model: nn.Module) -> Generator[nn.Module]:
 
 def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Module:
     """Puts modules into the places of others (by id), in place; returns the root."""
-    for module in list(model.modules()):
+    for module in [*model.modules(), *replacements.values()]:
         for name, child in list(module._modules.items()):
             if id(child) in replacements:
                 module._modules[name] = replacements[id(child)]

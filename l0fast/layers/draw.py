@@ -7,14 +7,13 @@ the garbage collector.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from l0fast import functional
 from l0fast.layers.serving import Serving
 from l0fast.maths.compaction import Order
 from l0fast.maths.hard_concrete import HardConcrete
@@ -210,6 +209,26 @@ class Drawn(Serving):
             return all_open(self.log_alpha)
         return self.distribution.median(self.log_alpha)
 
+    def _drawn(self) -> Tensor:
+        """z for this whole call, of log_alpha's shape: of the model's draw, or of its own."""
+        z = self._given() if self.training else None
+        if z is not None:
+            return z
+        if self.stage != DRAWN or not self.training:
+            return self.evaluation_gates()
+        gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
+        self._count(OpenCounts(gates.expected_open))
+        return gates.z
+
+    def get_extra_state(self) -> Tensor:
+        """The stage of its gates, which a state has beside the parameters."""
+        return torch.tensor(STAGES.index(self.stage))
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Takes over the stage of a state."""
+        self.stage = STAGES[int(state)]
+        self._forget_draws()
+
     def _given(self) -> Tensor | None:
         """The gates that a model's draw has for this call, or None."""
         for board, place in self._places:
@@ -249,47 +268,3 @@ class Drawn(Serving):
         # The boards belong to a model: its copy gives its layers places of their own.
         state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
         return {key: value for key, value in state.items() if key != "_places"}
-
-
-@functools.lru_cache(maxsize=64)
-def _index(places: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(places, device=device)
-
-
-def _latest_count(layer: Any) -> Counted | None:
-    """The count of a layer's latest draw, unless its log_alpha has changed since."""
-    for board, place in layer._places:
-        counted = board.counted[place]
-        if counted is not None:
-            return counted
-    return None
-
-
-def expected_open(layers: Sequence[Any]) -> Tensor:
-    """[L] expected number of open gates of each layer, differentiable.
-
-    What the last draw has counted is handed out once; else it is computed from log_alpha.
-    """
-    found = [_latest_count(layer) for layer in layers]
-    draws = {counted.counts for counted in found if counted is not None}
-    taken = {counts: counts.take() for counts in draws}
-    usable = [
-        None if c is None or not c.holds(layer.log_alpha) else c
-        for c, layer in zip(found, layers, strict=True)
-    ]
-    places = [None if c is None else c.index for c in usable]
-    if len(taken) == 1 and None not in places:
-        (totals,) = taken.values()
-        if totals is not None:
-            if places == list(range(totals.numel())):
-                return totals.view(-1)
-            return totals.view(-1).index_select(0, _index(tuple(places), totals.device))  # type: ignore[arg-type]
-    parts: list[Tensor] = []
-    for layer, counted in zip(layers, usable, strict=True):
-        totals = None if counted is None else taken[counted.counts]
-        if totals is None or counted is None:
-            dtype = torch.promote_types(layer.log_alpha.dtype, torch.float32)
-            parts.append(layer.own(layer.open_probability()).sum(dtype=dtype))
-        else:
-            parts.append(totals.view(-1)[counted.index])
-    return torch.stack(parts)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
 from l0fast.layers.dense_types import dense_type_of
-from l0fast.layers.draw import DRAWN, STAGES, Drawn, OnDevice, OpenCounts
+from l0fast.layers.draw import DRAWN, Drawn, OnDevice, OpenCounts
 from l0fast.layers.options import check_options
 from l0fast.layers.serving import Share, drop_index
 from l0fast.layers.takeover import OF_GATES, own_state
@@ -168,14 +168,7 @@ class Gated(Drawn):
 
     def _z(self) -> Tensor:
         """Gates that serve this whole call, one for each unit."""
-        z = self._given() if self.training else None
-        if z is not None:
-            return self.spread(z.to(self.weight.dtype))
-        if self.stage != DRAWN or not self.training:
-            return self.spread(self.evaluation_gates().to(self.weight.dtype))
-        gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
-        self._count(OpenCounts(gates.expected_open))
-        return self.spread(gates.z.to(self.weight.dtype))
+        return self.spread(self._drawn().to(self.weight.dtype))
 
     def _example_z(self, x: Tensor, dim: int) -> Tensor:
         """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it;
@@ -268,15 +261,6 @@ class Gated(Drawn):
         return dense
 
     # --- what a module must do ------------------------------------------------------------------
-
-    def get_extra_state(self) -> Tensor:
-        """The stage of its gates, which a state has beside the parameters."""
-        return torch.tensor(STAGES.index(self.stage))
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Takes over the stage of a state."""
-        self.stage = STAGES[int(state)]
-        self._forget_draws()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The state of the dense layer loads too: the gates then stay as they are.

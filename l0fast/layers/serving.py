@@ -46,6 +46,7 @@ class Serving:
     """A layer with gates: those in its log_alpha, or some of them where other layers share it."""
 
     log_alpha: nn.Parameter
+    gates: str
     units: int
     """How many consecutive inputs each gate serves; 1 for gates that are not on inputs."""
     _buffers: dict[str, Tensor | None]
@@ -102,9 +103,13 @@ def likeliest(layers: Iterable[Serving], scores: Tensor) -> Tensor:
     of each part that the same layers have.
 
     They are kept in any case: without them a layer would read nothing, or a unit that its maker
-    must keep would arrive at readers that do not want it.
+    must keep would arrive at readers that do not want it. The gate of a branch is not: without it
+    the branch is gone.
     """
+    layers = list(layers)
     found = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
+    if layers[0].gates == "branch":
+        return found.view(scores.shape)
     for part in alike(layers):
         places = part.to(scores.device)
         found[places[scores.flatten()[places].argmax(0, keepdim=True)]] = True

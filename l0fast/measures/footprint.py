@@ -11,10 +11,12 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.graph.capture import layer_size
-from l0fast.graph.dependencies import GateDependencies, smallest
+from l0fast.graph.dependencies import GateDependencies
+from l0fast.graph.ways import smallest
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import own_gates
 from l0fast.measures.amounts import words
+from l0fast.measures.branches import beside_units, gates_of, parts_of
 from l0fast.measures.counts import Counts
 from l0fast.measures.groups import Group, measure_name
 from l0fast.measures.latency import Grids, LatencyTable
@@ -34,9 +36,9 @@ class Footprint(Measure):
     with p = 1 where there is no gate, and the rest of the model added as it is. A batch norm, and
     a convolution in groups, have as many outputs as are read behind them. Ways to several readers
     count as independent. Products of matrices, such as attention's, cost in proportion to the
-    units of their result, counted like outputs. Memory is outputs * positions of each layer;
-    latency is read off a table, at (inputs, outputs). With gates that are all open or closed these
-    are the pruned model's own counts.
+    units of their result, counted like outputs. A branch counts by p(its gate). Memory is outputs *
+    positions of each layer; latency is read off a table, at (inputs, outputs). With gates that are
+    all open or closed these are the pruned model's own counts.
 
     Args:
         layers: the model's gated layers.
@@ -55,6 +57,10 @@ class Footprint(Measure):
     first: Tensor
     outputs_all: Tensor
     outputs_any: Tensor
+    around: Tensor
+    beside: Tensor
+    beside_all: Tensor
+    beside_any: Tensor
     lengths: Tensor
     least: Tensor
     weight: Tensor
@@ -79,7 +85,11 @@ class Footprint(Measure):
         for name, tensor in (self._units(tried.dependencies) | self._sizes(tried)).items():
             self.register_buffer(name, tensor, persistent=False)
         self.totals = self.left(tried.dense)
-        sums = zip(self.spent(tried.kept), self.left(tried.left), self.totals, strict=True)
+        sums = [
+            one
+            for kept, counts in tried.found()
+            for one in zip(self.spent(kept), self.left(counts), self.totals, strict=True)
+        ]
         for reckoned, real, total in sums:
             if abs(reckoned - real) > self.slack:
                 ops = [] if live is None else unreckoned(live.walk.trace)
@@ -94,8 +104,10 @@ class Footprint(Measure):
     def _units(self, needs: GateDependencies) -> dict[str, Tensor]:
         """Which gates the units of the layers, and of the products, depend on."""
         inputs = needs.inputs(self.names)
-        others = [product.units for product in self.products]
+        others = [(product.caller, product.units) for product in self.products]
         first, outputs = needs.outputs(self.names, others)
+        self.parts = parts_of(needs)
+        beside = gates_of(self.parts, needs.always, needs.never)
         shifts = [torch.full((0,), 0.0, dtype=torch.float64)]
         for name in self.gated:
             layer = self.layers[name]
@@ -107,11 +119,18 @@ class Footprint(Measure):
             "shift": torch.cat([*shifts, certain]),
             "inputs_all": inputs.all_of,
             "inputs_any": inputs.any_of,
+            "around": torch.stack(
+                [needs.gates_around(name) for name in (*self.names, *(name for name, _ in others))]
+            ),
+            "beside_all": beside[0],
+            "beside_any": beside[1],
             "first": first,
             "outputs_all": outputs.all_of,
             "outputs_any": outputs.any_of,
-            "lengths": torch.tensor([*sides, *(len(units) for units in others)]),
-            "least": torch.tensor([*least, *map(smallest, others)], dtype=torch.float64),
+            "lengths": torch.tensor([*sides, *(len(units) for _, units in others)]),
+            "least": torch.tensor(
+                [*least, *(smallest(units) for _, units in others)], dtype=torch.float64
+            ),
         }
 
     def _inside(self, names: list[str]) -> Tensor:
@@ -147,12 +166,18 @@ class Footprint(Measure):
         among = self._inside([one.caller for one in self.products]).double()
         total = torch.tensor([tried.dense.group(group) for group in self.groups]).double()
         dense = torch.tensor([cost[name] for name in self.names]).double()
+        callers = [one.caller for one in self.products]
+        reckoned = [*(member * dense).unbind(1), *(among * product * units).unbind(1)]
+        pairs = list(zip((*self.names, *callers), reckoned, strict=True))
+        beside = beside_units(self.parts, cost, self.groups, pairs)
+        rest = total - (member * dense).sum(1) - (among * product * units).sum(1)
         return {
+            "beside": beside,
             "weight": torch.tensor(weight, dtype=torch.float64),
             "bias": torch.tensor(bias, dtype=torch.float64),
             "member": member,
             "product": among * product,
-            "rest": total - (member * dense).sum(1) - (among * product * units).sum(1),
+            "rest": rest - beside.sum(1),
             "total": total,
         }
 
@@ -177,9 +202,15 @@ class Footprint(Measure):
         counts = torch.maximum(sums, self.least)
         layers = len(self.names)
         each = self._layer_costs(counts[:layers], counts[layers : 2 * layers])
+        given = counts[2 * layers :]
+        if self.parts:
+            there = _product(opened[self.around])
+            each, given = each * there[:layers], given * there[layers:]
         costs = (self.member * each).sum(1)
         if self.products:
-            costs = costs + (self.product * counts[2 * layers :]).sum(1)
+            costs = costs + (self.product * given).sum(1)
+        if self.parts:
+            costs = costs + (self.beside * way(self.beside_all, self.beside_any)).sum(1)
         return costs + self.rest
 
     def costs(self, logits: Mapping[str, Tensor]) -> Tensor:
@@ -220,6 +251,7 @@ class Latency(Footprint):
             "out_grid": grids.outputs,
             "seconds": grids.seconds,
             "member": self._inside(self.names).double(),
+            "beside": torch.zeros(len(self.groups), len(self.parts), dtype=torch.float64),
             "rest": torch.tensor(self._rest(), dtype=torch.float64),
             "total": torch.tensor(self.left(self.dense), dtype=torch.float64),
         }
@@ -237,8 +269,10 @@ class Latency(Footprint):
         return [0.0 if group.whole is None else rest for group in self.groups]
 
     def left(self, counts: Counts) -> list[float]:
-        widths = torch.tensor([counts.widths[name] for name in self.names], dtype=torch.float64)
-        seconds = (self._inside(self.names) * self.exact.at(*widths.unbind(1))).sum(1).tolist()
+        known = [counts.widths.get(name, (0, 0)) for name in self.names]
+        widths = torch.tensor(known, dtype=torch.float64)
+        there = self._inside(self.names) * (widths[:, 0] > 0)  # a branch that is gone has none
+        seconds = (there * self.exact.at(*widths.unbind(1))).sum(1).tolist()
         return [layers + rest for layers, rest in zip(seconds, self._rest(), strict=True)]
 
     def _layer_costs(self, inputs: Tensor, outputs: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.layers.draw import expected_open
+from l0fast.layers.expected import expected_open
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import sharing
 from l0fast.layers.serving import likeliest

@@ -33,5 +33,12 @@ class Trial:
     dense: Counts
     """With every gate open."""
     left: Counts
+    cut: tuple[Mapping[str, Tensor], Counts] | None
+    """The gates that were open, and what was left, where only branches were closed; None where no
+    branch has a gate."""
     element_size: int
     """Bytes of one of the model's own numbers."""
+
+    def found(self) -> list[tuple[Mapping[str, Tensor], Counts]]:
+        """The gates that were open, and what these left."""
+        return [(self.kept, self.left), *([] if self.cut is None else [self.cut])]

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.graph.calls import unwrapped
 from l0fast.graph.computed import copied
+from l0fast.graph.cuts import Cut
 from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.pruning.draft import Draft, GateValues, all_gates
@@ -46,13 +47,20 @@ def _edits(model: nn.Module, small: nn.Module) -> dict[str, Edit]:
     return {edit.name: edit for edit in edits}
 
 
+def _cut(model: nn.Module, small: nn.Module) -> Cut:
+    """The cut that `prune` made."""
+    before, report = recipe_of(model).cuts, report_of(small)
+    made = [] if report is None else report.cuts[len(before) :]
+    return Cut.from_json(made[0]) if made else Cut()
+
+
 def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
     """Name of a tensor in the pruned model's state -> what it is of the model's, where it is.
 
     Raises:
         ValueError: `small` was not pruned from `model`.
     """
-    edits = _edits(model, small)
+    edits, cut = _edits(model, small), _cut(model, small)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     origins: dict[str, _Origin] = {}
     for name, tensor in small.state_dict().items():
@@ -61,8 +69,9 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
         inside = holder not in edits and outer in edits and holder != outer
         layer = outer if inside else holder
         edited = name if name in edits else layer  # a tensor, or the layer that has it
-        sides = weight_sides(part_of(model, edited)) if edited in edits else ()
-        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(edited), sides)
+        old = cut.old(layer)
+        sides = weight_sides(part_of(model, cut.old(edited))) if edited in edits else ()
+        origin = _Origin(f"{old}.{key}" if layer else key, edits.get(edited), sides)
         if origin.name in shapes:
             meta = origin.part(torch.empty(shapes[origin.name], device="meta"))
             if meta.shape == tensor.shape:
@@ -105,6 +114,7 @@ def prune_optimizer(optimizer: OptimizerT, model: nn.Module, small: nn.Module) -
     origins = {origin.name: (name, origin) for name, origin in _origins(model, small).items()}
     named = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     gates = {id(layer.log_alpha) for layer in gated_layers(model).values()}
+    cut = _cut(model, small)
     after = dict(small.named_parameters(remove_duplicate=False))
     kind = type(optimizer).__name__
     groups: list[dict[str, Any]] = []
@@ -117,6 +127,8 @@ def prune_optimizer(optimizer: OptimizerT, model: nn.Module, small: nn.Module) -
             if id(parameter) not in named:
                 shape = tuple(parameter.shape)
                 _checks.refuse("optimizer", f"a parameter of shape {shape}", "the model's own")
+            if named[id(parameter)] not in origins and cut.branches:
+                continue  # of a branch that is gone
             name, origin = origins[named[id(parameter)]]
             parameters.append(after[name])
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -167,7 +179,8 @@ def prune_state_dict(
     except RuntimeError as error:
         expected = f"a state of the model ({' '.join(str(error).split())[:200]})"
         _checks.refuse("state_dict", f"{len(state_dict)} tensors", expected)
-    scaled = [name for name, edit in _edits(model, small).items() if edit.scale is not None]
+    cut = _cut(model, small)
+    scaled = [cut.old(name) for name, e in _edits(model, small).items() if e.scale is not None]
     layers = gates(twin).layers
     draft = Draft(twin, GateValues(layers, all_gates(layers)), scaled)
     draft.make_smaller([])

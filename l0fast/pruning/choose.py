@@ -41,6 +41,8 @@ class Budget(NamedTuple):
         if not spent:  # as where all gates on single weights are closed
             return self
         reckoned = self.measure.spent(kept)[self.place]
+        if not reckoned:  # all of it is gone
+            return self
         return self._replace(factor=max(self.factor, spent / reckoned))
 
 

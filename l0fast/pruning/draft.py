@@ -17,12 +17,14 @@ from torch.utils._pytree import tree_map
 from l0fast.graph.calls import MODULE_ATTRIBUTES, strip_forwards
 from l0fast.graph.computed import computed_tensors, copied
 from l0fast.graph.sites import replace, tied_modules, without_gates
+from l0fast.graph.structure import Structure
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
+from l0fast.layers.branch import CHILD, branch_gates, take_branches
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
 from l0fast.layers.sampling import detach
 from l0fast.pruning.attributes import AttributePatch
-from l0fast.pruning.edits import Edit, edited, in_dtype, sliced
+from l0fast.pruning.edits import Edit, edited, in_dtype, scale_, sliced
 from l0fast.pruning.views import Patch
 from l0fast.skipping.attach import stop_skipping
 
@@ -63,6 +65,7 @@ class Draft:
         raw: layers whose weights stay without their gates, since something reads them past the
             layer's own call: the gates are then a factor on the units.
         fake: a mode of fake tensors, for shapes without weights; by default weights are shared.
+        names: of the modules before branches were cut out of the model, by their names now.
 
     Attributes:
         source: the gated model.
@@ -77,8 +80,10 @@ class Draft:
         values: GateValues,
         raw: Collection[str] = (),
         fake: FakeTensorMode | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> None:
         self.values, self.source, self._fake = values, model, fake
+        self.names = names or {name: name for name, _ in model.named_modules()}
         self.tied = tied_modules(model)
         # The copy has no handle, and whatever holds a constraint there holds None.
         memo: dict[int, Any] = {}
@@ -92,12 +97,19 @@ class Draft:
         with without_gates(model) as plain:
             self.model = copied(plain, memo)
         detach(self.model)
+        take_branches(self.model)
         stop_skipping(self.model)
         strip_forwards(self.model)
+        branches = branch_gates(values.layers)
+        self._gated = [name for name in values.layers if name not in branches]
+        self._branches = {name.removesuffix(f".{CHILD}"): name for name in branches}
+        """Last layer of each branch -> the name of its gate, which becomes a part of it."""
         self.factors = {
             name
             for name, layer in values.layers.items()
-            if layer.gates != "weight" and (name in raw or name in self.tied)
+            if name in self._gated
+            and layer.gates != "weight"
+            and (name in raw or name in self.tied)
         }
         # Layers whose weights stay without their gates.
         self._unfolded = self.factors | {name for name in values.layers if name in raw}
@@ -129,7 +141,7 @@ class Draft:
         self.undo()
         # Constants change no shape.
         self._constants = constants or {} if self._fake is None else {}
-        self._edits = dict.fromkeys(self.values.layers)
+        self._edits = dict.fromkeys([*self._gated, *self._branches])
         self._edits.update((edit.name, edit) for edit in edits)
         for patch in patches:
             module = self.model.get_submodule(patch.name)
@@ -205,6 +217,8 @@ class Draft:
             plain._parameters.update(layer._parameters)
         else:
             plain = in_dtype(full, dtype)
+        if name in self._branches and not values.fully_open:
+            scale_(plain, values.of(self._branches[name], dtype))
         if edit is None:
             return plain
         factor = values.on_units(name, dtype) if name in self.factors else None
@@ -260,3 +274,25 @@ def opened(model: nn.Module, raw: Collection[str] = ()) -> nn.Module:
     draft = Draft(model, GateValues(layers, all_gates(layers), fully_open=True), raw)
     draft.make_smaller([])
     return draft.finish()
+
+
+def new_draft(
+    model: nn.Module,
+    values: GateValues,
+    structure: Structure,
+    fake: FakeTensorMode | None = None,
+    names: Mapping[str, str] | None = None,
+) -> Draft:
+    """The draft of a model whose structure is known."""
+    tied = tied_modules(model)
+    raw = {
+        name
+        for name in structure.raw(values.layers)
+        # Single weights with gates become a copy: other layers go on reading the original.
+        if not (name in tied and values.layers[name].gates == "weight")
+    }
+    draft = Draft(model, values, raw, fake, names)
+    for name in raw:
+        if structure.trace is not None and not structure.trace.counts[name]:
+            draft.factors.discard(name)  # nothing was ever multiplied by its gates
+    return draft

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import is_carrier, is_site
 from l0fast.graph.compare import relative_error, values_of
+from l0fast.layers.branch import has_branch
 from l0fast.layers.dense_types import inner_dims, inputs_first
 
 SAMPLES = 1 << 14
@@ -69,15 +70,21 @@ class Observation:
         layers = (given.sample for calls in self.layers.values() for given in calls)
         return any(bool(torch.isfinite(one).any()) for one in (*self.outputs, *layers))
 
-    def errors(self, expected: Observation) -> Iterator[tuple[float, str]]:
+    def errors(
+        self, expected: Observation, names: Mapping[str, str]
+    ) -> Iterator[tuple[float, str]]:
         """The relative errors, and where they are: a layer's name, in the order of the calls, then
         "" for the output.
 
         Of a layer that has lost outputs those that are left are compared; where something else has
         become smaller, or the layer is called another number of times, nothing is.
+
+        Args:
+            expected: to compare with.
+            names: of the layers there, by their names here.
         """
         for name, calls in self.layers.items():
-            others = expected.layers.get(name, [])
+            others = expected.layers.get(names[name], [])
             if len(calls) == len(others):
                 for one, other in zip(calls, others, strict=True):
                     yield _error(one, other), name
@@ -179,7 +186,8 @@ def observe(
 
     handles = [
         model.get_submodule(name).register_forward_hook(
-            lambda layer, args, given, name=name: note(name, layer, args, given), prepend=True
+            lambda layer, args, given, name=name: note(name, layer, args, given),
+            prepend=not has_branch(model.get_submodule(name)),  # its gate is part of what it gives
         )
         for name in sites
     ]

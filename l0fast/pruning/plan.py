@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor
 
 from l0fast import _checks
 from l0fast.graph.capture import Trace, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
-from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
+from l0fast.graph.sites import Site, find_sites, is_held
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.pruning.adapters import sizes_around
@@ -132,24 +131,6 @@ def constants_of(extents: Mapping[str, Extent]) -> dict[str, Tensor]:
     """What goes into the biases of layers, where anything does."""
     found = {name: extent.constants for name, extent in extents.items()}
     return {name: c for name, c in found.items() if c is not None and bool(c.any())}
-
-
-def new_draft(
-    model: nn.Module, values: GateValues, structure: Structure, fake: FakeTensorMode | None = None
-) -> Draft:
-    """The draft of a model whose structure is known."""
-    tied = tied_modules(model)
-    raw = {
-        name
-        for name in structure.raw(values.layers)
-        # Single weights with gates become a copy: other layers go on reading the original.
-        if not (name in tied and values.layers[name].gates == "weight")
-    }
-    draft = Draft(model, values, raw, fake)
-    for name in raw:
-        if structure.trace is not None and not structure.trace.counts[name]:
-            draft.factors.discard(name)  # nothing was ever multiplied by its gates
-    return draft
 
 
 class _Planner:

@@ -150,21 +150,28 @@ class Proof:
         probe: Probe,
         draft: Draft | None = None,
         rows: Mapping[str, Rows] | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> Observation:
         changed = perturbed(self._source, self._added) if probe.perturbed else nullcontext()
+        holders, sites = self._holders, self._sites
+        if names is not None:
+            new = {old: name for name, old in names.items()}
+            found = ((name, holders.get(old, "")) for name, old in names.items())
+            holders = {name: new.get(holder, "") for name, holder in found}
+            sites = {name: sites[old] for name, old in names.items() if old in sites}
         with changed:
             if draft is not None:
                 draft.cut_again()
             makers = {} if draft is None else draft.makers
             with (
                 own_randomness(model, SEED),
-                in_precision(model, self._dtype, self._holders, makers),
+                in_precision(model, self._dtype, holders, makers),
                 float64_for_float32() if self._doubling else nullcontext(),
             ):
-                return observe(model, probe.example.copy(), self._sites, rows)
+                return observe(model, probe.example.copy(), sites, rows)
 
-    def _rows(self, draft: Draft, name: str) -> Rows:
-        _, size = layer_size(self._source.get_submodule(name))
+    def _rows(self, draft: Draft, name: str, old: str) -> Rows:
+        _, size = layer_size(self._source.get_submodule(old))
         edit = draft.edit(name)
         if edit is None:
             return Rows(size)
@@ -172,11 +179,13 @@ class Proof:
 
     def check(self, draft: Draft) -> Outcome:
         """Whether a draft counts as equal; whatever it raises is passed on."""
-        worst, rows = 0.0, {name: self._rows(draft, name) for name in self._sites}
+        names, worst = draft.names, 0.0
+        sites = ((name, old) for name, old in names.items() if old in self._sites)
+        rows = {name: self._rows(draft, name, old) for name, old in sites}
         for probe, expected in self._seen:
             with evaluating(draft.model):
-                got = self._run(draft.model, probe, draft, rows)
-            for error, name in got.errors(expected):
+                got = self._run(draft.model, probe, draft, rows, names)
+            for error, name in got.errors(expected, names):
                 worst = max(worst, error)
                 if error > self.tolerance:
                     what = f"what {name!r} gives" if name else "the output"

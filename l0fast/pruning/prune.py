@@ -29,8 +29,9 @@ from l0fast.measures.groups import (
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import is_of_pruned
 from l0fast.pruning.choose import Budget, choose
-from l0fast.pruning.draft import GateValues, opened
-from l0fast.pruning.plan import make_plan, new_draft
+from l0fast.pruning.depth import by_old_names, shallow
+from l0fast.pruning.draft import GateValues, all_gates, new_draft, opened
+from l0fast.pruning.plan import make_plan
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import attach_report
 from l0fast.pruning.reporting import Facts, make_report
@@ -218,31 +219,40 @@ def prune(
     request = _request(model, example_inputs, target, measure)
     example, budgets = Example.of(example_inputs, model), request.budgets
     size = element_size(model)
-    dense: Counts | None = None
+    structure = structure_of(model, example)
+    dense = known_dense(model, structure)
+    if dense is None:
+        full = new_draft(model, GateValues(layers, all_gates(layers)), structure)
+        dense = Counts.of(full.model, example, size, {})
     while True:
         kept = choose(layers, budgets, round_to)
         values = GateValues(layers, kept)
-        structure = structure_of(model, example)
         proof = Proof(model, values, example, structure.more_in_training, structure.added)
-        draft = new_draft(model, values, structure)
-        if dense is None:
-            dense = known_dense(model, structure) or Counts.of(draft.model, example, size, {})
-        plan = make_plan(draft, structure, proof.check)
+        found = shallow(model, values, example, proof.check)
+        draft = found.draft()
+        plan = make_plan(draft, found.structure, proof.check)
         left = Counts.of(draft.model, example, size, widths_left(plan))
+        if found.cut is not None:
+            widths = {found.old(name): width for name, width in left.widths.items()}
+            left = by_old_names(left, found.names, model, widths)
         spent: dict[str, float] = {}
         for one in budgets:
             by = one.measure
             costs = by.left(left) if isinstance(by, Footprint) else by.spent(kept)
             spent[one.name] = costs[0]
-        budgets = [one.corrected(kept, spent[one.name]) for one in budgets]
-        if all(spent[one.name] / one.measure.totals[0] <= one.target for one in budgets):
+        before, budgets = budgets, [one.corrected(kept, spent[one.name]) for one in budgets]
+        over = [one for one in budgets if spent[one.name] / one.measure.totals[0] > one.target]
+        if not over:
             break
+        if budgets == before:
+            left_over = f"a target that holds what no gate closes in {over[0].name!r}"
+            _checks.refuse("target", over[0].target, left_over)
     small = draft.finish()
     seconds: list[float] | None = None
     if any(isinstance(group.measure, LatencyTable) for group in request.groups.values()):
         seconds = whole_seconds([small, opened(model, structure.raw(layers))], example)
     asked = kept, request.groups, budgets, spent, round_to
-    facts = Facts(*asked, proof.tolerance, proof.compared, seconds)
+    facts = Facts(*asked, proof.tolerance, proof.compared, seconds, found)
     attach_report(small, make_report(model, plan, facts, dense, left))
     _warn_of_force(layers, kept)
     return small

@@ -57,6 +57,10 @@ class Report:
             and lengths (of arguments of its forward), views (node -> sizes). Its attributes, such
             as num_heads, are gone with its class.
         folded: names of the layers whose biases hold what constant inputs gave.
+        cuts: a dict for each time that branches were cut out: branches (names of their last
+            layers), modules (what took the place of what), dropped (list of modules -> places that
+            were taken out of it; what is behind has other names since, which the report uses),
+            after (how many entries of layers, attributes and views came before).
         layers: the recipe, a list of dicts in the order to apply: name, kind, in, out, inputs and
             outputs (the indices that stay, None for all), gather and scatter ([positions, of],
             None for none), scale ("input", "output" or None).
@@ -85,6 +89,7 @@ class Report:
     layers: list[dict[str, Any]]
     compared: list[str] = field(default_factory=list)
     views: list[dict[str, Any]] = field(default_factory=list)
+    cuts: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table, one line a layer, and lines about the whole model."""
@@ -138,6 +143,7 @@ class Recipe:
     attention: list[dict[str, Any]] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
     views: list[dict[str, Any]] = field(default_factory=list)
+    cuts: list[dict[str, Any]] = field(default_factory=list)
 
 
 _FIELDS = {one.name for one in fields(Report)}
@@ -210,6 +216,9 @@ def _as_text(report: Report) -> str:
     if report.collapsed:
         names = ", ".join(report.collapsed)
         lines.append(f"collapsed: all gates of {names} are closed, nothing passes through")
+    for cut in report.cuts:
+        lines.append(f"removed branches, by their last layers: {', '.join(cut['branches'])}")
+        lines += [f"taken out of {name!r}: {places}" for name, places in cut["dropped"].items()]
     for what, key in (("parameters", "params"), ("MACs", "macs"), ("activation bytes", "memory")):
         after, before = getattr(report, key)
         share = f" ({after / before:.2%})" if before else ""

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.gating.attention import unfused_in
+from l0fast.layers.branch import BranchGate
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, sharing
 from l0fast.measures.counts import Counts
 from l0fast.measures.groups import Group, measure_name
 from l0fast.measures.measure import GateMeasure
 from l0fast.pruning.choose import Budget
+from l0fast.pruning.depth import Shallow
 from l0fast.pruning.plan import Plan
 from l0fast.pruning.report import REPORT_FORMAT, Report, recipe_of
 
@@ -36,6 +38,8 @@ class Facts:
     """On what the two models were compared."""
     seconds: list[float] | None
     """Measured latency of the pruned and of the dense model."""
+    left: Shallow
+    """The model without its closed branches."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,8 @@ def _count_gates(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> _Ga
         is_open = (layer.evaluation_gates() > 0).cpu()
         found.forced[name] = is_open & ~kept[name]
         found.filled[name] = kept[name] & ~is_open
-        if not bool(layer.own(is_open & kept[name]).any()):
+        gone = not bool(layer.own(is_open & kept[name]).any())
+        if gone and not isinstance(layer, BranchGate):
             found.collapsed.append(name)
     return found
 
@@ -112,13 +117,13 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
         site_row(
             name,
             plan,
-            layers.get(name),
-            kept.get(name),
-            counts.forced.get(name),
-            name in counts.collapsed,
+            layers.get(old),
+            kept.get(old),
+            counts.forced.get(old),
+            old in counts.collapsed,
         )
-        for name in plan.sites
-        if name in layers or name in changed
+        for name, old in ((name, facts.left.old(name)) for name in plan.sites)
+        if old in layers or name in changed
     ]
     units = {"input": "in", "output": "out", "weight": "out"}
     gated = GateMeasure(layers, [Group(tuple(layers))])
@@ -148,6 +153,7 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
         layers=[*before.layers, *(edit.as_json() for edit in plan.edits)],
         compared=facts.compared,
         views=[*before.views, *(patch.as_json() for patch in plan.views)],
+        cuts=[*before.cuts, *([] if facts.left.cut is None else [facts.left.cut.as_json()])],
     )
 
 

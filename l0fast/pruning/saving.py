@@ -15,12 +15,11 @@ from torch import Tensor, fx, nn
 
 from l0fast import _checks, _digest
 from l0fast._files import part_folder, write_atomically
-from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.graph.capture import is_site, layer_size
-from l0fast.graph.tensors import part_of
-from l0fast.layers.dense_types import kind_of
-from l0fast.pruning.attributes import AttributePatch, sizes_of
-from l0fast.pruning.edits import Edit, apply
+from l0fast.gating.attention import Unfused
+from l0fast.graph.cuts import Cut
+from l0fast.pruning.attributes import AttributePatch
+from l0fast.pruning.edits import Edit
+from l0fast.pruning.rebuild import rebuilt, steps_of
 from l0fast.pruning.report import Report, attach_report, required_report
 from l0fast.pruning.views import ViewPatch
 
@@ -29,17 +28,17 @@ KEY = "l0fast"
 FORMAT = 2
 """With a digest of recipe and tensors; files of format 1 have none."""
 EARLIER = 1
-KEYS = ("attention", "attributes", "layers", "views")
+KEYS = ("attention", "attributes", "cuts", "layers", "views")
 """Parts of a report that are the recipe."""
 
 
 def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model that `prune` made to one .safetensors file, whole or not at all.
 
-    The metadata's entry "l0fast" is JSON: format, layers, attributes and attention (the recipe,
-    see `prune`), aliases (name -> name of the same tensor: tied weights are stored once), frozen
-    (parameters without gradient), report (all else that `prune` reported) and sha256, the digest of
-    all this and of the tensors.
+    The metadata's entry "l0fast" is JSON: format, layers, attributes, cuts, views and attention
+    (the recipe, see `Report`), aliases (name -> name of the same tensor: tied weights are stored
+    once), frozen (parameters without gradient), report (all else that `prune` reported) and sha256,
+    the digest of all this and of the tensors.
 
     Args:
         small: the pruned model, as it was or trained further.
@@ -148,6 +147,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if version in (EARLIER, FORMAT):
             _check_digest(recipe, version, tensors)
             recipe.setdefault("attention", [])
+            recipe.setdefault("cuts", [])
+            recipe["depth"] = [Cut.from_json(entry) for entry in recipe["cuts"]]
             recipe["calls"] = [Unfused.from_json(entry) for entry in recipe["attention"]]
             recipe["edits"] = [Edit.from_json(entry) for entry in recipe["layers"]]
             recipe["patches"] = [AttributePatch.from_json(entry) for entry in recipe["attributes"]]
@@ -194,47 +195,8 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
     def differs(what: str) -> NoReturn:
         _checks.refuse("build_fn", type(model).__name__, f"the model of {str(path)!r}: {what}")
 
-    def part(what: str, name: str) -> Any:
-        try:
-            return part_of(model, name)
-        except AttributeError:
-            differs(f"it has a {what} {name!r}")
-
-    for call in recipe["calls"]:
-        attention = part("module", call.name)
-        if type(attention) is not nn.MultiheadAttention:
-            got = type(attention).__name__
-            differs(f"its {call.name!r} is a MultiheadAttention, not a {got}")
-        found, sizes = ((m.embed_dim, m.num_heads) for m in (attention, call))
-        if found != sizes:
-            differs(f"its {call.name!r} has embed_dim and num_heads {sizes}, not {found}")
-        model = unfuse_(model, {call.name: call})
-    for edit in recipe["edits"]:
-        # One by one: the recipe of a model pruned twice names layers that the first edits made.
-        layer = part("layer", edit.name)
-        if not is_site(layer) or kind_of(layer).__name__ != edit.kind:
-            differs(f"its {edit.name!r} is a {edit.kind}, not a {type(layer).__name__}")
-        if layer_size(layer) != edit.size:
-            sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
-            differs(f"its {edit.name!r} has {sizes}")
-        model = apply(model, [edit])
-    for patch in recipe["patches"]:
-        module, value = part("module", patch.name), patch.value[1]
-        found = dict(sizes_of(module)).get(patch.attribute)
-        if type(module).__name__ != patch.kind or found != value:
-            wanted = f"a {patch.kind} with {patch.attribute}={value}"
-            differs(f"its {patch.name or 'root'!r} is {wanted}")
-        model = apply(model, [], [patch])
-
-    for anew in recipe["anew"]:
-        module = part("module", anew.name)
-        if type(module).__name__ != anew.kind:
-            differs(f"its {anew.name!r} is a {anew.kind}, not a {type(module).__name__}")
-        try:
-            model = apply(model, [], [anew])
-        except Exception as error:
-            differs(f"the forward of its {anew.name!r} is another one ({_checks.one_line(error)})")
-
+    steps = steps_of(*(recipe[key] for key in ("calls", "depth", "edits", "patches", "anew")))
+    model = rebuilt(model, steps, differs)
     _fill_(model, tensors, recipe, differs)
     attach_report(model, recipe["report"])
     return model

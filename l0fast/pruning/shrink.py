@@ -17,9 +17,9 @@ from l0fast.layers.handle import gated_layers, gates, sharing
 from l0fast.layers.serving import INDEX, likeliest
 from l0fast.measures.counts import Counts, element_size
 from l0fast.pruning.attributes import AttributePatch
-from l0fast.pruning.draft import GateValues
+from l0fast.pruning.draft import GateValues, new_draft
 from l0fast.pruning.edits import Edit, shrink_, sliced, weight_sides
-from l0fast.pruning.plan import make_plan, new_draft
+from l0fast.pruning.plan import make_plan
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import recipe_of
 from l0fast.skipping.attach import attach_skipping
@@ -71,7 +71,8 @@ class Idle:
     def count(self, model: nn.Module) -> dict[str, Tensor]:
         """Counts one more epoch: gated layer -> bool, the gates that may stay.
 
-        The likeliest gate of each layer always does, and so do gates on single weights.
+        The likeliest gate of each layer always does, and so do gates on single weights and on
+        branches.
         """
         kept: dict[str, Tensor] = {}
         for owner, layers in sharing(gated_layers(model)).items():
@@ -81,11 +82,11 @@ class Idle:
                 seldom = layer.own(layer.open_probability() < SELDOM).cpu()
                 before = self.epochs.get(name, torch.zeros(seldom.shape, dtype=torch.int64))
                 self.epochs[name] = (before + 1) * seldom
-                if layer.gates != "weight":
+                if layer.gates not in ("weight", "branch"):
                     # A gate that is closed once it is settled does not come back.
                     own = ~seldom if layer.settled else self.epochs[name] < self.patience
                     stays[layer.places().cpu()] = own
-            if layers[owner].gates != "weight":
+            if layers[owner].gates not in ("weight", "branch"):
                 stays |= likeliest(layers.values(), log_alpha).cpu()
             if not self.stuck.isdisjoint(layers):
                 stays.fill_(True)

@@ -10,20 +10,23 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import is_site, layer_size
+from l0fast.graph.cuts import plan_cut
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.exporting import quietly
 from l0fast.graph.liveness import Liveness
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.graph.tensors import channel_tensor
+from l0fast.layers.branch import branch_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, sharing
 from l0fast.layers.serving import likeliest
 from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.flops import output_shapes
 from l0fast.measures.trial import Trial
-from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.depth import by_old_names, closed_in, cut_out
+from l0fast.pruning.draft import Draft, GateValues, all_gates, new_draft
 from l0fast.pruning.outcome import Outcome
-from l0fast.pruning.plan import Plan, make_plan, new_draft
+from l0fast.pruning.plan import Plan, make_plan
 
 
 def widths_left(plan: Plan) -> dict[str, tuple[int, int]]:
@@ -35,12 +38,13 @@ def widths_left(plan: Plan) -> dict[str, tuple[int, int]]:
 
 
 def half_closed(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
-    """Layer -> bool, of log_alpha's shape: half of its gates stay, by chance, and one at least."""
+    """Layer -> bool, of log_alpha's shape: half of its gates stay, by chance, and one at least; all
+    branches stay."""
     kept: dict[str, Tensor] = {}
     chance = torch.Generator().manual_seed(0)
     for owner, alike in sharing(layers).items():
         stays = torch.ones(layers[owner].log_alpha.shape, dtype=torch.bool)
-        if layers[owner].gates != "weight":
+        if layers[owner].gates not in ("weight", "branch"):
             scores = torch.randperm(stays.numel(), generator=chance)
             stays = (scores >= (stays.numel() + 1) // 2) | likeliest(alike.values(), scores)
         kept.update(dict.fromkeys(alike, stays))
@@ -80,11 +84,21 @@ def _tried(
     def own() -> Example:
         return example.copy() if fake is None else example.map(fake.from_tensor)
 
-    def counted(widths: dict[str, tuple[int, int]]) -> Counts:
+    def counted(widths: dict[str, tuple[int, int]], plain: nn.Module | None = None) -> Counts:
         with draft.mode():
-            return Counts.of(draft.model, own(), size, widths)
+            return Counts.of(draft.model if plain is None else plain, own(), size, widths)
 
     dense = counted(full)
+    cut = None
+    if branches := list(branch_gates(layers)):
+        opened = all_gates(layers)
+        opened.update((name, torch.zeros_like(opened[name])) for name in branches[::2])
+        way = plan_cut(model, closed_in(layers, opened), drop=True)
+        small, names = cut_out(model, way)
+        rest = gates(small).layers
+        plain = Draft(small, GateValues(rest, all_gates(rest)), structure.raw(layers), fake).model
+        left = {name: widths for name, widths in full.items() if not way.takes(name)}
+        cut = opened, by_old_names(counted({}, plain), names, model, left)
 
     def check(_: Draft) -> Outcome:
         with draft.mode():
@@ -109,6 +123,7 @@ def _tried(
         kept=values.kept,
         dense=dense,
         left=counted(widths_left(plan)),
+        cut=cut,
         element_size=size,
     )
     return trial, plan

@@ -16,8 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from l0fast.graph.branches import branch_of
 from l0fast.graph.calls import Example
+from l0fast.graph.capture import NORMS
+from l0fast.layers.branch import branch_gates
 from l0fast.layers.draw import Compact, Draw, Drawn, OnDevice
+from l0fast.layers.handle import gated_layers
 from l0fast.layers.hooks import foreign_hooks, seen_backward
 from l0fast.skipping import skip_on_device
 from l0fast.skipping.following import Following, can_follow, follow
@@ -74,6 +78,21 @@ def _opened(draw: Draw) -> dict[int, Tensor]:
             for layer in layers:
                 opened[id(layer)] = layer.spread(part)
     return opened
+
+
+def _in_branches(model: nn.Module) -> list[tuple[int, list[int]]]:
+    """Ids of the gates on branches, and of the gated layers inside each.
+
+    Not of branches with batch norms: these count what they are given.
+    """
+    layers, found = gated_layers(model), list[tuple[int, list[int]]]()
+    norms = [name for name, module in model.named_modules() if isinstance(module, NORMS)]
+    for key, gate in branch_gates(layers).items():
+        branch = branch_of(key, gate)
+        if not any(map(branch.holds, norms)):
+            inside = [id(layer) for name, layer in layers.items() if branch.holds(name)]
+            found.append((id(gate), inside))
+    return found
 
 
 def _crossed(model: nn.Module, links: list[Link]) -> list[nn.Module]:
@@ -138,6 +157,7 @@ class Skipping:
             (layer, follow(layer)) for layer in self._layers if not isinstance(layer, Drawn)
         ]
         self._crossed = _crossed(model, links)
+        self._inside = _in_branches(model)
         # The model as it was: of each module its children.
         parts = [module._modules for module in model.modules() if module._modules]
         self._children = [(children, list(children.values())) for children in parts]
@@ -186,6 +206,7 @@ class Skipping:
         if examples is None:
             return
         opened = _opened(draw)
+        self._close_branches(opened)
         if self.unread:
             draw.compacts.update(self._unread(opened))
         elif self.on_gpu:
@@ -196,6 +217,17 @@ class Skipping:
             draw.compacts.update(self._compacts(opened, examples))
         for layer, following in self._following:
             following.compact, following.draw = draw.compacts.get(id(layer)), draw
+
+    def _close_branches(self, opened: dict[int, Tensor]) -> None:
+        """Closes all units in the branches that this draw has closed: what they give is multiplied
+        by 0, and their gradients are 0."""
+        for gate, layers in self._inside:
+            if gate not in opened:
+                continue
+            of = {one: opened[one] for one in layers if one in opened}
+            # Layers that share their gates must go on to have the same tensor.
+            closed = {id(units): units & opened[gate] for units in of.values()}
+            opened.update((one, closed[id(units)]) for one, units in of.items())
 
     def _unread(self, opened: dict[int, Tensor]) -> dict[int, OnDevice]:
         """What each layer leaves out, as lists that stay on the device."""

@@ -23,7 +23,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.gating.param_groups import param_groups
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers import handle
-from l0fast.layers.draw import expected_open
+from l0fast.layers.expected import expected_open
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.linear import L0Linear
 from l0fast.layers.sampling import attach_draw, detach

@@ -23,7 +23,7 @@ from l0fast import (
     prune,
     sparsify_,
 )
-from l0fast.layers.draw import expected_open
+from l0fast.layers.expected import expected_open
 from l0fast.layers.handle import gate_owners, gated_layers, own_gates
 from tests.helpers.plain_models import READERS, NormedStream
 from tests.helpers.zoo import ZOO

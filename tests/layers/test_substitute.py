@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from l0fast import sparsify_
-from l0fast.layers.draw import expected_open
+from l0fast.layers.expected import expected_open
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.handle import gated_layers, own_gates
 from l0fast.layers.substitute import with_log_alpha

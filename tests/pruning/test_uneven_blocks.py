@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, prune, sparsify_
 from l0fast.graph.calls import Example
-from l0fast.layers.draw import expected_open
+from l0fast.layers.expected import expected_open
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.shrink import plan_removal, remove_
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed

@@ -1,0 +1,185 @@
+"""Branches cut out of a model: stand-ins in the place of their modules, and whole blocks taken out
+of the lists that hold them. The number of layers follows, and so do their places in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from l0fast.graph.branches import Branch
+from l0fast.graph.sites import replace
+from l0fast.graph.standins import StandIn
+
+INDEX = "layer_idx"
+"""The attribute by which a decoder's attention knows its place in a cache."""
+NUMBER, KINDS = "num_hidden_layers", "layer_types"
+"""What a configuration says of the layers: how many, and the kind of each."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which branches are cut out, and how; as JSON, an entry of the report."""
+
+    branches: tuple[str, ...] = ()
+    """Their names."""
+    modules: tuple[StandIn, ...] = ()
+    """What takes the place of modules."""
+    dropped: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    """(list of modules, places of what is taken out of it)."""
+    after: tuple[int, int, int] = (0, 0, 0)
+    """How many entries of the recipe's `layers`, `attributes` and `views` came before."""
+
+    def as_json(self) -> dict[str, Any]:
+        """A dict that `from_json` takes."""
+        return {
+            "branches": list(self.branches),
+            "modules": [stand.as_json() for stand in self.modules],
+            "dropped": {name: list(places) for name, places in self.dropped},
+            "after": list(self.after),
+        }
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> Cut:
+        """The cut of a report's entry.
+
+        Raises:
+            ValueError, TypeError, KeyError, AttributeError: it is none.
+        """
+        cut = cls(
+            tuple(map(str, entry["branches"])),
+            tuple(map(StandIn.from_json, entry["modules"])),
+            tuple((name, tuple(map(int, places))) for name, places in entry["dropped"].items()),
+            (int(entry["after"][0]), int(entry["after"][1]), int(entry["after"][2])),
+        )
+        if cut.as_json() != dict(entry):
+            raise ValueError("an entry that contradicts itself")
+        return cut
+
+    def takes(self, name: str) -> bool:
+        """Whether a module, or a tensor, of the whole model is gone."""
+        gone = [stand.name for stand in self.modules]
+        gone += [f"{holder}.{place}" for holder, places in self.dropped for place in places]
+        return any(f"{name}.".startswith(f"{one}.") for one in gone)
+
+    def old(self, name: str) -> str:
+        """The name that a module, or a tensor, of the cut model had before."""
+        for holder, gone in self.dropped:
+            if name.startswith(f"{holder}."):
+                place, _, rest = name.removeprefix(f"{holder}.").partition(".")
+                stays = (i for i in range(int(place) + len(gone) + 1) if i not in gone)
+                old = next(i for number, i in enumerate(stays) if number == int(place))
+                name = f"{holder}.{old}.{rest}".rstrip(".")
+        return name
+
+
+def _listed(model: nn.Module, name: str) -> bool:
+    """Whether a module is one of a list of modules, which are numbered."""
+    holder, _, place = name.rpartition(".")
+    module = model.get_submodule(holder)
+    return place.isdigit() and isinstance(module, (nn.ModuleList, nn.Sequential))
+
+
+def plan_cut(
+    model: nn.Module,
+    branches: Iterable[Branch],
+    drop: bool,
+    after: tuple[int, int, int] = (0, 0, 0),
+) -> Cut:
+    """How some branches of a model are cut out.
+
+    Args:
+        model: whose branches they are.
+        branches: those that are closed.
+        drop: whether blocks that add nothing go, out of the lists that hold them where these do;
+            else the branches alone.
+        after: see `Cut`.
+    """
+    branches = list(branches)
+    closed = {one.name for one in branches}
+    stands = {stand.name: stand for one in branches for stand in one.modules}
+    dropped: dict[str, set[int]] = {}
+    if drop:
+        for one in branches:
+            if one.block is not None and closed.issuperset(one.members):
+                holder, _, place = one.block.name.rpartition(".")
+                if _listed(model, one.block.name):
+                    dropped.setdefault(holder, set()).add(int(place))
+                else:
+                    stands[one.block.name] = one.block
+    gone = [f"{holder}.{place}" for holder, places in dropped.items() for place in places]
+    outer = [
+        stand
+        for name, stand in stands.items()
+        if not any(f"{name}.".startswith(f"{other}.") for other in gone)
+        and not any(name.startswith(f"{other}.") for other in stands)
+    ]
+    # A list inside what is dropped goes with it.
+    lists = [
+        (holder, tuple(sorted(places)))
+        for holder, places in dropped.items()
+        if not any(f"{holder}.".startswith(f"{other}.") for other in gone)
+    ]
+    return Cut(tuple(sorted(closed)), tuple(outer), tuple(lists), after)
+
+
+def _with_index(model: nn.Module) -> list[nn.Module]:
+    """The modules that have a place in a cache: the innermost."""
+    found = [m for m in model.modules() if type(vars(m).get(INDEX)) is int]
+    outer = {id(m) for m in found for inner in m.modules() if inner is not m and inner in found}
+    return [module for module in found if id(module) not in outer]
+
+
+def _configurations(model: nn.Module, holder: str) -> list[Any]:
+    """The configurations of the modules around one."""
+    parts = holder.split(".")
+    around = (".".join(parts[:size]) for size in range(len(parts)))
+    found = (getattr(model.get_submodule(name), "config", None) for name in around)
+    return list({id(one): one for one in found if one is not None}.values())
+
+
+def cut_(model: nn.Module, cut: Cut) -> nn.Module:
+    """Carries a cut out, in place; returns the root.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    indexed = _with_index(model)
+    old = {id(model.get_submodule(stand.name)): stand.module() for stand in cut.modules}
+    for new, stand in zip(old.values(), cut.modules, strict=True):
+        new.train(model.get_submodule(stand.name).training)
+    model = replace(model, old)
+    for holder, gone in cut.dropped:
+        parts = model.get_submodule(holder)
+        kept = [i for i in range(len(parts._modules)) if i not in gone]
+        for config in _configurations(model, holder):
+            if getattr(config, NUMBER, None) != len(parts._modules):
+                continue
+            kinds = getattr(config, KINDS, None)
+            setattr(config, NUMBER, len(kept))
+            if kinds is not None and len(kinds) == len(parts._modules):
+                setattr(config, KINDS, [kinds[i] for i in kept])
+        modules = list(parts._modules.values())
+        parts._modules.clear()
+        parts._modules.update((str(new), modules[i]) for new, i in enumerate(kept))
+    left = {id(module) for module in model.modules()}
+    stay: Any = [module for module in indexed if id(module) in left]
+    places = {value: new for new, value in enumerate(sorted({m.layer_idx for m in stay}))}
+    if len(stay) < len(indexed):
+        for module in model.modules():
+            if vars(module).get(INDEX) in places:
+                setattr(module, INDEX, places[vars(module)[INDEX]])
+    return model
+
+
+def cut_names(model: nn.Module, cut: Cut) -> dict[str, str]:
+    """Name of each module of a cut model that was there before -> the name that it had."""
+    new = {stand.name for stand in cut.modules}
+    named = ((name, cut.old(name)) for name, _ in model.named_modules())
+    return {
+        name: old
+        for name, old in named
+        if not any(f"{old}.".startswith(f"{stand}.") for stand in new)
+    }
