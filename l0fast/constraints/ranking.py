@@ -29,7 +29,7 @@ def magnitudes(layer: Gated) -> Tensor:
         # In each group of a convolution, the columns are those of that group.
         groups = getattr(layer, "groups", 1)
         units = by_column.unflatten(0, (groups, -1)).sum(1).flatten()
-    if layer.gates == "output" and layer.bias is not None:
+    if layer.gates == "output" and layer._parameters.get("bias") is not None:
         units = units + full(layer.bias.detach()).square()
     return (units.view(-1, layer.units).sum(1) / layer.group_size).sqrt()
 

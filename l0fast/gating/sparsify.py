@@ -9,6 +9,7 @@ from torch import nn
 
 from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
+from l0fast.gating.hidden import hidden_gates, refuse_hidden
 from l0fast.gating.recipes import Choice, GateTable
 from l0fast.gating.selection import (
     ModelT,
@@ -33,6 +34,7 @@ from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.options import GATES
+from l0fast.layers.rms_norm import gated_norm
 from l0fast.layers.sampling import attach_draw
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping.attach import attach_skipping, stop_skipping
@@ -51,6 +53,7 @@ def sparsify_(
     noise: str = "batch",
     example_inputs: Any = None,
     skip: str | bool = "auto",
+    hidden: bool = False,
     dry_run: Literal[False] = False,
 ) -> ModelT: ...
 
@@ -68,6 +71,7 @@ def sparsify_(
     noise: str = "batch",
     example_inputs: Any = None,
     skip: str | bool = "auto",
+    hidden: bool = False,
     dry_run: Literal[True],
 ) -> GateTable: ...
 
@@ -84,6 +88,7 @@ def sparsify_(
     noise: str = "batch",
     example_inputs: Any = None,
     skip: str | bool = "auto",
+    hidden: bool = False,
     dry_run: bool = False,
 ) -> nn.Module | GateTable:
     """Puts gates on a model's linear and convolution layers, in place, and returns the model.
@@ -127,6 +132,11 @@ def sparsify_(
             nowhere. Needs `example_inputs`. On a GPU chains of linear layers alone are skipped by
             kernels that ask nobody; in a model with convolutions the host waits for the gates once
             a step.
+        hidden: whether the hidden width has gates, too: one for each channel of a residual stream,
+            shared by all its RMS norms. What writes into the stream (embeddings, the last layers
+            of attention and MLP) and what reads it gets smaller with it. Needs gates="auto",
+            `example_inputs`, and RMS norms in front of all that reads the stream: a layer norm
+            takes the mean of all channels, so that none can go alone.
         dry_run: change nothing, and return a table of what would have gates and why the others
             would not; it prints as a table.
 
@@ -138,18 +148,26 @@ def sparsify_(
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
     _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
+    _check_hidden(hidden, gates, noise, example_inputs)
     example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
     if gates == "auto" and example is not None:
         twin, calls, fused = with_ordinary_attention(model, example)
     considered, computed = _considered(twin, include, exclude, example)
-    chosen = choose(twin, gates, considered, example)
-    choices = chosen.choices
+    stream = None if not hidden or example is None else hidden_gates(twin, example)
+    if stream is None:
+        chosen = choose(twin, gates, considered, example)
+    else:
+        chosen = choose(stream.model, gates, considered, example, stream.structure)
+        considered |= {name: twin.get_submodule(name) for name in stream.choices}
+    choices = chosen.choices | ({} if stream is None else dict(stream.choices))
     if dry_run:
         rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
         rows += [computed_row(name, layer) for name, layer in computed.items()]
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
+    if stream is not None and not stream.controls:
+        refuse_hidden(model, stream)
     names = [name for name in considered if choices[name].gates]
     if not names and not gated_layers(model):
         _refuse_none(model, gates, choices, considered, computed)
@@ -161,6 +179,16 @@ def sparsify_(
     gated: dict[str, Any] = {}
     for name, layer in layers.items():
         density, droprate = initial[name]
+        if stream is not None and name in stream.controls:
+            gated[name] = gated_norm(
+                layer,
+                controls=stream.controls[name],
+                shared=gated.get(choices[name].shared),
+                density_init=density,
+                droprate_init=droprate,
+                distribution=distribution,
+            )
+            continue
         gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
             layer,
             gates=choices[name].gates,
@@ -203,6 +231,18 @@ def _check_call(
         _checks.refuse("skip", skip, "'auto' or False without example_inputs")
     if density_init is not None and droprate_init is not None:
         _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
+
+
+def _check_hidden(hidden: object, gates: str, noise: str, example_inputs: object) -> None:
+    """Refuses gates on the hidden width where the structure is not asked for, or noise differs."""
+    if not isinstance(hidden, bool):
+        _checks.refuse("hidden", hidden, "True or False", TypeError)
+    if hidden and gates != "auto":
+        _checks.refuse("gates", gates, "'auto' with hidden=True")
+    if hidden and noise != "batch":
+        _checks.refuse("noise", noise, "'batch' with hidden=True (all norms share one draw)")
+    if hidden and example_inputs is None:
+        _checks.refuse("example_inputs", None, "what the model's forward takes, for hidden=True")
 
 
 def _considered(

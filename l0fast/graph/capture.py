@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections import Counter
-from collections.abc import Generator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from io import StringIO
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
@@ -21,7 +16,9 @@ from l0fast.graph.calls import Example
 from l0fast.graph.compare import values_of
 from l0fast.graph.computed import own_weights
 from l0fast.graph.nodes import argument, op_name
+from l0fast.graph.quiet import quietly, without_validation
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
+from l0fast.layers.rms_norm import GatedRMSNorm, StandIn, form_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Classes of batch norms."""
@@ -59,6 +56,8 @@ _CALLS: dict[type[nn.Module], _Call] = {
     **dict.fromkeys(_INSTANCE_NORMS, _Call("aten::instance_norm", 1, "weight")),
     nn.GroupNorm: _Call("aten::group_norm", 2, "weight"),
     nn.PReLU: _Call("aten::prelu", 1, "weight"),
+    StandIn: _Call("aten::rms_norm", 2, "weight"),
+    nn.Embedding: _Call("aten::embedding", 0, "weight"),
 }
 
 
@@ -80,7 +79,9 @@ def is_channelwise(module: nn.Module) -> bool:
 
 
 def is_site(module: nn.Module) -> bool:
-    """Whether a module is one that can be made smaller."""
+    """Whether a module is one that can be made smaller, in any model; see `sites_in`."""
+    if isinstance(module, (GatedRMSNorm, StandIn)):
+        return True
     if not own_weights(module):
         return False
     if isinstance(module, NORMS):
@@ -92,6 +93,24 @@ def is_site(module: nn.Module) -> bool:
     return kind_of(module) in LAYERS and module._parameters["weight"] is not None
 
 
+def sites_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of those in a model that can be made smaller: embeddings only where they may
+    write into a residual stream that has gates."""
+    modules = dict(model.named_modules())
+    stream = any(isinstance(module, (GatedRMSNorm, StandIn)) for module in modules.values())
+    return {
+        name: module
+        for name, module in modules.items()
+        if is_site(module)
+        or (stream and isinstance(module, nn.Embedding) and own_weights(module, ["weight"]))
+    }
+
+
+def is_rms_norm(layer: nn.Module) -> bool:
+    """Whether a layer is an RMS norm with a weight for each channel, gated or not."""
+    return isinstance(layer, StandIn) or form_of(layer) is not None
+
+
 def groups_of(layer: nn.Module) -> int:
     """How many groups of channels a layer has that can only vanish as wholes; of one that treats
     each channel alone, one for each."""
@@ -101,9 +120,9 @@ def groups_of(layer: nn.Module) -> int:
 
 
 def is_carrier(layer: nn.Module) -> bool:
-    """Whether a layer passes its channels on: a norm of channels, slopes, or a convolution in
-    groups of them."""
-    return is_channelwise(layer) or getattr(layer, "groups", 1) > 1
+    """Whether a layer passes its channels on: a norm of channels, an RMS norm of a stream, slopes,
+    or a convolution in groups of them."""
+    return is_channelwise(layer) or getattr(layer, "groups", 1) > 1 or is_rms_norm(layer)
 
 
 def train_but_norms(model: nn.Module) -> None:
@@ -121,6 +140,10 @@ def layer_size(layer: nn.Module) -> tuple[int, int]:
         return getattr(layer, name), getattr(layer, name)
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if is_rms_norm(layer):
+        return (layer._parameters["weight"].numel(),) * 2  # type: ignore[union-attr]
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]
 
 
@@ -133,6 +156,9 @@ def resize_(layer: Any, inputs: int, outputs: int) -> None:
         layer.groups = layer.groups * inputs // before
     if name := _size_name(layer):
         setattr(layer, name, outputs)
+        return
+    if isinstance(layer, nn.Embedding):
+        layer.embedding_dim = outputs
         return
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"in_{unit}", inputs)
@@ -163,20 +189,6 @@ class Trace:
         self.counts = Counter(self.calls.values())
 
 
-@contextmanager
-def quietly() -> Generator[None]:
-    """torch.export speaks of its own affairs, on stderr too: not while we use it."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), redirect_stderr(StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
 def _plain(value: Any) -> Any:
     """What a model gives, of containers that torch.export knows: lists in place of objects, see
     `values_of`."""
@@ -186,17 +198,6 @@ def _plain(value: Any) -> Any:
         return [_plain(part) for part in value]
     plain = value is None or isinstance(value, (Tensor, str, int, float, complex))
     return value if plain else values_of(value)
-
-
-@contextmanager
-def _without_validation() -> Generator[None]:
-    """Distributions look at the values that they are given, which torch.export does not know."""
-    before = Distribution._validate_args
-    Distribution.set_default_validate_args(False)
-    try:
-        yield
-    finally:
-        Distribution.set_default_validate_args(before)
 
 
 def _read(graph: torch.fx.Graph) -> set[Node]:
@@ -230,7 +231,7 @@ def export(model: nn.Module, example: Example) -> Trace:
     """
     plain = model.register_forward_hook(lambda _model, _args, given: _plain(given))
     try:
-        with quietly(), _without_validation(), torch.no_grad():
+        with quietly(), without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         plain.remove()
@@ -239,6 +240,7 @@ def export(model: nn.Module, example: Example) -> Trace:
     held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     modules = dict(model.named_modules(remove_duplicate=False))
     names = {id(module): name for name, module in model.named_modules()}
+    sites = set(map(id, sites_in(model).values()))
 
     def holder(node: object) -> tuple[nn.Module, str] | None:
         """The module and attribute of the tensor that a placeholder stands for."""
@@ -255,7 +257,7 @@ def export(model: nn.Module, example: Example) -> Trace:
         """Whether a node is the own call of the layer in whose forward it is."""
         kinds = (call for kind, call in _CALLS.items() if isinstance(caller, kind))
         call = next(kinds, None)
-        if call is None or op_name(node) != call.op or not is_site(caller):
+        if call is None or op_name(node) != call.op or id(caller) not in sites:
             return False
         if isinstance(caller, nn.GroupNorm) and node.args[1] != caller.num_groups:
             return False
@@ -277,7 +279,7 @@ def export(model: nn.Module, example: Example) -> Trace:
     read_outside: set[str] = set()
     for node in program.graph.nodes:
         held_by = holder(node)
-        if held_by is None or not is_site(held_by[0]):
+        if held_by is None or id(held_by[0]) not in sites:
             continue
         # A higher-order op (a region under autocast or no_grad) may hold the layer's own call.
         foreign = (user for user in node.users if user not in calls)

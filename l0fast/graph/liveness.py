@@ -244,10 +244,14 @@ class Liveness:
             extent.rows = extent.leaves
             if arrives is not None:
                 extent.arrives = extent.columns = arrives
+            if site.local:  # its gates say what its statistic counts
+                extent.rows, extent.columns = (there & site.writes for there in (extent.leaves, extent.arrives))
             return
         extent.rows = extent.leaves & self.live[outputs] & site.writes
         if arrives is not None:
             extent.arrives, extent.columns = arrives, self.columns[site.name].clone()
+            if site.bound:
+                extent.columns = extent.arrives
             if not bool(extent.columns.any()):
                 extent.columns[extent.arrives.nonzero()[0]] = True
             gone = site.reads & ~extent.columns

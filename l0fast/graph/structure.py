@@ -11,13 +11,13 @@ from torch.utils._pytree import tree_flatten
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.capture import Trace, export, is_site, kind_of, train_but_norms
+from l0fast.graph.capture import Trace, export, kind_of, sites_in, train_but_norms
 from l0fast.graph.sites import without_gates
 from l0fast.layers.handle import gates
 from l0fast.layers.serving import INDEX
 from l0fast.layers.ties import GATES
 
-_OF_GATES = {"gates", "noise", "units", "stage", "training"}
+_OF_GATES = {"gates", "noise", "units", "stage", "training", "controls"}
 """Attributes of layers that do not change a plain model's structure."""
 
 Fingerprint = tuple[Any, ...]
@@ -68,8 +68,8 @@ def _in_training(plain: nn.Module, example: Example, trace: Trace) -> tuple[bool
     ran: list[str] = []
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-        for name, module in plain.named_modules()
-        if is_site(module) and not trace.counts[name]
+        for name, module in sites_in(plain).items()
+        if not trace.counts[name]
     ]
     if not hooks:
         return False, None
@@ -113,7 +113,7 @@ class Structure:
         """
         made_from = fingerprint(model, example)
         try:
-            with evaluating(model), without_gates(model) as plain:
+            with evaluating(model), without_gates(model, exported=True) as plain:
                 trace = export(plain, example)
                 more = _in_training(plain, example, trace)
         except Exception as failure:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from l0fast import _checks
@@ -124,6 +124,7 @@ class Walk(Tied):
             if number > 1:
                 calls = [node for node, called in self.trace.calls.items() if called == name]
                 several[name] = self.join(name, [self._arrive[node] for node in calls])
+        self.bind(self.sites.values(), self.made, self.inputs)
         self.classes = self._parent = self._least()
         self.tainted, self.restless = torch.zeros(2, len(self._maker), dtype=torch.bool)
         """Units that are no longer sure to be zero where they were, and that are no longer sure to
@@ -183,11 +184,11 @@ class Walk(Tied):
 
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
-        source: Any = node.args[0]
+        source: Any = node.args[1 if isinstance(site.layer, nn.Embedding) else 0]
         inner = LAYERS.get(kind_of(site.layer), 0)
         shape, made = shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
-        if shape is not None and source in self.values:
+        if shape is not None and source in self.values and not isinstance(site.layer, nn.Embedding):
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
             units = self.values[source].along(dim)
             if units is None:

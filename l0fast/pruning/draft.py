@@ -136,7 +136,16 @@ class Draft:
                 if name not in self._made:
                     self._made[name] = self.made(name), edit, self._constants.get(name)
         self._placed = {name: self._made[name][0] for name in self._edits}
+        self._share_again()
         self.model = replace(self.model, {id(places[n]): new for n, new in self._placed.items()})
+
+    def _share_again(self) -> None:
+        """Gives an embedding and its head, each of which got smaller, one weight."""
+        first: dict[int, nn.Parameter | None] = {}
+        for name in self._edits.keys() & self.tied.keys():
+            own, weight = (one._parameters.get("weight") for one in (self._placed[name], self._full[name]))
+            if own is not None and own is not weight:
+                self._placed[name]._parameters["weight"] = first.setdefault(id(weight), own)
 
     def _is_as_made(self, name: str) -> bool:
         """Whether a layer is to be as it was made last."""

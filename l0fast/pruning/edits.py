@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph.capture import LAYERS, is_carrier, kind_of, layer_size, resize_
+from l0fast.graph.capture import LAYERS, is_carrier, is_rms_norm, kind_of, layer_size, resize_
 from l0fast.graph.sites import replace
 from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.rms_norm import without_channels_
 
 _SIDES = ("input", "output")
 
@@ -132,7 +133,7 @@ class AttributePatch:
 
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's inputs and outputs that its channels lie along, < 0."""
-    return -1 - LAYERS[kind_of(layer)]
+    return -1 - LAYERS.get(kind_of(layer), 0)
 
 
 def _module(name: str, tensors: dict[str, Tensor], build: Any) -> fx.GraphModule:
@@ -178,7 +179,7 @@ def scale(z: Tensor, dim: int) -> fx.GraphModule:
 def weight_sides(layer: nn.Module) -> tuple[str, ...]:
     """The sides ("input", "output") of a layer that the first dimensions of its weight follow; of a
     carrier, which keeps or loses whole groups, only the first."""
-    sides = _SIDES if isinstance(layer, TRANSPOSED) else _SIDES[::-1]
+    sides = _SIDES if isinstance(layer, (*TRANSPOSED, nn.Embedding)) else _SIDES[::-1]
     return sides[:1] if is_carrier(layer) else sides
 
 
@@ -205,6 +206,9 @@ def sliced(value: Tensor, edit: Edit, sides: Sequence[str]) -> Tensor:
 
 def shrink_(small: Any, edit: Edit) -> None:
     """Slices a layer, in place, and sets the attributes that say its size."""
+    if edit.outputs is not None and is_rms_norm(small):
+        without_channels_(small, torch.tensor(edit.outputs))
+        return
     sides = weight_sides(small)
     for owned in (small._parameters, small._buffers):
         for name, value in owned.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -12,13 +11,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast import _checks
-from l0fast.graph.capture import Trace, is_site, layer_size
+from l0fast.graph.capture import Trace, is_rms_norm, is_site, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
-from l0fast.graph.sites import Site, find_sites, tied_modules
+from l0fast.graph.sites import Site, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.edits import AttributePatch, Edit
+from l0fast.pruning.gated_sites import gated_sites
 from l0fast.pruning.patches import Outcome, merged_tiers
 
 ALONE = "each layer by itself"
@@ -57,31 +57,6 @@ class Plan:
             for name, site in self.sites.items()
             if site.local or (self.live is not None and not site.fixed)
         ]
-
-
-def gated_sites(
-    draft: Draft, values: GateValues, trace: Trace | None, full: Mapping[str, str]
-) -> dict[str, Site]:
-    """The sites of a model, as its gates leave them; `full` as in `find_sites`."""
-    layers, kept = values.layers, values.kept
-    tied = {
-        name: f"its gates make its own copy of the weight of {other}"
-        if name in layers and layers[name].gates == "weight"
-        else f"it shares its weight with {other}"
-        for name, other in draft.tied.items()
-    }
-    sites = find_sites(draft.source, trace, tied, full)
-    for name, layer in layers.items():
-        if name not in sites:
-            continue
-        if name in draft.factors:
-            sites[name] = dataclasses.replace(sites[name], folds=False)
-        elif layer.gates == "input":
-            sites[name] = dataclasses.replace(sites[name], reads=layer.spread(kept[name]))
-        elif layer.gates == "output":
-            gate = values.on_units(name, torch.float64)
-            sites[name] = dataclasses.replace(sites[name], writes=kept[name], gate=gate)
-    return sites
 
 
 def edit_of(site: Site, extent: Extent, scale: str | None = None) -> Edit | None:
@@ -249,6 +224,11 @@ class _Planner:
             "units that are gone, they fail"
         ]
 
+    def _is_needed(self, edit: Edit) -> bool:
+        """Whether the model of full size has an edit, too: gates that no weight can hold."""
+        layer = self.values.layers.get(edit.name)
+        return edit.scale is not None or (layer is not None and is_rms_norm(layer))
+
     def fix_what_fails(self) -> None:
         """Finds the layers that cannot get smaller, each by itself, and keeps them full.
 
@@ -256,7 +236,7 @@ class _Planner:
             ValueError: not even the model of full size computes what the gated one does.
         """
         edits = self.edits_of(local_extents(self.sites.values()))
-        base = [edit for edit in edits if edit.scale is not None]
+        base = [edit for edit in edits if self._is_needed(edit)]
         failure = self.attempt(base).failure
         if failure:
             _checks.refuse(
@@ -264,7 +244,7 @@ class _Planner:
                 f"{type(self.draft.model).__name__}, whose gates cannot be folded ({failure})",
                 "a model that reads the weights of its layers only by calling them",
             )
-        rest = [edit for edit in edits if edit.scale is None]
+        rest = [edit for edit in edits if not self._is_needed(edit)]
         each = {edit.name: self.attempt([*base, edit]).failure for edit in rest}
         faults = {name: failure for name, failure in each.items() if failure}
         for name in faults or each:

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_site, layer_size, quietly
+from l0fast.graph.capture import layer_size, sites_in
+from l0fast.graph.quiet import quietly
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
@@ -51,7 +52,7 @@ def _tried(
     values = GateValues(layers, half_closed(layers), fully_open=True)
     draft = new_draft(model, values, structure, fake)
     size = element_size(model)
-    full = {name: layer_size(m) for name, m in model.named_modules() if is_site(m)}
+    full = {name: layer_size(layer) for name, layer in sites_in(model).items()}
 
     def own() -> Example:
         return example.copy() if fake is None else example.map(fake.from_tensor)
