@@ -108,15 +108,13 @@ class _Streams:
         self.refused: dict[str, Choice] = {}
         self.choices: dict[str, Choice] = {}
         self.controls: dict[str, int] = {}
-        vectors: dict[str, Tensor] = {}
-        for name in norms:
-            reason = self._why_not(name)
-            if reason:
-                self.refused[name] = Choice("", reason)
-            else:
-                vectors[name] = self._classes(name)
-        if self.refused:
-            return
+        # A norm of something else, such as heads, pins what it reads: the others are judged without.
+        for why_not in (self._no_stream, self._why_not):
+            reasons = {name: why_not(name) for name in norms}
+            self.refused = {name: Choice("", why) for name, why in reasons.items() if why}
+            if self.refused:
+                return
+        vectors = {name: self._classes(name) for name in norms}
         closed = {name: torch.zeros_like(sites[name].writes) for name in norms}
         self._refuse_read(walk.again(closed), vectors)
         for name, vector in vectors.items():
@@ -134,14 +132,17 @@ class _Streams:
         assert units is not None
         return self.walk.classes[units.labels]
 
+    def _no_stream(self, name: str) -> str:
+        """Why a norm is none of a stream, as far as the norm itself goes; "" if it may be one."""
+        site, calls = self.sites[name], self.walk.trace.counts[name]
+        if site.fixed or calls != 1:
+            return site.fixed or f"it is called {calls} times"
+        return "" if self.walk.inputs[name] is not None else "it is no norm of a residual stream"
+
     def _why_not(self, name: str) -> str:
         """Why the channels of a norm cannot go one by one; "" if they can."""
-        walk, site = self.walk, self.sites[name]
-        units = walk.inputs.get(name)
-        if site.fixed:
-            return site.fixed
-        if units is None or walk.trace.counts[name] != 1:
-            return f"it reads {walk.sources.get(name) or 'what cannot be followed'}"
+        walk, units = self.walk, self.walk.inputs[name]
+        assert units is not None
         classes = self._classes(name)
         if bool((classes == walk.classes[STAYS]).any()):
             return f"what it reads must stay: {walk.reasons(units.labels)}"

@@ -279,8 +279,8 @@ def export(model: nn.Module, example: Example) -> Trace:
     read_outside: set[str] = set()
     for node in program.graph.nodes:
         held_by = holder(node)
-        if held_by is None or id(held_by[0]) not in sites:
-            continue
+        if held_by is None or id(held_by[0]) not in sites or not tensor(*held_by).dim():
+            continue  # a number of its own, such as a scale of embeddings, follows no size
         # A higher-order op (a region under autocast or no_grad) may hold the layer's own call.
         foreign = (user for user in node.users if user not in calls)
         if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
