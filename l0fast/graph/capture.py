@@ -111,6 +111,11 @@ def is_rms_norm(layer: nn.Module) -> bool:
     return isinstance(layer, StandIn) or form_of(layer) is not None
 
 
+def can_be_edited(layer: nn.Module) -> bool:
+    """Whether a layer is of a class that a recipe may make smaller."""
+    return is_site(layer) or isinstance(layer, nn.Embedding) or is_rms_norm(layer)
+
+
 def groups_of(layer: nn.Module) -> int:
     """How many groups of channels a layer has that can only vanish as wholes; of one that treats
     each channel alone, one for each."""

@@ -109,6 +109,15 @@ def form_of(module: nn.Module) -> Form | None:
     return form
 
 
+def weight_left(norm: nn.Module, weight: Tensor, channels: Tensor) -> Tensor:
+    """What the weight of a norm becomes without the other channels, see `without_channels_`."""
+    form = form_of(norm)
+    assert form is not None
+    kept = weight.index_select(0, channels.to(weight.device))
+    scaled = (kept.double() + form.offset) * (weight.numel() / channels.numel()) ** 0.5
+    return (scaled - form.offset).to(weight.dtype)
+
+
 def without_channels_(norm: Any, channels: Tensor) -> None:
     """Leaves a norm some of its channels, in place; where the others are zero it gives the same.
 
@@ -118,13 +127,14 @@ def without_channels_(norm: Any, channels: Tensor) -> None:
     """
     form = form_of(norm)
     assert form is not None
-    old = norm._parameters["weight"]
+    old: Any = norm._parameters["weight"]
     size, number = old.numel(), channels.numel()
-    kept = old.detach().index_select(0, channels.to(old.device))
-    scaled = (kept.double() + form.offset) * (size / number) ** 0.5 - form.offset
-    norm._parameters["weight"] = nn.Parameter(scaled.to(old.dtype), old.requires_grad)
+    left = weight_left(norm, old.detach(), channels)
+    norm._parameters["weight"] = nn.Parameter(left, old.requires_grad)
     setattr(norm, form.eps, _eps(getattr(norm, form.eps), old.dtype) * size / number)
     for key, value in list(vars(norm).items()):  # what says its size
+        if key == "controls":
+            continue
         if type(value) is int and value == size:
             setattr(norm, key, number)
         elif isinstance(value, (tuple, list)) and list(value) == [size]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from l0fast import _checks
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, own_gates, sharing
+from l0fast.layers.rms_norm import GatedRMSNorm
 from l0fast.layers.serving import alike, likeliest
 from l0fast.measures.amounts import Asked
 from l0fast.measures.measure import Measure
@@ -90,6 +91,8 @@ def choose(
             is_open = layer.evaluation_gates() > 0
         if name in filled:
             is_open.fill_(True)
+        if isinstance(layer, GatedRMSNorm):  # its statistic takes no zeros for channels
+            is_open[leader[~is_open.cpu()]] = False
         first.append(reserved)
         waits.append(is_open.cpu().flatten() & begins & ~reserved)
         leaders.append(leader + place)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.graph.capture import is_site, kind_of, layer_size
+from l0fast.graph.capture import can_be_edited, kind_of, layer_size
 from l0fast.pruning.edits import AttributePatch, Edit, apply
 from l0fast.pruning.report import Report, attach_report, required_report
 
@@ -168,7 +168,7 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
     for edit in recipe["edits"]:
         # One by one: the recipe of a model pruned twice names layers that the first edits made.
         layer = part("layer", edit.name)
-        if not is_site(layer) or kind_of(layer).__name__ != edit.kind:
+        if not can_be_edited(layer) or kind_of(layer).__name__ != edit.kind:
             differs(f"its {edit.name!r} is a {edit.kind}, not a {type(layer).__name__}")
         if layer_size(layer) != edit.size:
             sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
