@@ -11,6 +11,7 @@ from l0fast.graph.sharding import full
 from l0fast.layers.dense_types import TRANSPOSED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import sharing
+from l0fast.layers.rms_norm import GatedRMSNorm
 
 
 def magnitudes(layer: Gated) -> Tensor:
@@ -20,6 +21,8 @@ def magnitudes(layer: Gated) -> Tensor:
     absolute value.
     """
     squares = full(layer.weight.detach()).square()
+    if isinstance(layer, GatedRMSNorm):  # it does not see what else its gates control
+        return layer.factors().abs()
     if layer.gates == "weight":
         return squares.sqrt()
     if layer.gates == ("input" if isinstance(layer, TRANSPOSED) else "output"):

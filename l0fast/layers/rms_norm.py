@@ -185,6 +185,12 @@ class GatedRMSNorm(Gated):
         assert form is not None
         return (weight + form.offset) * z - form.offset if form.offset else weight * z
 
+    def factors(self) -> Tensor:
+        """What each channel is multiplied with, without gates."""
+        form = form_of(self)  # type: ignore[arg-type]
+        assert form is not None
+        return self.weight.detach() + form.offset
+
     def dense(self) -> nn.Module:
         """The ordinary norm of the very parameters (and hooks) of this one, without gates."""
         norm = super().dense()
