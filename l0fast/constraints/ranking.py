@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +33,9 @@ def magnitudes(layer: Gated) -> Tensor:
         # In each group of a convolution, the columns are those of that group.
         groups = getattr(layer, "groups", 1)
         units = by_column.unflatten(0, (groups, -1)).sum(1).flatten()
-    if layer.gates == "output" and layer._parameters.get("bias") is not None:
-        units = units + full(layer.bias.detach()).square()
+    bias: Any = getattr(layer, "bias", None)
+    if layer.gates == "output" and bias is not None:
+        units = units + full(bias.detach()).square()
     return (units.view(-1, layer.units).sum(1) / layer.group_size).sqrt()
 
 

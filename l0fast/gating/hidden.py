@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from l0fast.graph.structure import Structure
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 from l0fast.layers.gated import Gated
-from l0fast.layers.rms_norm import GatedRMSNorm, form_of, gated_norm
+from l0fast.layers.rms_norm import form_of, gated_norm
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,10 @@ def hidden_gates(model: nn.Module, example: Example) -> Hidden:
     refused: dict[str, Choice] = {}
     while left:
         twin = light_copy(model)
-        replace(twin, {id(twin.get_submodule(name)): _as_gated(twin, name) for name in left})
+        gated: dict[int, nn.Module] = {
+            id(twin.get_submodule(name)): _as_gated(twin, name) for name in left
+        }
+        replace(twin, gated)
         structure = Structure.of(twin, example)
         if structure.trace is None:
             break
@@ -90,7 +93,7 @@ def _candidates(model: nn.Module) -> list[str]:
     ]
 
 
-def _as_gated(model: nn.Module, name: str) -> GatedRMSNorm:
+def _as_gated(model: nn.Module, name: str) -> Any:
     return gated_norm(model.get_submodule(name), controls=1)
 
 
@@ -108,7 +111,7 @@ class _Streams:
         self.refused: dict[str, Choice] = {}
         self.choices: dict[str, Choice] = {}
         self.controls: dict[str, int] = {}
-        # A norm of something else, such as heads, pins what it reads: the others are judged without.
+        # A norm of something else, such as heads, pins what it reads: judge the others without it.
         for why_not in (self._no_stream, self._why_not):
             reasons = {name: why_not(name) for name in norms}
             self.refused = {name: Choice("", why) for name, why in reasons.items() if why}

@@ -166,7 +166,7 @@ def choose(
     example: Example | None,
     structure: Structure | None = None,
 ) -> Chosen:
-    """Where the gates of some layers go; with the model's structure, where that is known already."""
+    """Where the gates of some layers go; with the model's structure, where it is known."""
     if gates != "auto":
         return Chosen({name: Choice(gates) for name in layers})
     if example is None:

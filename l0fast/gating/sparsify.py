@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 
-from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
+from l0fast.gating.checks import check_call, check_widths, initial_densities, refuse_none
 from l0fast.gating.hidden import hidden_gates, refuse_hidden
-from l0fast.gating.recipes import Choice, GateTable
+from l0fast.gating.recipes import GateTable
 from l0fast.gating.selection import (
     ModelT,
     Selection,
@@ -20,7 +20,6 @@ from l0fast.gating.selection import (
     fused_rows,
     gated_inside,
     matcher,
-    per_layer,
     row_of,
     run_by,
     with_ordinary_attention,
@@ -28,12 +27,9 @@ from l0fast.gating.selection import (
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import kind_of
 from l0fast.graph.computed import why_computed
-from l0fast.graph.sharding import refuse_shared
 from l0fast.graph.sites import replace
-from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import GATED_TYPES
 from l0fast.layers.handle import gated_layers
-from l0fast.layers.options import GATES
 from l0fast.layers.rms_norm import gated_norm
 from l0fast.layers.sampling import attach_draw
 from l0fast.maths.hard_concrete import HardConcrete
@@ -54,6 +50,7 @@ def sparsify_(
     example_inputs: Any = None,
     skip: str | bool = "auto",
     hidden: bool = False,
+    uniform: bool = False,
     dry_run: Literal[False] = False,
 ) -> ModelT: ...
 
@@ -72,6 +69,7 @@ def sparsify_(
     example_inputs: Any = None,
     skip: str | bool = "auto",
     hidden: bool = False,
+    uniform: bool = False,
     dry_run: Literal[True],
 ) -> GateTable: ...
 
@@ -89,6 +87,7 @@ def sparsify_(
     example_inputs: Any = None,
     skip: str | bool = "auto",
     hidden: bool = False,
+    uniform: bool = False,
     dry_run: bool = False,
 ) -> nn.Module | GateTable:
     """Puts gates on a model's linear and convolution layers, in place, and returns the model.
@@ -137,6 +136,9 @@ def sparsify_(
             of attention and MLP) and what reads it gets smaller with it. Needs gates="auto",
             `example_inputs`, and RMS norms in front of all that reads the stream: a layer norm
             takes the mean of all channels, so that none can go alone.
+        uniform: whether layers that repeat, as in the blocks of a transformer, shall keep as many
+            units each when the gates settle and in `prune`, so that a configuration can say it by
+            one number.
         dry_run: change nothing, and return a table of what would have gates and why the others
             would not; it prints as a table.
 
@@ -147,8 +149,8 @@ def sparsify_(
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
-    _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
-    _check_hidden(hidden, gates, noise, example_inputs)
+    check_call(model, gates, density_init, droprate_init, example_inputs, skip)
+    check_widths(hidden, uniform, gates, noise, example_inputs)
     example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
@@ -170,8 +172,8 @@ def sparsify_(
         refuse_hidden(model, stream)
     names = [name for name in considered if choices[name].gates]
     if not names and not gated_layers(model):
-        _refuse_none(model, gates, choices, considered, computed)
-    initial = _initial(names, choices, density_init, droprate_init)
+        refuse_none(model, gates, choices, considered, computed)
+    initial = initial_densities(names, choices, density_init, droprate_init)
 
     stop_skipping(model)
     unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
@@ -202,47 +204,12 @@ def sparsify_(
         )
     replace(model, {id(layer): gated[name] for name, layer in layers.items()})
     handle = attach_draw(model)
+    handle.uniform = uniform
     if chosen.structure is not None:
         handle.structure = chosen.structure
     if example is not None:
         attach_skipping(model, example, skip)
     return model
-
-
-def _check_call(
-    model: object,
-    gates: object,
-    density_init: object,
-    droprate_init: object,
-    example_inputs: object,
-    skip: object,
-) -> None:
-    """Refuses what is wrong whatever the model is made of."""
-    if not isinstance(model, nn.Module):
-        _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
-    kind = kind_of(model)
-    if kind in GATED_TYPES and not isinstance(model, Gated):
-        wanted = f"a model that contains layers (or {GATED_TYPES[kind].__name__}.from_dense)"
-        _checks.refuse("model", f"a single {type(model).__name__}", wanted)
-    refuse_shared(model)
-    _checks.one_of("gates", gates, ("auto", *GATES))
-    _checks.auto_or_bool("skip", skip)
-    if skip is True and example_inputs is None:
-        _checks.refuse("skip", skip, "'auto' or False without example_inputs")
-    if density_init is not None and droprate_init is not None:
-        _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
-
-
-def _check_hidden(hidden: object, gates: str, noise: str, example_inputs: object) -> None:
-    """Refuses gates on the hidden width where the structure is not asked for, or noise differs."""
-    if not isinstance(hidden, bool):
-        _checks.refuse("hidden", hidden, "True or False", TypeError)
-    if hidden and gates != "auto":
-        _checks.refuse("gates", gates, "'auto' with hidden=True")
-    if hidden and noise != "batch":
-        _checks.refuse("noise", noise, "'batch' with hidden=True (all norms share one draw)")
-    if hidden and example_inputs is None:
-        _checks.refuse("example_inputs", None, "what the model's forward takes, for hidden=True")
 
 
 def _considered(
@@ -267,47 +234,3 @@ def _considered(
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
     computed = {name: layer for name, layer in layers.items() if name in barred}
     return {name: layer for name, layer in layers.items() if name not in barred}, computed
-
-
-def _refuse_none(
-    model: nn.Module,
-    gates: str,
-    choices: Mapping[str, Choice],
-    considered: Mapping[str, nn.Module],
-    computed: Mapping[str, nn.Module],
-) -> NoReturn:
-    """Says why no layer is left to gate."""
-    if considered:
-        reasons = {name: choices[name].reason for name in considered}
-        # What stops the others says more than that a layer reads the model's input.
-        told = (name for name, why in reasons.items() if "the model's input" not in why)
-        name = next(told, next(iter(reasons)))
-        expected = (
-            f"a model in which units can go ({name!r}: {reasons[name]}); or 'input', 'output' or "
-            "'weight', with include= for the layers whose full size may stay around their gates"
-        )
-        _checks.refuse("gates", gates, expected)
-    expected = "a model with a Linear or conv layer to gate"
-    for name, layer in list(computed.items())[:1]:
-        expected += f" ({name!r}: {why_computed(layer)})"
-    _checks.refuse("model", type(model).__name__, expected)
-
-
-def _initial(
-    names: list[str],
-    choices: Mapping[str, Choice],
-    density_init: float | Mapping[str, float] | None,
-    droprate_init: float | Mapping[str, float] | None,
-) -> dict[str, tuple[float | None, float | None]]:
-    """Name -> (density_init, droprate_init) of a layer; one for those that share their gates."""
-    densities = per_layer("density_init", density_init, names)
-    droprates = per_layer("droprate_init", droprate_init, names)
-    if isinstance(density_init, Mapping):
-        densities = {n: DENSITY_INIT if value is None else value for n, value in densities.items()}
-    for name in names:
-        owner = choices[name].shared
-        for option, of in (("density_init", densities), ("droprate_init", droprates)):
-            if owner and of[name] != of[owner]:
-                expected = f"one number for {owner!r} and {name!r}, which share their gates"
-                _checks.refuse(option, [of[owner], of[name]], expected)
-    return {name: (densities[name], droprates[name]) for name in names}

@@ -245,7 +245,8 @@ class Liveness:
             if arrives is not None:
                 extent.arrives = extent.columns = arrives
             if site.local:  # its gates say what its statistic counts
-                extent.rows, extent.columns = (there & site.writes for there in (extent.leaves, extent.arrives))
+                extent.rows = extent.leaves & site.writes
+                extent.columns = extent.arrives & site.writes
             return
         extent.rows = extent.leaves & self.live[outputs] & site.writes
         if arrives is not None:

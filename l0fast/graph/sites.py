@@ -42,8 +42,8 @@ class Site:
     gate: Tensor | None = None
     """[out] the gates on its outputs, which multiply its bias."""
     bound: bool = False
-    """Whether its weight is another layer's too, whose units go with its own: an embedding's outputs
-    are the inputs of the head."""
+    """Whether its weight is another layer's too, whose units go with its own: the outputs of an
+    embedding are the inputs of a head."""
 
     @property
     def kind(self) -> str:

@@ -114,6 +114,11 @@ def narrowed(values: Tensor) -> Tensor:
     return values
 
 
+def is_grid(narrow: Tensor) -> bool:
+    """Whether a narrowed tensor varies along several dimensions."""
+    return sum(size > 1 for size in narrow.shape) > 1
+
+
 def _expanded(values: Tensor) -> Tensor:
     """The same tensor as a view that takes memory only along the dimensions where it varies."""
     stored, narrow = _without_repeats(values), narrowed(values)

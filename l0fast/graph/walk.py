@@ -22,14 +22,10 @@ from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_in_words, op_name, shape_of, writes_in_place
 from l0fast.graph.sites import Site
 from l0fast.graph.tied import Tied
-from l0fast.graph.units import STAYS, Units, narrowed, unknown
+from l0fast.graph.units import STAYS, Units, is_grid, narrowed, unknown
 
 UNREAD = "an output that nobody reads"
 """Why the units of some layers stay."""
-
-
-def _is_grid(narrow: Tensor) -> bool:
-    return sum(size > 1 for size in narrow.shape) > 1
 
 
 class Walk(Tied):
@@ -119,7 +115,7 @@ class Walk(Tied):
         unread = self.trace.unread
         for name in unread & self.outputs.keys():  # they may be read in training
             self.pin(self.made_only_by(unread, self.outputs[name]), UNREAD)
-        several: dict[str, list[Units]] = {}  # layer called more than once -> its inputs, by call
+        several: dict[str, list[Units]] = {}  # layer called again -> its inputs, by call
         for name, number in self.trace.counts.items():
             if number > 1:
                 calls = [node for node, called in self.trace.calls.items() if called == name]
@@ -147,9 +143,9 @@ class Walk(Tied):
         for units in (part for node in self.values for part in self.units(node)):
             labels = narrowed(units.labels)
             key = labels.data_ptr(), labels.shape, labels.stride()
-            if _is_grid(labels) and key not in found:
+            if is_grid(labels) and key not in found:
                 found[key] = narrowed(self.classes[labels])
-        return [classes for classes in found.values() if _is_grid(classes)]
+        return [classes for classes in found.values() if is_grid(classes)]
 
     # --- the walk -----------------------------------------------------------------------------
 
@@ -184,11 +180,12 @@ class Walk(Tied):
 
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
-        source: Any = node.args[1 if isinstance(site.layer, nn.Embedding) else 0]
+        embeds = isinstance(site.layer, nn.Embedding)  # indices, which are no units
+        source: Any = node.args[int(embeds)]
         inner = LAYERS.get(kind_of(site.layer), 0)
         shape, made = shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
-        if shape is not None and source in self.values and not isinstance(site.layer, nn.Embedding):
+        if shape is not None and source in self.values and not embeds:
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
             units = self.values[source].along(dim)
             if units is None:

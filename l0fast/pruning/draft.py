@@ -143,7 +143,8 @@ class Draft:
         """Gives an embedding and its head, each of which got smaller, one weight."""
         first: dict[int, nn.Parameter | None] = {}
         for name in self._edits.keys() & self.tied.keys():
-            own, weight = (one._parameters.get("weight") for one in (self._placed[name], self._full[name]))
+            own = self._placed[name]._parameters.get("weight")
+            weight = self._full[name]._parameters.get("weight")
             if own is not None and own is not weight:
                 self._placed[name]._parameters["weight"] = first.setdefault(id(weight), own)
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 import torch
 
-from l0fast.graph.capture import Trace, is_rms_norm
+from l0fast.graph.capture import Trace
 from l0fast.graph.sites import Site, find_sites
+from l0fast.layers.rms_norm import GatedRMSNorm
 from l0fast.pruning.draft import Draft, GateValues
 
 
@@ -42,5 +43,5 @@ def gated_sites(
         elif layer.gates == "output":
             gate = values.on_units(name, torch.float64)
             site = dataclasses.replace(sites[name], writes=kept[name], gate=gate)
-            sites[name] = _counting(site) if is_rms_norm(layer) else site
+            sites[name] = _counting(site) if isinstance(layer, GatedRMSNorm) else site
     return sites

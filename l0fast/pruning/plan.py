@@ -6,16 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast import _checks
-from l0fast.graph.capture import Trace, is_rms_norm, is_site, layer_size
+from l0fast.graph.capture import is_site, layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
 from l0fast.graph.sites import Site, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
+from l0fast.layers.rms_norm import GatedRMSNorm
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.edits import AttributePatch, Edit
 from l0fast.pruning.gated_sites import gated_sites
@@ -227,7 +227,7 @@ class _Planner:
     def _is_needed(self, edit: Edit) -> bool:
         """Whether the model of full size has an edit, too: gates that no weight can hold."""
         layer = self.values.layers.get(edit.name)
-        return edit.scale is not None or (layer is not None and is_rms_norm(layer))
+        return edit.scale is not None or isinstance(layer, GatedRMSNorm)
 
     def fix_what_fails(self) -> None:
         """Finds the layers that cannot get smaller, each by itself, and keeps them full.

@@ -10,8 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import layer_size, sites_in
-from l0fast.graph.quiet import quietly
 from l0fast.graph.dependencies import GateDependencies
+from l0fast.graph.quiet import quietly
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, sharing
