@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +20,9 @@ def magnitudes(layer: Gated) -> Tensor:
     Within a layer it ranks units as the L2 norm of their weights does. Of a single weight it is the
     absolute value.
     """
-    squares = full(layer.weight.detach()).square()
     if isinstance(layer, GatedRMSNorm):  # it does not see what else its gates control
-        return layer.factors().abs()
+        return full(layer.factors()).abs()
+    squares = full(layer.weight.detach()).square()
     if layer.gates == "weight":
         return squares.sqrt()
     if layer.gates == ("input" if isinstance(layer, TRANSPOSED) else "output"):
@@ -33,9 +32,8 @@ def magnitudes(layer: Gated) -> Tensor:
         # In each group of a convolution, the columns are those of that group.
         groups = getattr(layer, "groups", 1)
         units = by_column.unflatten(0, (groups, -1)).sum(1).flatten()
-    bias: Any = getattr(layer, "bias", None)
-    if layer.gates == "output" and bias is not None:
-        units = units + full(bias.detach()).square()
+    if layer.gates == "output" and layer.bias is not None:
+        units = units + full(layer.bias.detach()).square()
     return (units.view(-1, layer.units).sum(1) / layer.group_size).sqrt()
 
 
