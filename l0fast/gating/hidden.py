@@ -85,11 +85,19 @@ def _tied(model: nn.Module) -> dict[str, str]:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """The RMS norms as wide as something that is embedded, or as what a Linear gives."""
+    """The RMS norms as wide as what some layer gives; those of heads mostly are not."""
+    modules = dict(model.named_modules())
+    widths = {
+        getattr(module, key, None)
+        for module in modules.values()
+        for key in ("embedding_dim", "out_features", "out_channels")
+    }
     return [
         name
-        for name, module in model.named_modules()
-        if not isinstance(module, Gated) and form_of(module) is not None
+        for name, module in modules.items()
+        if not isinstance(module, Gated)
+        and form_of(module) is not None
+        and layer_size(module)[0] in widths
     ]
 
 
