@@ -39,7 +39,8 @@ OWN, CONFIG, README = "pruned.safetensors", "dense", "README.md"
 and a note."""
 NOTE = """# A pruned {kind}
 
-Its layers have different widths, which no configuration can say: `from_pretrained` does not load it.
+Its layers have different widths, which no configuration can say: `from_pretrained` does not load
+it.
 
 ```python
 from l0fast.integrations.transformers import load_pretrained

@@ -95,7 +95,9 @@ def plain_logits(folders: list[Path]) -> None:
     """Computes the logits of the models in some folders in a process without l0fast."""
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-W", "ignore", "-c", PLAIN, *map(str, folders)]
-    done = subprocess.run(command, cwd=folders[0], env=env, capture_output=True, text=True)
+    done = subprocess.run(
+        command, check=False, cwd=folders[0], env=env, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
 
 
