@@ -45,6 +45,9 @@ def hidden_gates(model: nn.Module, example: Example) -> Hidden:
     Args:
         model: it stays as it is.
         example: of what it takes.
+
+    Raises:
+        ValueError: torch.export refuses the model.
     """
     left = _candidates(model)
     refused: dict[str, Choice] = {}
@@ -56,7 +59,8 @@ def hidden_gates(model: nn.Module, example: Example) -> Hidden:
         replace(twin, gated)
         structure = Structure.of(twin, example)
         if structure.trace is None:
-            break
+            expected = f"False, where torch.export refuses the model ({structure.failure})"
+            _checks.refuse("hidden", True, expected)
         sites = find_sites(twin, structure.trace, _tied(twin), {})
         streams = _Streams(Walk(structure.trace, sites.values()), sites, left)
         if not streams.refused:

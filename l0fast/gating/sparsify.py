@@ -204,7 +204,7 @@ def sparsify_(
         )
     replace(model, {id(layer): gated[name] for name, layer in layers.items()})
     handle = attach_draw(model)
-    handle.uniform = uniform
+    handle.uniform |= uniform
     if chosen.structure is not None:
         handle.structure = chosen.structure
     if example is not None:

@@ -88,6 +88,19 @@ def test_measures_are_the_pruned_models(measure: str) -> None:
     assert target / 2 < getattr(held.report, measure)[0] / full <= target
 
 
+def test_an_undecided_channel_counts_by_its_probability() -> None:
+    model = gated()
+    for log_alpha in gates(model).parameters():
+        with torch.no_grad():
+            log_alpha.copy_(torch.randn(12) if log_alpha.numel() == 12 else 30.0)
+    term = DensityConstraint(model, 0.9, measure="params", example_inputs=tokens())
+    each = 3 + 20 + 3 * 8 + 8 + 3 * 10  # norms, embedding and head, attention, MLP
+    full = sum(parameter.numel() for parameter in Language().parameters())
+    probability = gates(model).layers["norm"].open_probability()
+    expected = full - each * float((1 - probability).sum())
+    assert term.densities().item() == pytest.approx(expected / full, rel=1e-5)
+
+
 def test_widths_come_in_multiples() -> None:
     model = gated()
     small: Any = prune(model, tokens(), round_to=4)
@@ -203,4 +216,7 @@ def test_options_that_do_not_go_with_it_are_refused() -> None:
     rows = {row.name: row for row in table.layers}
     assert rows["blocks.0.norm"].num_gates == rows["norm"].num_gates == 12
     assert "'blocks.0.norm', which reads the same stream" in rows["norm"].reason
+    model = sparsify_(Language(), example_inputs=tokens(), hidden=True)
+    each = {gates(model).layers[name].group_size for name in ("norm", "blocks.0.norm")}
+    assert each == {1 + (20 + 3 * 8 + 8 + 3 * 10) // 3}  # a channel's parameters, by norm
     assert rows["head"].reason == "what it reads has gates, in the norms"
