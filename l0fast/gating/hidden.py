@@ -191,6 +191,7 @@ class _Streams:
             if bool(torch.isin(read, vector).any()):
                 weights[id(weight)] = weight.numel() // inputs
             elif bool(torch.isin(made, vector).any()):
-                weights[id(weight)] = weight.numel() // outputs
+                biases = site.layer._parameters.get("bias") is not None
+                weights[id(weight)] = weight.numel() // outputs + biases
         number = sum(torch.equal(other, vector) for other in vectors.values())
         return 1 + sum(weights.values()) // number

@@ -94,9 +94,9 @@ def test_an_undecided_channel_counts_by_its_probability() -> None:
         with torch.no_grad():
             log_alpha.copy_(torch.randn(12) if log_alpha.numel() == 12 else 30.0)
     term = DensityConstraint(model, 0.9, measure="params", example_inputs=tokens())
-    each = 3 + 20 + 3 * 8 + 8 + 3 * 10  # norms, embedding and head, attention, MLP
+    each = 3 + 20 + 3 * 8 + 8 + 1 + 3 * 10  # norms, embedding and head, attention, MLP
     full = sum(parameter.numel() for parameter in Language().parameters())
-    probability = gates(model).layers["norm"].open_probability()
+    probability = gates(model).layers["norm"].open_probability().detach()
     expected = full - each * float((1 - probability).sum())
     assert term.densities().item() == pytest.approx(expected / full, rel=1e-5)
 
@@ -218,5 +218,5 @@ def test_options_that_do_not_go_with_it_are_refused() -> None:
     assert "'blocks.0.norm', which reads the same stream" in rows["norm"].reason
     model = sparsify_(Language(), example_inputs=tokens(), hidden=True)
     each = {gates(model).layers[name].group_size for name in ("norm", "blocks.0.norm")}
-    assert each == {1 + (20 + 3 * 8 + 8 + 3 * 10) // 3}  # a channel's parameters, by norm
+    assert each == {1 + (20 + 3 * 8 + 8 + 1 + 3 * 10) // 3}  # a channel's parameters, by norm
     assert rows["head"].reason == "what it reads has gates, in the norms"
