@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import l0fast
 from bench.timing import Effort, cpu_sample, interleaved, paired_ratios, quartiles
-from bench.zoo.models import Entry
+from bench.zoo.models import Entry, to_compare
 from bench.zoo.names import entry_of
 from l0fast.graph.calls import Example
 from l0fast.graph.compare import relative_error, tensors_of
@@ -243,9 +243,7 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
             result.without_gates.setdefault(row.reason, []).append(row.name)
     result.notes += [table.note] if table.note else []
     weights = {row.name: _weights(dense.get_submodule(row.name)) for row in table.layers}
-    wide = widened(Example.of(example), torch.float64)
-    inputs: Any = wide.args or dict(wide.kwargs)
-    model = copy.deepcopy(dense).double()
+    model, inputs, in_float64 = to_compare(dense, Example.of(example))
     begin = time.perf_counter()
     l0fast.sparsify_(model, example_inputs=inputs, density_init=0.7, skip=False)
     result.gating_seconds = time.perf_counter() - begin
@@ -264,10 +262,11 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
 
     fresh = [Example.of(entry.example()) for _ in range(FRESH)]
     model.eval()
-    result.error_float64 = _largest_error(
-        small, model, [widened(one, torch.float64) for one in fresh]
-    )
-    _count_dead(result, model, small, entry)
+    small, model = small.double(), model.double()
+    with in_float64():
+        of = [widened(one, torch.float64) for one in fresh]
+        result.error_float64 = _largest_error(small, model, of)
+        _count_dead(result, model, small, entry)
     small = small.float()
     result.error_float32 = _largest_error(small, copy.deepcopy(model).float(), fresh)
     del model

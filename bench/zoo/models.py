@@ -6,13 +6,18 @@ its own configuration. Images are small: pruning does not depend on their size.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from l0fast.graph.calls import Example as Call
+from l0fast.pruning.precision import float64_for_float32, widened
 
 Example = Callable[[], tuple[Any, ...] | dict[str, Any]]
 """Draws an input: positional arguments, or keyword arguments."""
@@ -253,3 +258,18 @@ ZOO: dict[str, Entry] = {
     for name, (build, example) in models.items()
 }
 """Library/model -> its entry, in the order of the table."""
+
+
+def to_compare(
+    dense: nn.Module, example: Call
+) -> tuple[nn.Module, Any, Callable[[], AbstractContextManager[None]]]:
+    """A copy in float64, what it takes, and what it runs in; of a model whose forward makes tensors
+    of float32 a copy as it is, which runs in float64 in that context."""
+    wide = widened(example, torch.float64)
+    model = copy.deepcopy(dense).double()
+    try:
+        with torch.no_grad():
+            wide.call(model)
+    except Exception:  # each model has its own way to say so
+        return copy.deepcopy(dense), example.args or dict(example.kwargs), float64_for_float32
+    return model, wide.args or dict(wide.kwargs), nullcontext

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from l0fast._tables import aligned
 from l0fast.graph.capture import Trace, is_carrier
 from l0fast.graph.liveness import Liveness
-from l0fast.graph.sites import Site, find_sites, tied_modules
+from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 from l0fast.layers.rms_norm import GatedRMSNorm
@@ -95,6 +95,8 @@ def by_structure(
       units (a residual stream, a squeeze-and-excite branch) they share the gates. So they do where
       they read some of the same (a skip connection, a dense block) and a convolution is among
       them: each has its own part of one set of gates. Linears alone have gates of their own there.
+    - Units that vanish together and lie in blocks of several sizes, or at several places, have one
+      gate, which each of these inputs names.
     - A Linear that reads the model's own inputs has a gate on each.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
@@ -132,7 +134,8 @@ class _Recipe:
         self.carried: set[int] = set()
         """Classes of units that a norm or a convolution in groups passes on."""
         self.vectors: dict[str, Tensor] = {}
-        """Layer that may have gates -> the class of each block of inputs, if they lie in blocks."""
+        """Layer that may have gates -> the class of each block of inputs; of each input, if they
+        do not lie in blocks of one size, or lie in several places."""
         for name, units in walk.inputs.items():
             found = [] if units is None else self._classes(units.labels)
             if is_carrier(sites[name].layer):
@@ -146,8 +149,8 @@ class _Recipe:
             if units is not None and name in layers and not sites[name].fixed:
                 classes, block = walk.classes[units.labels], len(units.labels) // len(found)
                 vector = classes[::block]
-                if torch.equal(classes, vector.repeat_interleave(block)):
-                    self.vectors[name] = vector
+                even = torch.equal(classes, vector.repeat_interleave(block))
+                self.vectors[name] = vector if even else classes
         for name, labels in walk.made.items():
             for one in self._classes(labels):
                 self.makers.setdefault(one, set()).add(name)
@@ -170,7 +173,8 @@ class _Recipe:
             for name, site in sites.items()
             if _makes(site.layer)
         }
-        walk = Walk(trace, (sites | silent).values())
+        held = [name for name, site in sites.items() if is_held(site)]
+        walk = Walk(trace, (sites | silent).values(), held)
         found: set[int] = set(self.carried)
         for name, units in walk.inputs.items():
             if units is not None and _makes(sites[name].layer):
@@ -210,13 +214,15 @@ class _Recipe:
         if found <= self.closed_by_maker:
             return Choice("input") if linear else Choice("", "what it reads has gates")
         vector = self.vectors.get(site.name)
-        if vector is None or len(vector) != len(found):
-            return Choice("", "the units that it reads do not lie in blocks of one size")
+        if vector is None:
+            return Choice("", "it is not one of the layers that may have gates")
         if len(found) == 1:
-            return Choice("", "what it reads can only vanish as a whole")
+            why = self.walk.tied_by(units.labels)
+            return Choice("", f"what it reads can only vanish as a whole{why and ': '}{why}")
         names = self._connected(site.name)
         barred = [name for name in names if not self._can_share(site, name)]
         alike = not barred and all(torch.equal(self.vectors[name], vector) for name in names)
+        once = len(vector) == len(found)
         images = any(not isinstance(self.walk.sites[n].layer, nn.Linear) for n in names)
         if not alike and not images:
             names = [site.name]  # where they disagree they gather
@@ -229,7 +235,7 @@ class _Recipe:
         shared = names[0] if names[0] != site.name else ""
         same = "the same" if alike else "some of the same"
         reason = f"the gates of {shared!r}, which reads {same}" if shared else ""
-        share = None if alike else self._share(names, vector)
+        share = None if alike and once else self._share(names, vector)
         self.closed_by_reader |= gated
         return Choice("input", reason, len(classes) // len(vector), shared, share)
 
@@ -248,7 +254,7 @@ class _Recipe:
         weight, theirs = (self._weight(one) for one in (site, self.walk.sites[name]))
         return (
             vector is not None
-            and len(vector) == len(found) > 1
+            and len(found) > 1
             and self.stays not in found
             and not found <= self.closed_by_maker
             and (weight.dtype, weight.device) == (theirs.dtype, theirs.device)

@@ -22,6 +22,13 @@ from l0fast.layers.gated import Gated
 
 FUSED = "a fused op reads its weights"
 
+UNFOLLOWED = (
+    "so that layers are not merged with their neighbours, and gathers and zeros stay around them. "
+    "Call sparsify_ on the part that computes the same whatever its input holds (a backbone, say), "
+    "or name gates='input' or 'output'"
+)
+"""What it means that a model has no graph, and what helps."""
+
 ModelT = TypeVar("ModelT", bound=nn.Module)
 Selection = str | Callable[[str, nn.Module], bool] | Iterable[str]
 
@@ -87,6 +94,8 @@ def row_of(name: str, layer: Any, choice: Choice) -> GateRow:
     inputs, outputs = capture.layer_size(layer)
     sizes = {"input": inputs, "output": outputs, "weight": layer.weight.numel(), "": 0}
     gates = sizes[choice.gates] // choice.units
+    if choice.share is not None:
+        gates = len(set(choice.share.index))
     kind = type(layer).__name__
     return GateRow(name, kind, choice.gates, choice.units, gates, choice.reason)
 
@@ -176,4 +185,5 @@ def choose(
     if structure.trace is None:
         note = f"each layer by itself: torch.export refuses the model, {structure.failure}"
         return Chosen(without_structure(layers), structure, note)
-    return Chosen(by_structure(model, structure.trace, layers), structure)
+    note = f"layers are followed {structure.in_parts}" if structure.in_parts else ""
+    return Chosen(by_structure(model, structure.trace, layers), structure, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
@@ -12,6 +13,7 @@ from l0fast.gating.checks import check_call, check_widths, initial_densities, re
 from l0fast.gating.hidden import hidden_gates, refuse_hidden
 from l0fast.gating.recipes import GateTable
 from l0fast.gating.selection import (
+    UNFOLLOWED,
     ModelT,
     Selection,
     choose,
@@ -170,6 +172,8 @@ def sparsify_(
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
     if stream is not None and not stream.controls:
         refuse_hidden(model, stream)
+    if chosen.structure is not None and chosen.structure.trace is None:
+        warnings.warn(f"sparsify_: {chosen.note}; {UNFOLLOWED}", stacklevel=2)
     names = [name for name in considered if choices[name].gates]
     if not names and not gated_layers(model):
         refuse_none(model, gates, choices, considered, computed)

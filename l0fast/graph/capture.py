@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.fx import Node
 
 from l0fast.graph.calls import Example
-from l0fast.graph.compare import values_of
 from l0fast.graph.computed import own_weights
+from l0fast.graph.exporting import plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
-from l0fast.graph.quiet import quietly, without_validation
+from l0fast.graph.tensors import ChannelTensor, channel_tensors
+from l0fast.graph.trace import Trace
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
 from l0fast.layers.rms_norm import GatedRMSNorm, StandIn, form_of
 
@@ -29,6 +28,7 @@ CHANNELWISE: dict[type[nn.Module], str] = {
     **dict.fromkeys((*NORMS, *_INSTANCE_NORMS), "num_features"),
     nn.GroupNorm: "num_channels",
     nn.PReLU: "num_parameters",
+    ChannelTensor: "channels",
 }
 """Classes of layers with a number for each channel that they pass on, in dimension 1 -> the
 attribute that says of how many. They shrink with the channels."""
@@ -170,63 +170,13 @@ def resize_(layer: Any, inputs: int, outputs: int) -> None:
     setattr(layer, f"out_{unit}", outputs)
 
 
-@dataclass
-class Trace:
-    """An exported model: its graph, and which layers' own calls its nodes are.
-
-    Layers are those that can be made smaller.
-    """
-
-    graph: torch.fx.Graph
-    calls: dict[Node, str]
-    callers: dict[Node, str]
-    """Node -> the innermost module in whose forward it is."""
-    inputs: set[str]
-    """Names of the nodes that are the model's own inputs."""
-    read_outside: set[str]
-    """Layers whose weights something other than their own call reads."""
-    unread: set[str]
-    """Layers that run, and whose output reaches no output of the model."""
-    counts: Counter[str] = field(init=False)
-    """How often each layer is called."""
-
-    def __post_init__(self) -> None:
-        self.counts = Counter(self.calls.values())
-
-
-def _plain(value: Any) -> Any:
-    """What a model gives, of containers that torch.export knows: lists in place of objects, see
-    `values_of`."""
-    if isinstance(value, Mapping):
-        return [_plain(part) for part in value.values()]
-    if isinstance(value, (tuple, list)):
-        return [_plain(part) for part in value]
-    plain = value is None or isinstance(value, (Tensor, str, int, float, complex))
-    return value if plain else values_of(value)
-
-
-def _read(graph: torch.fx.Graph) -> set[Node]:
-    """The nodes that reach an output or change something; drops the others, which tie no units.
-
-    Calls of layers are not dropped, nor what is made of their outputs: they run, so that sizes
-    must fit.
-    """
-    read: set[Node] = set()
-    for node in reversed(graph.nodes):
-        if node.is_impure() or not read.isdisjoint(node.users):
-            read.add(node)
-    unread: set[Node] = set()
-    ops = {call.op for call in _CALLS.values()}
-    for node in graph.nodes:
-        called = op_name(node) in ops or not unread.isdisjoint(node.all_input_nodes)
-        if called and node not in read:
-            unread.add(node)
-    graph.eliminate_dead_code(lambda node: node in read or node in unread)
-    return read
-
-
-def export(model: nn.Module, example: Example) -> Trace:
+def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -> Trace:
     """The graph of one forward of `model` on an example, in evaluation.
+
+    Args:
+        model: to export.
+        example: of what its forward takes.
+        whole: the model that it is a part of, and that names are those of; itself by default.
 
     torch.export refuses an object of a class that nobody has registered as an output: it sees the
     tensors in it, and not a decoder's cache.
@@ -234,26 +184,34 @@ def export(model: nn.Module, example: Example) -> Trace:
     Raises:
         Exception: whatever torch.export raises for a model that it refuses.
     """
-    plain = model.register_forward_hook(lambda _model, _args, given: _plain(given))
+    hook = model.register_forward_hook(lambda _model, _args, given: plain(given))
     try:
         with quietly(), without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
-        plain.remove()
-    read = _read(program.graph)
+        hook.remove()
+    read = read_nodes(program.graph, {call.op for call in _CALLS.values()})
     signature = program.graph_signature
-    held_at = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    names = {id(module): name for name, module in model.named_modules()}
-    sites = set(map(id, sites_in(model).values()))
+    whole = model if whole is None else whole
+    modules = dict(whole.named_modules(remove_duplicate=False))
+    names = {id(module): name for name, module in whole.named_modules()}
+    sites = set(map(id, sites_in(whole).values()))
+    inside = f"{names[id(model)]}." if names[id(model)] else ""
+    held_at = {
+        node: inside + name
+        for of in (
+            signature.inputs_to_parameters,
+            signature.inputs_to_buffers,
+            signature.inputs_to_lifted_tensor_constants,
+        )
+        for node, name in of.items()
+    }
 
     def holder(node: object) -> tuple[nn.Module, str] | None:
         """The module and attribute of the tensor that a placeholder stands for."""
         name = held_at.get(node.name) if isinstance(node, Node) else None
-        if name is None:
-            return None
-        path, _, attribute = name.rpartition(".")
-        return modules[path], attribute
+        path, _, attribute = (name or "").rpartition(".")
+        return None if name is None or path not in modules else (modules[path], attribute)
 
     def tensor(module: nn.Module, key: str) -> Any:
         return {**module._parameters, **module._buffers}.get(key)
@@ -277,7 +235,7 @@ def export(model: nn.Module, example: Example) -> Trace:
     for node in program.graph.nodes:
         stack = node.meta.get("nn_module_stack")
         path = next(reversed(stack.values()))[0] if stack else ""
-        caller = modules.get(path, model)
+        caller = modules.get(inside + path, model)
         callers[node] = names[id(caller)]
         if is_call(node, caller):
             calls[node] = names[id(caller)]
@@ -291,10 +249,13 @@ def export(model: nn.Module, example: Example) -> Trace:
         if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
             read_outside.add(names[id(held_by[0])])
     # Those that are tensors: the text of another one may be the name of any node.
-    inputs = {
+    given = {
         spec.arg.name
         for spec in signature.input_specs
         if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
     }
+    inputs = {node for node in program.graph.nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
-    return Trace(program.graph, calls, callers, inputs, read_outside, unread)
+    nodes = list(program.graph.nodes)
+    held = channel_tensors(whole, nodes, held_at, lambda module: id(module) in sites)
+    return Trace(nodes, calls, callers, inputs, read_outside, unread, held)

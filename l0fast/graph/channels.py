@@ -121,10 +121,11 @@ _SEVERAL = _aten(
 RIGID = set(
     _aten(
         "broadcast_to chunk expand narrow repeat reshape select slice split split_with_sizes tile "
-        "unflatten view _unsafe_view unbind"
+        "unflatten view _unsafe_view unbind group_norm"
     )
 )
-"""Ops that a model may call with sizes written out, as in `x.view(-1, 800)`."""
+"""Ops that a model may call with sizes written out, as in `x.view(-1, 800)`, or with a number of
+groups."""
 
 IGNORED = {"aten::_assert_tensor_metadata"}
 """Ops that read no values."""

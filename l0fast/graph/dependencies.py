@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from l0fast.graph.capture import is_carrier, layer_size
-from l0fast.graph.liveness import Liveness
+from l0fast.graph.liveness import Liveness, last_to_go
 from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
@@ -104,6 +104,8 @@ class GateDependencies:
         """Layer -> the ways to the inputs that it computes with."""
         self.classes = {name: torch.full_like(own, STAYS) for name, own in self.writes.items()}
         """Layer -> the class of each output; STAYS where it does not depend on who reads it."""
+        self._last: dict[str, int] = {}
+        """Layer -> how many of its outputs are in the class that it keeps in any case."""
         self.viewed = torch.ones(1, dtype=torch.bool)
         """bool, by class: its units are there, if only as zeros, whoever reads them."""
         self._readers = torch.zeros(0, 3).long()
@@ -125,6 +127,8 @@ class GateDependencies:
         gated: list[str] = []
         for name in followed:
             self.classes[name] = walk.classes[walk.outputs[name]]
+            last = self.classes[name][last_to_go(walk, walk.outputs[name])]
+            self._last[name] = int((self.classes[name] == last).sum())
             own = self.writes[name] < self.always
             if bool(own.any()):
                 gated.append(name)
@@ -286,4 +290,4 @@ class GateDependencies:
         """How many outputs a layer keeps in any case: one, with those that only go with it."""
         if bool((self.writes[name] < self.always).any()):
             return 1
-        return smallest(self.classes[name])
+        return self._last.get(name) or smallest(self.classes[name])

@@ -49,7 +49,7 @@ def _joined(parts: Sequence[Tensor], shape: Sequence[int], reason: str, ties: Ti
         for part in parts
     }
     broadcast: list[Tensor] = []
-    for part in parts:
+    for part in sorted(parts, key=ties.is_held):  # the result has the units of layers
         part = part.view((1,) * (len(shape) - part.dim()) + part.shape)
         over = {dim for dim, size in enumerate(part.shape) if size < shape[dim]}
         if any(over & dims[id(other)] for other in parts):
@@ -73,13 +73,16 @@ def join(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     kind = op_name(node).removeprefix("aten::").removesuffix("_")
     if kind in ("add", "sub", "mul"):
         narrow = {source: narrowed(value.constant).clone() for source, value in units.items()}
+        first, second = map_arg(node.args[:2], narrow.__getitem__)  # type: ignore[misc]
+        operands: Any = first, second
         if kind == "mul":
-            zero = torch.stack(torch.broadcast_tensors(*(value == 0 for value in narrow.values())))
-            constant = zeros_only((~zero.any(0)).double())
+            constant = torch.mul(*operands)
+            for source, factor in narrow.items():
+                if not ties.is_held(units[source].labels):  # what a module holds may be trained
+                    constant = torch.where(factor == 0, 0.0, constant)
         else:
-            first, second = map_arg(node.args[:2], narrow.__getitem__)
-            function = torch.add if kind == "add" else torch.sub
-            constant = function(first, second, alpha=node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+            function: Any = torch.add if kind == "add" else torch.sub
+            constant = function(*operands, alpha=node.kwargs.get("alpha", 1))
     return Units(labels, constant.expand(shape))
 
 

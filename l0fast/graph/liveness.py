@@ -16,8 +16,9 @@ from torch.fx import Node
 
 from l0fast.graph.capture import is_carrier
 from l0fast.graph.channels import RIGID
+from l0fast.graph.mixing import in_groups
 from l0fast.graph.nodes import op_name
-from l0fast.graph.sites import Site
+from l0fast.graph.sites import Site, is_held
 from l0fast.graph.units import STAYS, Units, narrowed
 from l0fast.graph.walk import Walk
 
@@ -51,6 +52,21 @@ def _local(site: Site) -> Extent:
     arrives, leaves = torch.ones_like(site.reads), torch.ones_like(site.writes)
     columns, rows = (site.reads, site.writes) if site.local else (arrives, leaves)
     return Extent(arrives, columns, rows, leaves)
+
+
+def last_to_go(walk: Walk, labels: Tensor) -> int:
+    """The place of the unit that a layer keeps in any case: of a class that has the fewest units of
+    other layers, and then the fewest of its own.
+
+    Args:
+        walk: along the graph.
+        labels: units of the layer, those that it may keep.
+    """
+    made = torch.cat([walk.classes[of] for of in walk.made.values()])
+    total, own = (of.bincount(minlength=len(walk.classes)) for of in (made, walk.classes[labels]))
+    classes = walk.classes[labels]
+    others = (total - own)[classes].clamp(min=0)
+    return int((others * (int(own.max()) + 1) + own[classes]).argmin())
 
 
 class Liveness:
@@ -89,11 +105,14 @@ class Liveness:
         for name, labels in walk.made.items():
             if not walk.trace.counts[name]:
                 live[walk.classes[labels]] = True
+        self.kept: list[int] = []
+        """Classes of units that are there only since a layer keeps one in any case."""
         # A layer keeps a unit even if its readers and its own gates have none in common.
         for name, labels in walk.made.items():
-            writes, classes = walk.sites[name].writes, walk.classes[labels]
-            if bool(writes.any()) and not bool((live[classes] & writes).any()):
-                live[classes[writes.nonzero()[0]]] = True
+            may_stay = labels[walk.sites[name].writes]
+            if len(may_stay) and not bool(live[walk.classes[may_stay]].any()):
+                self.kept.append(int(walk.classes[may_stay[last_to_go(walk, may_stay)]]))
+                live[self.kept[-1]] = True
         self.live = live
         """bool, by class of units: somebody reads it."""
         self._known: dict[Node, Tensor] = {}
@@ -112,10 +131,20 @@ class Liveness:
         whole = [module for module in self.whole if modules is not None and module in modules]
         return [
             (node, self._read(node))
-            for node in trace.graph.nodes
-            if (op_name(node) in RIGID and (modules is None or trace.callers[node] in modules))
+            for node in trace.nodes
+            if (self._is_rigid(node) and (modules is None or trace.callers[node] in modules))
             or any(self._at_border(node, module) for module in whole)
         ]
+
+    def _is_rigid(self, node: Node) -> bool:
+        return op_name(node) in RIGID and node not in self.walk.trace.calls
+
+    def _sized(self, node: Node) -> list[Units]:
+        """The units of what a node reads and gives, in the shapes that it is told."""
+        found = [units for one in (node, *node.all_input_nodes) for units in self.walk.units(one)]
+        if op_name(node) == "aten::group_norm":
+            found.append(in_groups(node, found[0]))
+        return found
 
     def _at_border(self, node: Node, module: str) -> bool:
         """Whether a node reads what enters or leaves a module, or is of its own forward."""
@@ -127,7 +156,7 @@ class Liveness:
         own = callers[node] == module and node.op == "call_function"
         return own or any(inside(source) != inside(node) for source in node.all_input_nodes)
 
-    def _left(self, units: Units, present: Tensor, dim: int) -> int:
+    def left(self, units: Units, present: Tensor, dim: int) -> int:
         """What is left of a tensor's size along one dimension; an empty one has nothing to lose."""
         if not units.labels.numel():
             return units.labels.shape[dim]
@@ -138,7 +167,7 @@ class Liveness:
     def _uneven(self, node: Node, present: Tensor) -> bool:
         """Whether x.chunk(n) would cut what is left elsewhere than between its parts."""
         number, dim = (*node.args, 0)[1:3]
-        left = [self._left(part, present, dim) for part in self.walk.units(node)]  # type: ignore[arg-type]
+        left = [self.left(part, present, dim) for part in self.walk.units(node)]  # type: ignore[arg-type]
         return left != [len(part) for part in torch.empty(sum(left)).chunk(number)]  # type: ignore[arg-type]
 
     def viewed(self, rigid: Collection[str]) -> Tensor:
@@ -183,16 +212,27 @@ class Liveness:
             )
         )
 
-    def sizes(self, module: str) -> set[tuple[int, int]]:
+    def sizes(self, module: str, present: Tensor) -> set[tuple[int, int]]:
         """(before, after) of the sizes that change in what a module views, splits or slices."""
-        present = self._alone
         found: set[tuple[int, int]] = set()
         for node, _ in self._rigid([module]):
-            for units in (u for n in (node, *node.all_input_nodes) for u in self.walk.units(n)):
+            for units in self._sized(node):
                 for dim, size in enumerate(units.labels.shape):
-                    left = self._left(units, present, dim)
+                    left = self.left(units, present, dim)
                     if left < size:
                         found.add((size, left))
+        return found
+
+    def parts(self, module: str, present: Tensor) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(before, after) of the sizes of all parts, where a module splits and some change."""
+        found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
+        for node, _ in self._rigid([module]):
+            parts = self.walk.units(node)
+            for dim in range(parts[0].labels.dim()) if len(parts) > 1 else ():
+                before = tuple(units.labels.shape[dim] for units in parts)
+                after = tuple(self.left(units, present, dim) for units in parts)
+                if after != before:
+                    found.add((before, after))
         return found
 
     def extents(self, rigid: Collection[str] = ()) -> dict[str, Extent]:
@@ -242,6 +282,8 @@ class Liveness:
         arrives = None if units is None else present[self.walk.classes[units.labels]]
         if is_carrier(site.layer):
             extent.rows = extent.leaves
+            if is_held(site):
+                arrives = extent.leaves
             if arrives is not None:
                 extent.arrives = extent.columns = arrives
             if site.local:  # its gates say what its statistic counts
@@ -250,9 +292,8 @@ class Liveness:
             return
         extent.rows = extent.leaves & self.live[outputs] & site.writes
         if arrives is not None:
-            extent.arrives, extent.columns = arrives, self.columns[site.name].clone()
-            if site.bound:
-                extent.columns = extent.arrives
+            columns = arrives if site.bound else self.columns[site.name].clone()
+            extent.arrives, extent.columns = arrives, columns
             if not bool(extent.columns.any()):
                 extent.columns[extent.arrives.nonzero()[0]] = True
             gone = site.reads & ~extent.columns

@@ -102,16 +102,27 @@ def norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     source = units[node.args[0]]  # type: ignore[index]
     rank, shape = source.labels.dim(), argument(node, 1, "normalized_shape")
     mixed(source.labels, range(rank - len(shape), rank), op_name(node), ties)
+    for other in units.values():  # the numbers for each element, which is never gone alone
+        if other is not source:
+            ties.pin(other.labels, op_name(node))
     return Units(source.labels, unknown(source.labels.shape).constant)
 
 
+def in_groups(node: Node, source: Units) -> Units:
+    """The units that a group_norm reads, with the groups along dimension 1."""
+    number: Any = node.args[1]
+    parts = source.labels, source.constant
+    return Units(*(part.unflatten(1, (number, -1)) for part in parts))
+
+
 def group_norm(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """Groups of channels that a function, not a layer, normalises: their number is written out, so
-    that only one group of all of them can be followed."""
-    source = units[node.args[0]]  # type: ignore[index]
-    if node.args[1] != 1:
-        return None
-    mixed(source.labels, range(1, source.labels.dim()), op_name(node), ties)
+    """Groups of channels that a function, not a layer, normalises: they go as wholes, where an
+    attribute says how many there are."""
+    source, *numbers = (units[one] for one in node.args if isinstance(one, Node))
+    labels, groups = source.labels, in_groups(node, source)
+    mixed(groups.labels, range(2, groups.labels.dim()), op_name(node), ties)
+    for part in numbers:
+        ties.tie(labels, part.labels.view(-1, *[1] * (labels.dim() - 2)), op_name(node))
     return Units(source.labels, unknown(source.labels.shape).constant)
 
 

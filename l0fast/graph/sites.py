@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from l0fast.graph.capture import Trace, is_carrier, kind_of, layer_size, sites_in
 from l0fast.graph.computed import copied
+from l0fast.graph.tensors import ChannelTensor, channel_tensor
 from l0fast.layers.dense_types import TRANSPOSED
 from l0fast.layers.draw import Drawn
 from l0fast.layers.handle import gated_layers
@@ -20,6 +21,8 @@ from l0fast.layers.rms_norm import GatedRMSNorm
 
 NOT_RUN = "it does not run in evaluation"
 """Why a layer stays that the example does not reach."""
+UNREAD = "an output that nobody reads"
+"""Why the units of some layers stay."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,11 @@ class Site:
             return torch.zeros((), dtype=torch.float64)
         found = bias.detach().cpu().double()
         return found if self.gate is None else found * self.gate.cpu().double()
+
+
+def is_held(site: Site) -> bool:
+    """Whether a site is no layer, but a tensor that another module holds."""
+    return isinstance(site.layer, ChannelTensor)
 
 
 def light_copy(model: nn.Module) -> nn.Module:
@@ -164,4 +172,9 @@ def find_sites(
         reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
         folds = not fixed and not is_carrier(layer) and _has_bias_for_all(layer)
         sites[name] = Site(name, layer, reads, writes, fixed, local, folds, bound=bound)
+    for name in () if trace is None else trace.held.values():
+        held = channel_tensor(model, name)
+        if held is not None:
+            every = torch.ones(held.channels, dtype=torch.bool)
+            sites[name] = Site(name, held, every, every, full.get(name, ""), local=False)
     return sites

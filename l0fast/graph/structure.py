@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import Trace, export, kind_of, sites_in, train_but_norms
+from l0fast.graph.parts import export_parts
 from l0fast.graph.sites import without_gates
 from l0fast.layers.handle import gates
 from l0fast.layers.serving import INDEX
@@ -95,7 +96,7 @@ class Structure:
     """The graph of a model without gates, on its example."""
 
     trace: Trace | None
-    """None where torch.export refuses the model."""
+    """Of its parts, where torch.export refuses the whole model; None where it refuses them, too."""
     failure: str
     """Why it does; "" where it does not."""
     fingerprint: Fingerprint
@@ -111,16 +112,34 @@ class Structure:
         Raises:
             ValueError: the model does not take the example.
         """
-        made_from = fingerprint(model, example)
-        try:
-            with evaluating(model), without_gates(model, exported=True) as plain:
+        made_from, refusal = fingerprint(model, example), ""
+        trace: Trace | None = None
+        with evaluating(model), without_gates(model, exported=True) as plain:
+            try:
                 trace = export(plain, example)
-                more = _in_training(plain, example, trace)
-        except Exception as failure:
+            except Exception as failure:
+                refusal = _checks.one_line(failure)
+        if refusal:
             with own_randomness(model), evaluating(model):
                 example.copy().try_on(model)
-            return cls(None, _checks.one_line(failure), made_from)
-        return cls(trace, "", made_from, *more)
+        with evaluating(model), own_randomness(model), without_gates(model, exported=True) as plain:
+            if refusal:
+                trace = export_parts(plain, example)
+            more = (False, None) if trace is None else _in_training(plain, example, trace)
+        return cls(trace, refusal, made_from, *more)
+
+    @property
+    def in_parts(self) -> str:
+        """That only parts of the model were exported, which, and why; "" for the whole."""
+        if self.trace is None or not self.failure:
+            return ""
+        parts = ", ".join(map(repr, self.trace.parts))
+        return f"only inside {parts}: torch.export refuses the whole model, {self.failure}"
+
+    @property
+    def added(self) -> set[str]:
+        """Tensors with a number for each channel that do more than multiply, see `Trace`."""
+        return set() if self.trace is None else self.trace.added
 
     def raw(self, layers: Iterable[str]) -> set[str]:
         """Those of some layers whose weights something reads past the layer's own call."""

@@ -17,13 +17,14 @@ class Tied:
     Args:
         names: of the layers.
         maker: unit -> the number of the layer that makes it, -1 for none.
+        first_held: the first unit of tensors that belong to no layer: they come last.
     """
 
     classes: Tensor
     """Unit -> the class of units with which it exists or does not: the least of them."""
 
-    def __init__(self, names: list[str], maker: Tensor) -> None:
-        self._names, self._maker = names, maker
+    def __init__(self, names: list[str], maker: Tensor, first_held: int) -> None:
+        self._names, self._maker, self.first_held = names, maker, first_held
         self.stops: dict[str, list[str]] = {name: [] for name in names}
         """Layer -> why some of its units cannot vanish alone."""
         self._parent = torch.arange(len(maker))
@@ -50,6 +51,13 @@ class Tied:
 
     def together(self, first: Tensor, second: Tensor) -> Tensor:
         return self._roots(first) == self._roots(second)
+
+    def is_held(self, labels: Tensor) -> bool:
+        return bool((narrowed(labels) >= self.first_held).all())
+
+    def of_layers(self, units: Units) -> bool:
+        """Whether units of layers are in a tensor."""
+        return units.followed and not self.is_held(units.labels)
 
     def _roots(self, labels: Tensor) -> Tensor:
         """The least units of the classes of some units."""
@@ -115,6 +123,10 @@ class Tied:
     def reasons(self, labels: Tensor) -> str:
         """Why those of some units that must stay do."""
         pinned = labels[self.classes[labels] == self.classes[STAYS]]
-        stops = [reason for name in self.makers(pinned) for reason in self.stops[name]]
         alone = "units that only go with others, which must stay" if len(pinned) else ""
-        return ", ".join(dict.fromkeys(stops)) or alone
+        return self.tied_by(pinned) or alone
+
+    def tied_by(self, labels: Tensor) -> str:
+        """What keeps some units from vanishing alone."""
+        stops = [reason for name in self.makers(labels) for reason in self.stops[name]]
+        return ", ".join(dict.fromkeys(stops))

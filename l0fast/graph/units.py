@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -69,6 +69,10 @@ class Ties(Protocol):
         """bool: where elements of the two label tensors, which broadcast, are tied by now."""
         ...
 
+    def is_held(self, labels: Tensor) -> bool:
+        """Whether all of them belong to tensors of modules, and not to layers."""
+        ...
+
 
 Rule = Callable[[Node, Any, Ties], Any]
 """(node, Units of each node among its arguments, ties) -> Units, a list of them, or None where
@@ -114,17 +118,45 @@ def narrowed(values: Tensor) -> Tensor:
     return values
 
 
-def is_grid(narrow: Tensor) -> bool:
-    """Whether a narrowed tensor varies along several dimensions."""
-    return sum(size > 1 for size in narrow.shape) > 1
-
-
 def _expanded(values: Tensor) -> Tensor:
     """The same tensor as a view that takes memory only along the dimensions where it varies."""
     stored, narrow = _without_repeats(values), narrowed(values)
     if narrow.numel() < stored.numel():
         narrow = narrow.clone()  # a view would keep the memory of all of it
     return narrow.expand(values.shape)
+
+
+def in_all(calls: Sequence[Units], unsure: Tensor) -> Units:
+    """The units of the first of several tensors, with the constants that all of them have.
+
+    Args:
+        calls: vectors.
+        unsure: bool, by unit: it may no longer be the constant that it was.
+    """
+    constant = calls[0].constant.clone()
+    for units in calls:
+        constant[unsure[units.labels] | (units.constant != constant)] = math.nan
+    return replace(calls[0], constant=constant)
+
+
+def grids_of(tensors: Iterable[Units], classes: Tensor) -> list[Tensor]:
+    """Classes of the units of each tensor that has them along several dimensions.
+
+    Args:
+        tensors: of a graph.
+        classes: unit -> its class.
+    """
+    found: dict[Any, Tensor] = {}
+    for units in tensors:
+        labels = narrowed(units.labels)
+        key = labels.data_ptr(), labels.shape, labels.stride()
+        if _is_grid(labels) and key not in found:
+            found[key] = narrowed(classes[labels])
+    return [grid for grid in found.values() if _is_grid(grid)]
+
+
+def _is_grid(narrow: Tensor) -> bool:
+    return sum(size > 1 for size in narrow.shape) > 1
 
 
 def varying(values: Tensor) -> list[int]:

@@ -20,12 +20,9 @@ from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_channelwise, kind
 from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_in_words, op_name, shape_of, writes_in_place
-from l0fast.graph.sites import Site
+from l0fast.graph.sites import UNREAD, Site, is_held
 from l0fast.graph.tied import Tied
-from l0fast.graph.units import STAYS, Units, is_grid, narrowed, unknown
-
-UNREAD = "an output that nobody reads"
-"""Why the units of some layers stay."""
+from l0fast.graph.units import STAYS, Units, grids_of, in_all, narrowed, unknown
 
 
 class Walk(Tied):
@@ -34,9 +31,10 @@ class Walk(Tied):
     Args:
         trace: the export of the model whose layers the sites are.
         sites: every layer of the model that can be made smaller.
+        untold: carriers of whose constants nothing is to be known.
     """
 
-    def __init__(self, trace: Trace, sites: Iterable[Site]) -> None:
+    def __init__(self, trace: Trace, sites: Iterable[Site], untold: Collection[str] = ()) -> None:
         self.trace = trace
         self.sites = {site.name: site for site in sites}
         self.made: dict[str, Tensor] = {}
@@ -44,13 +42,20 @@ class Walk(Tied):
         total = STAYS + 1
         makers: list[Tensor] = [torch.full((1,), -1)]
         for index, site in enumerate(self.sites.values()):
+            size = len(site.writes)
             if not is_carrier(site.layer):
-                size = len(site.writes)
                 self.made[site.name] = torch.arange(total, total + size)
                 makers.append(torch.full((size,), index))
                 total += size
-        super().__init__(list(self.sites), torch.cat(makers))
-        self.untold: frozenset[str] = frozenset()
+        first_held = total
+        self.outputs: dict[str, Tensor] = {}
+        """Layer -> the units along its outputs."""
+        for site in filter(is_held, self.sites.values()):
+            self.outputs[site.name] = torch.arange(total, total + len(site.writes))
+            total += len(site.writes)
+        makers.append(torch.full((total - first_held,), -1))
+        super().__init__(list(self.sites), torch.cat(makers), first_held)
+        self.untold = frozenset(untold)
         """Carriers of whose constants nothing is known."""
         self.values: dict[Node, Any] = {}
         """Node -> the units of its tensor, or of several."""
@@ -58,18 +63,17 @@ class Walk(Tied):
         """Node -> why no unit of a layer is in it."""
         self.inputs: dict[str, Units | None] = {}
         """Layer -> the units along its inputs, if they are only there."""
-        self.outputs: dict[str, Tensor] = {}
-        """Layer -> the units along its outputs."""
         self.sources: dict[str, str] = {}
         """Layer -> where its inputs come from, if they could not be followed."""
         self._arrive: dict[Node, Units | None] = {}
         """A layer's own call -> the units along its inputs."""
         self._written: dict[Node, tuple[Tensor, Tensor]] = {}
         """Node that writes in place -> what it adds to `tainted`, and to `restless`."""
-        for node in self.trace.graph.nodes:
+        for node in self.trace.nodes:
             self._visit(node)
         self._finish()
-        self.grids = self._grids()
+        everywhere = (part for node in self.values for part in self.units(node))
+        self.grids = grids_of(everywhere, self.classes)
         """Classes of the units of each tensor that has them along several dimensions."""
 
     def again(self, writes: Mapping[str, Tensor], untold: Collection[str] | None = None) -> Walk:
@@ -91,8 +95,8 @@ class Walk(Tied):
         walk.stops = {name: list(reasons) for name, reasons in self.stops.items()}
         changed: set[Node] = set()
         others = walk.untold ^ self.untold
-        for node in self.trace.graph.nodes:
-            name = self.trace.calls.get(node, "")
+        for node in self.trace.nodes:
+            name = self.trace.calls.get(node) or self.trace.held.get(node, "")
             if (
                 name not in others
                 and changed.isdisjoint(node.all_input_nodes)
@@ -128,24 +132,7 @@ class Walk(Tied):
         for tainted, restless in self._written.values():
             self.tainted[tainted], self.restless[restless] = True, True
         for name, calls in several.items():
-            self.inputs[name] = self._in_all(calls) if calls else None
-
-    def _in_all(self, calls: list[Units]) -> Units:
-        """The units of the first of several calls, with the constants that all of them have."""
-        constant = calls[0].constant.clone()
-        for units in calls:
-            unsure = self.tainted[units.labels] | self.restless[units.labels]
-            constant[unsure | (units.constant != constant)] = math.nan
-        return replace(calls[0], constant=constant)
-
-    def _grids(self) -> list[Tensor]:
-        found: dict[Any, Tensor] = {}
-        for units in (part for node in self.values for part in self.units(node)):
-            labels = narrowed(units.labels)
-            key = labels.data_ptr(), labels.shape, labels.stride()
-            if is_grid(labels) and key not in found:
-                found[key] = narrowed(self.classes[labels])
-        return [classes for classes in found.values() if is_grid(classes)]
+            self.inputs[name] = in_all(calls, self.tainted | self.restless) if calls else None
 
     # --- the walk -----------------------------------------------------------------------------
 
@@ -157,8 +144,10 @@ class Walk(Tied):
                 self._pin_node(source, "the model's output")
         elif node.op == "call_function":
             self._op(node)
+        elif self.trace.held.get(node) in self.sites:
+            self._hold(node, self.sites[self.trace.held[node]])
         else:
-            known = node.name in self.trace.inputs
+            known = node in self.trace.inputs
             self._lose(node, f"the model's input {node.name!r}" if known else "a constant")
 
     def units(self, node: Node) -> list[Units]:
@@ -178,19 +167,34 @@ class Walk(Tied):
         elif shape_of(node) is not None:
             self.values[node] = unknown(value.shape)
 
+    def _hold(self, node: Node, site: Site) -> None:
+        """A tensor with a number for each channel: it has units of its own, which go with those of
+        what it is put together with."""
+        held: Any = site.layer
+        self.inputs[site.name], self.sources[site.name] = None, ""
+        labels, values = self.outputs[site.name].view(held.tensor.shape), held.values()
+        nothing = unknown(values.shape).constant
+        self.values[node] = Units(labels, nothing if site.name in self.untold else values)
+        if site.fixed:
+            self.pin(labels, site.fixed)
+
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
         embeds = isinstance(site.layer, nn.Embedding)  # indices, which are no units
-        source: Any = node.args[int(embeds)]
+        source: Any = node.args[embeds]
         inner = LAYERS.get(kind_of(site.layer), 0)
         shape, made = shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
         if shape is not None and source in self.values and not embeds:
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
             units = self.values[source].along(dim)
-            if units is None:
-                lost = f"{site.name!r}, along another dimension"
+            if units is None or self.is_held(units.labels):
+                lost = "a constant" if units else f"{site.name!r}, along another dimension"
                 self._pin_node(source, lost)
+                units = None
+            else:  # what the model itself puts there is no constant that closed gates leave
+                own = units.labels >= self.first_held
+                units = replace(units, constant=units.constant.masked_fill(own, math.nan))
         if site.fixed:
             self._pin_node(source, f"{site.name!r}, which is kept as it is ({site.fixed})")
         self._arrive[node] = units
@@ -223,15 +227,13 @@ class Walk(Tied):
         """Any other op: its rule, or the end of what flows into it."""
         name, sources = op_name(node), node.all_input_nodes
         if name == "getitem":
-            self._item(node)
-            return
+            return self._item(node)
         if name in IGNORED:
             return
         if not sources or any(s not in self.values for s in sources):
             for source in sources:
                 self._pin_node(source, op_in_words(node))
-            self._lose(node, name)
-            return
+            return self._lose(node, name)
         units = {source: self.values[source] for source in sources}
         after, stuck = self._follow(node, units)
         if after is None:
@@ -242,7 +244,7 @@ class Walk(Tied):
                 self._written[node] = torch.arange(len(self._maker)), torch.arange(0)
             return
         self.values[node] = after
-        if not any(part.followed for part in self.units(node)):
+        if not any(map(self.of_layers, self.units(node))):
             self.lost[node] = self._lost(node)
         if writes_in_place(node):  # other views of the same memory no longer hold what they did
             self._written[node] = self._changed(node, units, after)
@@ -282,7 +284,7 @@ class Walk(Tied):
     def _lost(self, node: Node) -> str:
         """Why an op gives no unit, where none of its inputs has any."""
         sources = node.all_input_nodes
-        if any(part.followed for source in sources for part in self.units(source)):
+        if any(self.of_layers(part) for source in sources for part in self.units(source)):
             return op_name(node)
         return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
 

@@ -14,17 +14,19 @@ INDEX = "gate_index"
 
 
 class Share(NamedTuple):
-    """What one layer has of gates that several share, which do not all have the same ones."""
+    """What one layer has of gates that several share, which do not all have the same ones; or of
+    gates that each serve inputs in several places."""
 
     index: tuple[int, ...]
-    """[num_gates] the place of each of its gates among all, in the order of its inputs."""
+    """[num_gates] the place of each of its gates among all, in the order of its inputs: one that
+    serves several inputs, which do not lie together, is there as often."""
     total: int
     """How many gates there are."""
 
     def check(self, gates: str, blocks: int) -> None:
         """Refuses what is no part of `total` gates for so many blocks of inputs."""
-        expected = f"{blocks} different gates on inputs, each of {self.total}"
-        if gates != "input" or not len(set(self.index)) == len(self.index) == blocks:
+        expected = f"{blocks} gates on inputs, each of {self.total}"
+        if gates != "input" or len(self.index) != blocks:
             _checks.refuse("share", f"{len(self.index)} gates on {gates}s", expected)
         if not 0 <= min(self.index) <= max(self.index) < self.total:
             _checks.refuse("share", (min(self.index), max(self.index)), expected)
@@ -51,12 +53,13 @@ class Serving:
 
     @property
     def gate_index(self) -> Tensor | None:
-        """[num_gates] the places of its gates in log_alpha; None: it has them all, in order."""
+        """[num_gates] the places of its gates in log_alpha, see `Share`; None: it has them all, in
+        order."""
         return self._buffers.get(INDEX)
 
     @property
     def num_gates(self) -> int:
-        """How many gates the layer has."""
+        """How many gates the layer has; one that serves several places counts for each."""
         index = self.gate_index
         return self.log_alpha.numel() if index is None else index.numel()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -60,8 +61,13 @@ class Counts:
             widths: its own.
         """
         ops = _without_numbers(model, example)
+        params = {name: count_params(module) for name, module in model.named_modules()}
+        for name in widths.keys() - params.keys():  # no layers, but tensors that modules hold
+            own: Any = model.get_submodule(name.rpartition(".")[0])
+            tensor = own._parameters.get(name.rpartition(".")[2])
+            params[name] = 0 if tensor is None else tensor.numel()
         return cls(
-            params={name: count_params(module) for name, module in model.named_modules()},
+            params=params,
             macs=ops.macs,
             memory={name: size * number for name, number in ops.elements.items()},
             widths=widths,

@@ -64,14 +64,15 @@ def unreckoned(trace: Trace) -> list[str]:
     from torch.utils.flop_counter import FlopCounterMode  # it loads Triton
 
     found: list[str] = []
-    for node in trace.graph.nodes:
+    for node in trace.nodes:
         if node.op != "call_function" or node in trace.calls or op_name(node) in PRODUCTS:
             continue
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
         counter = FlopCounterMode(display=False)
         try:
+            target: Any = node.target
             with torch.no_grad(), counter:
-                node.target(*args, **kwargs)  # on tensors without data
+                target(*args, **kwargs)  # on tensors without data
         except Exception:
             continue
         if counter.get_total_flops():

@@ -23,6 +23,8 @@ class Trial:
     sites: Mapping[str, Site]
     shrinking: tuple[str, ...]
     """The layers that closed gates can make smaller."""
+    held: tuple[str, ...]
+    """The tensors of other modules that they can make smaller."""
     live: Liveness | None
     """None if each layer is planned by itself."""
     dependencies: GateDependencies

@@ -14,6 +14,7 @@ from l0fast import _checks
 from l0fast.graph.calls import unwrapped
 from l0fast.graph.capture import is_rms_norm
 from l0fast.graph.computed import copied
+from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.layers.rms_norm import weight_left
 from l0fast.pruning.draft import Draft, GateValues, all_gates
@@ -67,8 +68,9 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
         outer = holder.removesuffix("layer").removesuffix(".")
         inside = holder not in edits and outer in edits and holder != outer
         layer = outer if inside else holder
-        sides = weight_sides(model.get_submodule(layer)) if layer in edits else ()
-        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(layer), sides)
+        edited = name if name in edits else layer  # a tensor, or the layer that has it
+        sides = weight_sides(part_of(model, edited)) if edited in edits else ()
+        origin = _Origin(f"{layer}.{key}" if layer else key, edits.get(edited), sides)
         if origin.name in shapes:
             meta = origin.part(torch.empty(shapes[origin.name], device="meta"))
             if meta.shape == tensor.shape:

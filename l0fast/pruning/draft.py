@@ -17,10 +17,13 @@ from torch.utils._pytree import tree_map
 from l0fast.graph.calls import MODULE_ATTRIBUTES, strip_forwards
 from l0fast.graph.computed import computed_tensors, copied
 from l0fast.graph.sites import replace, tied_modules, without_gates
+from l0fast.graph.tensors import ChannelTensor, channel_tensor
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
 from l0fast.layers.sampling import detach
-from l0fast.pruning.edits import AttributePatch, Edit, edited, in_dtype
+from l0fast.pruning.attributes import AttributePatch
+from l0fast.pruning.edits import Edit, edited, in_dtype, sliced
+from l0fast.pruning.views import Patch
 from l0fast.skipping.attach import stop_skipping
 
 
@@ -100,8 +103,12 @@ class Draft:
         self._unfolded = self.factors | {name for name in values.layers if name in raw}
         self._full = dict(self.model.named_modules())
         self._placed: dict[str, nn.Module] = {}
+        self._cut: dict[str, tuple[ChannelTensor, Tensor]] = {}
+        """Tensors of modules that got smaller, and what they were."""
         self._before: list[tuple[nn.Module, str, Any]] = []
         """Attributes that were patched, and what they were."""
+        self._anew: list[tuple[nn.Module, nn.Module]] = []
+        """Modules that were made anew for their views, and those in whose places they are."""
         self._edits: dict[str, Edit | None] = {}
         self._constants: Mapping[str, Tensor] = {}
         self._made: dict[str, tuple[nn.Module, Edit | None, Tensor | None]] = {}
@@ -110,7 +117,7 @@ class Draft:
     def make_smaller(
         self,
         edits: Iterable[Edit],
-        patches: Iterable[AttributePatch] = (),
+        patches: Iterable[Patch] = (),
         constants: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Carries edits out, in place of those before.
@@ -126,27 +133,46 @@ class Draft:
         self._edits.update((edit.name, edit) for edit in edits)
         for patch in patches:
             module = self.model.get_submodule(patch.name)
-            self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
-            setattr(module, patch.attribute, patch.value[0])
-        places = {name: self.model.get_submodule(name) for name in self._edits}
+            if isinstance(patch, AttributePatch):
+                self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
+                patch.apply(self.model)
+            else:
+                patch.apply(self.model)
+                self._anew.append((self.model.get_submodule(patch.name), module))
+        for name in list(self._edits):
+            held = channel_tensor(self.model, name)
+            if held is not None:
+                self._cut[name] = held, held.tensor
+        self.cut_again()
+        layers = [name for name in self._edits if name not in self._cut]
+        places = {name: self.model.get_submodule(name) for name in layers}
         # Most layers are as in the attempt before; the others go before new ones are made.
         self._made = {name: one for name, one in self._made.items() if self._is_as_made(name)}
         with self.mode():
-            for name, edit in self._edits.items():
+            for name in layers:
                 if name not in self._made:
+                    edit = self._edits[name]
                     self._made[name] = self.made(name), edit, self._constants.get(name)
-        self._placed = {name: self._made[name][0] for name in self._edits}
+        self._placed = {name: self._made[name][0] for name in layers}
         self._share_again()
         self.model = replace(self.model, {id(places[n]): new for n, new in self._placed.items()})
 
     def _share_again(self) -> None:
         """Gives an embedding and its head, each of which got smaller, one weight."""
         first: dict[int, nn.Parameter | None] = {}
-        for name in self._edits.keys() & self.tied.keys():
+        for name in self._placed.keys() & self.tied.keys():
             own = self._placed[name]._parameters.get("weight")
             weight = self._full[name]._parameters.get("weight")
             if own is not None and own is not weight:
                 self._placed[name]._parameters["weight"] = first.setdefault(id(weight), own)
+
+    def cut_again(self) -> None:
+        """Makes the tensors of modules that get smaller anew, of what the whole ones hold now."""
+        with self.mode():
+            for name, (held, whole) in self._cut.items():
+                edit = self._edits[name]
+                assert edit is not None
+                held.put(sliced(whole.detach(), edit, held.sides))
 
     def _is_as_made(self, name: str) -> bool:
         """Whether a layer is to be as it was made last."""
@@ -168,7 +194,11 @@ class Draft:
         self.model = replace(self.model, back)
         for module, attribute, value in reversed(self._before):
             setattr(module, attribute, value)
-        self._placed, self._before = {}, []
+        for held, whole in self._cut.values():
+            held.put(whole)
+        for new, module in reversed(self._anew):
+            self.model = replace(self.model, {id(new): module})
+        self._placed, self._before, self._anew, self._cut = {}, [], [], {}
 
     def made(self, name: str, dtype: torch.dtype | None = None) -> nn.Module:
         """One of the layers that have gates or get smaller, made anew.
@@ -201,6 +231,7 @@ class Draft:
 
     def finish(self) -> nn.Module:
         """The model, with weights of its own: what it still shares is copied."""
+        self.cut_again()
         theirs = {id(one) for one in (*self.source.parameters(), *self.source.buffers())}
         copies: dict[int, Tensor] = {}
 

@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from l0fast.graph.capture import LAYERS, is_carrier, is_rms_norm, kind_of, layer_size, resize_
 from l0fast.graph.sites import replace
+from l0fast.graph.tensors import ChannelTensor, part_of
 from l0fast.layers.dense_types import TRANSPOSED
 from l0fast.layers.rms_norm import without_channels_
 
@@ -99,38 +100,6 @@ class Edit:
         return edit
 
 
-@dataclass(frozen=True)
-class AttributePatch:
-    """An attribute of a module that must follow a size; as JSON, one entry of the recipe."""
-
-    name: str
-    """Of the module, "" for the model itself."""
-    kind: str
-    """Its class."""
-    attribute: str
-    value: tuple[int, int]
-    """(after, before)."""
-
-    def as_json(self) -> dict[str, Any]:
-        """A dict that `from_json` takes."""
-        return {**vars(self), "value": list(self.value)}
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> AttributePatch:
-        """The patch of a recipe's entry.
-
-        Raises:
-            ValueError, TypeError, KeyError: it is not one.
-        """
-        after, before = (int(number) for number in entry["value"])
-        patch = cls(
-            str(entry["name"]), str(entry["kind"]), str(entry["attribute"]), (after, before)
-        )
-        if patch.as_json() != dict(entry) or not 0 < after < before:
-            raise ValueError("an entry that contradicts itself")
-        return patch
-
-
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's inputs and outputs that its channels lie along, < 0."""
     return -1 - LAYERS.get(kind_of(layer), 0)
@@ -179,6 +148,8 @@ def scale(z: Tensor, dim: int) -> fx.GraphModule:
 def weight_sides(layer: nn.Module) -> tuple[str, ...]:
     """The sides ("input", "output") of a layer that the first dimensions of its weight follow; of a
     carrier, which keeps or loses whole groups, only the first."""
+    if isinstance(layer, ChannelTensor):
+        return layer.sides
     sides = _SIDES if isinstance(layer, (*TRANSPOSED, nn.Embedding)) else _SIDES[::-1]
     return sides[:1] if is_carrier(layer) else sides
 
@@ -194,7 +165,8 @@ def sliced(value: Tensor, edit: Edit, sides: Sequence[str]) -> Tensor:
     """
     if value.dim() < 2:
         sides = ("output",)[: value.dim()]
-    keep = [edit.inputs if side == "input" else edit.outputs for side in sides]
+    parts = {"input": edit.inputs, "output": edit.outputs}
+    keep = [parts.get(side) for side in sides]
     last = value.dim() == 4 and not value.is_contiguous()
     last = last and value.is_contiguous(memory_format=torch.channels_last)
     for dim, index in enumerate(keep):
@@ -280,16 +252,27 @@ def edited(
     return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
 
 
-def apply(model: nn.Module, edits: list[Edit], patches: Iterable[AttributePatch] = ()) -> nn.Module:
-    """Makes layers smaller and patches attributes, in place; returns the root.
+class Patch(Protocol):
+    """What makes a module follow the sizes of its layers."""
+
+    def apply(self, model: nn.Module) -> None:
+        """Carries it out on a part of the model, in place."""
+
+
+def apply(model: nn.Module, edits: list[Edit], patches: Iterable[Patch] = ()) -> nn.Module:
+    """Makes layers smaller and carries patches out, in place; returns the root.
 
     Args:
         model: of full size.
         edits, patches: to carry out.
     """
     for patch in patches:
-        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
-    layers = {edit.name: model.get_submodule(edit.name) for edit in edits}
-    return replace(
-        model, {id(layers[edit.name]): edited(layers[edit.name], edit) for edit in edits}
-    )
+        patch.apply(model)
+    layers: dict[int, nn.Module] = {}
+    for edit in edits:
+        layer = part_of(model, edit.name)
+        if isinstance(layer, ChannelTensor):
+            layer.put(sliced(layer.tensor.detach(), edit, layer.sides))
+        else:
+            layers[id(layer)] = edited(layer, edit)
+    return replace(model, layers)

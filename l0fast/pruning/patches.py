@@ -2,53 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice, product
-from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast.graph.liveness import Extent, Liveness
-from l0fast.pruning.edits import AttributePatch
+from l0fast.graph.views import views_of
+from l0fast.pruning.attributes import AttributePatch, sizes_in
+from l0fast.pruning.called import Calls
+from l0fast.pruning.outcome import Outcome
+from l0fast.pruning.views import Patch, view_patch
 
 MERGED, EXCEPT = "merged", "merged except across reshapes"
 MOST_OPTIONS = 64
+MOST_JOINED = 3
+"""How often a group of modules may be tried again with those where it was seen to fail."""
 MOST_WHOLE = 8
 """How many modules may be found that need all of what enters and leaves them."""
 
 
-class Outcome(NamedTuple):
-    """What came of trying a draft."""
-
-    error: float
-    """The largest relative error."""
-    failure: str = ""
-    """What is wrong, "" for nothing."""
-    place: str | None = None
-    """The module in which it was noticed, if that is known."""
-
-
-Attempt = Callable[[dict[str, Extent], list[AttributePatch]], Outcome]
+Attempt = Callable[[dict[str, Extent], list[Patch]], Outcome]
 """(extents, patches) -> what comes of them."""
 
 
 def _choices(
-    model: nn.Module, live: Liveness, names: list[str]
+    model: nn.Module, live: Liveness, names: list[str], present: Tensor
 ) -> list[list[list[AttributePatch]]]:
     """For each attribute that may hold a size in some modules of one class: ways to patch it in all
     of them at once.
 
-    Any attribute that holds one of the sizes as an int may be where the forward has it from.
+    Any attribute that holds one of the sizes as an int, or those of all parts of a split, may be
+    where the forward has it from.
     """
     found: dict[str, list[list[AttributePatch]]] = {}
     """Attribute -> for each module that may need it, the patches that would do."""
     for name in names:
-        module, sizes = model.get_submodule(name), sorted(live.sizes(name))
+        module = model.get_submodule(name)
+        sizes = [*sorted(live.sizes(name, present)), *sorted(live.parts(name, present))]
         for key, value in vars(module).items():
             fits = [
                 AttributePatch(name, type(module).__name__, key, (after, size))
                 for size, after in sizes
-                if type(value) is int and size == value
+                if size == sizes_in(value)
             ]
             if fits:
                 found.setdefault(key, []).append(fits)
@@ -59,8 +55,8 @@ def _choices(
     return ways
 
 
-def _attributes(patches: list[AttributePatch]) -> set[str]:
-    return {patch.attribute for patch in patches}
+def _attributes(patches: Sequence[Patch]) -> set[str]:
+    return {patch.attribute for patch in patches if isinstance(patch, AttributePatch)}
 
 
 def _options(
@@ -110,60 +106,166 @@ def _whole(live: Liveness, views: list[str], attempt: Attempt) -> None:
         live.whole.append(around)
 
 
-def _released(
-    model: nn.Module, live: Liveness, attempt: Attempt, groups: list[list[str]]
-) -> tuple[list[str], list[AttributePatch]]:
-    """Tries modules of one class that may lose what they view, group by group, with all others
-    rigid: those that must stay rigid, and the patches of the others.
+class _Release:
+    """Takes modules, one group after the other, from those that stay rigid.
 
-    Where nothing helps one group, other groups of its class are tried only as they are.
+    Args:
+        model: of full size.
+        live: what is left of its units.
+        attempt: tries a draft.
+        parts: the modules that may have sizes written out.
+        anew: modules may be made anew.
+
+    Attributes:
+        parts: the same, with those that turned out to be among them.
+        free: those that are no longer rigid.
+        patches: of their attributes and views.
+        reasons: why modules cannot be made anew.
     """
-    parts = [name for group in groups for name in group]
-    patches: list[AttributePatch] = []
-    rigid: list[str] = []
-    last: set[str] = set()
-    hopeless: set[type[nn.Module]] = set()
-    for group in groups:
-        extents = live.extents([other for other in parts if other not in group])
 
-        def holds(option: list[AttributePatch], extents: dict[str, Extent] = extents) -> bool:
-            return not attempt(extents, option).failure
+    def __init__(
+        self,
+        model: nn.Module,
+        live: Liveness,
+        attempt: Attempt,
+        parts: list[str],
+        anew: bool,
+    ) -> None:
+        self._model, self._live, self._attempt = model, live, attempt
+        self._anew, self._calls = anew, Calls()
+        self.parts, self.free = parts, set[str]()
+        self.patches: list[Patch] = []
+        self.reasons: dict[str, str] = {}
+        self._last: set[str] = set()
+        self._hopeless: set[type[nn.Module]] = set()
 
-        kind = type(model.get_submodule(group[0]))
-        choices = [] if kind in hopeless else _choices(model, live, group)
-        found = next((option for option in _options(choices, last) if holds(option)), None)
-        if found is None:
-            rigid += group
-            hopeless.add(kind)
-        else:
-            found = _fewest(found, holds)
-            patches += found
-            last = _attributes(found) or last
-    return rigid, patches
+    def kind(self, name: str) -> type[nn.Module]:
+        """The class of a module."""
+        return type(self._model.get_submodule(name))
+
+    @property
+    def rigid(self) -> list[str]:
+        """The modules that must stay rigid."""
+        return [name for name in self.parts if name not in self.free]
+
+    def _patched(self, group: list[str]) -> tuple[list[Patch] | None, list[str]]:
+        """The patches with which a group can be free, beside those that are; or None, and where
+        failures were noticed."""
+        live, places = self._live, list[str]()
+        rigid = [name for name in self.rigid if name not in group]
+        others = [patch for patch in self.patches if patch.name not in group]
+        extents, present = live.extents(rigid), live.present(rigid)
+
+        def holds(option: Sequence[Patch]) -> bool:
+            outcome = self._attempt(extents, [*others, *option])
+            if outcome.failure and outcome.place is not None:
+                places.append(outcome.place)
+            return not outcome.failure
+
+        hopeless = all(self.kind(name) in self._hopeless for name in group)
+        choices = [] if hopeless else _choices(self._model, live, group, present)
+        options = _options(choices, self._last)
+        found = next((option for option in options if holds(option)), None)
+        if found is not None:
+            return [*others, *_fewest(found, holds)], places
+        anew = [] if hopeless else self._made_anew(group, present)
+        return [*others, *anew] if anew and holds(anew) else None, places
+
+    def notes(self) -> list[str]:
+        """Says of the modules that stay rigid why they cannot be made anew."""
+        by: dict[str, list[str]] = {}
+        for name in self.rigid:
+            if name in self.reasons:
+                by.setdefault(self.reasons[name], []).append(name)
+        return [
+            f"the forward of {', '.join(names)} cannot be written again with smaller sizes: {why}"
+            for why, names in by.items()
+        ]
+
+    def _made_anew(self, group: list[str], present: Tensor) -> list[Patch]:
+        """The patches that make each module of a group anew whose views get smaller."""
+        if not self._anew:
+            return []
+        modules = {name: self._model.get_submodule(name) for name in group}
+        with self._calls.of([m for m in modules.values() if m not in self._calls]):
+            if not all(module in self._calls for module in modules.values()):
+                self._attempt(self._live.extents(list({*self.parts, *group})), [])
+        patches: list[Patch] = []
+        for name, module in modules.items():
+            views = views_of(self._live, name, present)
+            try:
+                patch = view_patch(name, module, self._calls, views)
+            except ValueError as reason:
+                self.reasons[name] = str(reason)
+            else:
+                patches += [] if patch is None else [patch]
+        return patches
+
+    def _joined(self, group: list[str], places: list[str]) -> list[str]:
+        """A group with the modules where it was seen to fail, and all parts of their classes."""
+        new = [place for place in dict.fromkeys(places) if place not in group]
+        kinds = {self.kind(name) for name in new}
+        same = [name for name in self.parts if self.kind(name) in kinds]
+        return list(dict.fromkeys([*group, *same, *new]))
+
+    def try_(self, group: list[str], alone: bool = False) -> bool:
+        """Frees a group, if need be together with the modules where it was seen to fail.
+
+        Where a size is checked outside of views, as in `assert x.shape[1] == self.channels`, it is
+        seen only once the modules before it are free.
+
+        Args:
+            group: modules.
+            alone: no others join it.
+        """
+        whole = list(self._live.whole)
+        for _ in range(1 if alone else MOST_JOINED):
+            patches, places = self._patched(group)
+            if patches is not None:
+                self._last = _attributes([p for p in patches if p.name in group]) or self._last
+                self.patches = patches
+                self.free.update(group)
+                self.parts = list(dict.fromkeys([*self.parts, *group]))
+                return True
+            joined = self._joined(group, places)
+            if joined == group:
+                break
+            self._live.whole += [name for name in joined if name not in self.parts]
+            group = joined
+        self._live.whole = whole
+        return False
+
+    def all(self) -> None:
+        """Frees what can be: all modules of a class together, else each of them alone; those of a
+        class that nothing has helped are tried as they are."""
+        kinds: dict[type[nn.Module], list[str]] = {}
+        for name in self.parts:
+            kinds.setdefault(self.kind(name), []).append(name)
+        for kind, names in kinds.items():
+            if self.free.issuperset(names) or self.try_(names):
+                continue
+            for name in names if len(names) > 1 else ():
+                if name not in self.free and not self.try_([name], alone=True):
+                    self._hopeless.add(kind)
 
 
 def merged_tiers(
-    model: nn.Module, live: Liveness, attempt: Attempt
-) -> Iterator[tuple[str, list[str], list[AttributePatch]]]:
+    model: nn.Module, live: Liveness, attempt: Attempt, notes: list[str], anew: bool = True
+) -> Iterator[tuple[str, list[str], list[Patch]]]:
     """Plans that merge layers with their neighbours, the furthest first: name, rigid modules
     (see `Liveness.extents`), patches.
 
-    The next one is for when the last one failed. Each module that views, splits or slices what
-    shrinks, or in which a size is written out in another way, is tried alone, without and with its
-    attributes patched; where nothing helps, what it views (or all that enters and leaves it) stays
-    there. Where units go through several such modules none of them loses any alone: then all
-    modules of a class are tried together.
+    The next one is for when the last one failed. The modules that view, split or slice what
+    shrinks, or in which a size is written out in another way, are tried class by class, without
+    and with their attributes patched; where nothing helps, what they view (or all that enters and
+    leaves them) stays there.
     """
     yield MERGED, [], []
     views = live.shrinking()
     _whole(live, views, attempt)
-    parts = list(dict.fromkeys([*views, *live.whole]))
-    rigid, patches = _released(model, live, attempt, [[name] for name in parts])
-    yield EXCEPT if rigid else MERGED, rigid, patches
-    kinds: dict[type[nn.Module], list[str]] = {}
-    for name in parts:
-        kinds.setdefault(type(model.get_submodule(name)), []).append(name)
-    if len(kinds) < len(parts):
-        rigid, patches = _released(model, live, attempt, list(kinds.values()))
-        yield EXCEPT if rigid else MERGED, rigid, patches
-    yield EXCEPT, parts, []
+    release = _Release(model, live, attempt, list(dict.fromkeys([*views, *live.whole])), anew)
+    release.all()
+    rigid = release.rigid
+    notes += release.notes()
+    yield EXCEPT if rigid else MERGED, rigid, release.patches
+    yield EXCEPT, release.parts, []

@@ -10,16 +10,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast import _checks
-from l0fast.graph.capture import is_site, layer_size
+from l0fast.graph.capture import layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
-from l0fast.graph.sites import Site, tied_modules
+from l0fast.graph.sites import Site, is_held, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.layers.rms_norm import GatedRMSNorm
+from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import Draft, GateValues
-from l0fast.pruning.edits import AttributePatch, Edit
+from l0fast.pruning.edits import Edit
 from l0fast.pruning.gated_sites import gated_sites
-from l0fast.pruning.patches import Outcome, merged_tiers
+from l0fast.pruning.outcome import Outcome
+from l0fast.pruning.patches import merged_tiers
+from l0fast.pruning.views import Patch, ViewPatch
 
 ALONE = "each layer by itself"
 
@@ -33,7 +36,7 @@ class Plan:
 
     tier: str
     edits: tuple[Edit, ...]
-    patches: tuple[AttributePatch, ...]
+    patches: tuple[Patch, ...]
     extents: Mapping[str, Extent]
     sites: Mapping[str, Site]
     error: float
@@ -50,13 +53,29 @@ class Plan:
     """Modules in whose forward sizes are written out, see `Liveness.extents`."""
 
     @property
+    def attributes(self) -> list[AttributePatch]:
+        """The patches of attributes."""
+        return [patch for patch in self.patches if isinstance(patch, AttributePatch)]
+
+    @property
+    def views(self) -> list[ViewPatch]:
+        """The modules that are made anew."""
+        return [patch for patch in self.patches if isinstance(patch, ViewPatch)]
+
+    @property
     def shrinking(self) -> list[str]:
         """The layers that closed gates can make smaller."""
         return [
             name
             for name, site in self.sites.items()
-            if site.local or (self.live is not None and not site.fixed)
+            if site.local or (self.live is not None and not (site.fixed or is_held(site)))
         ]
+
+    @property
+    def held(self) -> list[str]:
+        """The tensors of other modules that they can make smaller."""
+        sites = self.sites.items() if self.live is not None else ()
+        return [name for name, site in sites if is_held(site) and not site.fixed]
 
 
 def edit_of(site: Site, extent: Extent, scale: str | None = None) -> Edit | None:
@@ -107,24 +126,16 @@ def new_draft(
     return draft
 
 
-def _raised_in(error: Exception, model: nn.Module) -> str | None:
-    """The innermost module of a model, other than a layer, whose forward has raised an error."""
-    names = {id(module): name for name, module in model.named_modules() if not is_site(module)}
-    found, trace = None, error.__traceback__
-    while trace is not None:
-        found = names.get(id(trace.tb_frame.f_locals.get("self")), found)
-        trace = trace.tb_next
-    return found
-
-
 class _Planner:
     """Tries plans out on a draft, the furthest-reaching first."""
 
-    def __init__(self, draft: Draft, structure: Structure, check: Check) -> None:
-        self.draft, self.values, self.check = draft, draft.values, check
+    def __init__(self, draft: Draft, structure: Structure, check: Check, anew: bool) -> None:
+        self.draft, self.values, self.check, self.anew = draft, draft.values, check, anew
         self.trace, self.training = structure.trace, structure.training
         self.notes: list[str] = []
-        if structure.failure:
+        if structure.in_parts:
+            self.notes.append(f"layers are merged {structure.in_parts}")
+        elif structure.failure:
             refusal = f"torch.export refuses the model: {structure.failure}"
             self.notes.append(f"layers are not merged, {refusal}")
         self.fixed: dict[str, str] = {}
@@ -134,7 +145,7 @@ class _Planner:
     def attempt(
         self,
         edits: Iterable[Edit],
-        patches: Iterable[AttributePatch] = (),
+        patches: Iterable[Patch] = (),
         constants: Mapping[str, Tensor] | None = None,
     ) -> Outcome:
         """What comes of some edits."""
@@ -142,9 +153,13 @@ class _Planner:
             self.draft.make_smaller(edits, patches, constants)
             return self.check(self.draft)
         except Exception as failure:
-            place = _raised_in(failure, self.draft.model)
-            where = f" (in {place!r})" if place else ""
-            return Outcome(float("inf"), _checks.one_line(failure) + where, place)
+            return Outcome.of(failure, self.draft.model)
+
+    def trial(self, extents: Mapping[str, Extent], patches: Iterable[Patch]) -> Outcome:
+        """What comes of some extents; afterwards the draft is of full size, as it was."""
+        outcome = self.attempt(self.edits_of(extents), patches, constants_of(extents))
+        self.draft.undo()
+        return outcome
 
     def edits_of(self, extents: Mapping[str, Extent]) -> list[Edit]:
         """What gives every layer its extent."""
@@ -158,20 +173,14 @@ class _Planner:
         """The first plan that holds with the layers that are not fixed; None if none does."""
         self.sites = gated_sites(self.draft, self.values, self.trace, self.fixed)
         live: Liveness | None = None
-        tiers: Iterable[tuple[str, list[str], list[AttributePatch]]] = []
+        tiers: Iterable[tuple[str, list[str], list[Patch]]] = []
         if self.trace is not None:
             sites = self.sites.values()
             also = None if self.training is None else Walk(self.training, sites)
             live = Liveness(Walk(self.trace, sites), also)
             self.draft.undo()
-            tiers = merged_tiers(
-                self.draft.model,
-                live,
-                lambda extents, patches: self.attempt(
-                    self.edits_of(extents), patches, constants_of(extents)
-                ),
-            )
-        tried: list[tuple[list[Edit], list[AttributePatch]]] = []
+            tiers = merged_tiers(self.draft.model, live, self.trial, self.notes, self.anew)
+        tried: list[tuple[list[Edit], list[Patch]]] = []
         undone: dict[str, str] = {}
         for tier, rigid, patches in chain(tiers, [(ALONE, [], [])]):
             merges = live if tier != ALONE else None
@@ -251,7 +260,7 @@ class _Planner:
             self.fixed[name] = f"made smaller: {each[name] or 'it fails together with others'}"
 
 
-def make_plan(draft: Draft, structure: Structure, check: Check) -> Plan:
+def make_plan(draft: Draft, structure: Structure, check: Check, anew: bool = True) -> Plan:
     """The furthest-reaching plan that holds; the draft is left as it says.
 
     Tried in turn: layers merged with their neighbours; merged, with the shapes kept in modules
@@ -259,10 +268,16 @@ def make_plan(draft: Draft, structure: Structure, check: Check) -> Plan:
     each layer by itself. Where even that fails, the layers at fault stay full, and again from the
     start.
 
+    Args:
+        draft: of full size.
+        structure: of its model.
+        check: what comes of a draft.
+        anew: modules may be made anew, with other sizes in their views.
+
     Raises:
         ValueError: not even the model of full size computes what the gated one does.
     """
-    planner = _Planner(draft, structure, check)
+    planner = _Planner(draft, structure, check, anew)
     while True:
         plan = planner.plan()
         if plan is not None:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_map
 
 from l0fast.graph.calls import Example, own_buffers
 
@@ -52,6 +54,36 @@ def holders_that_run(model: nn.Module, example: Example) -> dict[str, str]:
 def _inside(name: str, makers: Mapping[str, Maker]) -> bool:
     """Whether a module is a layer that is made anew, or a part of one."""
     return any(not maker or f"{name}.".startswith(f"{maker}.") for maker in makers)
+
+
+class _Doubling(TorchFunctionMode):
+    """Ops that a forward asks for in float32 are in float64."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        args, kwargs = tree_map(_doubled, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _doubled(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
+
+@contextmanager
+def float64_for_float32() -> Generator[None]:
+    """Makes the tensors that a forward itself makes float64, where it asks for float32 or names no
+    dtype: next to them a model of float64 cannot run, as its weights are."""
+    before = torch.get_default_dtype()
+    if before == torch.float32:
+        torch.set_default_dtype(torch.float64)
+    try:
+        with _Doubling():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class _Swap:

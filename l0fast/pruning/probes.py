@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -106,8 +106,16 @@ def _other_sizes(example: Example) -> Iterator[tuple[str, Example]]:
             yield from _other_lengths(example, one.shape[dim], dim)
 
 
-def groups_of_probes(model: nn.Module, example: Example) -> list[list[Probe]]:
-    """Probes for a model beside the example: of each list, the first that the model takes."""
+def groups_of_probes(
+    model: nn.Module, example: Example, added: Collection[str] = ()
+) -> list[list[Probe]]:
+    """Probes for a model beside the example: of each list, the first that the model takes.
+
+    Args:
+        model: to run on them.
+        example: of what it takes.
+        added: see `perturbed`.
+    """
     floating = any(tensor.is_floating_point() for tensor in example.tensors())
     noise, said = (_noise(example), "noise") if floating else (example, "the example")
     first = [
@@ -118,7 +126,7 @@ def groups_of_probes(model: nn.Module, example: Example) -> list[list[Probe]]:
     if floating:
         first.append(Probe("noise", noise))
     second = [Probe(f"{said} with {size}", other) for size, other in _other_sizes(noise)]
-    if any(True for _ in _constants(model)):
+    if any(True for _ in _constants(model, added)):
         also = ", constant parameters made others"
         changed = [Probe(one.title + also, one.example, True) for one in second]
         same = [
@@ -131,9 +139,10 @@ def groups_of_probes(model: nn.Module, example: Example) -> list[list[Probe]]:
 # --- parameters that hide what is in front of them ----------------------------------------------
 
 
-def _constants(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The floating parameters that hold one value everywhere, but for gates, and for what is part
-    of the constants that a closed unit leaves behind a batch norm or a convolution in groups."""
+def _constants(model: nn.Module, added: Collection[str]) -> Iterator[nn.Parameter]:
+    """The floating parameters that hold one value everywhere, but for gates, for those of `added`,
+    and for what is part of the constants that a closed unit leaves behind a batch norm or a
+    convolution in groups."""
     held: set[int] = set()
     for module in model.modules():
         if is_site(module) and is_carrier(module):
@@ -142,7 +151,7 @@ def _constants(model: nn.Module) -> Iterator[nn.Parameter]:
                 held.add(id(module._parameters.get("weight")))
     for name, parameter in model.named_parameters():
         gates = name.rpartition(".")[2] == "log_alpha"
-        if gates or id(parameter) in held or not parameter.is_floating_point():
+        if gates or name in added or id(parameter) in held or not parameter.is_floating_point():
             continue
         values = parameter.detach()
         if values.numel() and bool((values == values.flatten()[0]).all()):
@@ -150,17 +159,21 @@ def _constants(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 @contextmanager
-def perturbed(model: nn.Module) -> Generator[None]:
+def perturbed(model: nn.Module, added: Collection[str] = ()) -> Generator[None]:
     """Gives other values to the parameters that hold one value everywhere: a head of zeros, a tiny
     scale, or a norm as it was made would hide, or pass, what is wrong in front of it.
 
     Constants near 0 become U(-1, 1), over the root of the fan-in where they are matrices; others
     are multiplied by U(0.7, 1.3).
+
+    Args:
+        model: with gates or without.
+        added: parameters that may be in the constants that closed units leave: they stay.
     """
     generator = torch.Generator().manual_seed(SEED)
     before: list[tuple[nn.Parameter, Tensor]] = []
     try:
-        for parameter in list(_constants(model)):
+        for parameter in list(_constants(model, added)):
             own = parameter.data
             uniform = 2 * torch.rand(own.shape, generator=generator, dtype=torch.float64) - 1
             value = float(own.flatten()[0])

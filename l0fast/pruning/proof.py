@@ -3,8 +3,9 @@ noise, and on other sizes than the example's."""
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,8 +19,13 @@ from l0fast.graph.compare import TOLERANCE, tensors_of
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.observation import Observation, Rows, observe, sites_of
-from l0fast.pruning.patches import Outcome
-from l0fast.pruning.precision import Maker, holders_that_run, in_precision, widened
+from l0fast.pruning.outcome import Outcome
+from l0fast.pruning.precision import (
+    float64_for_float32,
+    holders_that_run,
+    in_precision,
+    widened,
+)
 from l0fast.pruning.probes import SEED, Probe, groups_of_probes, perturbed
 
 
@@ -46,15 +52,16 @@ class Proof:
     """What a gated model computes with some of its gates closed, to compare pruned ones with it.
 
     It runs in float64, each weight widened as its module is entered; where a module reads the
-    weights of others, with all of them widened at once; where the model does not run in float64,
-    in its own dtypes. Compared are its output, and the outputs that each Linear and convolution has
-    left.
+    weights of others, with all of them widened at once; where its forward makes tensors of float32,
+    with these in float64, too; where the model does not run in float64, in its own dtypes. Compared
+    are its output, and the outputs that each Linear and convolution has left.
 
     Args:
         model: with gates; it is run, and is the same afterwards.
         values: of its gates.
         example: of what it takes.
         training: whether pruned models must run on the example in training, too.
+        added: tensors that may be in the constants that closed units leave: they keep their values.
 
     Attributes:
         tolerance: the largest relative error that counts as equal.
@@ -65,9 +72,14 @@ class Proof:
     """
 
     def __init__(
-        self, model: nn.Module, values: GateValues, example: Example, training: bool = False
+        self,
+        model: nn.Module,
+        values: GateValues,
+        example: Example,
+        training: bool = False,
+        added: Collection[str] = (),
     ) -> None:
-        self._training, self._example = training, example
+        self._training, self._example, self._added = training, example, added
         # A gate that is closed has a log_alpha of minus infinity, one that is 1 of infinity.
         closed: dict[str, torch.Tensor] = {}
         for name, layer in values.layers.items():
@@ -78,6 +90,7 @@ class Proof:
         self._source, self._sites = model, sites_of(model)
         self._holders: Mapping[str, str] = {}
         self._dtype: torch.dtype | None = torch.float64
+        self._doubling = False
         self._seen: list[tuple[Probe, Observation]] = []
         with self._running(values, closed):
             self._choose(model, example)
@@ -85,7 +98,7 @@ class Proof:
             if not given.something:
                 got = f"{type(model).__name__}, whose output of class {given.kind} holds none"
                 _checks.refuse("model", got, "a model that gives finite numbers, to compare by")
-        for probes in groups_of_probes(model, first.example):
+        for probes in groups_of_probes(model, first.example, added):
             for probe in probes:
                 try:
                     with self._running(values, closed):
@@ -111,13 +124,13 @@ class Proof:
             ways = [runs, {}]
         except Exception:  # perhaps of the example's dtype
             pass
-        for self._holders in ways:
+        for self._doubling, self._holders in product((False, True), ways):
             try:
                 self._first(model, widened(example, torch.float64))
             except Exception:
                 continue
             return
-        self._dtype, self._holders = None, {}
+        self._dtype, self._holders, self._doubling = None, {}, False
         try:
             self._first(model, example)
         except Exception as error:
@@ -133,16 +146,20 @@ class Proof:
         self,
         model: nn.Module,
         probe: Probe,
-        makers: Mapping[str, Maker] | None = None,
+        draft: Draft | None = None,
         rows: Mapping[str, Rows] | None = None,
     ) -> Observation:
-        changed = perturbed(self._source) if probe.perturbed else nullcontext()
-        with (
-            changed,
-            own_randomness(model, SEED),
-            in_precision(model, self._dtype, self._holders, makers),
-        ):
-            return observe(model, probe.example.copy(), self._sites, rows)
+        changed = perturbed(self._source, self._added) if probe.perturbed else nullcontext()
+        with changed:
+            if draft is not None:
+                draft.cut_again()
+            makers = {} if draft is None else draft.makers
+            with (
+                own_randomness(model, SEED),
+                in_precision(model, self._dtype, self._holders, makers),
+                float64_for_float32() if self._doubling else nullcontext(),
+            ):
+                return observe(model, probe.example.copy(), self._sites, rows)
 
     def _rows(self, draft: Draft, name: str) -> Rows:
         _, size = layer_size(self._source.get_submodule(name))
@@ -156,7 +173,7 @@ class Proof:
         worst, rows = 0.0, {name: self._rows(draft, name) for name in self._sites}
         for probe, expected in self._seen:
             with evaluating(draft.model):
-                got = self._run(draft.model, probe, draft.makers, rows)
+                got = self._run(draft.model, probe, draft, rows)
             for error, name in got.errors(expected):
                 worst = max(worst, error)
                 if error > self.tolerance:

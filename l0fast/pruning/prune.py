@@ -201,7 +201,8 @@ def prune(
             `sparsify_` was told.
 
     Returns:
-        A model of the same class, of plain PyTorch modules, in the same dtype, device and mode.
+        A model of the same class, of plain PyTorch modules, in the same dtype, device and mode
+        (modules in `report.views` are torch.fx modules).
         Its attribute `report` is a `Report`; a model that has a `report` of its own keeps it, and
         ours is `l0fast_report`.
 
@@ -231,7 +232,7 @@ def prune(
         kept = choose(layers, budgets, round_to, uniform=in_step)
         values = GateValues(layers, kept)
         structure = structure_of(model, example)
-        proof = Proof(model, values, example, structure.more_in_training)
+        proof = Proof(model, values, example, structure.more_in_training, structure.added)
         draft = new_draft(model, values, structure)
         if dense is None:
             dense = known_dense(model, structure) or Counts.of(draft.model, example, size, {})

@@ -52,6 +52,10 @@ class Report:
             two Linears: how it is called.
         attributes: a dict for each attribute of a module that followed a size, such as num_heads:
             name, kind (of the module), attribute, value ([after, before]).
+        views: a dict for each module that was made anew by torch.fx, with the sizes that are left
+            in its views, since no attribute holds them: name, kind (the class it had), constants
+            and lengths (of arguments of its forward), views (node -> sizes). Its attributes, such
+            as num_heads, are gone with its class.
         folded: names of the layers whose biases hold what constant inputs gave.
         layers: the recipe, a list of dicts in the order to apply: name, kind, in, out, inputs and
             outputs (the indices that stay, None for all), gather and scatter ([positions, of],
@@ -80,6 +84,7 @@ class Report:
     folded: list[str]
     layers: list[dict[str, Any]]
     compared: list[str] = field(default_factory=list)
+    views: list[dict[str, Any]] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A table, one line a layer, and lines about the whole model."""
@@ -126,6 +131,7 @@ class Recipe:
     attributes: list[dict[str, Any]] = field(default_factory=list)
     attention: list[dict[str, Any]] = field(default_factory=list)
     folded: list[str] = field(default_factory=list)
+    views: list[dict[str, Any]] = field(default_factory=list)
 
 
 _FIELDS = {one.name for one in fields(Report)}
@@ -219,6 +225,8 @@ def _as_text(report: Report) -> str:
     for patch in report.attributes:
         name = f"{patch['name']}.{patch['attribute']}".lstrip(".")
         lines.append(f"{name}: {patch['value'][0]} instead of {patch['value'][1]}")
+    for patch in report.views:
+        lines.append(f"{patch['name']}: made anew by torch.fx, for the sizes in its views")
     lines.append(f"largest error: {report.max_error:.3g} (allowed {report.tolerance:g})")
     lines.append(f"compared on: {'; '.join(report.compared)}")
     lines.extend(report.notes)

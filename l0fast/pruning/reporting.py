@@ -143,10 +143,11 @@ def make_report(model: nn.Module, plan: Plan, facts: Facts, dense: Counts, left:
         max_error=plan.error,
         tolerance=facts.tolerance,
         attention=[call.as_json() for call in unfused_in(model)],
-        attributes=[*before.attributes, *(patch.as_json() for patch in plan.patches)],
+        attributes=[*before.attributes, *(patch.as_json() for patch in plan.attributes)],
         folded=sorted({*before.folded, *plan.constants}),
         layers=[*before.layers, *(edit.as_json() for edit in plan.edits)],
         compared=facts.compared,
+        views=[*before.views, *(patch.as_json() for patch in plan.views)],
     )
 
 
@@ -163,7 +164,8 @@ def site_row(
     edit = next((edit for edit in plan.edits if edit.name == name), None)
     gates = None if layer is None else layer.gates
     if layer is not None and kept is not None and forced is not None:
-        kept, forced = layer.own(kept), layer.own(forced)
+        had = layer.places().unique().cpu()  # each once
+        kept, forced = kept.flatten()[had], forced.flatten()[had]
     inputs = int(extent.columns.sum()), len(extent.columns)
     outputs = int(extent.rows.sum()), len(extent.rows)
     smaller = inputs[0] < inputs[1] or outputs[0] < outputs[1]

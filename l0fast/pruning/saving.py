@@ -17,13 +17,16 @@ from l0fast import _checks
 from l0fast._files import write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
 from l0fast.graph.capture import can_be_edited, kind_of, layer_size
-from l0fast.pruning.edits import AttributePatch, Edit, apply
+from l0fast.graph.tensors import part_of
+from l0fast.pruning.attributes import AttributePatch, sizes_in
+from l0fast.pruning.edits import Edit, apply
 from l0fast.pruning.report import Report, attach_report, required_report
+from l0fast.pruning.views import ViewPatch
 
 KEY = "l0fast"
 """The metadata's entry."""
 FORMAT = 1
-KEYS = ("attention", "attributes", "layers")
+KEYS = ("attention", "attributes", "layers", "views")
 """Parts of a report that are the recipe."""
 
 
@@ -111,6 +114,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             recipe["calls"] = [Unfused.from_json(entry) for entry in recipe["attention"]]
             recipe["edits"] = [Edit.from_json(entry) for entry in recipe["layers"]]
             recipe["patches"] = [AttributePatch.from_json(entry) for entry in recipe["attributes"]]
+            recipe.setdefault("views", [])
+            recipe["anew"] = [ViewPatch.from_json(entry) for entry in recipe["views"]]
             recipe["aliases"] = {str(a): str(b) for a, b in recipe["aliases"].items()}
             if not set(recipe["aliases"].values()) <= tensors.keys():
                 raise ValueError("an alias of nothing")
@@ -152,7 +157,7 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
 
     def part(what: str, name: str) -> Any:
         try:
-            return model.get_submodule(name)
+            return part_of(model, name)
         except AttributeError:
             differs(f"it has a {what} {name!r}")
 
@@ -176,10 +181,20 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         model = apply(model, [edit])
     for patch in recipe["patches"]:
         module, value = part("module", patch.name), patch.value[1]
-        if type(module).__name__ != patch.kind or vars(module).get(patch.attribute) != value:
+        found = sizes_in(vars(module).get(patch.attribute))
+        if type(module).__name__ != patch.kind or found != value:
             wanted = f"a {patch.kind} with {patch.attribute}={value}"
             differs(f"its {patch.name or 'root'!r} is {wanted}")
         model = apply(model, [], [patch])
+
+    for anew in recipe["anew"]:
+        module = part("module", anew.name)
+        if type(module).__name__ != anew.kind:
+            differs(f"its {anew.name!r} is a {anew.kind}, not a {type(module).__name__}")
+        try:
+            model = apply(model, [], [anew])
+        except Exception as error:
+            differs(f"the forward of its {anew.name!r} is another one ({_checks.one_line(error)})")
 
     aliases = recipe["aliases"]
     wanted = model.state_dict()

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 from l0fast.graph.calls import Example
 from l0fast.graph.sites import without_gates
 from l0fast.graph.structure import structure_of
+from l0fast.graph.tensors import ChannelTensor, part_of
 from l0fast.layers.handle import gated_layers, gates, sharing
 from l0fast.layers.serving import INDEX, likeliest
 from l0fast.measures.counts import Counts, element_size
+from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import GateValues
-from l0fast.pruning.edits import AttributePatch, Edit, shrink_, sliced, weight_sides
+from l0fast.pruning.edits import Edit, shrink_, sliced, weight_sides
 from l0fast.pruning.plan import make_plan, new_draft
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import recipe_of
@@ -120,12 +122,12 @@ def plan_removal(
     found: set[str] = set()
     while not all(bool(mask.all()) for mask in kept.values()):
         values, structure = GateValues(layers, kept, fully_open=True), structure_of(model, example)
-        proof = Proof(model, values, example, structure.more_in_training)
-        plan = make_plan(new_draft(model, values, structure), structure, proof.check)
+        proof = Proof(model, values, example, structure.more_in_training, structure.added)
+        plan = make_plan(new_draft(model, values, structure), structure, proof.check, anew=False)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
         stuck |= {name for name, extent in plan.constants.items() if bool(extent.any())}
         if not stuck:
-            removal = _removal(model, list(plan.edits), list(plan.patches))
+            removal = _removal(model, list(plan.edits), plan.attributes)
             return removal, found if removal is not None else set(kept)
         whole = stuck & {name for name, mask in kept.items() if not bool(mask.all())}
         for name in whole or kept:
@@ -188,9 +190,14 @@ def remove_(
         replaced[id(old)] = new, part
 
     for patch in removal.patches:
-        setattr(model.get_submodule(patch.name), patch.attribute, patch.value[0])
+        patch.apply(model)
     for edit in removal.edits:
-        module = model.get_submodule(edit.name)
+        module = part_of(model, edit.name)
+        if isinstance(module, ChannelTensor):
+            whole: Any = module.tensor
+            module.put(sliced(whole.detach(), edit, module.sides))
+            note(whole, module.tensor, lambda v, e=edit, s=module.sides: sliced(v, e, s))  # type: ignore[arg-type]
+            continue
         log_alpha = module._parameters.pop("log_alpha", None)
         index = module._buffers.pop(INDEX, None)
         before = dict(module._parameters)

@@ -11,8 +11,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import layer_size, sites_in
 from l0fast.graph.dependencies import GateDependencies
-from l0fast.graph.quiet import quietly
+from l0fast.graph.exporting import quietly
+from l0fast.graph.liveness import Liveness
 from l0fast.graph.structure import Structure, structure_of
+from l0fast.graph.tensors import channel_tensor
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, sharing
 from l0fast.layers.serving import likeliest
@@ -20,7 +22,7 @@ from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.flops import output_shapes
 from l0fast.measures.trial import Trial
 from l0fast.pruning.draft import Draft, GateValues
-from l0fast.pruning.patches import Outcome
+from l0fast.pruning.outcome import Outcome
 from l0fast.pruning.plan import Plan, make_plan, new_draft
 
 
@@ -45,14 +47,35 @@ def half_closed(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
     return {name: kept[name] for name in layers}
 
 
+def _opened(kept: Mapping[str, Tensor], layers: Mapping[str, Gated], live: Liveness | None) -> bool:
+    """Opens gates on what a layer keeps although nobody reads it, in place; whether there are any.
+
+    Such a layer is smaller than one whose gates are closed by training, as a unit is open.
+    """
+    found = False
+    for name, layer in layers.items() if live is not None and live.kept else ():
+        units = live.walk.inputs.get(name)  # type: ignore[union-attr]
+        if layer.gates != "input" or units is None:
+            continue
+        read = torch.isin(live.walk.classes[units.labels], torch.tensor(live.kept))  # type: ignore[union-attr]
+        places = layer.places().cpu()[read.view(-1, layer.units).any(1)]
+        found |= not bool(kept[name][places].all())
+        kept[name][places] = True
+    return found
+
+
 def _tried(
     model: nn.Module, structure: Structure, example: Example, fake: FakeTensorMode | None
 ) -> tuple[Trial, Plan]:
     layers = gates(model).layers
-    values = GateValues(layers, half_closed(layers), fully_open=True)
+    kept = half_closed(layers)
+    values = GateValues(layers, kept, fully_open=True)
     draft = new_draft(model, values, structure, fake)
     size = element_size(model)
     full = {name: layer_size(layer) for name, layer in sites_in(model).items()}
+    if structure.trace is not None:
+        held = [(name, channel_tensor(model, name)) for name in structure.trace.held.values()]
+        full |= {name: layer_size(one) for name, one in held if one is not None}
 
     def own() -> Example:
         return example.copy() if fake is None else example.map(fake.from_tensor)
@@ -65,16 +88,22 @@ def _tried(
 
     def check(_: Draft) -> Outcome:
         with draft.mode():
-            same = output_shapes(draft.model, own()) == dense.outputs
+            shapes = output_shapes(draft.model, own())
+        # Where export refuses the model, the sizes of its outputs may depend on the data.
+        same = bool(structure.failure) or shapes == dense.outputs
         return Outcome(0.0, "" if same else "its outputs have other shapes")
 
     plan = make_plan(draft, structure, check)
+    while _opened(kept, layers, plan.live):
+        draft = new_draft(model, values, structure, fake)
+        plan = make_plan(draft, structure, check)
     on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
     dependencies = GateDependencies(on_units, plan.sites, plan.scaled, plan.live, plan.rigid)
     trial = Trial(
         structure=structure,
         sites=plan.sites,
         shrinking=tuple(plan.shrinking),
+        held=tuple(plan.held),
         live=plan.live,
         dependencies=dependencies,
         kept=values.kept,

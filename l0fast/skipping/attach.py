@@ -118,7 +118,7 @@ def training_trace(model: nn.Module, example: Example) -> Trace:
         if found[0] != found[1]:
             return export(plain, example)
     structure = structure_of(model, example)
-    if structure.trace is None:
+    if structure.trace is None or structure.failure:
         raise RuntimeError(f"torch.export refuses the model: {structure.failure}")
     return structure.trace
 

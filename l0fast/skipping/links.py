@@ -74,7 +74,7 @@ class _Finder:
             if name not in self.layers and units is not None:
                 others.append(units.labels)
         several = walk.classes.bincount(minlength=len(walk.classes))[walk.classes] > 1
-        for node in self.trace.graph.nodes:
+        for node in self.trace.nodes:
             if op_name(node) in RIGID:
                 for source in node.all_input_nodes:
                     found = [units.labels.flatten().unique() for units in walk.units(source)]

@@ -92,7 +92,7 @@ def test_an_undecided_channel_counts_by_its_probability() -> None:
     model = gated()
     for log_alpha in gates(model).parameters():
         with torch.no_grad():
-            log_alpha.copy_(torch.randn(12) if log_alpha.numel() == 12 else 30.0)
+            log_alpha.copy_(torch.randn(12) if log_alpha.numel() == 12 else torch.tensor(30.0))
     term = DensityConstraint(model, 0.9, measure="params", example_inputs=tokens())
     each = 3 + 20 + 3 * 8 + 8 + 1 + 3 * 10  # norms, embedding and head, attention, MLP
     full = sum(parameter.numel() for parameter in Language().parameters())
@@ -108,6 +108,10 @@ def test_widths_come_in_multiples() -> None:
     small: Any = prune(model, tokens(), round_to=4)
     assert small.report.tier == "merged"
     assert small.embed.embedding_dim == 4
+    # Of a first block that is partly open, what is closed goes: a norm counts no zeros.
+    small = prune(model, tokens(), round_to=8)
+    assert small.report.tier == "merged"
+    assert small.embed.embedding_dim == 6
 
 
 def test_a_pruned_model_is_saved_and_another_state_follows(tmp_path: Path) -> None:
@@ -129,7 +133,9 @@ def test_channels_go_during_training() -> None:
     for name, layer in gates(model).layers.items():
         with torch.no_grad():
             layer.log_alpha[kept[name]] = 9.0
-    wanted, left = model(x), width(model)
+            if name.endswith("norm"):  # closed now, and may open again
+                kept[name][0], layer.log_alpha[0] = True, -3.0
+    wanted, left = model(x), width(model) + 1
     removal, stuck = plan_removal(model, Example.of(x), kept)
     assert removal is not None
     assert not stuck
@@ -176,24 +182,14 @@ def test_a_training_ends_at_its_target_and_resumes() -> None:
     assert all(torch.equal(value, resumed[key]) for key, value in wanted.items())
 
 
-class Added(nn.Module):
-    """A parameter is added to the stream."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.inner, self.place = Language(), nn.Parameter(torch.randn(12))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = self.inner
-        stream = inner.blocks[0](inner.embed(x) + self.place)
-        return inner.head(inner.norm(stream))
-
-
 CASES: dict[str, tuple[Any, str]] = {
     "a layer norm": (lambda: Language(nn.LayerNorm), "takes the mean of all channels"),
     "one layer norm": (lambda: Language(head=nn.LayerNorm(12)), "only go together"),
+    "a tied head behind another layer": (
+        lambda: Language(head=nn.Sequential(Decomposed(12), nn.Linear(12, 12))),
+        "'head' reads the same stream",
+    ),
     "no last norm": (lambda: Language(head=nn.Identity()), "'head' reads the same stream"),
-    "a parameter": (Added, "must stay"),
 }
 
 
@@ -222,3 +218,26 @@ def test_options_that_do_not_go_with_it_are_refused() -> None:
     each = {gates(model).layers[name].group_size for name in ("norm", "blocks.0.norm")}
     assert each == {1 + (20 + 3 * 8 + 8 + 1 + 3 * 10) // 3}  # a channel's parameters, by norm
     assert rows["head"].reason == "what it reads has gates, in the norms"
+
+
+class Added(nn.Module):
+    """A parameter is added to the stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.place = Language(), nn.Parameter(torch.randn(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.inner
+        stream = inner.blocks[0](inner.embed(x) + self.place)
+        return inner.head(inner.norm(stream))
+
+
+def test_a_parameter_that_is_added_gets_smaller_too() -> None:
+    model: Any = sparsify_(Added(), example_inputs=tokens(), hidden=True)
+    with torch.no_grad():
+        gates(model).layers["inner.norm"].log_alpha.copy_(torch.tensor([3.0, -6.0] * 6))
+    small: Any = prune(model.eval(), tokens())
+    assert small.report.max_error < 1e-12
+    assert small.place.shape == (6,)
+    assert small.inner.embed.embedding_dim == 6

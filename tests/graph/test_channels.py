@@ -49,6 +49,9 @@ class Groups:
     def together(self, first: Tensor, second: Tensor) -> Tensor:
         return self.classes[first] == self.classes[second]
 
+    def is_held(self, labels: Tensor) -> bool:
+        return False
+
 
 def example(shape: tuple[int, ...], dim: int) -> Tensor:
     x = torch.randn(shape, dtype=torch.float64)
@@ -363,6 +366,7 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "layer norm": (lambda x: F.layer_norm(x, x.shape[1:]), [1, 1, 1, 1]),
     "layer norm of others": (lambda x: F.layer_norm(x, x.shape[2:]), [1, 2, 3, 4]),
     "group norm of one group": (lambda x: F.group_norm(x, 1), [1, 1, 1, 1]),
+    "group norm of two groups": (lambda x: F.group_norm(x, 2), [1, 1, 3, 3]),
     "instance norm": (F.instance_norm, [1, 2, 3, 4]),
     "instance norm of others": (lambda x: F.instance_norm(x.transpose(1, 2)), [1, 1, 1, 1]),
     "rms norm": (lambda x: F.rms_norm(x, x.shape[1:]), [1, 1, 1, 1]),
@@ -520,7 +524,6 @@ STOPS: dict[str, Callable[[Tensor], Tensor]] = {
     "some channels, selected": lambda x: x.index_select(1, torch.tensor([4, 1])),
     "places that are not neighbours": lambda x: x[torch.arange(2), :, torch.arange(2)],
     "added to channels": lambda x: torch.zeros_like(x).index_add(1, torch.arange(5), x),
-    "two groups that are written out": lambda x: F.group_norm(x[:, :4], 2),
     "a weight for each": lambda x: F.instance_norm(x, weight=torch.ones(5, dtype=x.dtype)),
     "a slope for each": lambda x: F.prelu(x, torch.ones(5, dtype=x.dtype)),
     "einsum with a diagonal": lambda x: torch.einsum("bcii->bci", x),

@@ -35,7 +35,7 @@ def test_calls_are_told_from_other_readers() -> None:
     callers = {node.name: name for node, name in trace.callers.items()}
     assert callers["relu"] == "body.0"
     assert callers["add"] == ""
-    assert trace.inputs == {"x"}
+    assert {node.name for node in trace.inputs} == {"x"}
 
 
 def test_what_runs_is_in_the_graph_whether_it_is_read_or_not() -> None:
@@ -53,7 +53,7 @@ def test_what_runs_is_in_the_graph_whether_it_is_read_or_not() -> None:
     trace = export(Unread().eval(), Example.of(torch.randn(2, 3)))
     assert trace.counts == {"a": 1, "b": 1, "c": 1, "d": 1}
     assert trace.unread == {"b", "c"}
-    names = [node.name for node in trace.graph.nodes if node.op == "call_function"]
+    names = [node.name for node in trace.nodes if node.op == "call_function"]
     assert names == ["linear", "linear_1", "relu", "linear_2", "add", "linear_3", "neg_"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import Trace, export, is_carrier
-from l0fast.graph.sites import Site, find_sites
+from l0fast.graph.sites import Site, find_sites, is_held
 from l0fast.graph.tied import Tied
 from l0fast.graph.units import Units, narrowed, reshaped
 from l0fast.graph.walk import Walk
@@ -78,7 +78,7 @@ def assert_alike(one: Walk, other: Walk) -> None:
     for name, units in one.inputs.items():
         assert (units is None) == (other.inputs[name] is None)
         assert units is None or units.same_as(other.inputs[name])  # type: ignore[arg-type]
-    for node in one.trace.graph.nodes:
+    for node in one.trace.nodes:
         mine, theirs = one.units(node), other.units(node)
         assert len(mine) == len(theirs)
         assert all(map(Units.same_as, mine, theirs)), node
@@ -101,17 +101,18 @@ def test_walking_again_finds_what_a_new_walk_does(name: str) -> None:
 def test_of_carriers_that_are_untold_no_constant_is_known(name: str) -> None:
     trace, sites = traced(name)
     carriers = {layer for layer, site in sites.items() if is_carrier(site.layer)}
+    held = {layer for layer, site in sites.items() if is_held(site)}
     writes = half_closed(sites, 0)
     twins = [
         replace(
             site,
-            layer=untold(site.layer) if site.name in carriers else site.layer,
+            layer=untold(site.layer) if site.name in carriers - held else site.layer,
             writes=writes.get(site.name, site.writes),
         )
         for site in sites.values()
     ]
     walk = Walk(trace, sites.values()).again(writes, carriers)
-    assert_alike(walk, Walk(trace, twins))
+    assert_alike(walk, Walk(trace, twins, held))
     assert_alike(
         walk.again({layer: sites[layer].writes for layer in writes}, ()),
         Walk(trace, sites.values()),
@@ -155,7 +156,7 @@ def test_tensors_take_memory_only_where_they_vary(name: str) -> None:
 def test_a_class_is_its_least_unit(seed: int) -> None:
     torch.manual_seed(seed)
     size = 200
-    tied = Tied(["a", "b"], torch.arange(size) % 3 - 1)
+    tied = Tied(["a", "b"], torch.arange(size) % 3 - 1, size)
     expected = list(range(size))
     for number in (1, 5, 40, 3, 20):
         pairs = torch.randint(0, size, (2, number))
@@ -170,7 +171,7 @@ def test_a_class_is_its_least_unit(seed: int) -> None:
 
 
 def test_who_makes_what_is_tied_is_told_why() -> None:
-    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]))
+    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]), 5)
     tied.tie(torch.tensor([1, 3]), torch.tensor([2, 3]), "first")
     tied.pin(torch.tensor([0, 4]), "second")
     tied.pin(torch.tensor([4]), "second")

@@ -68,7 +68,8 @@ def test_a_gated_norm_counts_open_channels_alone(kind: str) -> None:
 
 
 def test_a_gated_norm_copies_and_pickles() -> None:
-    gated: Any = gated_norm(Decomposed(5), controls=7).eval()
+    gated: Any = gated_norm(Decomposed(5), controls=7)
+    gated.eval()
     x = torch.randn(2, 5)
     for other in (copy.deepcopy(gated), pickle.loads(pickle.dumps(gated))):
         assert isinstance(other, Decomposed)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from l0fast import prune, sparsify_
-from l0fast.pruning.edits import AttributePatch
+from l0fast import load_pruned, prune, save_pruned, sparsify_
+from l0fast.pruning.attributes import AttributePatch
 
 
 class Split(nn.Module):
@@ -120,3 +121,73 @@ def test_modules_that_slice_the_same_stream_are_patched_together() -> None:
     assert small.report.tier == "merged"
     assert small[0].out_features == 17
     assert [(part.width, part.decoy) for part in (small[1], small[2])] == [(10, 12)] * 2
+
+
+class Parted(nn.Module):
+    """Splits what a layer makes into parts of sizes that one attribute holds."""
+
+    def __init__(self, sizes: Any) -> None:
+        super().__init__()
+        self.sizes, self.both, self.last = sizes, nn.Linear(4, 24), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, first, second = torch.split(self.both(x), self.sizes, -1)
+        return self.last(gate.sigmoid() * torch.cat([first, second.relu()], -1))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_sizes_of_all_parts_follow_in_a_tuple_or_a_list(kind: Any, tmp_path: Path) -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+
+    def build() -> nn.Module:
+        model: Any = Parted(kind([16, 6, 10]))
+        model.both = nn.Linear(4, 32)
+        return model.double()
+
+    model: Any = closed(build(), ["last"])
+    small: Any = prune(model, x)
+    assert same(small, model, x)
+    assert (small.report.tier, small.both.out_features) == ("merged", 26)
+    assert small.sizes == kind([13, 4, 9])  # of units 1, 2 and 6
+    assert model.sizes == kind([16, 6, 10])
+    save_pruned(small, tmp_path / "small.safetensors")
+    loaded: Any = load_pruned(build, tmp_path / "small.safetensors")
+    assert loaded.sizes == small.sizes
+    assert torch.equal(loaded(x), small(x))
+
+
+class Checked(nn.Module):
+    """A layer behind a check of its width, which no view shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.channels, self.layer = 16, nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[-1] == self.channels
+        return self.layer(x)
+
+
+class Heads(nn.Module):
+    """Splits units into heads, as many as an attribute says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.first = 4, nn.Linear(4, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x).unflatten(-1, (self.heads, 4)).relu().flatten(-2)
+
+
+def test_a_check_that_fails_once_what_is_before_it_is_smaller_is_patched_with_it() -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    model = nn.Sequential(Heads(), Checked(), nn.ReLU(), nn.Linear(16, 3))
+    sparsify_(model.double(), include=["1.layer", "3"], gates="input").eval()
+    with torch.no_grad():
+        for name in ("1.layer", "3"):
+            model.get_submodule(name).log_alpha.fill_(9.0)[4:8] = -9.0  # type: ignore[operator]
+    small: Any = prune(model, x)
+    assert same(small, model, x)
+    assert (small.report.tier, small.report.notes[1:]) == ("merged", [])
+    assert (small[0].heads, small[1].channels) == (3, 12)
+    assert small[0].first.out_features == small[1].layer.in_features == 12

@@ -79,7 +79,22 @@ class Tied(nn.Module):
         return self.b(self.a(x).relu()).sum(-1) + F.linear(x, self.a.weight).sum(-1)
 
 
-@pytest.mark.parametrize("build", [Net, Tied])
+class OwnFloats(nn.Module):
+    """Its forward makes tensors of float32, by default and by name, beside what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden, places = torch.zeros(len(x), 8), torch.arange(8).float()
+        mixing = torch.eye(8, dtype=torch.float32)
+        for _ in range(2):
+            hidden = torch.matmul((self.a(x) + hidden + places).relu(), mixing)
+        return self.b(hidden)
+
+
+@pytest.mark.parametrize("build", [Net, Tied, OwnFloats])
 def test_the_proof_is_of_float64_and_leaves_no_trace(build: Any) -> None:
     model: Any = sparsify_(build(), include="b", gates="input", example_inputs=X).eval()
     with torch.no_grad():

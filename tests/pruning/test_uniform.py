@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from l0fast import DensityConstraint, gates, prune, sparsify_
-from l0fast.pruning.blocks import repeating
+from l0fast.pruning.blocks import Blocks, repeating
 from tests.helpers.rms_models import Language, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,12 +57,24 @@ def test_within_the_target_each_keeps_its_likeliest(target: float) -> None:
     assert kept["blocks.1.up"] == list(range(10 - left, 10))
 
 
+def test_blocks_in_step_have_the_mean_of_their_scores() -> None:
+    layers = gates(gated()).layers
+    alone = Blocks.of(layers, 1, ())
+    both = alone.in_step(layers, 1)
+    first, second = (alone.starts[f"blocks.{number}.down"] for number in range(2))
+    for rank in range(10):
+        assert both.leader[first + rank] == both.leader[second + rank] == first + rank
+        mean = (alone.score[first + rank] + alone.score[second + rank]) / 2
+        assert both.score[first + rank] == mean
+
+
 def test_gates_settle_in_step() -> None:
     model, x = gated(uniform=True), tokens()
     term = DensityConstraint(model, 0.85, measure="params", example_inputs=x)
     term.settle()
+    down = [gates(model).layers[f"blocks.{number}.down"].log_alpha > 0 for number in range(2)]
     left = widths(prune(model, x))
-    assert left[0] == left[1] > 3
+    assert left[0] == left[1] == int(down[0].sum()) == int(down[1].sum()) > 3
     free = gated()
     DensityConstraint(free, 0.85, measure="params", example_inputs=x).settle()
     assert widths(prune(free, x))[0] != widths(prune(free, x))[1]

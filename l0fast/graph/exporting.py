@@ -1,0 +1,77 @@
+"""What torch.export needs around it: quiet, outputs that it knows, and only what is read."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager, redirect_stderr
+from io import StringIO
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+from torch.fx import Node
+
+from l0fast.graph.compare import values_of
+from l0fast.graph.nodes import op_name
+
+
+@contextmanager
+def quietly() -> Generator[None]:
+    """torch.export speaks of its own affairs, on stderr too: not while we use it."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stderr(StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def plain(value: Any) -> Any:
+    """What a model gives, of containers that torch.export knows: lists in place of objects, see
+    `values_of`."""
+    if isinstance(value, Mapping):
+        return [plain(part) for part in value.values()]
+    if isinstance(value, (tuple, list)):
+        return [plain(part) for part in value]
+    known = value is None or isinstance(value, (Tensor, str, int, float, complex))
+    return value if known else values_of(value)
+
+
+@contextmanager
+def without_validation() -> Generator[None]:
+    """Distributions look at the values that they are given, which torch.export does not know."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
+
+
+def read_nodes(graph: torch.fx.Graph, layer_ops: Collection[str]) -> set[Node]:
+    """The nodes that reach an output or change something; drops the others, which tie no units.
+
+    Calls of layers are not dropped, nor what is made of their outputs: they run, so that sizes
+    must fit.
+
+    Args:
+        graph: of an export.
+        layer_ops: the ops that layers call.
+    """
+    read: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.is_impure() or not read.isdisjoint(node.users):
+            read.add(node)
+    unread: set[Node] = set()
+    for node in graph.nodes:
+        called = op_name(node) in layer_ops or not unread.isdisjoint(node.all_input_nodes)
+        if called and node not in read:
+            unread.add(node)
+    graph.eliminate_dead_code(lambda node: node in read or node in unread)
+    return read
