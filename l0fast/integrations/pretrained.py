@@ -112,7 +112,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> Any:
     if not own.is_file():
         if not (folder / "config.json").is_file():
             _checks.refuse("folder", str(folder), "one that save_pretrained wrote")
-        saved = transformers.AutoConfig.from_pretrained(folder)
+        saved: Any = transformers.AutoConfig.from_pretrained(folder)
         return _class(saved.architectures[0]).from_pretrained(folder)
     kind = _class(json.loads((config / "l0fast.json").read_text(encoding="utf-8"))["class"])
     return load_pruned(lambda: kind(kind.config_class.from_pretrained(config)), own).eval()

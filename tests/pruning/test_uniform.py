@@ -72,7 +72,9 @@ def test_gates_settle_in_step() -> None:
     model, x = gated(uniform=True), tokens()
     term = DensityConstraint(model, 0.85, measure="params", example_inputs=x)
     term.settle()
-    down = [gates(model).layers[f"blocks.{number}.down"].log_alpha > 0 for number in range(2)]
+    down = [
+        gates(model).layers[f"blocks.{number}.down"].evaluation_gates() > 0 for number in range(2)
+    ]
     left = widths(prune(model, x))
     assert left[0] == left[1] == int(down[0].sum()) == int(down[1].sum()) > 3
     free = gated()
