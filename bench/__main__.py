@@ -17,7 +17,7 @@ from pathlib import Path
 from bench import ROOT, cuda, registry, report, run, verify
 from bench.case import Case
 from bench.plot import plot
-from bench.report import MEASURED, NEEDS_GPU, Row
+from bench.report import MEASURED, NEEDS_GPU, Row, marked
 
 GPU_MINUTES = 8.0
 GPU_TEST_SHARE = 0.5
@@ -70,16 +70,16 @@ def _command(arguments: argparse.Namespace) -> str:
     return shlex.join(words)
 
 
-def _refused(
+def _tested(
     arguments: argparse.Namespace, cases: Sequence[Case], limit_s: float | None
-) -> dict[str, str]:
-    """Stem -> why it is not timed, by its tests."""
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(stem -> why it is not timed, stem -> why its times are marked), by the tests."""
     stems = list(dict.fromkeys(registry.stem(case.name) for case in cases))
     if arguments.skip_tests:
         print(UNTESTED, file=sys.stderr)
-        return {}
+        return {}, {}
     if not stems:
-        return {}
+        return {}, {}
     outcome: dict[str, list[str]] | str
     if arguments.gpu:
         files = verify.on_the_chip(ROOT / "tests")
@@ -93,10 +93,12 @@ def _refused(
         print(f"testing: {' '.join(files)}", file=sys.stderr, flush=True)
         options = [] if cuda.available() else ["-m", "not gpu"]
         outcome = verify.run_tests(files, options, limit_s, arguments.threads)
-    refused = verify.verdict(stems, outcome)
+    refused, doubtful = verify.verdict(stems, outcome)
     for stem, why in refused.items():
         print(f"{stem} is not timed: {why}", file=sys.stderr)
-    return refused
+    for stem, why in doubtful.items():
+        print(f"{stem} is timed, and marked as untested: {why}", file=sys.stderr)
+    return refused, doubtful
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"--out: got {out}; expected a folder to write to ({error})", file=sys.stderr)
         return 2
     share = None if seconds is None else GPU_TEST_SHARE * seconds
-    refused = _refused(arguments, here, share)
+    refused, doubtful = _tested(arguments, here, share)
+    if refused or doubtful:
+        about["tests"] = "SOME FAILED"
     emit(
         [
             Row(case.name, "all", case.device, status="refused", note=refused[stem])
@@ -152,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         run.run(
             chosen,
-            emit,
+            lambda more: emit([marked(row, doubtful.get(registry.stem(row.case))) for row in more]),
             quick=arguments.quick,
             threads=arguments.threads,
             case_limit_s=CASE_LIMIT_S[device],

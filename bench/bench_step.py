@@ -130,7 +130,7 @@ def _small(name: str, model: str, device: str, effort: Effort) -> list[Row]:
     if not effort.quick:
 
         def compiled() -> Call:
-            torch.compiler.reset()
+            torch._dynamo.reset()
             return call(published.plain_step(publish("structured"), TARGET, compiled=True))
 
         variants.insert(4, Variant("plain, torch.compile", compiled, compiled=True))

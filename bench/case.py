@@ -61,8 +61,6 @@ class Case:
     name: str
     device: str
     run: Callable[[Effort], list[Row]]
-    spare: bool = False
-    """Whether it is to be cut first, should time run out."""
 
 
 def _side_stream(device: str) -> AbstractContextManager[object]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,7 @@ from bench import ROOT
 
 MEASURED = "measured"
 NEEDS_GPU = "needs a GPU"
+UNTESTED = "measured, UNTESTED"
 FORMAT = 1
 
 
@@ -54,6 +56,14 @@ class Row:
 Facts = dict[str, Any]
 
 
+def marked(row: Row, why: str | None) -> Row:
+    """The row, with its times marked as those of code that may be wrong, if it is known why."""
+    if why is None or row.status != MEASURED:
+        return row
+    note = "; ".join(filter(None, (f"UNTESTED: {why}", row.note)))
+    return replace(row, status=UNTESTED, note=note)
+
+
 def version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -72,11 +82,22 @@ def _git(*words: str) -> str | None:
 
 
 def commit() -> str:
-    """The checkout's commit, with "-dirty" where files differ from it, or "unknown"."""
+    """The checkout's commit, with "-dirty" where files differ from it; without git, its sources'
+    checksum."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:
-        return "unknown"
+        return f"sources {checksum(ROOT)}"
     return f"{head}-dirty" if _git("status", "--porcelain") else head
+
+
+def checksum(root: Path) -> str:
+    """Of the sources of what is measured and of what measures: `python -c "from bench import
+    report; print(report.checksum(report.ROOT))"` says it of any checkout."""
+    found = hashlib.sha256()
+    for folder in ("l0fast", "kernels", "bench"):
+        for path in sorted((root / folder).rglob("*.py")):
+            found.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def cpu_name() -> str:

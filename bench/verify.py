@@ -1,13 +1,19 @@
-"""No speed without green: what is timed is tested first, and not timed where its tests are red."""
+"""No speed without green: what is timed is tested first.
+
+A stem whose own tests are red is not timed. One whose own are green, and some other of its tests
+red, is timed, and its rows say so.
+"""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,6 +29,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "scaled_weight": (
         "maths/test_gated_weight.py",
         "kernels/test_kernel_scaled_weight.py",
+        "autograd/test_scaled_weight.py",
         *_BINDING,
     ),
     "compaction": ("maths/test_compaction.py", "kernels/test_kernel_compaction.py"),
@@ -54,6 +61,8 @@ TESTS: dict[str, tuple[str, ...]] = {
     "latency": ("measures/test_latency.py", "pruning/test_timing.py"),
 }
 """What is timed -> the files in tests/ that say it is right."""
+AT_A_TIME = 6
+"""Test files that run beside each other, at most: each is a process with its own memory."""
 ON_THE_CHIP = ("pytest.mark.gpu", "@kernel_test")
 """A test file with one of these runs something on the GPU, where there is one."""
 
@@ -121,27 +130,44 @@ def run_tests(
 
 def run_apart(files: Sequence[str], limit_s: float, threads: int = 1) -> dict[str, list[str]]:
     """Like `run_tests`, each file in its own process: a fault on the GPU, or time that runs out,
-    stays with the file it happened in."""
+    stays with the file it happened in. Several run at a time."""
     end = time.monotonic() + limit_s
-    red: dict[str, list[str]] = {}
-    for name in files:
+
+    def outcome(name: str) -> dict[str, list[str]]:
         left = end - time.monotonic()
-        outcome = run_tests([name], [], left, threads) if left > 0 else "no time was left for it"
-        if isinstance(outcome, str):
-            red[name] = [outcome]
-        else:
-            red |= outcome
+        found = run_tests([name], [], left, threads) if left > 0 else "no time was left for it"
+        return {name: [found]} if isinstance(found, str) else found
+
+    red: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(max(1, min(AT_A_TIME, (os.cpu_count() or 1) // 2))) as pool:
+        for found in pool.map(outcome, files):
+            red |= found
     return red
 
 
-def verdict(stems: Iterable[str], outcome: Mapping[str, list[str]] | str) -> dict[str, str]:
-    """Stem -> why it is not timed; a stem whose tests passed is not in it."""
+def is_own(stem: str, file: str) -> bool:
+    """Whether a test file is of this stem alone, by its name."""
+    return Path(file).stem in (f"test_{stem}", f"test_kernel_{stem}")
+
+
+def verdict(
+    stems: Iterable[str], outcome: Mapping[str, list[str]] | str
+) -> tuple[dict[str, str], dict[str, str]]:
+    """(stem -> why it is not timed, stem -> why its times are marked)."""
     if isinstance(outcome, str):
-        return dict.fromkeys(stems, outcome)
+        return dict.fromkeys(stems, outcome), {}
     refused: dict[str, str] = {}
+    marked: dict[str, str] = {}
     for stem in stems:
-        failed = [f"{file}::{name}" for file in TESTS[stem] for name in outcome.get(file, [])]
-        if failed:
-            more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
-            refused[stem] = f"its tests are red: {failed[0]}{more}"
-    return refused
+        failed = [
+            (not is_own(stem, file), f"{file}::{name}")
+            for file in TESTS[stem]
+            for name in outcome.get(file, [])
+        ]
+        if not failed:
+            continue
+        shared, first = min(failed)
+        more = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+        words = f"its tests are red: {first}{more}"
+        (marked if shared else refused)[stem] = words
+    return refused, marked

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from typing import NoReturn
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def refuse(name: str, got: object, expected: str, error: type[Exception] = ValueError) -> NoReturn:
@@ -13,10 +14,29 @@ def refuse(name: str, got: object, expected: str, error: type[Exception] = Value
     raise error(f"{name}: got {got!r}; expected {expected}")
 
 
+def printable(text: str, keep: str = "") -> str:
+    """`text` with control characters, which a terminal would obey, as escapes; but for `keep`."""
+    return "".join(
+        one if one in keep or not _is_control(one) else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
+def _is_control(character: str) -> bool:
+    return unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+
+
 def one_line(error: Exception) -> str:
     """What was raised, for a message: its class and its first line."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def module(name: str, value: object) -> nn.Module:
+    """`value`, if it is a module."""
+    if not isinstance(value, nn.Module):
+        refuse(name, type(value).__name__, "a torch.nn.Module", TypeError)
+    return value
 
 
 def number(

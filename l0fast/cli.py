@@ -6,7 +6,7 @@ import argparse
 
 from l0fast.commands import compare, pruning, training
 from l0fast.commands.options import add_training
-from l0fast.commands.shell import Parser, answer
+from l0fast.commands.shell import Parser, answer, print_all_letters
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import PRUNED
 
@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     for command in (prune, report):
         command.add_argument("checkpoint", metavar="CHECKPOINT", help=f"a run's {CHECKPOINT}")
         command.add_argument(
+            "--model",
+            metavar="M",
+            help="the model that the checkpoint names; needed where that is "
+            "package.module:callable, for its code will run",
+        )
+        command.add_argument(
             "--target",
             metavar="D",
             help="the most that may stay: a density, or NAME=D,...; default: what the run asked",
@@ -59,9 +65,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """The entry point: 0 on success, 2 with one line on stderr for bad input."""
+    print_all_letters()
     args = _parser().parse_args(argv)
-    return answer(
-        lambda: args.run(args),
-        name=f"l0fast {args.command}",
-        interrupted="l0fast: interrupted; --resume goes on from the last epoch",
-    )
+    goes_on = {
+        "train": "--resume goes on from the last epoch",
+        "compare": "the same command goes on from the last epoch",
+    }
+    return answer(lambda: args.run(args), f"l0fast {args.command}", goes_on.get(args.command))

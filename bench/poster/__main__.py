@@ -16,8 +16,9 @@ from pathlib import Path
 from bench.poster import earlier, tables
 from bench.poster.plan import plan
 from l0fast import _checks
+from l0fast._files import locked
 from l0fast.commands import runs, values
-from l0fast.commands.shell import Parser, answer
+from l0fast.commands.shell import Parser, answer, print_all_letters
 
 NAME = "python -m bench.poster"
 EPOCHS = 200
@@ -58,10 +59,13 @@ def reproduce(args: argparse.Namespace) -> int:
     values.check(every[0].args)
     chosen = runs.select(every, args.only)
     out = Path(args.out)
-    done = earlier.finished(every, out, earlier.summaries_in(args.have))
+    elsewhere = earlier.summaries_in(args.have)
+    done = earlier.finished(every, out, elsewhere)
 
     def write() -> None:
-        tables.write(every, done, out, epochs)
+        with locked(out):  # other processes train other runs of these tables, and write them, too
+            done.update(earlier.finished(every, out, elsewhere))
+            tables.write(every, done, out, epochs)
 
     out.mkdir(parents=True, exist_ok=True)
     if args.list:
@@ -79,11 +83,12 @@ def reproduce(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 on success, 2 for bad input and 130 for Ctrl-C, with one line on stderr."""
+    print_all_letters()
     args = _parser().parse_args(argv)
     return answer(
         lambda: reproduce(args),
         name=NAME,
-        interrupted=f"{NAME}: interrupted; the same command goes on from the last epoch",
+        goes_on="the same command goes on from the last epoch",
     )
 
 

@@ -57,7 +57,8 @@ def write(every: Sequence[Run], done: Mapping[str, Row], out: Path, epochs: int)
     if missing:
         lines.append("Missing: " + ", ".join(missing) + ".\n")
     write_text(out / TABLE, "\n".join(lines))
-    numbers = {"tables": tables, "runs": dict(done), "missing": missing}
+    named = {run.name: done[run.name] for run in every if run.name in done}
+    numbers = {"tables": tables, "runs": named, "missing": missing}
     write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
     _draw(every, out)
 

@@ -61,6 +61,16 @@ def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None
     return like.new_empty(shape, dtype=dtype)
 
 
+def channels_last(weight: Tensor) -> bool:
+    """Whether a convolution's weight lies in memory with its input channels innermost."""
+    last = torch.channels_last
+    return (
+        weight.dim() == 4
+        and not weight.is_contiguous()
+        and weight.is_contiguous(memory_format=last)
+    )
+
+
 def vector(*tensors: Tensor) -> int:
     """How many neighbouring elements one thread holds: a 128-bit access of the narrowest dtype,
     of which the kernels know two kinds."""

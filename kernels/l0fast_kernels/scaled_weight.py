@@ -1,9 +1,12 @@
 """Weights scaled by a gate for every row or column: one pass over the weight each way.
 
-The few gates come from hard_concrete; the backward pass sums each gate's gradient on its way.
+The few gates come from hard_concrete; the backward pass sums each gate's gradient on its way. A
+convolution's weight keeps its memory format: with channels last it is a [O, k, k, I] one.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -147,15 +150,30 @@ class Tiling:
         return self.grid[1] * (self.rows // self.gates) if self.by_row else self.grid[0]
 
 
+@functools.lru_cache(maxsize=1024)
+def tiling_of(shape: torch.Size, dim: int) -> Tiling:
+    """A layer has one for good: making it takes the host as long as a launch."""
+    return Tiling(shape, dim)
+
+
+# Where each dimension lies with channels last, and the way there and back.
+LAST_DIM = (0, 3, 1, 2)
+TO_LAST, FROM_LAST = (0, 2, 3, 1), (0, 3, 1, 2)
+
+
 def scaled_weight_forward(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """weight * z, with the gates z float32 [weight.shape[dim]] along dimension ``dim`` >= 0.
 
-    In the dtype asked for: under autocast this pass is also the cast.
+    In the dtype asked for, and the weight's memory format: under autocast this pass is also the
+    cast.
     """
+    if launch.channels_last(weight):
+        out = scaled_weight_forward(weight.permute(TO_LAST), z, LAST_DIM[dim], dtype)
+        return out.permute(FROM_LAST)
     weight, z = weight.contiguous(), z.contiguous()
     out = launch.empty(weight, weight.shape, dtype)
     if weight.numel():
-        tiling = Tiling(weight.shape, dim)
+        tiling = tiling_of(weight.shape, dim)
         with launch.on(weight):
             scaled_weight_kernel[tiling.grid](
                 weight,
@@ -173,12 +191,17 @@ def scaled_weight_forward(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtyp
 def scaled_weight_backward(
     dout: Tensor, weight: Tensor, z: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
-    """dweight (the weight's dtype) and dz (float32 [weight.shape[dim]]), in one pass."""
+    """dweight (the weight's dtype and memory format) and dz (float32 [weight.shape[dim]]), in one
+    pass."""
+    if launch.channels_last(weight):
+        dout, weight = dout.permute(TO_LAST), weight.permute(TO_LAST)
+        dweight, dz = scaled_weight_backward(dout, weight, z, LAST_DIM[dim])
+        return dweight.permute(FROM_LAST), dz
     weight, dout, z = weight.contiguous(), dout.contiguous(), z.contiguous()
     dweight = launch.empty(weight, weight.shape)
     if not weight.numel():
         return dweight, torch.zeros_like(z)
-    tiling = Tiling(weight.shape, dim)
+    tiling = tiling_of(weight.shape, dim)
     partial = launch.empty(z, (tiling.parts, tiling.gates))
     with launch.on(weight):
         scaled_weight_backward_kernel[tiling.grid](

@@ -9,6 +9,7 @@ from l0fast.autograd.backend import runs_on_triton
 from l0fast.autograd.compact import compact_weight, gated_linear, gather
 from l0fast.autograd.functions import gated_weight, hard_concrete, segment_sums
 from l0fast.autograd.ops import triton_gated_weight, triton_hard_concrete
+from l0fast.autograd.scaled_weight import scaled_weight
 from l0fast.autograd.skipping import compaction, skipping_linear
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "gather",
     "hard_concrete",
     "runs_on_triton",
+    "scaled_weight",
     "segment_sums",
     "skipping_linear",
     "triton_gated_weight",

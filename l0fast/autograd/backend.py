@@ -51,6 +51,14 @@ def runs_on_triton(backend: str, log_alpha: Tensor, weight: Tensor | None = None
     _checks.refuse("backend", backend, expected)
 
 
+def masks_on_triton(weight: Tensor, z: Tensor) -> bool:
+    """Whether the kernel masks a layer's weight: in a step of training, where one launch masks,
+    casts under autocast, and another gives both gradients."""
+    if not (weight.is_cuda and torch.is_grad_enabled() and z.requires_grad):
+        return False
+    return weight.dtype == z.dtype == torch.float32 and runs_on_triton("auto", z, weight)
+
+
 def kernels_for(tensor: Tensor) -> ModuleType | None:
     """The kernels, if they run on this tensor's device."""
     if tensor.is_cuda or _interpreting():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from l0fast.autograd.scaled_weight import scaled_weight
 from l0fast.maths import gated_weight as maths
 
 
@@ -207,5 +208,5 @@ def gated_linear(
         part = _CompactWeight.apply(weight, bias, z, 1, rows, cols)
         return torch.nn.functional.linear(x, *part)  # type: ignore[misc]
     if weight.numel() < x.numel():
-        return torch.nn.functional.linear(x, weight * z, bias)
+        return torch.nn.functional.linear(x, scaled_weight(weight, z, 1), bias)
     return torch.nn.functional.linear(x * z, weight, bias)

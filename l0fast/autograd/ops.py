@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from l0fast.autograd import direct
 from l0fast.autograd.backend import kernels_for
 from l0fast.autograd.functions import segment_spread, segment_sums
 from l0fast.maths import gated_weight as maths
@@ -26,7 +27,7 @@ def triton_hard_concrete(
     log_alpha: Tensor, state: Tensor, sizes: tuple[int, ...], distribution: HardConcrete
 ) -> tuple[Tensor, Tensor]:
     """The checked call of `functional.hard_concrete` on the Triton backend."""
-    return _hard_concrete(log_alpha, state, sizes, *_numbers(distribution))
+    return _draw(log_alpha, state, sizes, *_numbers(distribution))
 
 
 def triton_gated_weight(
@@ -40,14 +41,24 @@ def triton_gated_weight(
 
     Under autocast the result has autocast's dtype: the pass that masks is also the cast.
     """
-    dtype, device_type = weight.dtype, weight.device.type
-    if dtype == torch.float32 and torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
+    dtype = _result_dtype(weight)
     if dim is None:
         return _gated_weight(weight, log_alpha, state, dtype, *_numbers(distribution))
     sizes = (log_alpha.numel(),)
-    z, expected_open = _hard_concrete(log_alpha, state, sizes, *_numbers(distribution))
-    return _scaled_weight(weight, z, dim, dtype), expected_open.view(())
+    z, expected_open = _draw(log_alpha, state, sizes, *_numbers(distribution))
+    return _scale(weight, z, dim, dtype), expected_open.view(())
+
+
+def triton_scaled_weight(weight: Tensor, z: Tensor, dim: int) -> Tensor:
+    """weight * z over dimension `dim`, on the Triton backend; in autocast's dtype, if it is on."""
+    return _scale(weight, z, dim, _result_dtype(weight))
+
+
+def _result_dtype(weight: Tensor) -> torch.dtype:
+    device_type = weight.device.type
+    if weight.dtype == torch.float32 and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return weight.dtype
 
 
 def _numbers(distribution: HardConcrete) -> tuple[float, float, float]:
@@ -59,7 +70,7 @@ def _noise(log_alpha: Tensor, state: Tensor, distribution: HardConcrete) -> Tens
     return distribution.logistic_noise(uniform).view(log_alpha.shape)
 
 
-@torch.library.custom_op("l0fast::hard_concrete", mutates_args=())
+@direct.op("l0fast::hard_concrete")
 def _hard_concrete(
     log_alpha: Tensor,
     state: Tensor,
@@ -77,7 +88,7 @@ def _hard_concrete(
     return z, segment_sums(distribution.open_probability(log_alpha), sizes)
 
 
-@torch.library.custom_op("l0fast::hard_concrete_backward", mutates_args=())
+@direct.op("l0fast::hard_concrete_backward")
 def _hard_concrete_backward(
     dz: Tensor | None,
     dopen: Tensor | None,
@@ -144,21 +155,28 @@ def _gated_weight_backward(
     return dweight.to(weight.dtype).contiguous(), dlog_alpha.contiguous()
 
 
-@torch.library.custom_op("l0fast::scaled_weight", mutates_args=())
+@direct.op("l0fast::scaled_weight")
 def _scaled_weight(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     if kernels := kernels_for(weight):
         return kernels.scaled_weight_forward(weight, z, dim, dtype)
-    return maths.mask(weight, z, dim).to(dtype).contiguous()
+    layout = maths.memory_format(weight)
+    return maths.mask(weight, z, dim).to(dtype).contiguous(memory_format=layout)
 
 
-@torch.library.custom_op("l0fast::scaled_weight_backward", mutates_args=())
+@direct.op("l0fast::scaled_weight_backward")
 def _scaled_weight_backward(
     dscaled: Tensor, weight: Tensor, z: Tensor, dim: int
 ) -> tuple[Tensor, Tensor]:
     if kernels := kernels_for(weight):
         return kernels.scaled_weight_backward(dscaled, weight, z, dim)
     dweight, dz = maths.mask_backward(dscaled.float(), weight.float(), z, dim)
-    return dweight.to(weight.dtype).contiguous(), dz
+    layout = maths.memory_format(weight)
+    return dweight.to(weight.dtype).contiguous(memory_format=layout), dz
+
+
+def _laid_out_like(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    layout = maths.memory_format(weight)
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=layout)
 
 
 def _contiguous_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -187,12 +205,12 @@ def _(dmasked: Tensor, dopen: Tensor | None, weight: Tensor, log_alpha: Tensor, 
 
 @_scaled_weight.register_fake
 def _(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Any:
-    return _contiguous_like(weight, dtype)
+    return _laid_out_like(weight, dtype)
 
 
 @_scaled_weight_backward.register_fake
 def _(dscaled: Tensor, weight: Tensor, z: Tensor, dim: int) -> Any:
-    return _contiguous_like(weight), _contiguous_like(z)
+    return _laid_out_like(weight, weight.dtype), _contiguous_like(z)
 
 
 def _save(*tensors: int) -> Callable[..., None]:
@@ -206,12 +224,14 @@ def _save(*tensors: int) -> Callable[..., None]:
     return setup_context
 
 
-def _hard_concrete_gradient(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -> Any:
+def _hard_concrete_gradient(
+    backward: Any, ctx: Any, dz: Tensor | None, dopen: Tensor | None
+) -> Any:
     log_alpha, state = ctx.saved_tensors
     ctx.spent = True  # as in `functions`
     dlog_alpha = None
     if dz is not None or dopen is not None:
-        dlog_alpha = _hard_concrete_backward(dz, dopen, log_alpha, state, *ctx.rest)
+        dlog_alpha = backward(dz, dopen, log_alpha, state, *ctx.rest)
     return dlog_alpha, None, None, None, None, None
 
 
@@ -233,17 +253,21 @@ def _gated_weight_gradient(ctx: Any, dmasked: Tensor | None, dopen: Tensor | Non
     return dweight, dlog_alpha, None, None, None, None, None
 
 
-def _scaled_weight_gradient(ctx: Any, dscaled: Tensor | None) -> Any:
+def _scaled_weight_gradient(backward: Any, ctx: Any, dscaled: Tensor | None) -> Any:
     weight, z = ctx.saved_tensors
     dim, _ = ctx.rest
     if dscaled is None:
         return None, None, None, None
-    return *_scaled_weight_backward(dscaled, weight, z, dim), None, None
+    return *backward(dscaled, weight, z, dim), None, None
 
 
-_hard_concrete.register_autograd(_hard_concrete_gradient, setup_context=_save(0, 1))
 _gated_weight.register_autograd(_gated_weight_gradient, setup_context=_save(0, 1, 2))
-_scaled_weight.register_autograd(_scaled_weight_gradient, setup_context=_save(0, 1))
+_draw = direct.function(
+    _hard_concrete, _hard_concrete_backward, _hard_concrete_gradient, _save(0, 1)
+)
+_scale = direct.function(
+    _scaled_weight, _scaled_weight_backward, _scaled_weight_gradient, _save(0, 1)
+)
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
-from l0fast._files import write_text
+from l0fast._files import locked, write_text
 from l0fast.commands import options, runs, values
 from l0fast.commands.options import DEFAULTS
 from l0fast.commands.runs import Run
@@ -60,10 +60,14 @@ def compare(args: argparse.Namespace) -> int:
 
     def write() -> None:
         title = f"# {args.model} on {args.dataset}\n"
-        write_text(out / TABLE, f"{title}\n{markdown_table(rows())}")
-        numbers = {"rows": rows(), "runs": done}
-        write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
+        with locked(out):  # other processes train other runs of this table, and write it, too
+            done.update(runs.finished(every, out))
+            write_text(out / TABLE, f"{title}\n{markdown_table(rows())}")
+            named = {run.name: done[run.name] for run in every if run.name in done}
+            numbers = {"rows": rows(), "runs": named}
+            write_text(out / NUMBERS, json.dumps(numbers, indent=2) + "\n")
 
+    out.mkdir(parents=True, exist_ok=True)
     runs.train_all(chosen, out, done, args.quiet, write)
     write()
     print(text_table(rows()))

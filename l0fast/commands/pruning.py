@@ -4,73 +4,135 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.commands.values import layer_densities
-from l0fast.commands.values import target as one_target
+from l0fast.commands import values
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data import sets
 from l0fast.gating.sparsify import sparsify_
 from l0fast.graph.calls import Example
+from l0fast.layers.handle import gated_layers
 from l0fast.measures.amounts import Asked
 from l0fast.measures.density import density
 from l0fast.pruning.prune import prune as prune_model
 from l0fast.pruning.report import required_report
 from l0fast.pruning.saving import save_pruned
-from l0fast.pruning.shrink import Removal, remove_
 from l0fast.training import models
 from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.entries import Entries
 from l0fast.training.folder import PRUNED
+from l0fast.training.histories import Rows
+from l0fast.training.matching import check_model
+from l0fast.training.removals import check_removals
+from l0fast.training.settings import BEFORE, TrainerSettings
+
+LARGEST = 2**16
+"""The most that a side of an example, or the number of classes, is believed to be."""
 
 
-def _rebuilt(path: Path) -> tuple[Checkpoint, nn.Module, Tensor]:
-    """A checkpoint of `train`, the gated model in it, and an example of zeros."""
-    checkpoint = Checkpoint.read(path, torch.device("cpu"), "checkpoint")
-    identity = checkpoint.identity
-    missing = {"dataset", "model", "widths", "recipe"} - identity.keys()
+class Trained(NamedTuple):
+    """What a checkpoint of `train` holds."""
+
+    checkpoint: Checkpoint
+    settings: TrainerSettings
+    model: nn.Module
+    """With gates."""
+    example: Tensor
+    """Of zeros."""
+
+
+def _settings(entries: Entries, identity: dict[str, Any]) -> TrainerSettings:
+    """How the run was trained, as its checkpoint says."""
+    missing = {"dataset", "model", "widths", "recipe", "epochs", "density"} - identity.keys()
     if missing:
-        expected = f"one that `l0fast train` wrote (this one does not name its {min(missing)})"
-        _checks.refuse("checkpoint", str(path), expected)
-    if checkpoint.term is None:
+        entries.refuse("identity", f"has no {min(missing)!r}: `l0fast train` did not write it")
+    for name in ("dataset", "model", "recipe"):
+        entries.kind(f"identity.{name}", identity[name], str)
+    if identity["recipe"] not in values.RECIPES or identity["dataset"] not in sets.DATASETS:
+        entries.refuse("identity", "names an unknown data set or recipe")
+    known = {one.name for one in fields(TrainerSettings)}
+    saved = {name: value for name, value in (BEFORE | identity).items() if name in known}
+    try:
+        return TrainerSettings(**saved)
+    except (ValueError, TypeError) as error:
+        entries.refuse("identity", f"is none of a run ({_checks.one_line(error)})")
+
+
+def _sizes(entries: Entries, identity: dict[str, Any]) -> tuple[tuple[int, ...], int]:
+    """The shape of an example, and the number of classes."""
+    fixed = sets.FIXED.get(identity["dataset"])
+    if fixed is not None:
+        return fixed
+    shape: Any = identity.get("in_shape")
+    classes: Any = identity.get("num_classes")
+    entries.kind("identity.in_shape", shape, list)
+    for size in (*shape, classes):
+        entries.whole("identity.in_shape and num_classes", size, 1, LARGEST)
+    if len(shape) != 3:
+        entries.refuse("identity.in_shape", f"has {len(shape)} numbers, not 3")
+    return tuple(shape), classes
+
+
+def _refuse_unnamed_code(path: Path, name: str, named: str | None) -> None:
+    """Refuses to import what a checkpoint names, unless the user names it, too."""
+    if ":" in name and named is None:
+        words = f"--model {name} beside it: this checkpoint names code of yours, which will run"
+        _checks.refuse("checkpoint", str(path), words)
+    if named is not None and named != name:
+        _checks.refuse("model", named, f"{name!r}, which the checkpoint {path} names")
+
+
+def _rebuilt(path: Path, named: str | None) -> Trained:
+    """A checkpoint of `train`, and the gated model in it; `named` as in `--model`."""
+    checkpoint = Checkpoint.read(path, torch.device("cpu"), "checkpoint")
+    entries = Entries(path, "checkpoint", "one that `l0fast train` wrote")
+    identity = checkpoint.identity
+    settings = _settings(entries, identity)
+    if checkpoint.term is None or not settings.gated:
         _checks.refuse("checkpoint", str(path), "one of a model with gates (this one is dense)")
-    dataset, name = identity["dataset"], identity["model"]
-    _checks.one_of("dataset", dataset, sets.DATASETS)
-    in_shape, num_classes = sets.FIXED.get(dataset) or (
-        identity["in_shape"],
-        identity["num_classes"],
-    )
+    entries.whole("epoch", checkpoint.epoch, 0, settings.epochs)
+    name = identity["model"]
+    _refuse_unnamed_code(path, name, named)
+    in_shape, num_classes = _sizes(entries, identity)
+    widths = identity["widths"]
+    if widths is not None:
+        entries.kind("identity.widths", widths, list)
     if models.from_torchvision(name):
         in_shape = (sets.COLOURS, *in_shape[1:])
-    model = models.build(name, in_shape, num_classes, identity["widths"])
+    model = models.build(name, in_shape, num_classes, widths)
     example = torch.zeros(1, *in_shape)
     if identity["recipe"] == "published":
         models.sparsify_published_(model, example, False)
     else:
-        gates = identity.get("gates", "auto")
-        sparsify_(model, gates=gates, example_inputs=example, skip=False)
-    for entry in checkpoint.removals or []:
-        remove_(model, Removal.from_json(entry), Example.of(example), False)
-    checkpoint.refuse_other(path, identity, model)
-    model.load_state_dict(checkpoint.selected[1])
-    return checkpoint, model, example
+        sparsify_(model, gates=settings.gates, example_inputs=example, skip=False)
+    groups = checkpoint.term.get("_extra_state", {}).get("groups", [])
+    entries.kind("term._extra_state.groups", groups, list)
+    constraints = [group[0] for group in groups if isinstance(group, list) and group]
+    Rows(settings, gated_layers(model), constraints, None).check(entries, checkpoint)
+    if checkpoint.removals is not None:
+        check_removals(entries, checkpoint.removals, model, Example.of(example))
+    checkpoint.refuse_other_model(path, model)
+    state = checkpoint.selected[1]
+    check_model(entries, "model", state, model)
+    model.load_state_dict(state)
+    return Trained(checkpoint, settings, model, example)
 
 
-def _pruned(
-    checkpoint: Checkpoint, model: nn.Module, example: Tensor, target: str | None
-) -> nn.Module:
+def _pruned(trained: Trained, target: str | None) -> nn.Module:
     """The smaller model, within `target` (by the run's measure) or else what the run asked for."""
+    checkpoint, settings, model, example = trained
     # Latency as the run has measured it.
-    measure = checkpoint.table or checkpoint.identity.get("measure", "gates")
+    measure = checkpoint.table or settings.measure
     if target is not None:
-        wanted = layer_densities(target, []) if "=" in target else one_target(target)
+        wanted = values.layer_densities(target, []) if "=" in target else values.target(target)
         return prune_model(model, example, wanted, measure=measure)
-    asked: Asked | Mapping[str, Asked] | None = (
-        checkpoint.identity["density"] or checkpoint.identity["layer_density"]
-    )
+    asked: Asked | Mapping[str, Asked] | None = settings.density or settings.layer_density
     if asked is None:
         return prune_model(model, example)
     constraint = DensityConstraint(model, asked, measure=measure, example_inputs=example)
@@ -83,7 +145,7 @@ def prune(args: argparse.Namespace) -> int:
     out = path.with_name(PRUNED) if args.out is None else Path(args.out)
     if out.exists() and not args.force:
         _checks.refuse("out", str(out), "a file that is not there yet (--force replaces it)")
-    small = _pruned(*_rebuilt(path), args.target)
+    small = _pruned(_rebuilt(path, args.model), args.target)
     save_pruned(small, out)
     print(required_report(small))
     print(f"saved {out}")
@@ -92,12 +154,13 @@ def prune(args: argparse.Namespace) -> int:
 
 def report(args: argparse.Namespace) -> int:
     """Says what is gated in a checkpoint, how dense it is, and what pruning would remove."""
-    checkpoint, model, example = _rebuilt(Path(args.checkpoint))
-    table = density(model, example)
-    small = _pruned(checkpoint, model, example, args.target)
+    trained = _rebuilt(Path(args.checkpoint), args.model)
+    checkpoint = trained.checkpoint
+    table = density(trained.model, trained.example)
+    small = _pruned(trained, args.target)
     identity = checkpoint.identity
     epoch, _ = checkpoint.selected
-    done = f"epoch {epoch} of {identity['epochs']}"
+    done = f"epoch {epoch} of {trained.settings.epochs}"
     if epoch != checkpoint.epoch:
         done += f" (the best of {checkpoint.epoch})"
     print(f"{identity['model']} on {identity['dataset']}, {done}; gates:\n\n{table}")

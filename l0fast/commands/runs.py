@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
+from l0fast._digest import KEY, check_json
+from l0fast._files import read_text
 from l0fast.commands import options, values
 from l0fast.commands.progress import run as run_trainer
 from l0fast.commands.setup import set_up
 from l0fast.training.folder import SUMMARY
+from l0fast.training.results import is_summary
 from l0fast.training.settings import BEFORE, MAX_SEED
 
 Row = dict[str, Any]
 
 
+MANY = 10_000
+"""More seeds than anyone trains with."""
 OF_TARGETS = ("dual", "dual_first", "dual_lr", "restarts", "target_schedule", "target_warmup")
 """Settings of which a penalised run has no use."""
 
@@ -76,7 +81,10 @@ def seeds(text: str) -> list[int]:
         first, dash, last = part.partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
             _checks.refuse("seeds", text, expected)
-        found += range(int(first), int(last if dash else first) + 1)
+        start, end = (values.number("seeds", one, int) for one in (first, last if dash else first))
+        if end > MAX_SEED or end - start >= MANY:
+            _checks.refuse("seeds", text, expected)
+        found += range(start, end + 1)
     if not found or len(set(found)) < len(found) or max(found) > MAX_SEED:
         _checks.refuse("seeds", text, expected)
     return found
@@ -99,12 +107,15 @@ def select(runs: Sequence[Run], only: str | None) -> list[Run]:
 
 
 def read_summary(path: Path) -> Row:
-    """A run's summary; empty if there is none, or none that can be read."""
+    """A run's summary; empty if there is none, or none that is whole."""
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        summary = json.loads(read_text(path))
+        if not is_summary(summary):
+            return {}
+        check_json(summary)
+    except (OSError, ValueError, RecursionError):
         return {}
-    return summary if isinstance(summary, dict) else {}
+    return {name: value for name, value in summary.items() if name != KEY}
 
 
 def finished(runs: Iterable[Run], out: Path) -> dict[str, Row]:
@@ -136,10 +147,11 @@ def train_all(
     """Trains what is not done yet, one after the other, each from its last checkpoint.
 
     Args:
-        done: name -> summary; a run that ends adds its own.
+        done: name -> summary; a run that ends adds its own, and so do those of other processes.
         on_done: called after each.
     """
     for index, run in enumerate(runs, 1):
+        done |= finished([run], out)  # another process may have trained it since
         if run.name in done:
             continue
         print(f"{index} of {len(runs)}: {run.name}", flush=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from l0fast import _checks
+from l0fast._extras import require
 from l0fast.commands import values
 from l0fast.data import sets
 from l0fast.data.sets import Data
@@ -20,6 +21,8 @@ from l0fast.measures.latency import LatencyTable
 from l0fast.training import models
 from l0fast.training.settings import MAX_SEED, TrainerSettings
 from l0fast.training.trainer import Trainer
+
+MAX_THREADS = 2**16
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,12 @@ def set_up(args: argparse.Namespace) -> Setup:
         ValueError, TypeError: a word that stands for nothing.
     """
     values.check(args)
+    require("train", "matplotlib", "tqdm", *(["sklearn"] if args.dataset == "digits" else []))
     in_colour = models.from_torchvision(args.model)
     if args.threads is not None:
-        threads = _checks.whole("threads", values.number("threads", args.threads, int))
+        threads = _checks.whole(
+            "threads", values.number("threads", args.threads, int), 1, MAX_THREADS
+        )
         torch.set_num_threads(threads)
     # Moments of closed gates' weights decay into denormals, which CPUs add very slowly.
     torch.set_flush_denormal(True)

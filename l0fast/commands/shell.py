@@ -3,9 +3,37 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
+import os
+import signal
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+import threading
+from collections.abc import Callable, Generator
+from typing import Any, NoReturn, TextIO
+
+from l0fast import _checks
+
+BAD_INPUT = 2
+INTERRUPTED = 130
+TERMINATED = 143
+TRACEBACK_VARIABLE = "L0FAST_TRACEBACK"
+"""Environment variable: set, an error shows its traceback."""
+
+
+NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")
+"""What torch says where memory ends."""
+
+
+class Terminated(BaseException):
+    """SIGTERM: the process is asked to end."""
+
+
+def print_all_letters() -> None:
+    """Shows letters that the terminal's encoding lacks as escapes, where they would be errors."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Parser(argparse.ArgumentParser):
@@ -13,25 +41,101 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the message and exits with code 2."""
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(BAD_INPUT, f"{_checks.printable(f'{self.prog}: {message}')}\n")
 
 
-def answer(work: Callable[[], int], name: str, interrupted: str) -> int:
+class _Printable(io.TextIOBase):
+    """A stream that shows control characters, which a terminal would obey, as escapes."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Writes the text, with its lines as they are."""
+        self._stream.write(_checks.printable(text, keep="\n\t"))
+        return len(text)
+
+    def flush(self) -> None:
+        """Of the stream behind."""
+        self._stream.flush()
+
+    def isatty(self) -> bool:
+        """Of the stream behind."""
+        return self._stream.isatty()
+
+    def fileno(self) -> int:
+        """Of the stream behind."""
+        return self._stream.fileno()
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        """Of the stream behind."""
+        return self._stream.encoding
+
+
+@contextlib.contextmanager
+def _printing() -> Generator[None]:
+    """What is printed holds no control characters."""
+    out: Any = _Printable(sys.stdout)
+    with contextlib.redirect_stdout(out):
+        yield
+
+
+@contextlib.contextmanager
+def _termination() -> Generator[None]:
+    """SIGTERM ends the work as Ctrl-C does: what is half written goes, what is done stays."""
+
+    def stop(*_: object) -> NoReturn:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is told of signals
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def answer(work: Callable[[], int], name: str, goes_on: str | None) -> int:
     """Runs a command and turns what stops it into one line on stderr.
 
     Args:
         work: the command; returns its exit code.
         name: what the line of an error begins with.
-        interrupted: the line after Ctrl-C.
+        goes_on: how an interrupted command goes on, in words; None if it does not.
 
     Returns:
-        The exit code: that of `work`, 2 for bad input, 130 for Ctrl-C.
+        The exit code: that of `work`, 2 for bad input or an error, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
-        return work()
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        with _printing(), _termination():
+            return work()
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        return 130
+        return _stopped(name, "interrupted", goes_on, INTERRUPTED)
+    except Terminated:
+        return _stopped(name, "terminated", goes_on, TERMINATED)
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        print(_checks.printable(f"{name}: {_in_words(error)}"), file=sys.stderr)
+        return BAD_INPUT
+
+
+def _stopped(name: str, how: str, goes_on: str | None, code: int) -> int:
+    print(f"{name}: {how}" + (f"; {goes_on}" if goes_on else ""), file=sys.stderr)
+    return code
+
+
+def _in_words(error: Exception) -> str:
+    """One line for an error: the library's own words, or what is known of one that has none."""
+    words = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        return words
+    if isinstance(error, MemoryError) or any(one in words for one in NO_MEMORY):
+        return f"memory: there is not enough ({words or type(error).__name__})"
+    if isinstance(error, (ValueError, TypeError, OSError)):
+        return words
+    kind = type(error).__name__
+    return f"{kind}: {words} ({TRACEBACK_VARIABLE}=1 shows where)"

@@ -73,13 +73,24 @@ class MagnitudePruning(DensityConstraint):
         self._nothing = torch.zeros((), dtype=self._dtype, device=self._device)
 
     learns = False
+    counts_on_host = True
 
     def value(self) -> Tensor:
         """0-d: nothing."""
         return self._nothing
 
     def advance_(self) -> None:
-        """Counts, and prunes where the schedule says so."""
+        """Counts, and prunes where the schedule says so.
+
+        Raises:
+            RuntimeError: in a CUDA graph's capture. The count is the host's: no replay would move
+                it.
+        """
+        if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: got step() in a captured CUDA graph; expected it after "
+                "each replay, as it counts steps on the host"
+            )
         self.done += 1
         if self.first <= self.done <= self.last:
             left = (self.last - self.done) / max(self.last - self.first, 1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from l0fast.graph.sharding import full
-from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.dense_types import inputs_first
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import sharing
 from l0fast.layers.rms_norm import GatedRMSNorm
@@ -25,7 +25,7 @@ def magnitudes(layer: Gated) -> Tensor:
     squares = full(layer.weight.detach()).square()
     if layer.gates == "weight":
         return squares.sqrt()
-    if layer.gates == ("input" if isinstance(layer, TRANSPOSED) else "output"):
+    if layer.gates == ("input" if inputs_first(layer) else "output"):
         units = squares.flatten(1).sum(1)
     else:
         by_column = squares.flatten(2).sum(2) if squares.dim() > 2 else squares

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.layers.draw import SETTLED
@@ -119,3 +120,20 @@ def hold_(log_alpha: Tensor, of: HardConcrete) -> None:
     floor = of.temperature * math.log(s / (1 - s))
     kept = log_alpha > (lower + floor) / 2
     log_alpha.clamp_(floor, max(of.bound, floor)).masked_fill_(~kept, lower)
+
+
+@torch.no_grad()
+def hold_all_(log_alphas: Sequence[tuple[Tensor, HardConcrete]]) -> None:
+    """`hold_` of many layers: end to end, so that their number costs few launches."""
+    together: dict[Any, list[Tensor]] = {}
+    for log_alpha, of in log_alphas:
+        if type(log_alpha) not in (Tensor, nn.Parameter):  # a DTensor: each process has its part
+            hold_(log_alpha, of)
+        else:
+            together.setdefault((of, log_alpha.dtype, log_alpha.device), []).append(log_alpha)
+    for (of, *_), some in together.items():
+        flat = torch.cat([log_alpha.flatten() for log_alpha in some])
+        hold_(flat, of)
+        parts = flat.split([log_alpha.numel() for log_alpha in some])
+        held = [part.view(one.shape) for part, one in zip(parts, some, strict=True)]
+        torch._foreach_copy_(some, held)  # pyright: ignore[reportPrivateImportUsage]

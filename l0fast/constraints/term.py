@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast.constraints.attach import Attachable
 from l0fast.constraints.processes import check_sharding
-from l0fast.constraints.settle import hold_, settle_
+from l0fast.constraints.settle import hold_all_, settle_
 from l0fast.graph.calls import Example
 from l0fast.graph.sharding import with_full_weights
 from l0fast.layers.draw import DRAWN, SETTLED
@@ -42,6 +42,8 @@ class DensityTerm(Attachable, nn.Module):
 
     handle: ModelGates
     """Of the model; it holds this term by a weak reference."""
+    counts_on_host: bool = False
+    """Whether a step does work on the host, which no replay of a CUDA graph would repeat."""
 
     def __init__(self, model: nn.Module, groups: list[Group], example_inputs: Any = None) -> None:
         super().__init__()
@@ -158,8 +160,8 @@ class DensityTerm(Attachable, nn.Module):
     def project_(self) -> None:
         """Puts every log_alpha back into its bounds."""
         if self.settled:
-            for name in self._owning:
-                hold_(self.layers[name].log_alpha, self.layers[name].distribution)
+            owning = [self.layers[name] for name in self._owning]
+            hold_all_([(layer.log_alpha, layer.distribution) for layer in owning])
             return
         gates: list[Tensor] = [self.layers[name].log_alpha for name in self._owning]
         if self._device.type == "cpu":  # which runs a foreach tensor by tensor, and here twice

@@ -18,9 +18,13 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast._extras import require
+from l0fast._files import open_regular
 
 DATA_ROOT_VARIABLE = "L0FAST_DATA_ROOT"
 MNIST_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
+MOST_BYTES = 2**30
+"""The most that a file of MNIST's format is believed to hold; MNIST's own has 2**26."""
 MNIST_STATISTICS = {"mnist": ((0.1307,), (0.3081,)), "fashionmnist": ((0.2860,), (0.3530,))}
 CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -44,22 +48,27 @@ def _idx(raw: Path, name: str) -> Tensor:
     path = raw / name
     wanted = "a whole idx file of MNIST"
     try:
-        if path.is_file():
-            content = path.read_bytes()
-        else:
-            path = raw / f"{name}.gz"
-            content = gzip.decompress(path.read_bytes())
+        packed = not path.is_file()
+        path = raw / f"{name}.gz" if packed else path
+        with open_regular(path) as plain, gzip.open(plain) if packed else plain as file:
+            # No more than it says it holds: what is packed may unpack to any size.
+            content = bytearray(file.read(4))
+            dims = content[3] if len(content) > 3 else 0
+            start = 4 + 4 * dims
+            content += file.read(start - 4)
+            if content[:3] != b"\0\0\x08" or len(content) < start:
+                _checks.refuse("data_root", str(path), wanted)
+            sizes = struct.unpack(f">{dims}I", content[4:start])
+            total = start + math.prod(sizes)
+            if total > MOST_BYTES:
+                _checks.refuse("data_root", str(path), f"{wanted} (it says it has {total} bytes)")
+            content += file.read(total + 1 - start)
     except (EOFError, OSError, zlib.error) as error:
         _checks.refuse("data_root", str(path), f"{wanted} ({error})")
-    dims = content[3] if len(content) > 3 else 0
-    start = 4 + 4 * dims
-    if content[:3] != b"\0\0\x08" or len(content) < start:
-        _checks.refuse("data_root", str(path), wanted)
-    sizes = struct.unpack(f">{dims}I", content[4:start])
-    if len(content) != start + math.prod(sizes):
-        whole = f"{start + math.prod(sizes)} bytes, not {len(content)}"
-        _checks.refuse("data_root", str(path), f"{wanted} ({whole})")
-    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=start).view(sizes)
+    if len(content) != total:
+        more = "more" if len(content) > total else len(content)
+        _checks.refuse("data_root", str(path), f"{wanted} ({total} bytes, not {more})")
+    return torch.frombuffer(content, dtype=torch.uint8, offset=start).view(sizes)
 
 
 def _normalised(images: Tensor, statistics: tuple[tuple[float, ...], ...]) -> Tensor:
@@ -80,6 +89,7 @@ def _root(root: str | None, wanted: str) -> Path:
 
 def _download(kind: str, root: Path, wanted: str) -> None:
     """Has torchvision's class `kind` put its files into the folder."""
+    require("train", "torchvision")
     from torchvision import datasets
 
     try:
@@ -170,6 +180,7 @@ def cifar(dataset: str, data_root: str | None) -> tuple[Split, Split]:
 
 
 def imagefolder(data_root: str | None, image_size: int | None) -> tuple[Split, Split, int]:
+    require("train", "torchvision")
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
@@ -193,10 +204,12 @@ def imagefolder(data_root: str | None, image_size: int | None) -> tuple[Split, S
     for folder in folders:
         images: list[Tensor] = []
         for path, _ in folder.samples:
+            if not Path(path).is_file():  # a FIFO would block
+                _checks.refuse("data_root", path, "an image (it is no regular file)")
             try:
                 image: Tensor = transform(folder.loader(path))
-            except OSError as error:
-                _checks.refuse("data_root", path, f"an image ({error})")
+            except Exception as error:  # a damaged image, or one that would fill the memory
+                _checks.refuse("data_root", path, f"an image ({_checks.one_line(error)})")
             size = size or image.shape
             if image.shape != size:
                 sizes = ["x".join(map(str, shape[1:])) for shape in (image.shape, size)]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast._extras import require
 from l0fast.data import formats
 from l0fast.data.formats import Split
 
@@ -74,6 +75,7 @@ def in_colour(data: Data) -> Data:
 
 def _digits() -> tuple[Split, Split]:
     """The 1,797 8x8 images of scikit-learn; the last 360 (a fifth, other writers) are the test."""
+    require("train", "sklearn")
     from sklearn.datasets import load_digits
 
     bunch = load_digits()

@@ -10,11 +10,11 @@ from torch import nn
 from l0fast import _checks
 from l0fast.gating.recipes import Choice
 from l0fast.gating.selection import per_layer
-from l0fast.graph.capture import kind_of
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sharding import refuse_shared
+from l0fast.layers.dense_types import inner_dims
 from l0fast.layers.gated import DENSITY_INIT, Gated
-from l0fast.layers.gated_types import GATED_TYPES
+from l0fast.layers.gated_types import gated_type_of
 from l0fast.layers.options import GATES
 
 
@@ -29,9 +29,8 @@ def check_call(
     """Refuses what is wrong whatever the model is made of."""
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
-    kind = kind_of(model)
-    if kind in GATED_TYPES and not isinstance(model, Gated):
-        wanted = f"a model that contains layers (or {GATED_TYPES[kind].__name__}.from_dense)"
+    if inner_dims(model) is not None and not isinstance(model, Gated):
+        wanted = f"a model that contains layers (or {gated_type_of(model).__name__}.from_dense)"
         _checks.refuse("model", f"a single {type(model).__name__}", wanted)
     refuse_shared(model)
     _checks.one_of("gates", gates, ("auto", *GATES))
@@ -55,6 +54,13 @@ def check_widths(
         _checks.refuse("noise", noise, "'batch' with hidden=True (all norms share one draw)")
     if hidden and example_inputs is None:
         _checks.refuse("example_inputs", None, "what the model's forward takes, for hidden=True")
+
+
+def check_weights(layers: Mapping[str, nn.Module]) -> None:
+    """Refuses layers that have no weights."""
+    for name, layer in layers.items():
+        if not layer.get_parameter("weight").numel():
+            _checks.refuse(f"model.{name}", "no weights", "layers with weights; exclude this one")
 
 
 def refuse_none(

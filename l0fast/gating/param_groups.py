@@ -48,6 +48,7 @@ def param_groups(
     Raises:
         ValueError, TypeError: the model has no gates, or a number is out of range.
     """
+    _checks.module("model", model)
     _checks.number("lr", lr, "a number > 0", low=0.0, open_low=True)
     if gate_lr is not None:
         _checks.number("gate_lr", gate_lr, "a number > 0", low=0.0, open_low=True)

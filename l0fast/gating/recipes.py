@@ -21,8 +21,12 @@ from l0fast.graph.liveness import Liveness
 from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
+from l0fast.layers.dense_types import is_linear
 from l0fast.layers.rms_norm import GatedRMSNorm
 from l0fast.layers.serving import Share
+
+BASE = ".base_layer"
+"""How the names of layers end that have an adapter beside them."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +77,7 @@ class Choice:
 def without_structure(layers: Mapping[str, nn.Module]) -> dict[str, Choice]:
     """Where gates go in a model whose graph is not known: safe anywhere, if not always smaller."""
     return {
-        name: Choice("input" if isinstance(layer, nn.Linear) else "output")
-        for name, layer in layers.items()
+        name: Choice("input" if is_linear(layer) else "output") for name, layer in layers.items()
     }
 
 
@@ -157,6 +160,8 @@ class _Recipe:
         self.stays = int(walk.classes[STAYS])
         self.nonzero = self._nonzero(trace, sites)
         """Classes of units that do not reach every reader as zeros when their maker gives zeros."""
+        self.adapted = [name[: -len(BASE)] for name in sites if name.endswith(BASE)]
+        """The modules in which a layer has an adapter beside it."""
         self.vanishing: dict[frozenset[str], bool] = {}
         """The layers that read some units -> see `_vanishes`."""
         self.closed_by_maker: set[int] = set()
@@ -187,7 +192,7 @@ class _Recipe:
         if site.fixed:
             return Choice("", site.fixed)
         inputs = self._inputs(site)
-        if inputs.gates or isinstance(site.layer, nn.Linear):
+        if inputs.gates or is_linear(site.layer):
             return inputs
         made = self.walk.made[site.name]
         classes = set(self._classes(made))
@@ -199,10 +204,12 @@ class _Recipe:
         return Choice("output")
 
     def _inputs(self, site: Site) -> Choice:
-        linear = isinstance(site.layer, nn.Linear)
+        linear = is_linear(site.layer)
         units, source = self.walk.inputs[site.name], self.walk.sources[site.name]
         if units is None or not bool((units.labels != STAYS).any()):
             if linear and source.startswith("the model's input"):
+                if any(site.name.startswith(f"{path}.") for path in self.adapted):
+                    return Choice("", "with a gather before it, an adapter could not be merged")
                 return Choice("input")
             return Choice("", f"it reads {source}")
         classes = self.walk.classes[units.labels]
@@ -223,7 +230,7 @@ class _Recipe:
         barred = [name for name in names if not self._can_share(site, name)]
         alike = not barred and all(torch.equal(self.vectors[name], vector) for name in names)
         once = len(vector) == len(found)
-        images = any(not isinstance(self.walk.sites[n].layer, nn.Linear) for n in names)
+        images = any(not is_linear(self.walk.sites[n].layer) for n in names)
         if not alike and not images:
             names = [site.name]  # where they disagree they gather
         elif barred:  # they would gather whole images

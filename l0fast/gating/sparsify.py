@@ -9,7 +9,13 @@ from typing import Any, Literal, overload
 from torch import nn
 
 from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.gating.checks import check_call, check_widths, initial_densities, refuse_none
+from l0fast.gating.checks import (
+    check_call,
+    check_weights,
+    check_widths,
+    initial_densities,
+    refuse_none,
+)
 from l0fast.gating.hidden import hidden_gates, refuse_hidden
 from l0fast.gating.recipes import GateTable
 from l0fast.gating.selection import (
@@ -27,11 +33,10 @@ from l0fast.gating.selection import (
     with_ordinary_attention,
 )
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import kind_of
 from l0fast.graph.computed import why_computed
-from l0fast.graph.sites import replace
-from l0fast.layers.gated_types import GATED_TYPES
-from l0fast.layers.handle import gated_layers
+from l0fast.graph.sites import replace, unchanged_if_refused
+from l0fast.layers.gated_types import gated_type_of
+from l0fast.layers.handle import gated_layers, note_adapters
 from l0fast.layers.rms_norm import gated_norm
 from l0fast.layers.sampling import attach_draw
 from l0fast.maths.hard_concrete import HardConcrete
@@ -111,9 +116,10 @@ def sparsify_(
 
     Args:
         model: any module; its nn.Linear, nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d take part,
-            and subclasses of them that keep their forward, which become layers of the base class
-            (those inside PyTorch's fused attention modules do not, nor those whose weights
-            something computes, such as weight_norm).
+            and subclasses of them that keep their forward, which become layers of the base class;
+            and transformers' Conv1D, a Linear whose weight is [in, out] (those inside PyTorch's
+            fused attention modules do not, nor those whose weights something computes, such as
+            weight_norm).
         gates: "auto", or "input", "output" or "weight" for every layer that takes part.
         include: only layers whose name matches a glob pattern (or one of several), or for which
             predicate(name, layer) is true.
@@ -159,6 +165,7 @@ def sparsify_(
     if gates == "auto" and example is not None:
         twin, calls, fused = with_ordinary_attention(model, example)
     considered, computed = _considered(twin, include, exclude, example)
+    check_weights(considered)
     stream = None if not hidden or example is None else hidden_gates(twin, example)
     if stream is None:
         chosen = choose(twin, gates, considered, example)
@@ -179,40 +186,36 @@ def sparsify_(
         refuse_none(model, gates, choices, considered, computed)
     initial = initial_densities(names, choices, density_init, droprate_init)
 
-    stop_skipping(model)
-    unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
-    layers = {name: model.get_submodule(name) for name in names}
-    gated: dict[str, Any] = {}
-    for name, layer in layers.items():
-        density, droprate = initial[name]
-        if stream is not None and name in stream.controls:
-            gated[name] = gated_norm(
+    with unchanged_if_refused(model):
+        stop_skipping(model)
+        unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, names)})
+        layers = {name: model.get_submodule(name) for name in names}
+        gated: dict[str, Any] = {}
+        for name, layer in layers.items():
+            start = (*initial[name], distribution)
+            shared = gated.get(choices[name].shared)
+            if stream is not None and name in stream.controls:
+                gated[name] = gated_norm(layer, stream.controls[name], shared, *start)
+                continue
+            gated[name] = gated_type_of(layer).from_dense(
                 layer,
-                controls=stream.controls[name],
-                shared=gated.get(choices[name].shared),
-                density_init=density,
-                droprate_init=droprate,
+                gates=choices[name].gates,
+                units=choices[name].units,
+                shared=shared,
+                share=choices[name].share,
+                density_init=start[0],
+                droprate_init=start[1],
                 distribution=distribution,
+                noise=noise,
             )
-            continue
-        gated[name] = GATED_TYPES[kind_of(layer)].from_dense(
-            layer,
-            gates=choices[name].gates,
-            units=choices[name].units,
-            shared=gated.get(choices[name].shared),
-            share=choices[name].share,
-            density_init=density,
-            droprate_init=droprate,
-            distribution=distribution,
-            noise=noise,
-        )
-    replace(model, {id(layer): gated[name] for name, layer in layers.items()})
-    handle = attach_draw(model)
-    handle.uniform |= uniform
-    if chosen.structure is not None:
-        handle.structure = chosen.structure
-    if example is not None:
-        attach_skipping(model, example, skip)
+        replace(model, {id(layer): gated[name] for name, layer in layers.items()})
+        note_adapters(model)
+        handle = attach_draw(model)
+        handle.uniform |= uniform
+        if chosen.structure is not None:
+            handle.structure = chosen.structure
+        if example is not None:
+            attach_skipping(model, example, skip)
     return model
 
 

@@ -12,11 +12,11 @@ from torch.fx import Node
 
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import own_weights
-from l0fast.graph.exporting import plain, quietly, read_nodes, without_validation
+from l0fast.graph.exporting import LOCK, plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
 from l0fast.graph.tensors import ChannelTensor, channel_tensors
 from l0fast.graph.trace import Trace
-from l0fast.layers.dense_types import LAYERS, TRANSPOSED, dense_type_of
+from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out
 from l0fast.layers.rms_norm import GatedRMSNorm, StandIn, form_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -43,6 +43,8 @@ class _Call:
     """Of the argument that is a tensor of the layer; it is None where the layer has none."""
     key: str
     """The name of that tensor."""
+    input: int = 0
+    """The place of its input."""
 
 
 _CALLS: dict[type[nn.Module], _Call] = {
@@ -57,14 +59,22 @@ _CALLS: dict[type[nn.Module], _Call] = {
     nn.GroupNorm: _Call("aten::group_norm", 2, "weight"),
     nn.PReLU: _Call("aten::prelu", 1, "weight"),
     StandIn: _Call("aten::rms_norm", 2, "weight"),
-    nn.Embedding: _Call("aten::embedding", 0, "weight"),
+    nn.Embedding: _Call("aten::embedding", 0, "weight", input=1),
 }
+_IN_OUT_CALL = _Call("aten::addmm", 2, "weight", input=1)
 
 
-def kind_of(module: nn.Module) -> type[nn.Module]:
-    """The class of a layer; of a gated one or of a subclass, the dense class that it stands for."""
-    gated = getattr(module, "dense_type", None)
-    return gated or dense_type_of(type(module)) or type(module)
+def _call_of(layer: nn.Module) -> _Call | None:
+    """What the own call of a layer looks like; None for what is no layer."""
+    if is_in_out(layer):
+        return _IN_OUT_CALL
+    return next((call for kind, call in _CALLS.items() if isinstance(layer, kind)), None)
+
+
+def input_place(layer: nn.Module) -> int:
+    """The place of the input among the arguments of a layer's own call."""
+    call = _call_of(layer)
+    return 0 if call is None else call.input
 
 
 def _size_name(module: nn.Module) -> str:
@@ -90,7 +100,7 @@ def is_site(module: nn.Module) -> bool:
         return module.num_parameters > 1
     if is_channelwise(module):
         return True
-    return kind_of(module) in LAYERS and module._parameters["weight"] is not None
+    return inner_dims(module) is not None and module._parameters["weight"] is not None
 
 
 def sites_in(model: nn.Module) -> dict[str, nn.Module]:
@@ -143,6 +153,8 @@ def layer_size(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a layer that can be made smaller."""
     if name := _size_name(layer):
         return getattr(layer, name), getattr(layer, name)
+    if is_in_out(layer):
+        return layer.nx, layer.nf  # type: ignore[return-value]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
     if isinstance(layer, nn.Embedding):
@@ -164,6 +176,8 @@ def resize_(layer: Any, inputs: int, outputs: int) -> None:
         return
     if isinstance(layer, nn.Embedding):
         layer.embedding_dim = outputs
+    elif is_in_out(layer):
+        vars(layer).update(nx=inputs, nf=outputs)
         return
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"in_{unit}", inputs)
@@ -186,11 +200,12 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     """
     hook = model.register_forward_hook(lambda _model, _args, given: plain(given))
     try:
-        with quietly(), without_validation(), torch.no_grad():
+        # One at a time: it changes what all threads of a process share.
+        with LOCK, quietly(), without_validation(), torch.no_grad():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         hook.remove()
-    read = read_nodes(program.graph, {call.op for call in _CALLS.values()})
+    read = read_nodes(program.graph, {call.op for call in (*_CALLS.values(), _IN_OUT_CALL)})
     signature = program.graph_signature
     whole = model if whole is None else whole
     modules = dict(whole.named_modules(remove_duplicate=False))
@@ -218,8 +233,7 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
 
     def is_call(node: Node, caller: nn.Module) -> bool:
         """Whether a node is the own call of the layer in whose forward it is."""
-        kinds = (call for kind, call in _CALLS.items() if isinstance(caller, kind))
-        call = next(kinds, None)
+        call = _call_of(caller)
         if call is None or op_name(node) != call.op or id(caller) not in sites:
             return False
         if isinstance(caller, nn.GroupNorm) and node.args[1] != caller.num_groups:
@@ -257,5 +271,5 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     inputs = {node for node in program.graph.nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
     nodes = list(program.graph.nodes)
-    held = channel_tensors(whole, nodes, held_at, lambda module: id(module) in sites)
+    held = channel_tensors(whole, nodes, held_at, inputs, lambda module: id(module) in sites)
     return Trace(nodes, calls, callers, inputs, read_outside, unread, held)

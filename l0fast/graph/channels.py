@@ -19,6 +19,7 @@ from l0fast.graph.rules import (
     move,
     pad,
     roll,
+    rows,
     same,
     shuffled,
     slope,
@@ -81,6 +82,7 @@ RULES: dict[str, Rule] = {
     "aten::pixel_shuffle": shuffled,
     **dict.fromkeys(_aten("im2col pixel_unshuffle"), gathered(-3)),
     **dict.fromkeys(_aten("index index_select"), taken),
+    "aten::embedding": rows,
     **dict.fromkeys(_aten("gather index_add scatter_add"), at_places),
     **dict.fromkeys(
         _aten(
@@ -113,8 +115,9 @@ JOINS = _aten(
 """Ops on each element of several tensors."""
 
 _SEVERAL = _aten(
-    "bmm cat einsum expand_as gather group_norm index index_add index_select layer_norm matmul mm "
-    "prelu reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as view_as"
+    "bmm cat einsum embedding expand_as gather group_norm index index_add index_select layer_norm "
+    "matmul mm prelu reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as "
+    "view_as"
 )
 """Ops with a rule that may have several tensors."""
 

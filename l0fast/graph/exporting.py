@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -16,6 +17,9 @@ from torch.fx import Node
 
 from l0fast.graph.compare import values_of
 from l0fast.graph.nodes import op_name
+
+LOCK = threading.RLock()
+"""Held during an export, which changes what all threads of a process share."""
 
 
 @contextmanager

@@ -137,6 +137,8 @@ class Liveness:
         ]
 
     def _is_rigid(self, node: Node) -> bool:
+        if self.walk.trace.callers[node] in self.walk.sites:  # a layer knows its size
+            return False
         return op_name(node) in RIGID and node not in self.walk.trace.calls
 
     def _sized(self, node: Node) -> list[Units]:
@@ -274,10 +276,8 @@ class Liveness:
 
     def _fit(self, extent: Extent, site: Site, present: Tensor) -> None:
         """Gives a layer what is left of the units that arrive and leave."""
-        units, outputs = (
-            self.walk.inputs[site.name],
-            self.walk.classes[self.walk.outputs[site.name]],
-        )
+        units = self.walk.inputs[site.name]
+        outputs = self.walk.classes[self.walk.outputs[site.name]]
         extent.leaves = present[outputs]
         arrives = None if units is None else present[self.walk.classes[units.labels]]
         if is_carrier(site.layer):

@@ -212,6 +212,15 @@ def shuffled(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | Non
 # --- with an index ------------------------------------------------------------------------------
 
 
+def rows(node: Node, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
+    """embedding: picks rows of a table, which has its units along its columns."""
+    table, index = (units[part] for part in node.args[:2])  # type: ignore[index]
+    shape, found = shape_of(node), table.along(1)
+    if shape is None or found is None or index.followed or not table.followed:
+        return None
+    return Units(found.labels.expand(shape), found.constant.expand(shape))
+
+
 def taken(node: Any, units: Mapping[Node, Units], _ties: Ties) -> Units | None:
     """x[:, index], index_select: takes places along dimensions without units."""
     source, index, *rest = node.args

@@ -136,7 +136,7 @@ def on_full_weights(
 
     @functools.wraps(call)
     def gathered(model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
-        with with_full_weights(model):
+        with with_full_weights(_checks.module("model", model)):
             return call(model, *args, **kwargs)
 
     return gathered

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast.graph.capture import Trace, is_carrier, kind_of, layer_size, sites_in
+from l0fast.graph.capture import Trace, is_carrier, layer_size, sites_in
 from l0fast.graph.computed import copied
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
-from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.dense_types import TRANSPOSED, kind_of
 from l0fast.layers.draw import Drawn
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.hooks import foreign_hooks
@@ -99,6 +100,29 @@ def replace(model: nn.Module, replacements: Mapping[int, nn.Module]) -> nn.Modul
             if id(child) in replacements:
                 module._modules[name] = replacements[id(child)]
     return replacements.get(id(model), model)
+
+
+@contextmanager
+def unchanged_if_refused(model: nn.Module) -> Generator[None]:
+    """Puts a model's modules, hooks and attributes back where an error ends the block."""
+    before = {
+        module: {
+            key: (value, copy.copy(value) if isinstance(value, (dict, set)) else None)
+            for key, value in vars(module).items()
+        }
+        for module in model.modules()
+    }
+    try:
+        yield
+    except BaseException:
+        for module, attributes in before.items():
+            vars(module).clear()
+            for key, (value, content) in attributes.items():
+                if content is not None:  # the same object: handles of hooks point to it
+                    value.clear()
+                    value.update(content)
+                vars(module)[key] = value
+        raise
 
 
 def tied_modules(model: nn.Module) -> dict[str, str]:

@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_flatten
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.capture import Trace, export, kind_of, sites_in, train_but_norms
+from l0fast.graph.capture import Trace, export, sites_in, train_but_norms
 from l0fast.graph.parts import export_parts
 from l0fast.graph.sites import without_gates
+from l0fast.layers.dense_types import kind_of
 from l0fast.layers.handle import gates
 from l0fast.layers.serving import INDEX
 from l0fast.layers.ties import GATES
@@ -140,6 +141,15 @@ class Structure:
     def added(self) -> set[str]:
         """Tensors with a number for each channel that do more than multiply, see `Trace`."""
         return set() if self.trace is None else self.trace.added
+
+    def unseen(self, layers: Iterable[str]) -> list[str]:
+        """Those of some layers that have not run, neither in evaluation nor in training."""
+        traces = [trace for trace in (self.trace, self.training) if trace is not None]
+        return [
+            name
+            for name in layers
+            if not any(trace.counts[name] or name in trace.read_outside for trace in traces)
+        ]
 
     def raw(self, layers: Iterable[str]) -> set[str]:
         """Those of some layers whose weights something reads past the layer's own call."""

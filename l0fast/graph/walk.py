@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from l0fast import _checks
-from l0fast.graph.capture import LAYERS, Trace, is_carrier, is_channelwise, kind_of
+from l0fast.graph.capture import Trace, input_place, is_carrier, is_channelwise
 from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_in_words, op_name, shape_of, writes_in_place
 from l0fast.graph.sites import UNREAD, Site, is_held
 from l0fast.graph.tied import Tied
 from l0fast.graph.units import STAYS, Units, grids_of, in_all, narrowed, unknown
+from l0fast.layers.dense_types import inner_dims
 
 
 class Walk(Tied):
@@ -172,7 +173,7 @@ class Walk(Tied):
         what it is put together with."""
         held: Any = site.layer
         self.inputs[site.name], self.sources[site.name] = None, ""
-        labels, values = self.outputs[site.name].view(held.tensor.shape), held.values()
+        labels, values = held.over(self.outputs[site.name]), held.values()
         nothing = unknown(values.shape).constant
         self.values[node] = Units(labels, nothing if site.name in self.untold else values)
         if site.fixed:
@@ -180,10 +181,9 @@ class Walk(Tied):
 
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
+        source: Any = node.args[input_place(site.layer)]
         embeds = isinstance(site.layer, nn.Embedding)  # indices, which are no units
-        source: Any = node.args[embeds]
-        inner = LAYERS.get(kind_of(site.layer), 0)
-        shape, made = shape_of(source), shape_of(node)
+        inner, shape, made = inner_dims(site.layer) or 0, shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
         if shape is not None and source in self.values and not embeds:
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
@@ -278,15 +278,15 @@ class Walk(Tied):
 
     def _seen_elsewhere(self, node: Node) -> bool:
         """Whether what is written into a node may be read by another way than from the writer."""
-        fresh = node in self.trace.calls or op_name(node) == "aten::cat"
-        return len(node.users) > 1 or not fresh
+        return len(node.users) > 1 or not (node in self.trace.calls or op_name(node) == "aten::cat")
 
     def _lost(self, node: Node) -> str:
-        """Why an op gives no unit, where none of its inputs has any."""
+        """Why an op gives no unit."""
         sources = node.all_input_nodes
-        if any(self.of_layers(part) for source in sources for part in self.units(source)):
-            return op_name(node)
-        return next((self.lost[source] for source in sources if source in self.lost), op_name(node))
+        reasons = [self.lost[source] for source in sources if source in self.lost]
+        if not any(self.of_layers(part) for source in sources for part in self.units(source)):
+            return next(iter(reasons), op_name(node))
+        return next((why for why in reasons if why.startswith("aten::")), op_in_words(node))
 
     def _item(self, node: Node) -> None:
         source: Any = node.args[0]

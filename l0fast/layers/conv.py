@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0fast import autograd
 from l0fast.layers.gated import Gated
 from l0fast.layers.options import check_options, check_width
 from l0fast.maths.hard_concrete import HardConcrete
@@ -40,6 +41,8 @@ class GatedConv(Gated):
         return shapes[self.gates]
 
     def _mask_columns(self, weight: Tensor, z: Tensor) -> Tensor:
+        if self.groups == 1:
+            return autograd.scaled_weight(weight, z, 1)
         # Of C channels, c is column c % (C / groups) of the rows of group c // (C / groups).
         weight = weight.unflatten(0, (self.groups, -1))
         gate = z.view(self.groups, 1, -1, *[1] * len(self.kernel_size))

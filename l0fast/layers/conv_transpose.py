@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from l0fast import autograd
 from l0fast.layers.conv import GatedConv
 from l0fast.layers.options import check_options
-from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
 
 _CONVOLVE: tuple[Any, ...] = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
@@ -66,7 +66,7 @@ class _GatedConvTranspose(GatedConv):
         self._init_gates(gates, density_init, droprate_init, distribution, noise)
 
     def _mask_inputs(self, weight: Tensor, z: Tensor) -> Tensor:
-        return mask(weight, z, 0)
+        return autograd.scaled_weight(weight, z, 0)
 
     def _mask_outputs(self, weight: Tensor, z: Tensor) -> Tensor:
         return self._mask_columns(weight, z)

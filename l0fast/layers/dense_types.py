@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
@@ -18,11 +20,22 @@ LAYERS: dict[type[nn.Module], int] = {
 """Classes of layers that can be made smaller -> how many dimensions follow their channels."""
 
 
+_IN_OUT = ("transformers.pytorch_utils.Conv1D",)
+"""Classes of other libraries that are a Linear of `nx` inputs and `nf` outputs whose weight is
+[nx, nf]. They are known by their names: no library is imported for them."""
+
+
+def _is_in_out(kind: type) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" in _IN_OUT
+
+
 def dense_type_of(kind: type[nn.Module]) -> type[nn.Module] | None:
-    """The class of torch.nn that a class of layers computes the same as: it is that class, or a
-    subclass which keeps its forward; None for others, and for lazy ones, which have no weight."""
+    """The dense class that a class of layers computes the same as: it is that class, or a subclass
+    which keeps its forward; None for others, and for lazy ones, which have no weight."""
     if issubclass(kind, LazyModuleMixin):
         return None
+    for dense in filter(_is_in_out, kind.__mro__):
+        return dense if kind.forward is dense.forward else None
     for dense in LAYERS:
         if issubclass(kind, dense) and all(
             getattr(kind, name) is getattr(dense, name)
@@ -31,3 +44,30 @@ def dense_type_of(kind: type[nn.Module]) -> type[nn.Module] | None:
         ):
             return dense
     return None
+
+
+def kind_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a layer; of a gated one or of a subclass, the dense class that it stands for."""
+    gated = getattr(module, "dense_type", None)
+    return gated or dense_type_of(type(module)) or type(module)
+
+
+def inner_dims(module: nn.Module) -> int | None:
+    """How many dimensions follow the channels of a layer; None for what is no layer."""
+    kind = kind_of(module)
+    return 0 if _is_in_out(kind) else LAYERS.get(kind)
+
+
+def is_in_out(layer: Any) -> bool:
+    """Whether a layer is a Linear whose weight is [in, out]."""
+    return _is_in_out(kind_of(layer))
+
+
+def is_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a Linear, with its weight either way."""
+    return isinstance(layer, nn.Linear) or is_in_out(layer)
+
+
+def inputs_first(layer: Any) -> bool:
+    """Whether the first dimension of a layer's weight is that of its inputs."""
+    return isinstance(layer, TRANSPOSED) or is_in_out(layer)

@@ -188,6 +188,8 @@ class Drawn(Serving):
     stage: str = DRAWN
     """Whether training draws its gates, or has those of evaluation, without noise: all of them
     open, as before a training under a constraint, or settled, as at its end."""
+    beside: frozenset[str] | None = None
+    """What an adapter had beside it when it got its gates, see `handle.note_adapters`."""
     _places: tuple[tuple[Board, int], ...] = ()
     """The boards of the models that it belongs to, and its place on each."""
 

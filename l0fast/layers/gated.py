@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from typing import Any, ClassVar, Self
 
@@ -14,22 +13,13 @@ from l0fast.layers.dense_types import dense_type_of
 from l0fast.layers.draw import DRAWN, STAGES, Drawn, OnDevice, OpenCounts
 from l0fast.layers.options import check_options
 from l0fast.layers.serving import Share, drop_index
+from l0fast.layers.takeover import OF_GATES, own_state
 from l0fast.maths.gated_weight import mask
 from l0fast.maths.hard_concrete import HardConcrete
 
 DENSITY_INIT = 0.9
 DROPRATE_STD = 0.01
 """Spread of log_alpha around its mean in the published initialisation (droprate_init)."""
-
-
-def _own_state(layer: Any, without: tuple[str, ...] = ()) -> dict[str, Any]:
-    """The attributes of `layer` for another layer to take over: the very parameters and hooks."""
-    return {
-        key: copy.copy(value) if isinstance(value, (dict, set)) else value
-        for key, value in vars(layer).items()
-        # A layer that was compiled by itself holds its own class's forward there.
-        if key not in (*without, "_compiled_call_impl")
-    }
 
 
 class Gated(Drawn):
@@ -50,7 +40,8 @@ class Gated(Drawn):
             gates on single weights).
     """
 
-    dense_type: ClassVar[type[nn.Module]]
+    dense_type: type[nn.Module]
+    """The class of the ordinary layer."""
     weight: nn.Parameter
     bias: nn.Parameter | None
     _full: tuple[int, int] | None = None
@@ -67,6 +58,8 @@ class Gated(Drawn):
         shared: Gated | None = None,
         share: Share | None = None,
     ) -> None:
+        if not self.weight.numel():
+            _checks.refuse("weight", tuple(self.weight.shape), "one that is not empty; exclude it")
         self.gates, self.noise, self.units = gates, noise, units
         self.distribution = functional.checked_distribution(distribution)
         if shared is not None:
@@ -110,15 +103,13 @@ class Gated(Drawn):
             TypeError: `layer` is of another class, or its subclass has another forward.
             ValueError: an option is out of its range.
         """
-        if dense_type_of(type(layer)) is not cls.dense_type or isinstance(layer, Gated):
-            _checks.refuse(
-                "layer", type(layer).__name__, f"a torch.nn.{cls.dense_type.__name__}", TypeError
-            )
+        if isinstance(layer, Gated) or not cls._stands_for(layer):
+            _checks.refuse("layer", type(layer).__name__, cls._expected(), TypeError)
         gates = gates or cls.default_gates
         check_options(gates, density_init, droprate_init, noise)
         _checks.whole("units", units)
         self = cls.__new__(cls)
-        self.__dict__.update(_own_state(layer))
+        self.__dict__.update(own_state(layer))
         if units > 1 and gates != "input":
             _checks.refuse("units", units, f"1 where gates={gates!r}")
         if self._num_inputs() % units:
@@ -138,6 +129,15 @@ class Gated(Drawn):
         return self
 
     default_gates: ClassVar[str]
+
+    @classmethod
+    def _stands_for(cls, layer: nn.Module) -> bool:
+        """Whether a dense layer is one that this class gates."""
+        return dense_type_of(type(layer)) is cls.dense_type
+
+    @classmethod
+    def _expected(cls) -> str:
+        return f"a torch.nn.{cls.dense_type.__name__}"
 
     # --- the gates -----------------------------------------------------------------------------
 
@@ -210,10 +210,10 @@ class Gated(Drawn):
         return self._mask_inputs(self.weight, z), self.bias
 
     def _mask_inputs(self, weight: Tensor, z: Tensor) -> Tensor:
-        return mask(weight, z, 1)
+        return autograd.scaled_weight(weight, z, 1)
 
     def _mask_outputs(self, weight: Tensor, z: Tensor) -> Tensor:
-        return mask(weight, z, 0)
+        return autograd.scaled_weight(weight, z, 0)
 
     def _parts(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Input, masked weight and bias of this call: all of them, or what its gates leave open.
@@ -237,8 +237,7 @@ class Gated(Drawn):
     def dense(self) -> nn.Module:
         """The ordinary layer of the very parameters (and hooks) of this one, without gates."""
         dense = self.dense_type.__new__(self.dense_type)
-        own = ("gates", "noise", "units", "distribution", "stage", "_full", "_places")
-        dense.__dict__.update(_own_state(self, without=own))
+        dense.__dict__.update(own_state(self, without=OF_GATES))
         del dense._parameters["log_alpha"]
         drop_index(dense)
         return dense
@@ -282,7 +281,8 @@ class Gated(Drawn):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # The state of the dense layer loads too: the gates then stay as they are.
         own = {"_extra_state": self.get_extra_state()}
-        if prefix + "weight" in state_dict:
+        dense = prefix + "_extra_state" not in state_dict
+        if dense and prefix + "weight" in state_dict:
             own["log_alpha"] = self.log_alpha.detach()
         lacking = {
             prefix + name: one for name, one in own.items() if prefix + name not in state_dict

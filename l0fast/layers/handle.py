@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -52,13 +52,31 @@ def sharing(layers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def refuse_adapters(name: str, model: nn.Module) -> None:
-    """Refuses adapters, such as LoRA, on gated layers: they read and write units that the gates
-    close, so that merged they are another model."""
+def _adapted(model: nn.Module) -> Generator[tuple[str, Drawn, set[str]]]:
+    """Path of each module with an adapter on a gated layer, that layer, and the names of what lies
+    beside it and has parameters of its own, as peft builds such modules."""
     for path, module in model.named_modules():
-        if isinstance(module._modules.get("base_layer"), Drawn):
+        layer = module._modules.get("base_layer")
+        if isinstance(layer, Drawn):
+            beside = {name for name, one in module.named_modules() if one._parameters}
+            yield path, layer, {name for name in beside if not name.startswith("base_layer")}
+
+
+def note_adapters(model: nn.Module) -> None:
+    """Marks layers that have just got gates and had adapters before: their gates were chosen with
+    these in view."""
+    for _, layer, beside in _adapted(model):
+        if layer.beside is None:
+            layer.beside = frozenset(beside)
+
+
+def refuse_adapters(name: str, model: nn.Module) -> None:
+    """Refuses adapters, such as LoRA, that were put on gated layers: they read units that the gates
+    close, and they freeze the gates."""
+    for path, layer, beside in _adapted(model):
+        if not beside <= (layer.beside or frozenset()):
             words = f"an adapter on the gated layer {path}"
-            _checks.refuse(name, words, "adapters merged before sparsify_, or on other layers")
+            _checks.refuse(name, words, "adapters put on before sparsify_, or on other layers")
 
 
 class ModelGates:
@@ -236,8 +254,9 @@ def gates(model: nn.Module) -> ModelGates:
 
     Raises:
         ValueError: the model has no gates.
+        TypeError: it is no module.
     """
-    handle = handle_of(model)
+    handle = handle_of(_checks.module("model", model))
     if handle is None:
         layers = gated_layers(model)
         if not layers:

@@ -234,8 +234,7 @@ def _rebuilt(kind: type[nn.Module]) -> nn.Module:
 
 def gated_norm(
     norm: nn.Module,
-    *,
-    controls: int,
+    controls: int = 1,
     shared: GatedRMSNorm | None = None,
     density_init: float | None = None,
     droprate_init: float | None = None,

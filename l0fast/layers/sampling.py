@@ -27,6 +27,11 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
     """Forward pre-hook: samples the gates of all the model's layers in one op."""
     if getattr(model, "_is_replica", False):  # of nn.DataParallel: its layers draw their own
         return
+    if model.training and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func: got a transform of a training step; expected plain autograd, or a model "
+            "in evaluation: gates are drawn once for a whole step"
+        )
     handle: ModelGates = model.__dict__[ATTRIBUTE]
     board = handle.board
     # By distribution, device and dtype: each log_alpha, and the layers that share it.

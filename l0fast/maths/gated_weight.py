@@ -17,6 +17,14 @@ def along(z: Tensor, weight: Tensor, dim: int | None) -> Tensor:
     return z.view([-1 if d == dim else 1 for d in range(weight.dim())])
 
 
+def memory_format(weight: Tensor) -> torch.memory_format:
+    """How a masked weight lies in memory: with channels last only if the weight does, which one
+    with a single channel or a 1 x 1 kernel does not."""
+    last = weight.dim() == 4 and not weight.is_contiguous()
+    last = last and weight.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
 def mask(weight: Tensor, z: Tensor, dim: int | None) -> Tensor:
     """weight * z, each gate over its weights."""
     return torch.mul(weight, along(z, weight, dim))

@@ -71,7 +71,9 @@ class HardConcrete:
 
     def stretched(self, s: Tensor) -> Tensor:
         """z, of s: clamp(s * (zeta - gamma) + gamma, 0, 1)."""
-        return torch.rsub(s, self.gamma, alpha=self.gamma - self.zeta).clamp_(0.0, 1.0)
+        # Not in place: the torch.compile of 2.11 loses the gradient of an autograd Function's
+        # output that was written in place and then saved.
+        return torch.rsub(s, self.gamma, alpha=self.gamma - self.zeta).clamp(0.0, 1.0)
 
     def gate(self, log_alpha: Tensor, noise: Tensor) -> Tensor:
         """z, from log_alpha and logistic noise of the same (or broadcast) shape."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
-from l0fast._files import write_text
+from l0fast._files import read_text, write_text
 
 FORMAT = 1
 
@@ -84,10 +84,10 @@ class LatencyTable:
             ValueError: it holds none.
             OSError: it cannot be read.
         """
-        data = Path(path).read_bytes()
+        text = read_text(Path(path))
         try:
-            return cls.from_json(json.loads(data))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            return cls.from_json(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"a latency table that was saved ({type(error).__name__}: {error})"
             _checks.refuse(name, str(path), reason)
 

@@ -36,6 +36,8 @@ class Budget(NamedTuple):
 
     def corrected(self, kept: Mapping[str, Tensor], spent: float) -> Budget:
         """The same where the kept gates turned out to cost that much."""
+        if not spent:  # as where all gates on single weights are closed
+            return self
         reckoned = self.measure.spent(kept)[self.place]
         return self._replace(factor=max(self.factor, spent / reckoned))
 

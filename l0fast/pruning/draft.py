@@ -134,7 +134,7 @@ class Draft:
         for patch in patches:
             module = self.model.get_submodule(patch.name)
             if isinstance(patch, AttributePatch):
-                self._before.append((module, patch.attribute, vars(module).get(patch.attribute)))
+                self._before.append((module, patch.held, vars(module).get(patch.held)))
                 patch.apply(self.model)
             else:
                 patch.apply(self.model)

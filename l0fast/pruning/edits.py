@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph.capture import LAYERS, is_carrier, is_rms_norm, kind_of, layer_size, resize_
+from l0fast.graph.capture import is_carrier, is_rms_norm, layer_size, resize_
 from l0fast.graph.sites import replace
 from l0fast.graph.tensors import ChannelTensor, part_of
-from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.dense_types import inner_dims, inputs_first, is_in_out, kind_of
 from l0fast.layers.rms_norm import without_channels_
 
 _SIDES = ("input", "output")
@@ -70,6 +70,8 @@ class Edit:
 
         def indices(values: Any, size: int) -> tuple[int, ...]:
             found = tuple(int(value) for value in values)
+            if any(type(value) is not int for value in values):
+                raise TypeError("an index that is no whole number")
             if not found or list(found) != sorted(set(found)) or found[0] < 0 or found[-1] >= size:
                 raise ValueError(f"indices outside [0, {size})")
             return found
@@ -77,8 +79,13 @@ class Edit:
         def part(values: Any, size: int) -> tuple[int, ...] | None:
             return None if values is None else indices(values, size)
 
-        def move(value: Any) -> tuple[tuple[int, ...], int] | None:
-            return None if value is None else (indices(value[0], int(value[1])), int(value[1]))
+        def move(value: Any, size: int) -> tuple[tuple[int, ...], int] | None:
+            if value is None:
+                return None
+            of = int(value[1])
+            if of > size:
+                raise ValueError(f"{of} units of a layer that has {size}")
+            return indices(value[0], of), of
 
         size = int(entry["in"][1]), int(entry["out"][1])
         edit = cls(
@@ -87,8 +94,8 @@ class Edit:
             size,
             part(entry["inputs"], size[0]),
             part(entry["outputs"], size[1]),
-            move(entry["gather"]),
-            move(entry["scatter"]),
+            move(entry["gather"], size[0]),
+            move(entry["scatter"], size[1]),
             entry["scale"],
         )
         fits = all(
@@ -102,7 +109,7 @@ class Edit:
 
 def channel_dim(layer: nn.Module) -> int:
     """The dimension of a layer's inputs and outputs that its channels lie along, < 0."""
-    return -1 - LAYERS.get(kind_of(layer), 0)
+    return -1 - (inner_dims(layer) or 0)
 
 
 def _module(name: str, tensors: dict[str, Tensor], build: Any) -> fx.GraphModule:
@@ -150,7 +157,7 @@ def weight_sides(layer: nn.Module) -> tuple[str, ...]:
     carrier, which keeps or loses whole groups, only the first."""
     if isinstance(layer, ChannelTensor):
         return layer.sides
-    sides = _SIDES if isinstance(layer, (*TRANSPOSED, nn.Embedding)) else _SIDES[::-1]
+    sides = _SIDES if inputs_first(layer) or isinstance(layer, nn.Embedding) else _SIDES[::-1]
     return sides[:1] if is_carrier(layer) else sides
 
 
@@ -214,6 +221,7 @@ def _fold(layer: Any, constants: Tensor) -> None:
     """Adds what constant inputs give to a copy's bias, which becomes a new parameter."""
     weight, bias = layer.weight.detach().double(), layer.bias.detach()
     given = weight.flatten(2).sum(2) if weight.dim() > 2 else weight
+    given = given.t() if is_in_out(layer) else given
     folded = (bias.double() + given @ constants.to(weight.device)).to(bias.dtype)
     layer._parameters["bias"] = nn.Parameter(folded, layer.bias.requires_grad)
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import LAYERS, is_carrier, is_site, kind_of
+from l0fast.graph.capture import is_carrier, is_site
 from l0fast.graph.compare import relative_error, values_of
-from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.dense_types import inner_dims, inputs_first
 
 SAMPLES = 1 << 14
 """How many elements of a layer's output are looked at."""
@@ -132,7 +132,7 @@ def _could_be(layer: nn.Module, given: Tensor) -> float:
     """The largest sum that a layer's weights and inputs of this size could make."""
     weight = layer._parameters["weight"]
     assert weight is not None
-    weight = weight.detach().transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight.detach()
+    weight = weight.detach().transpose(0, 1) if inputs_first(layer) else weight.detach()
     rows = weight.double().flatten(1).abs().sum(1)
     largest = given.detach().abs().max() if given.numel() else 0.0
     return float(rows.max() * largest) if rows.numel() else 0.0
@@ -141,7 +141,7 @@ def _could_be(layer: nn.Module, given: Tensor) -> float:
 def sites_of(model: nn.Module) -> dict[str, int]:
     """Name of each Linear and ordinary convolution -> the dimension of its outputs, from behind."""
     return {
-        name: -1 - LAYERS[kind_of(module)]
+        name: -1 - (inner_dims(module) or 0)
         for name, module in model.named_modules()
         if is_site(module) and not is_carrier(module)
     }

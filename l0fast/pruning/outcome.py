@@ -36,3 +36,13 @@ class Outcome(NamedTuple):
         place = _raised_in(error, model)
         where = f" (in {place!r})" if place else ""
         return cls(float("inf"), _checks.one_line(error) + where, place)
+
+
+def unseen_in_words(names: list[str]) -> list[str]:
+    """A note on layers that have not run."""
+    if not names:
+        return []
+    return [
+        f"not run on the example, and so left as they are: {', '.join(names)}; where they read "
+        "units that are gone, they fail"
+    ]

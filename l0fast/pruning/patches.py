@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from l0fast.graph.liveness import Extent, Liveness
 from l0fast.graph.views import views_of
-from l0fast.pruning.attributes import AttributePatch, sizes_in
+from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.called import Calls
 from l0fast.pruning.outcome import Outcome
 from l0fast.pruning.views import Patch, view_patch
@@ -40,11 +40,11 @@ def _choices(
     for name in names:
         module = model.get_submodule(name)
         sizes = [*sorted(live.sizes(name, present)), *sorted(live.parts(name, present))]
-        for key, value in vars(module).items():
+        for key, value in sizes_of(module):
             fits = [
                 AttributePatch(name, type(module).__name__, key, (after, size))
                 for size, after in sizes
-                if size == sizes_in(value)
+                if size == value
             ]
             if fits:
                 found.setdefault(key, []).append(fits)

@@ -16,11 +16,12 @@ from l0fast.graph.sites import Site, is_held, tied_modules
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
 from l0fast.layers.rms_norm import GatedRMSNorm
+from l0fast.pruning.adapters import sizes_around
 from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import Draft, GateValues
 from l0fast.pruning.edits import Edit
 from l0fast.pruning.gated_sites import gated_sites
-from l0fast.pruning.outcome import Outcome
+from l0fast.pruning.outcome import Outcome, unseen_in_words
 from l0fast.pruning.patches import merged_tiers
 from l0fast.pruning.views import Patch, ViewPatch
 
@@ -131,6 +132,7 @@ class _Planner:
 
     def __init__(self, draft: Draft, structure: Structure, check: Check, anew: bool) -> None:
         self.draft, self.values, self.check, self.anew = draft, draft.values, check, anew
+        self.structure = structure
         self.trace, self.training = structure.trace, structure.training
         self.notes: list[str] = []
         if structure.in_parts:
@@ -189,6 +191,7 @@ class _Planner:
             else:
                 extents = merges.extents(rigid)
             edits = self.edits_of(extents)
+            patches = [*patches, *sizes_around(self.draft.source, edits)]
             if (edits, patches) in tried:
                 continue
             tried.append((edits, patches))
@@ -197,7 +200,8 @@ class _Planner:
             if not outcome.failure:
                 undone.pop(tier, None)
                 notes = [f"{other}: undone, {failure}" for other, failure in undone.items()]
-                notes += self.unseen() if edits and merges is not None else []
+                if edits and merges is not None:
+                    notes += unseen_in_words(self.structure.unseen(self.sites))
                 return Plan(
                     tier=tier,
                     edits=tuple(edits),
@@ -217,21 +221,6 @@ class _Planner:
             if note not in self.notes:
                 self.notes.append(note)
         return None
-
-    def unseen(self) -> list[str]:
-        """Says which layers have not run, neither in evaluation nor in training."""
-        traces = [trace for trace in (self.trace, self.training) if trace is not None]
-        names = [
-            name
-            for name in self.sites
-            if not any(trace.counts[name] or name in trace.read_outside for trace in traces)
-        ]
-        if not names:
-            return []
-        return [
-            f"not run on the example, and so left as they are: {', '.join(names)}; where they read "
-            "units that are gone, they fail"
-        ]
 
     def _is_needed(self, edit: Edit) -> bool:
         """Whether the model of full size has an edit, too: gates that no weight can hold."""

@@ -68,7 +68,8 @@ class Proof:
         compared: on what, in words.
 
     Raises:
-        ValueError: the model does not take its example, or gives nothing that can be compared.
+        ValueError: the model does not take its example, gives nothing that can be compared, or has
+            a weight that is NaN: nothing would differ from it.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Proof:
         training: bool = False,
         added: Collection[str] = (),
     ) -> None:
+        _refuse_nan(model)
         self._training, self._example, self._added = training, example, added
         # A gate that is closed has a log_alpha of minus infinity, one that is 1 of infinity.
         closed: dict[str, torch.Tensor] = {}
@@ -185,3 +187,12 @@ class Proof:
                 train_but_norms(draft.model)
                 self._example.copy().call(draft.model)
         return Outcome(worst)
+
+
+def _refuse_nan(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        plain = parameter.detach()
+        if plain.is_meta or not plain.is_floating_point() or plain.itemsize < 2:
+            continue
+        if bool(plain.isnan().any()):
+            _checks.refuse(f"model.{name}", "NaN", "weights that are numbers")

@@ -118,7 +118,13 @@ class Report:
         Raises:
             TypeError: it is none.
         """
-        return cls(**entry)
+        made = cls(**entry)
+        for one in fields(cls):
+            value = getattr(made, one.name)
+            kinds = {kind.partition("[")[0] for kind in str(one.type).split(" | ")}
+            if ("None" if value is None else type(value).__name__) not in kinds:
+                raise TypeError(f"{one.name} is a {type(value).__name__}")
+        return made
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,7 @@ def required_report(small: nn.Module) -> Report:
     Raises:
         ValueError: it has none.
     """
-    report = report_of(small)
+    report = report_of(small) if isinstance(small, nn.Module) else None
     if report is None:
         _checks.refuse("small", type(small).__name__, "a model that prune returned")
     return report

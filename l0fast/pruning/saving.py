@@ -11,21 +11,24 @@ from typing import Any, NoReturn
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from l0fast import _checks
-from l0fast._files import write_atomically
+from l0fast import _checks, _digest
+from l0fast._files import part_folder, write_atomically
 from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.graph.capture import can_be_edited, kind_of, layer_size
+from l0fast.graph.capture import can_be_edited, layer_size
 from l0fast.graph.tensors import part_of
-from l0fast.pruning.attributes import AttributePatch, sizes_in
+from l0fast.layers.dense_types import kind_of
+from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.edits import Edit, apply
 from l0fast.pruning.report import Report, attach_report, required_report
 from l0fast.pruning.views import ViewPatch
 
 KEY = "l0fast"
 """The metadata's entry."""
-FORMAT = 1
+FORMAT = 2
+"""With a digest of recipe and tensors; files of format 1 have none."""
+EARLIER = 1
 KEYS = ("attention", "attributes", "layers", "views")
 """Parts of a report that are the recipe."""
 
@@ -35,7 +38,8 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
 
     The metadata's entry "l0fast" is JSON: format, layers, attributes and attention (the recipe,
     see `prune`), aliases (name -> name of the same tensor: tied weights are stored once), frozen
-    (parameters without gradient) and report (all else that `prune` reported).
+    (parameters without gradient), report (all else that `prune` reported) and sha256, the digest of
+    all this and of the tensors.
 
     Args:
         small: the pruned model, as it was or trained further.
@@ -73,8 +77,19 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     # One entry only: safetensors writes several in a random order, and equal models shall give
     # equal files.
+    recipe[_digest.KEY] = _digest.of_json(json.loads(json.dumps(recipe)), tensors)
     metadata = {KEY: json.dumps(recipe)}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata))
+
+    def write(temporary: Path) -> None:
+        # safetensors writes beside its file first, under a name that tells nobody whose it is.
+        with part_folder(path) as folder:
+            try:
+                save_file(tensors, folder / path.name, metadata)
+            except SafetensorError as error:
+                raise OSError(f"{path}: cannot be written ({_checks.one_line(error)})") from None
+            (folder / path.name).rename(temporary)
+
+    write_atomically(path, write)
 
 
 def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
@@ -84,6 +99,27 @@ def _owners(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
         for prefix, module in model.named_modules(remove_duplicate=False)
         for name in (*module._parameters, *module._buffers)
     }
+
+
+def _moves(model: nn.Module) -> set[str]:
+    """The names, in a model's state, of the indices of its gathers and scatters."""
+    return {
+        f"{name}.index"
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, fx.GraphModule) and type(module).__name__ in ("Gather", "Scatter")
+    }
+
+
+def _check_digest(recipe: dict[str, Any], version: int, tensors: dict[str, Tensor]) -> None:
+    """Refuses bytes that have changed since `save_pruned` wrote them.
+
+    Raises:
+        ValueError: they have, or their digest is gone.
+    """
+    if (_digest.KEY in recipe) is not (version == FORMAT):
+        raise ValueError(f"format {version} and its digest do not go together")
+    if version == FORMAT and recipe[_digest.KEY] != _digest.of_json(recipe, tensors):
+        raise _digest.Changed
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,7 +145,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         recipe = json.loads(metadata[KEY])
         version = recipe["format"]
-        if version == FORMAT:
+        if version in (EARLIER, FORMAT):
+            _check_digest(recipe, version, tensors)
             recipe.setdefault("attention", [])
             recipe["calls"] = [Unfused.from_json(entry) for entry in recipe["attention"]]
             recipe["edits"] = [Edit.from_json(entry) for entry in recipe["layers"]]
@@ -119,12 +156,14 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             recipe["aliases"] = {str(a): str(b) for a, b in recipe["aliases"].items()}
             if not set(recipe["aliases"].values()) <= tensors.keys():
                 raise ValueError("an alias of nothing")
+            if not tensors.keys().isdisjoint(recipe["aliases"]):
+                raise ValueError("an alias that is a tensor of its own")
             recipe["frozen"] = [str(name) for name in recipe["frozen"]]
             made = {**recipe["report"], **{key: recipe[key] for key in KEYS}}
             recipe["report"] = Report.from_json(made)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        bad(f"its recipe is damaged: {type(error).__name__}: {error}")
-    if version != FORMAT:
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        bad(f"its recipe is damaged: {_checks.one_line(error)}")
+    if version not in (EARLIER, FORMAT):
         bad(f"it has format {version!r}, this version of l0fast reads {FORMAT}")
     return tensors, recipe
 
@@ -181,7 +220,7 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         model = apply(model, [edit])
     for patch in recipe["patches"]:
         module, value = part("module", patch.name), patch.value[1]
-        found = sizes_in(vars(module).get(patch.attribute))
+        found = dict(sizes_of(module)).get(patch.attribute)
         if type(module).__name__ != patch.kind or found != value:
             wanted = f"a {patch.kind} with {patch.attribute}={value}"
             differs(f"its {patch.name or 'root'!r} is {wanted}")
@@ -196,20 +235,35 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         except Exception as error:
             differs(f"the forward of its {anew.name!r} is another one ({_checks.one_line(error)})")
 
-    aliases = recipe["aliases"]
-    wanted = model.state_dict()
+    _fill_(model, tensors, recipe, differs)
+    attach_report(model, recipe["report"])
+    return model
+
+
+def _fill_(
+    model: nn.Module,
+    tensors: dict[str, Tensor],
+    recipe: dict[str, Any],
+    differs: Callable[[str], NoReturn],
+) -> None:
+    """Gives a model that is as small as the file's the file's tensors; all are checked first."""
+    aliases, wanted = recipe["aliases"], model.state_dict()
     have = {*tensors, *aliases}
     if have != wanted.keys():
         missing, surplus = sorted(wanted.keys() - have), sorted(have - wanted.keys())
         parts = [f"it has {surplus[0]!r}"] if surplus else []
         parts += [f"it has no {missing[0]!r}"] if missing else []
         differs(" and ".join(parts))
-    frozen = set(recipe["frozen"])
-    owners = _owners(model)
+    frozen, owners, moves = set(recipe["frozen"]), _owners(model), _moves(model)
+    for name in have:
+        tensor, place = tensors[aliases.get(name, name)], wanted[name]
+        if tensor.shape != place.shape:
+            differs(f"its {name!r} has shape {tuple(tensor.shape)}, not {tuple(place.shape)}")
+        if tensor.is_floating_point() is not place.is_floating_point():
+            differs(f"its {name!r} is {tensor.dtype}, not {place.dtype}")
+        if name in moves and not torch.equal(tensor, place.cpu()):
+            differs(f"its {name!r} moves other units than its recipe says")
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
-            shapes = tuple(tensor.shape), tuple(wanted[name].shape)
-            differs(f"its {name!r} has shape {shapes[0]}, not {shapes[1]}")
         module, key = owners[name]
         place = tensor.to(wanted[name].device)
         if key in module._buffers:
@@ -221,5 +275,3 @@ def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str])
         for kind in ("_parameters", "_buffers"):
             if key in getattr(module, kind):
                 getattr(module, kind)[key] = getattr(owner, kind).get(owned, tensors[other])
-    attach_report(model, recipe["report"])
-    return model

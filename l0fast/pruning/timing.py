@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.graph.calls import Example, evaluating, unwrapped
-from l0fast.graph.capture import groups_of, is_carrier, is_channelwise, kind_of, layer_size
+from l0fast.graph.capture import groups_of, is_carrier, is_channelwise, layer_size
 from l0fast.graph.sharding import on_full_weights
 from l0fast.graph.sites import light_copy
 from l0fast.graph.sites import replace as replace_modules
+from l0fast.layers.dense_types import kind_of
 from l0fast.layers.handle import gates
 from l0fast.measures.groups import AnyMeasure
 from l0fast.measures.latency import Grids, LatencyTable, LayerLatency

@@ -15,7 +15,7 @@ from l0fast.graph.nodes import op_name, shape_of
 from l0fast.graph.sites import find_sites
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
-from l0fast.layers.dense_types import TRANSPOSED
+from l0fast.layers.dense_types import inputs_first
 from l0fast.layers.draw import Drawn
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.rms_norm import GatedRMSNorm
@@ -24,13 +24,13 @@ from l0fast.skipping.link import End, Link
 
 
 def _usable(layer: Any) -> bool:
-    """Whether a layer can compute with some of its rows and columns; a transposed convolution and
-    an RMS norm are always computed whole."""
+    """Whether a layer can compute with some of its rows and columns; one whose weight has
+    its inputs first, and an RMS norm, are always computed whole."""
     if not isinstance(layer, Drawn) or isinstance(layer, GatedRMSNorm):
         return False
     if layer.noise == "example" or layer.gates == "weight":
         return False
-    plain = getattr(layer, "groups", 1) == 1 and not isinstance(layer, TRANSPOSED)
+    plain = getattr(layer, "groups", 1) == 1 and not inputs_first(layer)
     return plain and layer.gate_index is None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast._files import write_atomically
+from l0fast._digest import check_sealed, write_sealed
+from l0fast._files import open_regular, write_atomically
 from l0fast.measures.latency import LatencyTable
+from l0fast.training.entries import Entries
 from l0fast.training.settings import BEFORE
 
 CHECKPOINT = "checkpoint.pt"
-FORMAT = 1
-OPTIONAL = {"cuda_rng", "best", "removals", "idle"}
+FORMAT = 2
+"""With a digest of the file behind it; checkpoints of format 1 have none."""
+EARLIER = 1
+OPTIONAL = {"cuda_rng", "best", "removals", "idle", "threads"}
 """Entries that not every run has."""
+WHOLE = "a whole checkpoint of this project"
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
@@ -27,6 +33,31 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         states["cuda_rng"] = torch.cuda.get_rng_state(device)
     return states
+
+
+def _check_kinds(entries: Entries, state: dict[str, Any]) -> None:
+    """Refuses entries that are not of their class; what is in them is checked against a run."""
+    entries.names("keys", state)
+    for name in ("identity", "optimizer"):
+        entries.names(name, state[name])
+    entries.kind("history", state["history"], list)
+    entries.whole("epoch", state["epoch"], 0)
+    entries.kind("rng", state["rng"], Tensor)
+    entries.names("model", state["model"])
+    if state["term"] is not None:
+        entries.names("term", state["term"])
+        extra = state["term"].get("_extra_state", {})
+        entries.names("term._extra_state", extra)
+        if "latency" in extra:
+            try:
+                LatencyTable.from_json(extra["latency"])
+            except (ValueError, TypeError, LookupError, AttributeError) as error:
+                entries.refuse("latency table", f"is damaged ({_checks.one_line(error)})")
+    best = state.get("best")
+    if best is not None:
+        entries.names("best", best, ("epoch", "model"))
+        entries.whole("best.epoch", best["epoch"], 1, state["epoch"])
+        entries.names("best.model", best["model"])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +83,8 @@ class Checkpoint:
     """With `shrink`: for how many epochs each gate left has seldom been open."""
     best: dict[str, Any] | None = None
     """With `select="best"`: "epoch" and "model" (a state dict) of the best epoch so far."""
+    threads: int | None = None
+    """CPU threads of the run: with another number, sums are rounded otherwise."""
 
     @property
     def selected(self) -> tuple[int, dict[str, Any]]:
@@ -77,10 +110,11 @@ class Checkpoint:
             for name, value in vars(self).items()
             if not (name in OPTIONAL and value is None)
         }
+        state["format"] = FORMAT
 
         def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:  # given a path, torch.save raises no OSError
-                torch.save(state, file)
+            with temporary.open("wb") as file:
+                write_sealed(file, lambda sealed: torch.save(state, sealed))
 
         write_atomically(path, write)
 
@@ -96,15 +130,24 @@ class Checkpoint:
         Raises:
             ValueError: the file holds no whole checkpoint.
         """
-        whole = "a whole checkpoint of this project"
         try:
-            state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-            missing = {field.name for field in fields(cls)} - OPTIONAL - state.keys()
-            state["identity"] = dict(state.get("identity", {}))
-        except Exception as error:
-            _checks.refuse(name, str(path), f"{whole} ({type(error).__name__})")
+            with open_regular(path) as file:
+                sealed = check_sealed(file)
+                state: Any = torch.load(file, map_location=device, weights_only=True)
+        except Exception as error:  # whatever a damaged file leads to
+            _checks.refuse(name, str(path), f"{WHOLE} ({_checks.one_line(error)})")
+        if not isinstance(state, dict):
+            _checks.refuse(name, str(path), f"{WHOLE} (this one is a {type(state).__name__})")
+        missing = {field.name for field in fields(cls)} - OPTIONAL - state.keys()
         if missing:
-            _checks.refuse(name, str(path), f"{whole} (this one has no {min(missing)!r})")
+            _checks.refuse(name, str(path), f"{WHOLE} (this one has no {min(missing)!r})")
+        version = state["format"]
+        if type(version) is not int or version not in (EARLIER, FORMAT):
+            expected = f"{WHOLE} (this one has format {version!r}, not {FORMAT})"
+            _checks.refuse(name, str(path), expected)
+        if not sealed and version != EARLIER:
+            _checks.refuse(name, str(path), f"{WHOLE} (this one has lost its digest)")
+        _check_kinds(Entries(path, name, WHOLE), state)
         return cls(
             **{field.name: state[field.name] for field in fields(cls) if field.name in state}
         )
@@ -129,7 +172,7 @@ class Checkpoint:
             if key not in known:
                 expected = "a run without it (an earlier version's cannot be resumed)"
                 _checks.refuse(key, ours, f"{expected}, as in the checkpoint {path}")
-            if ours != theirs:
+            if ours != theirs or isinstance(ours, bool) is not isinstance(theirs, bool):
                 _checks.refuse(key, ours, f"{theirs!r}, as in the checkpoint {path}")
 
     def refuse_other_model(self, path: Path, model: nn.Module) -> None:
@@ -144,6 +187,13 @@ class Checkpoint:
             )
             if mine != saved:
                 _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
+
+    def warn_of_threads(self) -> None:
+        """Warns where a run goes on with another number of CPU threads."""
+        now = torch.get_num_threads()
+        if self.threads not in (None, now):
+            words = f"threads: got {now}; the run began with {self.threads}"
+            warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=4)
 
     def restore_rng(self, device: torch.device) -> None:
         """Sets torch's generators to where the run had them."""

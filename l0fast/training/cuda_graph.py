@@ -33,6 +33,9 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
     skipping = None if handle is None else handle.skipping
     if skipping is not None and not skipping.unread:
         return "skip=True reads the gates of convolutions back to the host"
+    for term in () if handle is None else handle.constraints:
+        if term.counts_on_host:
+            return f"{type(term).__name__} counts its steps on the host"
     return None
 
 
@@ -63,6 +66,31 @@ def _capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
     with torch.cuda.graph(graph, stream=stream):
         step()
     return graph.replay
+
+
+def release_(generator: Any, draw: Callable[[], object]) -> None:
+    """Lets a generator draw again after a capture that failed, from where it was.
+
+    PyTorch 2.11 leaves it in the capture, and every draw raises from then on. A copy of its state
+    is in no capture.
+
+    Args:
+        generator: the device's own.
+        draw: draws from it.
+    """
+    state = generator.get_state()
+    try:
+        draw()
+    except RuntimeError:
+        generator.graphsafe_set_state(generator.clone_state())
+    generator.set_state(state)
+
+
+def _after_failure(device: torch.device) -> None:
+    """Makes the device as usable as before a capture that failed."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        release_(torch.cuda.default_generators[index], lambda: torch.rand(1, device=device))
 
 
 def _on(stream: Any) -> AbstractContextManager[object]:
@@ -180,6 +208,7 @@ class Steps:
         except RuntimeError as error:
             # Nothing has run, but the recorded backward may have left gradients.
             self._optimizer.zero_grad()
+            _after_failure(self._device)
             self._give_up((str(error).strip().splitlines() or ["it could not be captured"])[0])
             return
         self.captures += 1

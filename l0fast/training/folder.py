@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from l0fast import _checks
-from l0fast._files import PARTS, write_atomically, write_text
+from l0fast._digest import sealed_json
+from l0fast._extras import require
+from l0fast._files import FolderLock, sweep, write_atomically, write_text
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.measures.latency import LatencyTable
 from l0fast.plots.dynamics import plot_dynamics
@@ -41,26 +43,50 @@ class RunFolder:
 
     def __init__(self, path: str | Path | None) -> None:
         self.path = None if path is None else Path(path)
+        self._lock: FolderLock | None = None
 
     def open(self, resume: bool) -> Path | None:
         """Makes the folder ready: the checkpoint to go on from, or None for a new run.
 
+        It is locked from here to `close`: no other process can train in it. What dead processes
+        have left in it is removed.
+
         Raises:
-            ValueError: it is no folder, or holds a run that is not to be resumed.
+            ValueError: it is no folder, another run is writing into it, or it holds a run that is
+                not to be resumed.
             OSError: it cannot be made.
+            ModuleNotFoundError: matplotlib is not installed.
         """
         if self.path is None:
             return None
+        require("train", "matplotlib")  # a run ends with its picture
         if self.path.exists() and not self.path.is_dir():
             _checks.refuse("out", str(self.path), "a folder")
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._take_lock(self.path)
         checkpoint = self.path / CHECKPOINT
         if resume and checkpoint.exists():
+            sweep(self.path)
             return checkpoint
         if any((self.path / name).exists() for name in (*FILES, TENSORBOARD)):
+            self.close()
             expected = "a folder without a run in it (or resume it)"
             _checks.refuse("out", str(self.path), expected)
-        self.path.mkdir(parents=True, exist_ok=True)
+        sweep(self.path)
         return None
+
+    def _take_lock(self, path: Path) -> None:
+        self._lock = FolderLock(path)
+        try:
+            self._lock.acquire()
+        except BlockingIOError:
+            expected = "a folder that no other run is writing into at this moment"
+            _checks.refuse("out", str(path), expected)
+
+    def close(self) -> None:
+        """Gives the lock back."""
+        if self._lock is not None:
+            self._lock.release()
 
     def latency_table(
         self, given: LatencyTable | None, identity: Mapping[str, Any], device: torch.device
@@ -111,11 +137,6 @@ class RunFolder:
             return None
         return Checkpoint.read(self.path / UNSETTLED, device)
 
-    def remove_parts(self) -> None:
-        """Removes the temporary files of a process that was killed while it wrote."""
-        for part in () if self.path is None else self.path.glob(PARTS):
-            part.unlink()
-
     def write_results(
         self,
         pruned: nn.Module | None,
@@ -123,7 +144,7 @@ class RunFolder:
         history: list[Row],
         summary: Mapping[str, Any],
     ) -> None:
-        """Writes what a finished run leaves: pruned model, latency table, plot, summary."""
+        """Writes what a finished run leaves: pruned model, latency table, summary, plot."""
         if self.path is None:
             return
         if pruned is not None:
@@ -133,12 +154,12 @@ class RunFolder:
             targets = term.targets
             if term.table is not None:
                 term.table.save(self.path / LATENCY)
+        self.write_summary(summary)
         write_atomically(
             self.path / PLOT, lambda path: plot_dynamics(history, targets, summary, path)
         )
-        self.write_summary(summary)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes the summary as JSON, in place of the one that is there."""
+        """Writes the summary as JSON with its digest, in place of the one that is there."""
         if self.path is not None:
-            write_text(self.path / SUMMARY, json.dumps(summary, indent=2) + "\n")
+            write_text(self.path / SUMMARY, json.dumps(sealed_json(summary), indent=2) + "\n")

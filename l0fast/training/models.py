@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast._extras import require
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
@@ -81,6 +82,7 @@ def from_torchvision(name: str) -> bool:
     """
     if name in MODELS or ":" in name:
         return False
+    require("train", "torchvision")
     from torchvision import models
 
     if name not in models.list_models(module=models):

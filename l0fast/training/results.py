@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,33 @@ HEAD = (
     "within",
     "seconds",
 )
+
+
+NUMBERS = ("test_error_percent", "best_test_error_percent", "params_fraction", "macs_fraction")
+ASKED = ("penalty", "target_density", "target_layer_density")
+
+
+def is_summary(summary: object) -> bool:
+    """Whether something read from a file has all that a row of a table is made of."""
+    if not isinstance(summary, dict):
+        return False
+    get = summary.get
+    numbers: list[Any] = [get(name) for name in (*NUMBERS, "seconds")]
+    numbers += [get(n) for n in ("penalty", "realised_density") if get(n) is not None]
+    targets = get("target_layer_density") or {}
+    widths = get("architecture")
+    settings = get("settings")
+    return (
+        all(name in summary for name in (*ASKED, "feasible", "architecture"))
+        and all(type(value) in (int, float) and math.isfinite(value) for value in numbers)
+        and (widths is None or re.fullmatch(r"\d+(-\d+)*", str(widths)) is not None)
+        and type(get("feasible")) in (bool, type(None))
+        and isinstance(targets, dict)
+        and all(type(one) in (int, float, str) for one in targets.values())
+        and type(get("target_density")) in (int, float, str, type(None))
+        and isinstance(settings, dict)
+        and type(settings.get("penalty_per_example")) is bool
+    )
 
 
 def mean(values: Sequence[float]) -> float:

@@ -56,12 +56,15 @@ class RunState:
             optimizer=self.optimizer.state_dict(),
             term=None if self.term is None else self.term.state_dict(),
             best=self.best,
+            threads=torch.get_num_threads(),
             **({} if self.shrinking is None else self.shrinking.as_entries()),
             **rng_state(self.device),
         )
 
     def load_(self, checkpoint: Checkpoint, path: Path) -> None:
         """Goes on where a checkpoint of this run was made, in place.
+
+        What it holds is taken as it is: `Run.check` (matching.py) comes first.
 
         Raises:
             ValueError: its model has other shapes; `path` is named in the message.

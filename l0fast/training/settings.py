@@ -17,6 +17,8 @@ from l0fast.measures.measure import MEASURES
 
 METHODS = ("l0", "magnitude", "magnitude-one-shot")
 MAX_SEED = 2**32 - 1
+MOST = 2**31 - 1
+"""Epochs, and examples a batch."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +161,12 @@ class TrainerSettings:
     def _checked_numbers(self) -> dict[str, Any]:
         """All other numbers."""
         checked: dict[str, Any] = {
-            "epochs": _checks.whole("epochs", self.epochs),
-            "batch_size": _checks.whole("batch_size", self.batch_size),
+            "epochs": _checks.whole("epochs", self.epochs, 1, MOST),
+            "batch_size": _checks.whole("batch_size", self.batch_size, 1, MOST),
             "seed": _checks.whole("seed", self.seed, 0, MAX_SEED),
-            "shrink": None if self.shrink is None else _checks.whole("shrink", self.shrink),
+            "shrink": None
+            if self.shrink is None
+            else _checks.whole("shrink", self.shrink, 1, MOST),
         }
         for name in ("lr", "gate_lr", "dual_lr", "penalty", "weight_decay"):
             value = getattr(self, name)

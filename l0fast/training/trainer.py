@@ -7,6 +7,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from l0fast.training.arguments import check_arguments, json_facts
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.training.folder import RunFolder
+from l0fast.training.matching import Run
 from l0fast.training.method import lr_factor, make_optimizer, make_term
 from l0fast.training.metrics import Row, check_finite, error_percent, measure, stall_metrics
 from l0fast.training.placement import place_data, place_model_, usable_device
@@ -144,13 +146,14 @@ class Trainer:
         """
         if not self._opened:
             self.open(resume)
-        with scalar_writer(self.folder.path, self.history) as write_scalars:
-            while self.epoch < self.settings.epochs:
-                row = self._run_epoch()
-                write_scalars(row)
-                if on_epoch is not None:
-                    on_epoch(row)
-        return self._finish()
+        with closing(self.folder):
+            with scalar_writer(self.folder.path, self.history) as write_scalars:
+                while self.epoch < self.settings.epochs:
+                    row = self._run_epoch()
+                    write_scalars(row)
+                    if on_epoch is not None:
+                        on_epoch(row)
+            return self._finish()
 
     def _run_epoch(self) -> Row:
         """One epoch: settles, trains, measures, shrinks and saves; returns its metrics."""
@@ -252,22 +255,39 @@ class Trainer:
                 gates again that settling closes here. So the checkpoint from before settling is
                 kept, and closed gates are not removed.
         """
-        self._opened, self._another_follows = True, another_follows
+        self._another_follows = another_follows
         path = self.folder.open(resume)
+        try:
+            self._go_on_from(path, start_from)
+        except BaseException:
+            self.folder.close()
+            raise
+        self._opened = True
+
+    def _go_on_from(self, path: Path | None, start_from: Checkpoint | None) -> None:
+        """Takes the checkpoint of this run, or begins a new run."""
         if path is not None:
             checkpoint = Checkpoint.read(path, self.device)
             checkpoint.refuse_other_run(path, self._run_identity)
+            self._as_asked.check(checkpoint, path)
+            checkpoint.warn_of_threads()
             self.state.load_(checkpoint, path)
             self.folder.write_metrics(self.history)  # a kill may have left them an epoch behind
-        else:
-            if start_from is not None:
-                self.state.start_from_(start_from)
-            self.folder.save(self.checkpoint())
-        self.folder.remove_parts()
+            return
+        if start_from is not None:
+            self._as_asked.check_start(start_from, self.folder.path or Path("start_from"))
+            self.state.start_from_(start_from)
+        self.folder.save(self.checkpoint())
 
     def next_start(self) -> Checkpoint:
         """Where another run starts from, after `fit`: before the gates settled, or the end."""
         return self._unsettled or self.folder.read_unsettled(self.device) or self.checkpoint()
+
+    @property
+    def _as_asked(self) -> Run:
+        """What a checkpoint must fit."""
+        validation = self.data.validation is not None
+        return Run(self.state, self.settings, self.steps_per_epoch, validation, self._base_lrs)
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run as it is; its tensors are the model's own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fnmatch
 import io
 import json
 import subprocess
@@ -166,12 +167,17 @@ def test_names_select_cases() -> None:
         registry.select(cases, ["ste"])
 
 
-def test_the_sizes_that_goals_name_come_before_the_spare_ones() -> None:
-    cases = registry.cases(quick=False)
-    spare = [one.spare for one in cases]
-    assert spare == sorted(spare)
-    assert any("2^28" in one.name for one in cases if not one.spare)
-    assert all("gated_weight/cuda" in one.name for one in cases if one.spare)
+def test_cases_come_in_the_order_of_their_worth() -> None:
+    names = [one.name for one in registry.cases(quick=False) if one.device == "cuda"]
+    first = ["skipping_linear/cuda/ffn/density-", "gated_weight/cuda/", "hard_concrete/cuda/"]
+    starts = [next(i for i, name in enumerate(names) if name.startswith(one)) for one in first]
+    assert starts == [0, 3, 9]
+    assert names[9].startswith("hard_concrete/cuda/")
+    assert names.index("step/cuda/mlp") < names.index("step/cuda/resnet50")
+    assert [name.endswith("/2^28") for name in names[-6:]] == [True] * 6
+    assert names[-7].endswith("/density-0.3")
+    for pattern in (pattern for patterns in registry.FIRST + registry.LAST for pattern in patterns):
+        assert any(fnmatch.fnmatchcase(name, pattern) for name in names), pattern
 
 
 def test_bytes_an_element() -> None:
@@ -408,10 +414,11 @@ def test_red_tests_are_named_and_refuse_their_stem(
     assert isinstance(outcome, dict)
     assert set(outcome) == {"room/test_a.py", "room/test_c.py"}
     assert outcome["room/test_a.py"] == ["test_red[1]"]
-    monkeypatch.setattr(verify, "TESTS", {"a": ("room/test_a.py",), "b": ("room/test_b.py",)})
-    assert verify.verdict(["a", "b"], outcome) == {
-        "a": "its tests are red: room/test_a.py::test_red[1]"
-    }
+    tests = {"a": ("room/test_a.py",), "b": ("room/test_b.py",), "c": ("room/test_a.py",)}
+    monkeypatch.setattr(verify, "TESTS", tests)
+    red = "its tests are red: room/test_a.py::test_red[1]"
+    # Its own tests refuse a stem; what it shares with others marks it.
+    assert verify.verdict(["a", "b", "c"], outcome) == ({"a": red}, {"c": red})
 
 
 def test_no_answer_from_the_tests_refuses_everything(
@@ -422,7 +429,7 @@ def test_no_answer_from_the_tests_refuses_everything(
     assert died == "pytest ended with exit code 9 and no report"
     assert verify.run_tests(["room/test_b.py"], [], 120) == "pytest ended with exit code 5"
     assert verify.run_tests(["room/test_x.py"], [], 120) == "tests/room/test_x.py is missing"
-    assert verify.verdict(["step"], "why") == {"step": "why"}
+    assert verify.verdict(["step"], "why") == ({"step": "why"}, {})
 
 
 def test_files_run_apart_do_not_share_a_fate(
@@ -518,11 +525,17 @@ def test_the_gpu_run_tests_first_and_keeps_to_its_time(
     def tests(files: Sequence[str], limit_s: float, threads: int) -> dict[str, list[str]]:
         assert files[0].startswith("kernels/test_kernel")
         assert limit_s == 240
-        return {"kernels/test_kernel_hard_concrete.py": ["test_x"]}
+        return {
+            "kernels/test_kernel_hard_concrete.py": ["test_x"],
+            "constraints/test_constraint.py": ["test_y"],
+        }
 
-    def measured(cases: dict[str, str], *_: object, deadline: float, **__: object) -> None:
+    def measured(
+        cases: dict[str, str], emit: Any, *_: object, deadline: float, **__: object
+    ) -> None:
         kinds.update(cases.values())
         timed.extend(cases)
+        emit([Row(name, "l0fast", "cuda", p25_ms=1, p50_ms=1, p75_ms=1) for name in cases])
         times.append(deadline - time.monotonic())
 
     monkeypatch.setattr(__main__.cuda, "available", lambda: True)
@@ -541,7 +554,26 @@ def test_the_gpu_run_tests_first_and_keeps_to_its_time(
     assert all(seconds < 8 * 60 for seconds in times)
     assert "red: tests/kernels/test_kernel_hard_concrete.py: test_x" in capsys.readouterr().err
     rows = json.loads((tmp_path / "named" / "results.json").read_text())["rows"]
-    assert {row["case"].split("/")[0] for row in rows} == {"hard_concrete"}
+    of: dict[str, set[str]] = {}
+    for row in rows:
+        of.setdefault(row["status"], set()).add(registry.stem(row["case"]))
+    assert of["refused"] == {"hard_concrete"}
+    assert of["measured, UNTESTED"] == {"step"}
+    marks = {row["note"] for row in rows if row["status"] == "measured, UNTESTED"}
+    assert marks == {"UNTESTED: its tests are red: constraints/test_constraint.py::test_y"}
+
+
+def test_without_git_the_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_git", lambda *_: None)
+    for folder in ("l0fast", "kernels", "bench"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    first = report.commit()
+    assert first.startswith("sources ")
+    assert report.commit() == first
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert report.commit() != first
 
 
 @pytest.mark.parametrize("bad", [["--threads", "0"], ["--minutes", "0"], ["--minutes", "nan"]])

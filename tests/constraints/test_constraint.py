@@ -392,7 +392,9 @@ def test_a_wrapper_is_looked_through() -> None:
     same = DensityConstraint(model, {"0": 0.3, "2": 0.6})
     same.load_state_dict(constraint.state_dict())
     assert list(L0Penalty(parallel, 0.1).layers) == ["0", "2"]
-    for pruned in (prune(model, torch.randn(1, 8)), prune(parallel, torch.randn(1, 8))):
+    device = next(model.parameters()).device  # DataParallel moves a model to a GPU
+    x = torch.randn(1, 8, device=device)
+    for pruned in (prune(model, x), prune(parallel, x)):
         report: Any = pruned.report
         assert {name: g["target"] for name, g in report.groups.items()} == {"0": 0.3, "2": 0.6}
 

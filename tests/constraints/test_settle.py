@@ -34,7 +34,7 @@ from l0fast import (
     prune,
     sparsify_,
 )
-from l0fast.constraints.settle import LEAST
+from l0fast.constraints.settle import LEAST, hold_
 from l0fast.data.sets import Data
 from l0fast.layers.handle import gated_layers, own_gates
 from l0fast.measures.latency import LayerLatency
@@ -42,6 +42,7 @@ from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.folder import UNSETTLED
 from tests.helpers.capture import Stand
+from tests.helpers.counting import Counting
 from tests.helpers.draws import compact
 from tests.helpers.plain_models import READERS, NormedStream
 from tests.helpers.runs import quick, small_lenet5, small_mlp, trainer
@@ -438,6 +439,28 @@ def test_what_is_kept_stays_open_and_what_is_closed_stays_closed() -> None:
         z = layer.evaluation_gates()
         assert ((z == 0) | (z >= LEAST * 0.999)).all()
         assert (layer.log_alpha.abs() <= layer.distribution.bound).all()
+
+
+@pytest.mark.parametrize("layers", [2, 9])
+def test_many_layers_are_held_by_few_operations(layers: int) -> None:
+    model = sparsify_(nn.Sequential(*(nn.Linear(5, 5) for _ in range(layers))))
+    constraint = DensityConstraint(model, 0.5)
+    constraint.settle()
+    before = [layer.log_alpha.clone() for layer in gated_layers(model).values()]
+    with torch.no_grad():
+        for layer in gated_layers(model).values():
+            layer.log_alpha.add_(torch.randn(5).mul(0.1)).clamp_(max=20)
+    wanted = [layer.log_alpha.clone() for layer in gated_layers(model).values()]
+    for log_alpha in wanted:
+        hold_(log_alpha, HardConcrete())
+    with Counting() as counting:
+        constraint.step()
+    views = {"view", "split", "split_with_sizes", "flatten", "detach"}
+    assert sum(n for name, n in counting.calls.items() if name not in views) <= 7, counting.calls
+    got = [layer.log_alpha for layer in gated_layers(model).values()]
+    for one, expected, was in zip(got, wanted, before, strict=True):
+        assert torch.equal(one, expected)
+        assert torch.equal(one > 0, was > 0)
 
 
 def test_a_bound_that_keeps_gates_open_does_not_hold_them_here() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from l0fast._digest import KEY, check_json
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.tensorboard import TENSORBOARD
@@ -58,7 +59,8 @@ def state(out: Path) -> dict[str, Any]:
 def summary(out: Path) -> dict[str, Any]:
     """The summary, without the time it took."""
     loaded = json.loads((out / SUMMARY).read_text())
-    return {key: value for key, value in loaded.items() if not key.endswith("seconds")}
+    check_json(loaded)
+    return {k: v for k, v in loaded.items() if k != KEY and not k.endswith("seconds")}
 
 
 def pruned(out: Path) -> tuple[Any, bytes]:

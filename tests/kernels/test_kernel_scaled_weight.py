@@ -94,6 +94,38 @@ def test_strided_input_counts_elements_not_addresses() -> None:
 
 
 @kernel_test
+@pytest.mark.parametrize("dim", [0, 1, 2])
+@pytest.mark.parametrize("shape", [(50, 20, 3, 3), (7, 33, 5, 1)], ids=str)
+def test_channels_last_is_computed_where_it_lies(
+    shape: tuple[int, ...], dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from l0fast_kernels import launch, scaled_weight_backward, scaled_weight_forward
+
+    last = torch.channels_last
+    weight, dout = torch.randn(2, *shape, device=DEVICE).unbind()
+    z = torch.rand(shape[dim], device=DEVICE)
+    expected = (
+        scaled_weight_forward(weight, z, dim, torch.float32),
+        *scaled_weight_backward(dout, weight, z, dim),
+    )
+    weight, dout = weight.to(memory_format=last), dout.to(memory_format=last)
+    with guarded(launch, monkeypatch):
+        out = scaled_weight_forward(weight, z, dim, torch.float32)
+        dweight, dz = scaled_weight_backward(dout, weight, z, dim)
+    assert_written(out, dweight, dz)
+    assert out.is_contiguous(memory_format=last)
+    assert dweight.is_contiguous(memory_format=last)
+    assert torch.equal(out, expected[0])
+    assert torch.equal(dweight, expected[1])
+    torch.testing.assert_close(dz, expected[2])  # another order of the sum
+    # The gradient that arrives may lie otherwise.
+    for one, other in zip(
+        scaled_weight_backward(dout.contiguous(), weight, z, dim), (dweight, dz), strict=True
+    ):
+        assert torch.equal(one, other)
+
+
+@kernel_test
 @pytest.mark.parametrize("dim", [0, 1])
 def test_equal_input_gives_equal_bits(dim: int) -> None:
     from l0fast_kernels import scaled_weight_backward

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import tests.helpers.plain_models as plain
-from l0fast import load_pruned, prune, save_pruned, sparsify_
+from l0fast import _digest, load_pruned, prune, save_pruned, sparsify_
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.saving import KEY
 from tests import ROOT
@@ -59,8 +59,9 @@ def pruned(build: Callable[[], nn.Module], gates: str, x: Tensor, dtype: Any = N
         for layer in gated_layers(model).values():
             layer.log_alpha.normal_(-1.0, 2.0)
             layer.log_alpha.view(-1)[:2] = torch.tensor([5.0, -5.0])
-        for buffer in model.buffers():
-            buffer.copy_(torch.rand(buffer.shape) * 9)
+        for name, buffer in model.named_buffers():
+            if not name.endswith(".index"):  # of a model that was pruned before
+                buffer.copy_(torch.rand(buffer.shape) * 9)
     model.to(dtype or torch.float32)
     return prune(model.eval(), x.to(dtype) if dtype and x.is_floating_point() else x)
 
@@ -101,7 +102,7 @@ def test_one_file_holds_tensors_and_the_recipe(tmp_path: Path) -> None:
     with safe_open(path, "pt") as file:
         recipe = json.loads(file.metadata()[KEY])
         names = set(file.keys())
-    assert recipe["format"] == 1
+    assert recipe["format"] == 2
     assert recipe["layers"] == small.report.layers
     assert recipe["report"]["architecture"] == small.report.architecture
     assert names == set(small.state_dict())
@@ -188,13 +189,15 @@ def test_what_cannot_be_saved(tmp_path: Path) -> None:
 
 
 def rewritten(path: Path, change: Callable[[Any], Any]) -> Path:
-    """The file with its recipe changed."""
+    """The file with its recipe changed, and a digest that fits."""
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     recipe = json.loads(metadata[KEY])
     changed = change(recipe)
     recipe = recipe if changed is None else changed
+    if isinstance(recipe, dict) and _digest.KEY in recipe:
+        recipe[_digest.KEY] = _digest.of_json(recipe, tensors)
     other = path.with_name("other.safetensors")
     save_file(tensors, other, metadata | {KEY: json.dumps(recipe)})
     return other
@@ -224,7 +227,7 @@ def test_files_that_are_not_ours_or_not_whole(tmp_path: Path) -> None:
     save_file({"fc1.weight": torch.zeros(1)}, path, {KEY: "{"})
     refused(path, "its recipe is damaged")
     path.write_bytes(whole)
-    refused(rewritten(path, lambda recipe: recipe | {"format": 2}), "it has format 2, this version")
+    refused(rewritten(path, lambda recipe: recipe | {"format": 3}), "it has format 3, this version")
     refused(rewritten(path, lambda recipe: []), "its recipe is damaged")
     refused(rewritten(path, lambda recipe: recipe.pop("aliases") and None), "its recipe is damaged")
     changes: list[tuple[str, Any]] = [
@@ -294,3 +297,100 @@ def test_a_recipe_of_another_model(tmp_path: Path) -> None:
     refused(plain.small_lenet, "it has a module 'no.such'")
     with pytest.raises(TypeError, match=r"build_fn: got 'int'; expected a torch.nn.Module"):
         load_pruned(lambda: 3, path)  # type: ignore[arg-type, return-value]
+
+
+def damaged(path: Path, name: str, change: Callable[[Tensor], Any]) -> Path:
+    """The file with one tensor changed, and a digest that fits."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors[name] = change(tensors[name])
+    recipe = json.loads(metadata[KEY])
+    recipe[_digest.KEY] = _digest.of_json(recipe, tensors)
+    other = path.with_name("other.safetensors")
+    save_file(tensors, other, {KEY: json.dumps(recipe)})
+    return other
+
+
+def test_what_would_build_another_model_is_refused(tmp_path: Path) -> None:
+    """Indices, sizes and shapes that a recipe or a tensor could smuggle in."""
+    build, gates, x = CASES["gather and scatter"]
+    path = tmp_path / "small.safetensors"
+    small = pruned(build, gates, x)
+    save_pruned(small, path)
+    index = next(name for name in small.state_dict() if name.endswith("gather.index"))
+    for change in (lambda t: t + 10**9, lambda t: t.flip(0)):
+        with pytest.raises(ValueError, match=f"its '{index}' moves other units"):
+            load_pruned(build, damaged(path, index, change))
+    with pytest.raises(ValueError, match=r"its 'fc2.bias' is torch.int64, not torch.float32"):
+        load_pruned(build, damaged(path, "fc2.bias", lambda t: t.long()))
+
+    calls: list[int] = []
+
+    def never() -> nn.Module:
+        calls.append(1)
+        return build()
+
+    def huge(recipe: Any) -> None:
+        entry = next(entry for entry in recipe["layers"] if entry["scatter"] or entry["gather"])
+        key = "scatter" if entry["scatter"] else "gather"
+        entry[key][1] = 10**9
+
+    with pytest.raises(ValueError, match=r"recipe is damaged: ValueError: 1000000000 units of a l"):
+        load_pruned(never, rewritten(path, huge))
+    with pytest.raises(ValueError, match=r"recipe is damaged: TypeError: params is a str"):
+        load_pruned(never, rewritten(path, lambda r: r["report"].update(params="many")))
+    deep = "[" * 100_000 + "]" * 100_000
+    save_file({"a": torch.zeros(1)}, path, {KEY: deep})
+    with pytest.raises(ValueError, match=r"its recipe is damaged: RecursionError|cannot be read"):
+        load_pruned(never, path)
+    assert not calls  # refused before anything is built
+
+
+def test_an_alias_of_another_shape_is_refused(tmp_path: Path) -> None:
+    build, gates, x = CASES["tied"]
+    path = tmp_path / "small.safetensors"
+    small = pruned(build, gates, x)
+    save_pruned(small, path)
+    vector = next(name for name, value in small.state_dict().items() if value.dim() == 1)
+
+    def elsewhere(recipe: Any) -> None:
+        (alias,) = recipe["aliases"]
+        recipe["aliases"][alias] = vector
+
+    with pytest.raises(ValueError, match=r"its '[\w.]+' has shape \(\d+,\), not \(11, \d+\)"):
+        load_pruned(build, rewritten(path, elsewhere))
+
+
+def test_a_file_of_the_version_before_is_read_without_a_digest(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    small = pruned(plain.small_lenet, "auto", IMAGE)
+    save_pruned(small, path)
+    sealed = rewritten(path, lambda recipe: recipe | {"format": 1})
+    with pytest.raises(ValueError, match="format 1 and its digest do not go together"):
+        load_pruned(plain.small_lenet, sealed)
+    old = rewritten(
+        path, lambda r: {k: v for k, v in r.items() if k != _digest.KEY} | {"format": 1}
+    )
+    again: Any = load_pruned(plain.small_lenet, old)
+    assert torch.equal(again.fc2.weight, small.fc2.weight)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no umask here")
+def test_the_file_has_the_mode_of_a_new_file(tmp_path: Path) -> None:
+    before = os.umask(0o026)
+    try:
+        save_pruned(pruned(*CASES["one layer"]), tmp_path / "small.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "small.safetensors").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_disk_that_fails_is_an_oserror(tmp_path: Path, monkeypatch: Any) -> None:
+    def broken(*_: Any) -> None:
+        raise SafetensorError("I/O error: Input/output error (os error 5)")
+
+    monkeypatch.setattr("l0fast.pruning.saving.save_file", broken)
+    with pytest.raises(OSError, match=r"small.safetensors: cannot be written .*os error 5"):
+        save_pruned(pruned(*CASES["one layer"]), tmp_path / "small.safetensors")
+    assert list(tmp_path.iterdir()) == []

@@ -286,7 +286,7 @@ def test_a_model_is_compiled_whole_with_every_unit() -> None:
     model.load_state_dict(masked.state_dict())
     graphs: list[Tensor] = []
     for one in (masked, model):
-        torch.compiler.reset()
+        torch._dynamo.reset()
         compiled: Any = torch.compile(one, backend="eager", fullgraph=True)
         torch.manual_seed(1)
         graphs.append(compiled(x))
@@ -296,7 +296,7 @@ def test_a_model_is_compiled_whole_with_every_unit() -> None:
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler asks for it
 @pytest.mark.parametrize("name", ["batch norms", "a circular convolution without gates"])
 def test_a_layer_that_is_compiled_by_itself_leaves_out_the_same(name: str) -> None:
-    torch.compiler.reset()
+    torch._dynamo.reset()
     eager, x = prepared(name, True)
     set_density(eager, 0.3)
     compiled = copy.deepcopy(eager)

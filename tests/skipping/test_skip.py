@@ -549,14 +549,17 @@ class ReadsItsWidth(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x).relu()
-        return self.b(h / h.shape[-1])
+        return self.b(h) * h.shape[-1]
 
 
-def test_a_model_that_would_compute_something_else() -> None:
-    x = torch.randn(2, 6)
-    assert gates(sparsify_(ReadsItsWidth(), example_inputs=x)).skipping is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_model_that_would_compute_something_else(dtype: torch.dtype) -> None:
+    x = torch.randn(2, 6, dtype=dtype)
+    same = chain(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 5)).to(dtype)
+    assert gates(sparsify_(same, example_inputs=x, skip=True)).skipping is not None
+    assert gates(sparsify_(ReadsItsWidth().to(dtype), example_inputs=x)).skipping is None
     with pytest.raises(ValueError, match=r"expected 'auto' or False .*\(it differs by"):
-        sparsify_(ReadsItsWidth(), example_inputs=x, skip=True)
+        sparsify_(ReadsItsWidth().to(dtype), example_inputs=x, skip=True)
 
 
 @pytest.mark.parametrize("value", ["yes", None, 2])

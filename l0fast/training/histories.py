@@ -1,0 +1,120 @@
+"""Whether the rows of metrics in a checkpoint are what a run has measured."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from l0fast.training.checkpoint import EARLIER, Checkpoint
+from l0fast.training.entries import Entries
+from l0fast.training.metrics import VALIDATION, Row
+from l0fast.training.settings import TrainerSettings
+
+OF_ALL = ("epoch", "loss", "train_error_percent", "test_error_percent")
+OF_GATES = ("expected_density", "realised_density", "layers", "settled", "collapsed")
+OF_CONSTRAINTS = ("density", "measure", "feasible")
+OF_MULTIPLIERS = ("aim", "lambda", "restarts", "stalls")
+ROUNDED = 1.0 + 1e-3
+"""The most that a share may be: sums of float32 may be a little over 1."""
+
+
+def best_epoch(history: Sequence[Row], settings: TrainerSettings) -> int | None:
+    """The epoch that `RunState.keep_if_best` has kept, by the rows of the epochs."""
+    best: Row | None = None
+    for row in history:
+        may = settings.may_select(row["epoch"]) and row.get("feasible", True)
+        if may and (best is None or row[VALIDATION] <= best[VALIDATION]):
+            best = row
+    return None if best is None else best["epoch"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the rows of a run are like.
+
+    Args:
+        settings: of the run.
+        layers: names of its gated layers.
+        constraints: names of its constraints.
+        validation: whether it has a validation split; None where that is not known.
+    """
+
+    settings: TrainerSettings
+    layers: Collection[str]
+    constraints: Collection[str]
+    validation: bool | None
+
+    def check(self, entries: Entries, checkpoint: Checkpoint) -> None:
+        """Refuses rows that are not those of `checkpoint.epoch` epochs of such a run."""
+        history = checkpoint.history
+        entries.kind("history", history, list)
+        if len(history) != checkpoint.epoch:
+            entries.refuse("history", f"has {len(history)} rows, not {checkpoint.epoch}")
+        for number, row in enumerate(history, 1):
+            place = f"history.{number}"
+            entries.names(place, row)
+            # Rows of earlier versions lack some, and have others.
+            known = self._names(row)
+            if checkpoint.format != EARLIER:
+                entries.names(place, row, known)
+            for key in (*OF_ALL, *(["expected_density", "collapsed"] if self.layers else [])):
+                if key not in row:
+                    entries.refuse(place, f"has no {key!r}")
+            entries.equal(f"{place}.epoch", row["epoch"], number)
+            for key in known:
+                if key in row:
+                    self._check_value(entries, f"{place}.{key}", key, row[key])
+
+    def _names(self, row: dict[str, Any]) -> list[str]:
+        settings = self.settings
+        names = [*OF_ALL]
+        if self.validation or (self.validation is None and VALIDATION in row):
+            names.append(VALIDATION)
+        if settings.gated:
+            names += OF_GATES
+        if self.constraints:
+            names += OF_CONSTRAINTS
+        if self.constraints and settings.method == "l0":
+            names += OF_MULTIPLIERS
+        return names if settings.shrink is None else [*names, "params"]
+
+    def _check_value(self, entries: Entries, place: str, key: str, value: Any) -> None:
+        """What one metric may be."""
+        if key == "loss":
+            entries.real(place, value, 0.0)
+        elif key in ("train_error_percent", "test_error_percent", VALIDATION):
+            entries.real(place, value, 0.0, 100.0)
+        elif key in ("expected_density", "realised_density"):
+            entries.real(place, value, 0.0, ROUNDED)
+        elif key in ("density", "aim", "lambda", "restarts"):
+            entries.names(place, value, self.constraints)
+            signed = key == "lambda" and self.settings.dual == "equality"
+            for name, number in value.items():
+                entries.real(f"{place}.{name}", number, -math.inf if signed else 0.0)
+        elif key in ("feasible", "settled"):
+            entries.kind(place, value, bool)
+        elif key == "params":
+            entries.whole(place, value, 1)
+        elif key == "measure":
+            entries.equal(place, value, self.settings.measure)
+        elif key == "collapsed":
+            entries.kind(place, value, list)
+            for name in value:
+                entries.kind(f"{place}, in part,", name, str)
+        elif key == "stalls":
+            entries.names(place, value)
+            for name, words in value.items():
+                entries.kind(f"{place}.{name}", words, str)
+        elif key == "layers":
+            entries.names(place, value, self.layers)
+            for name, layer in value.items():
+                self._check_layer(entries, f"{place}.{name}", layer)
+
+    @staticmethod
+    def _check_layer(entries: Entries, place: str, layer: Any) -> None:
+        entries.names(place, layer, ("kept", "of", "expected_density"))
+        entries.whole(f"{place}.of", layer["of"], 1)
+        entries.whole(f"{place}.kept", layer["kept"], 0, layer["of"])
+        entries.real(f"{place}.expected_density", layer["expected_density"], 0.0, ROUNDED)

@@ -1,0 +1,246 @@
+"""Whether a checkpoint fits the run that goes on from it: every entry, before any is taken."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from l0fast.constraints.constraint import DensityConstraint
+from l0fast.constraints.dual import EqualityAscent
+from l0fast.constraints.magnitude import MagnitudePruning
+from l0fast.graph.computed import copied
+from l0fast.layers.draw import DRAWN, SETTLED, STAGES
+from l0fast.layers.handle import gated_layers
+from l0fast.layers.serving import INDEX
+from l0fast.measures.latency import LatencyTable
+from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.entries import Entries
+from l0fast.training.histories import Rows, best_epoch
+from l0fast.training.method import lr_factor
+from l0fast.training.removals import check_removals
+from l0fast.training.run_state import RunState
+from l0fast.training.settings import TrainerSettings
+
+NEAR = 1e-6
+"""How far a learning rate may be from the schedule's, relative to the first."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a checkpoint must fit.
+
+    Args:
+        state: of the run, as it is before anything is trained.
+        settings: of the run.
+        steps_per_epoch: of its data.
+        validation: whether it has a validation split.
+        lrs: learning rates of the optimizer's groups in the first step.
+    """
+
+    state: RunState
+    settings: TrainerSettings
+    steps_per_epoch: int
+    validation: bool
+    lrs: Sequence[float]
+
+    def check(self, checkpoint: Checkpoint, path: Path) -> None:
+        """Refuses a checkpoint of another run, or one that this run cannot have written.
+
+        Raises:
+            ValueError: with the first entry that is wrong; nothing is changed.
+        """
+        entries, settings = Entries(path), self.settings
+        entries.whole("epoch", checkpoint.epoch, 0, settings.epochs)
+        entries.equal("step", checkpoint.step, checkpoint.epoch * self.steps_per_epoch)
+        entries.real("seconds", checkpoint.seconds, 0.0)
+        if checkpoint.threads is not None:
+            entries.whole("threads", checkpoint.threads, 1)
+        term = self.state.term
+        rows = Rows(
+            settings,
+            gated_layers(self.state.model),
+            term.names if isinstance(term, DensityConstraint) else (),
+            self.validation,
+        )
+        rows.check(entries, checkpoint)
+        model, optimizer = self._as_removed(entries, checkpoint)
+        checkpoint.refuse_other_model(path, model)
+        check_model(entries, "model", checkpoint.model, model)
+        self._check_stages(entries, checkpoint)
+        self._check_best(entries, checkpoint, model)
+        self._check_term(entries, checkpoint)
+        self._check_optimizer(entries, checkpoint.optimizer, optimizer, checkpoint.step)
+        self._check_generators(entries, checkpoint)
+
+    def check_start(self, checkpoint: Checkpoint, path: Path) -> None:
+        """The same for one that this run starts from: its model, optimizer and noise are taken."""
+        entries = Entries(path, "start_from")
+        model, optimizer = self.state.model, self.state.optimizer
+        checkpoint.refuse_other_model(path, model)
+        check_model(entries, "model", checkpoint.model, model)
+        self._check_optimizer(entries, checkpoint.optimizer, optimizer, None)
+        self._check_generators(entries, checkpoint)
+
+    def _as_removed(
+        self, entries: Entries, checkpoint: Checkpoint
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """The model as small as the checkpoint's, and an optimizer of it; a copy where `shrink` has
+        removed something."""
+        model, optimizer, shrinking = self.state.model, self.state.optimizer, self.state.shrinking
+        if shrinking is None:
+            for name in ("removals", "idle"):
+                entries.equal(name, getattr(checkpoint, name), None)
+            return model, optimizer
+        if checkpoint.removals is not None:
+            names = {id(one): name for name, one in model.named_parameters()}
+            model = copied(model)
+            check_removals(entries, checkpoint.removals, model, shrinking.example)
+            parts = dict(model.named_parameters())
+            groups: list[Any] = [
+                {**group, "params": [parts[names[id(one)]] for one in group["params"]]}
+                for group in optimizer.param_groups
+            ]
+            optimizer = torch.optim.AdamW(groups)
+        idle: Any = checkpoint.idle
+        entries.names("idle", idle, ("epochs", "stuck"))
+        layers = gated_layers(model)
+        entries.names("idle.epochs", idle["epochs"], layers if idle["epochs"] else ())
+        for name, count in idle["epochs"].items():
+            like = torch.zeros(layers[name].num_gates, dtype=torch.int64)
+            entries.tensor(f"idle.epochs.{name}", count, like)
+            if bool((count < 0).any()) or bool((count > checkpoint.epoch).any()):
+                entries.refuse(f"idle.epochs.{name}", "holds no numbers of epochs")
+        entries.kind("idle.stuck", idle["stuck"], list)
+        for name in idle["stuck"]:
+            entries.kind("idle.stuck, in part,", name, str)
+            if name not in layers:
+                entries.refuse("idle.stuck", f"has an unknown {name!r}")
+        return model, optimizer
+
+    def _settled(self, checkpoint: Checkpoint) -> bool:
+        return checkpoint.epoch > self.settings.settles_at
+
+    def _check_stages(self, entries: Entries, checkpoint: Checkpoint) -> None:
+        wanted = SETTLED if self._settled(checkpoint) else DRAWN
+        for name in gated_layers(self.state.model):
+            stage = STAGES[int(checkpoint.model[f"{name}._extra_state"])]
+            entries.equal(f"model.{name}._extra_state", stage, wanted)
+
+    def _check_best(self, entries: Entries, checkpoint: Checkpoint, model: nn.Module) -> None:
+        best: Any = checkpoint.best
+        found = best_epoch(checkpoint.history, self.settings)
+        entries.equal("best.epoch", None if best is None else best["epoch"], found)
+        if best is None:
+            return
+        check_model(entries, "best.model", best["model"], model)
+
+    def _check_term(self, entries: Entries, checkpoint: Checkpoint) -> None:
+        term, saved = self.state.term, checkpoint.term
+        if term is None or saved is None:
+            if (term is None) is not (saved is None):
+                entries.refuse("term", "is None" if saved is None else "is not None")
+            return
+        own: Mapping[str, Any] = term.state_dict()
+        entries.names("term", dict(saved), own)
+        extra: dict[str, Any] = {**own["_extra_state"], "settled": self._settled(checkpoint)}
+        if isinstance(term, MagnitudePruning):
+            extra["done"] = checkpoint.step
+        got: Any = saved["_extra_state"]
+        entries.names("term._extra_state", got, extra)
+        if "latency" in extra:  # the one that it went on with: see `RunFolder.latency_table`
+            extra["latency"] = LatencyTable.from_json(extra["latency"]).as_json()
+        for name, value in extra.items():
+            entries.equal(f"term._extra_state.{name}", got[name], value)
+        may_be_negative = {"violation"}
+        if isinstance(term, DensityConstraint):
+            may_be_negative |= {*term.dual.memory} - {"restarts"}
+            if isinstance(term.dual, EqualityAscent):
+                may_be_negative.add("multiplier")
+        for name, value in own.items():
+            if name == "_extra_state":
+                continue
+            low = -math.inf if name in may_be_negative else 0.0
+            entries.tensor(f"term.{name}", saved[name], value, low)
+            if name in ("target", "dual_lr", "coefficient"):
+                entries.equal(f"term.{name}", saved[name], value)
+        if "taken" in own:
+            drawn = min(checkpoint.epoch, self.settings.settles_at) * self.steps_per_epoch
+            entries.equal("term.taken", float(saved["taken"]), float(drawn))
+
+    def _check_optimizer(
+        self, entries: Entries, saved: Any, optimizer: torch.optim.Optimizer, step: int | None
+    ) -> None:
+        """`step` is None where the learning rates are another run's."""
+        own: Mapping[str, Any] = optimizer.state_dict()
+        entries.names("optimizer", saved, own)
+        groups, wanted = saved["param_groups"], own["param_groups"]
+        entries.kind("optimizer.param_groups", groups, list)
+        entries.equal("optimizer.param_groups, in number,", len(groups), len(wanted))
+        for number, (group, like) in enumerate(zip(groups, wanted, strict=True)):
+            place = f"optimizer.param_groups.{number}"
+            entries.names(place, group, like)
+            for name in sorted(like.keys() - {"lr", "capturable"}):
+                entries.equal(f"{place}.{name}", group[name], like[name])
+            entries.kind(f"{place}.capturable", group["capturable"], bool)
+            self._check_lr(entries, place, group["lr"], number, step)
+        parameters = [one for group in optimizer.param_groups for one in group["params"]]
+        entries.kind("optimizer.state", saved["state"], dict)
+        for number, moments in saved["state"].items():
+            place = f"optimizer.state.{number}"
+            if type(number) is not int or not 0 <= number < len(parameters):
+                entries.refuse("optimizer.state", f"has an unknown {number!r}")
+            entries.names(place, moments, ("step", *MOMENTS))
+            for name, low in zip(MOMENTS, (-math.inf, 0.0), strict=True):
+                entries.tensor(f"{place}.{name}", moments[name], parameters[number].data, low)
+            taken: Any = moments["step"]
+            entries.tensor(f"{place}.step", taken, torch.zeros(()), 0.0)
+            if float(taken) != round(float(taken)):
+                entries.refuse(f"{place}.step", "is no number of steps")
+
+    def _check_lr(
+        self, entries: Entries, place: str, lr: Any, number: int, step: int | None
+    ) -> None:
+        """The rate is the schedule's; each step sets it anew, so this only shows a damage."""
+        if isinstance(lr, Tensor):  # as a CUDA graph reads it
+            entries.tensor(f"{place}.lr", lr, torch.zeros((), dtype=lr.dtype), 0.0)
+            lr = float(lr)
+        entries.real(f"{place}.lr", lr, 0.0)
+        if not step:  # not taken yet, or another run's
+            return
+        total = self.settings.epochs * self.steps_per_epoch
+        wanted = self.lrs[number] * lr_factor(self.settings, step - 1, total)
+        if abs(lr - wanted) > NEAR * self.lrs[number]:
+            entries.refuse(f"{place}.lr", f"is {lr:g}, not {wanted:g}")
+
+    def _check_generators(self, entries: Entries, checkpoint: Checkpoint) -> None:
+        entries.generator("rng", checkpoint.rng, torch.device("cpu"))
+        if self.state.device.type == "cuda" and checkpoint.cuda_rng is not None:
+            entries.generator("cuda_rng", checkpoint.cuda_rng, self.state.device)
+
+
+def check_model(entries: Entries, entry: str, saved: object, model: nn.Module) -> None:
+    """Refuses a state that is not one of this model: other names, shapes or dtypes, numbers that
+    are none, indices of other units, unknown stages of gates."""
+    own: Mapping[str, Any] = model.state_dict()
+    entries.names(entry, dict(saved) if isinstance(saved, Mapping) else saved, own)
+    assert isinstance(saved, Mapping)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    stages = {f"{name}._extra_state" for name in gated_layers(model)}
+    for name, value in own.items():
+        place, got = f"{entry}.{name}", saved[name]
+        if not isinstance(value, Tensor):
+            entries.kind(place, got, type(value))
+            continue
+        low = 0.0 if name.endswith(("running_var", "num_batches_tracked")) else -math.inf
+        entries.tensor(place, got, value, low, finite=name in parameters)
+        if name.endswith(f".{INDEX}"):
+            entries.equal(place, got, value)
+        if name in stages and not 0 <= int(got) < len(STAGES):
+            entries.refuse(place, "is no stage of gates")

@@ -1,0 +1,75 @@
+"""Whether what a checkpoint says was removed can be removed from the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from l0fast.graph.calls import Example
+from l0fast.graph.capture import is_site, layer_size
+from l0fast.layers.dense_types import kind_of
+from l0fast.layers.handle import gated_layers
+from l0fast.pruning.shrink import Removal, remove_
+from l0fast.training.entries import Entries
+
+
+def check_removals(entries: Entries, removals: object, model: nn.Module, example: Example) -> None:
+    """Carries removals out on a model, in place, each after it has been checked.
+
+    Args:
+        entries: of the checkpoint.
+        removals: its entry.
+        model: a copy of the run's, as it was at first.
+        example: of what it takes.
+
+    Raises:
+        ValueError: one of them does not fit the model as the ones before have left it.
+    """
+    entries.kind("removals", removals, list)
+    assert isinstance(removals, list)
+    for number, entry in enumerate(removals):
+        place = f"removals.{number}"
+        entries.names(place, entry, ("edits", "mends", "gates"))
+        try:
+            removal = Removal.from_json(entry)
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+            entries.refuse(place, f"is damaged ({type(error).__name__}: {error})")
+        _check_layers(entries, place, removal, model)
+        _check_gates(entries, place, entry["gates"], removal, model)
+        remove_(model, removal, example, False)
+
+
+def _check_layers(entries: Entries, place: str, removal: Removal, model: nn.Module) -> None:
+    modules = dict(model.named_modules())
+    for patch in removal.patches:
+        module: Any = modules.get(patch.name)
+        held = vars(module).get(patch.attribute) if module is not None else None
+        if type(module).__name__ != patch.kind or type(held) is not int or held != patch.value[1]:
+            entries.refuse(place, f"patches {patch.name!r}, which is none such")
+    for edit in removal.edits:
+        layer = modules.get(edit.name)
+        if layer is None or not is_site(layer) or kind_of(layer).__name__ != edit.kind:
+            entries.refuse(place, f"makes {edit.name!r} smaller, which is no {edit.kind}")
+        if layer_size(layer) != edit.size:
+            sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
+            entries.refuse(place, f"makes {edit.name!r} smaller, of {sizes}")
+        if edit.gather or edit.scatter or edit.scale:
+            entries.refuse(place, f"moves the units of {edit.name!r}")
+
+
+def _check_gates(
+    entries: Entries, place: str, gates: Any, removal: Removal, model: nn.Module
+) -> None:
+    """The gates that stay are those of the units that stay."""
+    layers, by_name = gated_layers(model), {edit.name: edit for edit in removal.edits}
+    entries.names(f"{place}.gates", gates)
+    wanted: dict[str, list[int]] = {}
+    for name, layer in layers.items():
+        edit = by_name.get(name)
+        if edit is None or layer.gates == "weight":
+            continue
+        units = edit.inputs if layer.gates == "input" else edit.outputs
+        if units is not None:
+            wanted[name] = sorted({unit // layer.units for unit in units})
+    entries.equal(f"{place}.gates", gates, wanted)
