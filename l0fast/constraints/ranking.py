@@ -12,6 +12,7 @@ from l0fast.layers.branch import BranchGate
 from l0fast.layers.dense_types import inputs_first
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import sharing
+from l0fast.layers.rms_norm import GatedRMSNorm
 
 
 def magnitudes(layer: Gated) -> Tensor:
@@ -20,6 +21,8 @@ def magnitudes(layer: Gated) -> Tensor:
     Within a layer it ranks units as the L2 norm of their weights does. Of a single weight it is the
     absolute value.
     """
+    if isinstance(layer, GatedRMSNorm):  # it does not see what else its gates control
+        return full(layer.factors()).abs()
     squares = full(layer.weight.detach()).square()
     if layer.gates == "weight":
         return squares.sqrt()

@@ -91,7 +91,7 @@ def settle_(
     if handle.settled:
         return
     layers = handle.layers
-    kept = choose(layers, budgets, fill=True)
+    kept = choose(layers, budgets, fill=True, uniform=handle.uniform)
     limited = {name for one in budgets for name in one.layers}
     owners = gate_owners(layers)
     for name in own_gates(layers):

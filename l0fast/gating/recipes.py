@@ -22,6 +22,7 @@ from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 from l0fast.layers.dense_types import is_linear
+from l0fast.layers.rms_norm import GatedRMSNorm
 from l0fast.layers.serving import Share
 
 BASE = ".base_layer"
@@ -115,7 +116,7 @@ def by_structure(
 
 
 def _makes(layer: nn.Module) -> bool:
-    return not is_carrier(layer)
+    return not is_carrier(layer) and not isinstance(layer, nn.Embedding)
 
 
 class _Recipe:
@@ -131,6 +132,8 @@ class _Recipe:
         """Class of units -> the layers that make it."""
         self.reads: dict[str, set[int]] = {}
         """Layer -> the classes of units that it reads."""
+        self.streams: set[int] = set()
+        """Classes of units that have gates in the norms of a residual stream."""
         self.carried: set[int] = set()
         """Classes of units that a norm or a convolution in groups passes on."""
         self.vectors: dict[str, Tensor] = {}
@@ -140,6 +143,8 @@ class _Recipe:
             found = [] if units is None else self._classes(units.labels)
             if is_carrier(sites[name].layer):
                 self.carried.update(found)
+                if isinstance(sites[name].layer, GatedRMSNorm):
+                    self.streams.update(found)
                 continue
             self.reads[name] = set(found)
             for one in found:
@@ -211,6 +216,8 @@ class _Recipe:
         found: set[int] = set(classes.tolist())
         if self.stays in found:
             return Choice("", f"what it reads must stay: {self.walk.reasons(units.labels)}")
+        if found & self.streams:
+            return Choice("", "what it reads has gates, in the norms")
         if found <= self.closed_by_maker:
             return Choice("input") if linear else Choice("", "what it reads has gates")
         vector = self.vectors.get(site.name)

@@ -169,15 +169,19 @@ class Chosen(NamedTuple):
 
 
 def choose(
-    model: nn.Module, gates: str, layers: dict[str, nn.Module], example: Example | None
+    model: nn.Module,
+    gates: str,
+    layers: dict[str, nn.Module],
+    example: Example | None,
+    structure: Structure | None = None,
 ) -> Chosen:
-    """Where the gates of some layers go."""
+    """Where the gates of some layers go; with the model's structure, where it is known."""
     if gates != "auto":
         return Chosen({name: Choice(gates) for name in layers})
     if example is None:
         note = "each layer by itself: no example_inputs, so the model's structure is not known"
         return Chosen(without_structure(layers), note=note)
-    structure = Structure.of(model, example)
+    structure = structure or Structure.of(model, example)
     if structure.trace is None:
         note = f"each layer by itself: torch.export refuses the model, {structure.failure}"
         return Chosen(without_structure(layers), structure, note)

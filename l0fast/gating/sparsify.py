@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, NoReturn, overload
+from typing import Any, Literal, overload
 
 from torch import nn
 
-from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
+from l0fast.gating.checks import (
+    check_call,
+    check_weights,
+    check_widths,
+    initial_densities,
+    refuse_none,
+)
 from l0fast.gating.depth import (
     branch_rows,
     check_depth,
@@ -17,7 +23,8 @@ from l0fast.gating.depth import (
     put_branches,
     refuse_no_branches,
 )
-from l0fast.gating.recipes import Choice, GateTable
+from l0fast.gating.hidden import hidden_gates, refuse_hidden
+from l0fast.gating.recipes import GateTable
 from l0fast.gating.selection import (
     UNFOLLOWED,
     ModelT,
@@ -28,7 +35,6 @@ from l0fast.gating.selection import (
     fused_rows,
     gated_inside,
     matcher,
-    per_layer,
     row_of,
     run_by,
     with_ordinary_attention,
@@ -36,13 +42,10 @@ from l0fast.gating.selection import (
 from l0fast.graph.branches import Branch
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import why_computed
-from l0fast.graph.sharding import refuse_shared
 from l0fast.graph.sites import replace, unchanged_if_refused
-from l0fast.layers.dense_types import inner_dims
-from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import gated_type_of
 from l0fast.layers.handle import gated_layers, note_adapters
-from l0fast.layers.options import GATES
+from l0fast.layers.rms_norm import gated_norm
 from l0fast.layers.sampling import attach_draw
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.skipping.attach import attach_skipping, stop_skipping
@@ -62,6 +65,8 @@ def sparsify_(
     depth: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
+    hidden: bool = False,
+    uniform: bool = False,
     dry_run: Literal[False] = False,
 ) -> ModelT: ...
 
@@ -80,6 +85,8 @@ def sparsify_(
     depth: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
+    hidden: bool = False,
+    uniform: bool = False,
     dry_run: Literal[True],
 ) -> GateTable: ...
 
@@ -97,6 +104,8 @@ def sparsify_(
     depth: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
+    hidden: bool = False,
+    uniform: bool = False,
     dry_run: bool = False,
 ) -> nn.Module | GateTable:
     """Puts gates on a model's linear and convolution layers, in place, and returns the model.
@@ -144,6 +153,14 @@ def sparsify_(
             nowhere. Needs `example_inputs`. On a GPU chains of linear layers alone are skipped by
             kernels that ask nobody; in a model with convolutions the host waits for the gates once
             a step.
+        hidden: whether the hidden width has gates, too: one for each channel of a residual stream,
+            shared by all its RMS norms. What writes into the stream (embeddings, the last layers
+            of attention and MLP) and what reads it gets smaller with it. Needs gates="auto",
+            `example_inputs`, and RMS norms in front of all that reads the stream: a layer norm
+            takes the mean of all channels, so that none can go alone.
+        uniform: whether layers that repeat, as in the blocks of a transformer, shall keep as many
+            units each when the gates settle and in `prune`, so that a configuration can say it by
+            one number.
         dry_run: change nothing, and return a table of what would have gates and why the others
             would not; it prints as a table.
 
@@ -154,19 +171,23 @@ def sparsify_(
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
-    _check_call(model, gates, density_init, droprate_init, example_inputs, skip)
+    check_call(model, gates, density_init, droprate_init, example_inputs, skip)
     check_depth(depth, gates, noise, example_inputs)
+    check_widths(hidden, uniform, gates, noise, example_inputs)
     example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}
     twin, fused = model, dict[str, str]()
     if gates == "auto" and example is not None:
         twin, calls, fused = with_ordinary_attention(model, example)
     considered, computed = _considered(twin, include, exclude, example)
-    for name, layer in considered.items():
-        if not layer.get_parameter("weight").numel():
-            _checks.refuse(f"model.{name}", "no weights", "layers with weights; exclude this one")
-    chosen = choose(twin, gates, considered, example)
-    choices = chosen.choices
+    check_weights(considered)
+    stream = None if not hidden or example is None else hidden_gates(twin, example)
+    if stream is None:
+        chosen = choose(twin, gates, considered, example)
+    else:
+        chosen = choose(stream.model, gates, considered, example, stream.structure)
+        considered |= {name: twin.get_submodule(name) for name in stream.choices}
+    choices = chosen.choices | ({} if stream is None else dict(stream.choices))
     branches, refused, may = list[Branch](), dict[str, str](), {*considered, *gated_layers(model)}
     if depth and example is not None:
         branches, refused = find_branches(twin, chosen.structure, example, may)
@@ -175,14 +196,16 @@ def sparsify_(
         rows += [computed_row(name, layer) for name, layer in computed.items()]
         rows += branch_rows(twin, branches, refused)
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
+    if stream is not None and not stream.controls:
+        refuse_hidden(model, stream)
     if chosen.structure is not None and chosen.structure.trace is None:
         warnings.warn(f"sparsify_: {chosen.note}; {UNFOLLOWED}", stacklevel=2)
     if depth and not branches:
         refuse_no_branches(refused)
     names = [name for name in considered if choices[name].gates]
     if not names and not branches and not gated_layers(model):
-        _refuse_none(model, gates, choices, considered, computed)
-    initial = _initial(names, choices, density_init, droprate_init)
+        refuse_none(model, gates, choices, considered, computed)
+    initial = initial_densities(names, choices, density_init, droprate_init)
 
     with unchanged_if_refused(model):
         stop_skipping(model)
@@ -191,15 +214,19 @@ def sparsify_(
         layers = {name: model.get_submodule(name) for name in names}
         gated: dict[str, Any] = {}
         for name, layer in layers.items():
-            density, droprate = initial[name]
+            start = (*initial[name], distribution)
+            shared = gated.get(choices[name].shared)
+            if stream is not None and name in stream.controls:
+                gated[name] = gated_norm(layer, stream.controls[name], shared, *start)
+                continue
             gated[name] = gated_type_of(layer).from_dense(
                 layer,
                 gates=choices[name].gates,
                 units=choices[name].units,
-                shared=gated.get(choices[name].shared),
+                shared=shared,
                 share=choices[name].share,
-                density_init=density,
-                droprate_init=droprate,
+                density_init=start[0],
+                droprate_init=start[1],
                 distribution=distribution,
                 noise=noise,
             )
@@ -207,34 +234,12 @@ def sparsify_(
         put_branches(model, branches, density_init, distribution)
         note_adapters(model)
         handle = attach_draw(model)
+        handle.uniform |= uniform
         if chosen.structure is not None:
             handle.structure = chosen.structure
         if example is not None:
             attach_skipping(model, example, skip)
     return model
-
-
-def _check_call(
-    model: object,
-    gates: object,
-    density_init: object,
-    droprate_init: object,
-    example_inputs: object,
-    skip: object,
-) -> None:
-    """Refuses what is wrong whatever the model is made of."""
-    if not isinstance(model, nn.Module):
-        _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
-    if inner_dims(model) is not None and not isinstance(model, Gated):
-        wanted = f"a model that contains layers (or {gated_type_of(model).__name__}.from_dense)"
-        _checks.refuse("model", f"a single {type(model).__name__}", wanted)
-    refuse_shared(model)
-    _checks.one_of("gates", gates, ("auto", *GATES))
-    _checks.auto_or_bool("skip", skip)
-    if skip is True and example_inputs is None:
-        _checks.refuse("skip", skip, "'auto' or False without example_inputs")
-    if density_init is not None and droprate_init is not None:
-        _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
 
 
 def _considered(
@@ -259,47 +264,3 @@ def _considered(
         layers = {name: layer for name, layer in layers.items() if id(layer) in reached}
     computed = {name: layer for name, layer in layers.items() if name in barred}
     return {name: layer for name, layer in layers.items() if name not in barred}, computed
-
-
-def _refuse_none(
-    model: nn.Module,
-    gates: str,
-    choices: Mapping[str, Choice],
-    considered: Mapping[str, nn.Module],
-    computed: Mapping[str, nn.Module],
-) -> NoReturn:
-    """Says why no layer is left to gate."""
-    if considered:
-        reasons = {name: choices[name].reason for name in considered}
-        # What stops the others says more than that a layer reads the model's input.
-        told = (name for name, why in reasons.items() if "the model's input" not in why)
-        name = next(told, next(iter(reasons)))
-        expected = (
-            f"a model in which units can go ({name!r}: {reasons[name]}); or 'input', 'output' or "
-            "'weight', with include= for the layers whose full size may stay around their gates"
-        )
-        _checks.refuse("gates", gates, expected)
-    expected = "a model with a Linear or conv layer to gate"
-    for name, layer in list(computed.items())[:1]:
-        expected += f" ({name!r}: {why_computed(layer)})"
-    _checks.refuse("model", type(model).__name__, expected)
-
-
-def _initial(
-    names: list[str],
-    choices: Mapping[str, Choice],
-    density_init: float | Mapping[str, float] | None,
-    droprate_init: float | Mapping[str, float] | None,
-) -> dict[str, tuple[float | None, float | None]]:
-    """Name -> (density_init, droprate_init) of a layer; one for those that share their gates."""
-    densities = per_layer("density_init", density_init, names)
-    droprates = per_layer("droprate_init", droprate_init, names)
-    if isinstance(density_init, Mapping):
-        densities = {n: DENSITY_INIT if value is None else value for n, value in densities.items()}
-    for name in names:
-        owner = choices[name].shared
-        for option, of in (("density_init", densities), ("droprate_init", droprates)):
-            if owner and of[name] != of[owner]:
-                expected = f"one number for {owner!r} and {name!r}, which share their gates"
-                _checks.refuse(option, [of[owner], of[name]], expected)
-    return {name: (densities[name], droprates[name]) for name in names}

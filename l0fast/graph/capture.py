@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +14,10 @@ from l0fast.graph.calls import Example
 from l0fast.graph.computed import own_weights
 from l0fast.graph.exporting import LOCK, plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
-from l0fast.graph.tensors import ChannelTensor, added, channel_tensors
+from l0fast.graph.tensors import ChannelTensor, channel_tensors
+from l0fast.graph.trace import Trace
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out
+from l0fast.layers.rms_norm import GatedRMSNorm, StandIn, form_of
 
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 """Classes of batch norms."""
@@ -58,6 +58,8 @@ _CALLS: dict[type[nn.Module], _Call] = {
     **dict.fromkeys(_INSTANCE_NORMS, _Call("aten::instance_norm", 1, "weight")),
     nn.GroupNorm: _Call("aten::group_norm", 2, "weight"),
     nn.PReLU: _Call("aten::prelu", 1, "weight"),
+    StandIn: _Call("aten::rms_norm", 2, "weight"),
+    nn.Embedding: _Call("aten::embedding", 0, "weight", input=1),
 }
 _IN_OUT_CALL = _Call("aten::addmm", 2, "weight", input=1)
 
@@ -87,7 +89,9 @@ def is_channelwise(module: nn.Module) -> bool:
 
 
 def is_site(module: nn.Module) -> bool:
-    """Whether a module is one that can be made smaller."""
+    """Whether a module is one that can be made smaller, in any model; see `sites_in`."""
+    if isinstance(module, (GatedRMSNorm, StandIn)):
+        return True
     if not own_weights(module):
         return False
     if isinstance(module, NORMS):
@@ -99,6 +103,29 @@ def is_site(module: nn.Module) -> bool:
     return inner_dims(module) is not None and module._parameters["weight"] is not None
 
 
+def sites_in(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> module, of those in a model that can be made smaller: embeddings only where they may
+    write into a residual stream that has gates."""
+    modules = dict(model.named_modules())
+    stream = any(isinstance(module, (GatedRMSNorm, StandIn)) for module in modules.values())
+    return {
+        name: module
+        for name, module in modules.items()
+        if is_site(module)
+        or (stream and isinstance(module, nn.Embedding) and own_weights(module, ["weight"]))
+    }
+
+
+def is_rms_norm(layer: nn.Module) -> bool:
+    """Whether a layer is an RMS norm with a weight for each channel, gated or not."""
+    return isinstance(layer, StandIn) or form_of(layer) is not None
+
+
+def can_be_edited(layer: nn.Module) -> bool:
+    """Whether a layer is of a class that a recipe may make smaller."""
+    return is_site(layer) or isinstance(layer, nn.Embedding) or is_rms_norm(layer)
+
+
 def groups_of(layer: nn.Module) -> int:
     """How many groups of channels a layer has that can only vanish as wholes; of one that treats
     each channel alone, one for each."""
@@ -108,9 +135,9 @@ def groups_of(layer: nn.Module) -> int:
 
 
 def is_carrier(layer: nn.Module) -> bool:
-    """Whether a layer passes its channels on: a norm of channels, slopes, or a convolution in
-    groups of them."""
-    return is_channelwise(layer) or getattr(layer, "groups", 1) > 1
+    """Whether a layer passes its channels on: a norm of channels, an RMS norm of a stream, slopes,
+    or a convolution in groups of them."""
+    return is_channelwise(layer) or getattr(layer, "groups", 1) > 1 or is_rms_norm(layer)
 
 
 def train_but_norms(model: nn.Module) -> None:
@@ -130,6 +157,10 @@ def layer_size(layer: nn.Module) -> tuple[int, int]:
         return layer.nx, layer.nf  # type: ignore[return-value]
     if isinstance(layer, nn.Linear):
         return layer.in_features, layer.out_features
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    if is_rms_norm(layer):
+        return (layer._parameters["weight"].numel(),) * 2  # type: ignore[union-attr]
     return layer.in_channels, layer.out_channels  # type: ignore[return-value]
 
 
@@ -143,63 +174,14 @@ def resize_(layer: Any, inputs: int, outputs: int) -> None:
     if name := _size_name(layer):
         setattr(layer, name, outputs)
         return
-    if is_in_out(layer):
+    if isinstance(layer, nn.Embedding):
+        layer.embedding_dim = outputs
+    elif is_in_out(layer):
         vars(layer).update(nx=inputs, nf=outputs)
         return
     unit = "features" if isinstance(layer, nn.Linear) else "channels"
     setattr(layer, f"in_{unit}", inputs)
     setattr(layer, f"out_{unit}", outputs)
-
-
-@dataclass
-class Trace:
-    """An exported model: its graph, and which layers' own calls its nodes are.
-
-    Layers are those that can be made smaller.
-    """
-
-    nodes: list[Node]
-    """Of its graph, in order; of several, one after another."""
-    calls: dict[Node, str]
-    callers: dict[Node, str]
-    """Node -> the innermost module in whose forward it is."""
-    inputs: set[Node]
-    """The nodes that are the model's own inputs, or those of its parts."""
-    read_outside: set[str]
-    """Layers whose weights something other than their own call reads."""
-    unread: set[str]
-    """Layers that run, and whose output reaches no output of the model."""
-    held: dict[Node, str] = field(default_factory=dict)
-    """Node -> the tensor with a number for each channel that it stands for."""
-    parts: tuple[str, ...] = ()
-    """The modules whose graphs these are, each for itself; () for the whole model's."""
-    counts: Counter[str] = field(init=False)
-    """How often each layer is called, and such a tensor read."""
-    added: set[str] = field(init=False)
-    """Such tensors that do more than multiply."""
-
-    def __post_init__(self) -> None:
-        self.counts = self.calls_of() + Counter(self.held.values())
-        self.added = added(self.nodes, self.held, self.inputs)
-
-    def calls_of(self) -> Counter[str]:
-        """How often each layer is called."""
-        return Counter(self.calls.values())
-
-    @classmethod
-    def of_parts(cls, parts: Mapping[str, Trace]) -> Trace:
-        """The graphs of several modules, by name, as one."""
-        traces = parts.values()
-        return cls(
-            [node for trace in traces for node in trace.nodes],
-            {node: name for trace in traces for node, name in trace.calls.items()},
-            {node: name for trace in traces for node, name in trace.callers.items()},
-            set().union(*(trace.inputs for trace in traces)),
-            set().union(*(trace.read_outside for trace in traces)),
-            set().union(*(trace.unread for trace in traces)),
-            {node: name for trace in traces for node, name in trace.held.items()},
-            tuple(parts),
-        )
 
 
 def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -> Trace:
@@ -228,6 +210,7 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     whole = model if whole is None else whole
     modules = dict(whole.named_modules(remove_duplicate=False))
     names = {id(module): name for name, module in whole.named_modules()}
+    sites = set(map(id, sites_in(whole).values()))
     inside = f"{names[id(model)]}." if names[id(model)] else ""
     held_at = {
         node: inside + name
@@ -251,7 +234,7 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     def is_call(node: Node, caller: nn.Module) -> bool:
         """Whether a node is the own call of the layer in whose forward it is."""
         call = _call_of(caller)
-        if call is None or op_name(node) != call.op or not is_site(caller):
+        if call is None or op_name(node) != call.op or id(caller) not in sites:
             return False
         if isinstance(caller, nn.GroupNorm) and node.args[1] != caller.num_groups:
             return False
@@ -273,8 +256,8 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     read_outside: set[str] = set()
     for node in program.graph.nodes:
         held_by = holder(node)
-        if held_by is None or not is_site(held_by[0]):
-            continue
+        if held_by is None or id(held_by[0]) not in sites or not tensor(*held_by).dim():
+            continue  # a number of its own, such as a scale of embeddings, follows no size
         # A higher-order op (a region under autocast or no_grad) may hold the layer's own call.
         foreign = (user for user in node.users if user not in calls)
         if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
@@ -288,5 +271,5 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     inputs = {node for node in program.graph.nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
     nodes = list(program.graph.nodes)
-    held = channel_tensors(whole, nodes, held_at, inputs, is_site)
+    held = channel_tensors(whole, nodes, held_at, inputs, lambda module: id(module) in sites)
     return Trace(nodes, calls, callers, inputs, read_outside, unread, held)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast.graph.capture import NORMS, groups_of, is_channelwise
+from l0fast.graph.capture import NORMS, groups_of, is_channelwise, is_rms_norm
 from l0fast.graph.sites import Site
 from l0fast.graph.units import Ties, Units, unknown
 
@@ -34,6 +34,9 @@ def passed_on(site: Site, units: Units, ties: Ties, untold: bool) -> tuple[Tenso
     nothing = unknown((len(site.writes),)).constant
     if isinstance(layer, NORMS):
         return units.labels, nothing if untold else _normed(layer, units.constant)
+    if is_rms_norm(layer):
+        constant = torch.where(units.constant == 0, 0.0, nothing)
+        return units.labels, torch.where(site.writes, constant, 0.0)
     if isinstance(layer, nn.PReLU):
         return units.labels, torch.where(units.constant == 0, 0.0, nothing)
     if getattr(layer, "running_mean", None) is not None:  # an InstanceNorm that has counted

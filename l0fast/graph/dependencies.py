@@ -116,6 +116,8 @@ class GateDependencies:
         ]
         several = torch.zeros_like(walk.classes)
         """Gates on outputs, by class."""
+        only = torch.full_like(walk.classes, self.always)
+        """The gate found last, by class."""
         gated: list[str] = []
         for name in followed:
             self.classes[name] = walk.classes[walk.outputs[name]]
@@ -124,7 +126,10 @@ class GateDependencies:
             own = self.writes[name] < self.always
             if bool(own.any()):
                 gated.append(name)
-                several += self.classes[name][own].bincount(minlength=len(several))
+                classes, gates = self.classes[name][own], self.writes[name][own]
+                other = only[classes] != gates  # norms of one stream have the same
+                several += classes[other].bincount(minlength=len(several))
+                only[classes] = gates
         # Where a class of units has several, what each of them does is found apart.
         shared = [n for n in gated if bool((several[self.classes[n]] > 1).any())]
         own = {name: self.writes[name] < self.always for name in gated}

@@ -276,10 +276,8 @@ class Liveness:
 
     def _fit(self, extent: Extent, site: Site, present: Tensor) -> None:
         """Gives a layer what is left of the units that arrive and leave."""
-        units, outputs = (
-            self.walk.inputs[site.name],
-            self.walk.classes[self.walk.outputs[site.name]],
-        )
+        units = self.walk.inputs[site.name]
+        outputs = self.walk.classes[self.walk.outputs[site.name]]
         extent.leaves = present[outputs]
         arrives = None if units is None else present[self.walk.classes[units.labels]]
         if is_carrier(site.layer):
@@ -288,10 +286,14 @@ class Liveness:
                 arrives = extent.leaves
             if arrives is not None:
                 extent.arrives = extent.columns = arrives
+            if site.local:  # its gates say what its statistic counts
+                extent.rows = extent.leaves & site.writes
+                extent.columns = extent.arrives & site.writes
             return
         extent.rows = extent.leaves & self.live[outputs] & site.writes
         if arrives is not None:
-            extent.arrives, extent.columns = arrives, self.columns[site.name].clone()
+            columns = arrives if site.bound else self.columns[site.name].clone()
+            extent.arrives, extent.columns = arrives, columns
             if not bool(extent.columns.any()):
                 extent.columns[extent.arrives.nonzero()[0]] = True
             gone = site.reads & ~extent.columns

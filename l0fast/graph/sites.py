@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast.graph.capture import Trace, is_carrier, is_site, layer_size
+from l0fast.graph.capture import Trace, is_carrier, layer_size, sites_in
 from l0fast.graph.computed import copied
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
 from l0fast.layers.dense_types import TRANSPOSED, kind_of
+from l0fast.layers.draw import Drawn
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.hooks import foreign_hooks
+from l0fast.layers.rms_norm import GatedRMSNorm
 
 NOT_RUN = "it does not run in evaluation"
 """Why a layer stays that the example does not reach."""
@@ -43,6 +45,9 @@ class Site:
     """Whether an input that is constant can be made part of its bias."""
     gate: Tensor | None = None
     """[out] the gates on its outputs, which multiply its bias."""
+    bound: bool = False
+    """Whether its weight is another layer's too, whose units go with its own: the outputs of an
+    embedding are the inputs of a head."""
 
     @property
     def kind(self) -> str:
@@ -69,11 +74,19 @@ def light_copy(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def without_gates(model: nn.Module) -> Generator[nn.Module]:
+def without_gates(model: nn.Module, exported: bool = False) -> Generator[nn.Module]:
     """The model with ordinary layers for its gated ones, of the very parameters; after it, the
-    gated ones are back."""
+    gated ones are back.
+
+    Args:
+        model: with gates.
+        exported: each gated norm is one op, whatever its code, see `StandIn`.
+    """
     layers = list(gated_layers(model).values())
-    plain = [layer.dense() for layer in layers]
+    plain = [
+        layer.stand_in() if exported and isinstance(layer, GatedRMSNorm) else layer.dense()
+        for layer in layers
+    ]
     try:
         yield replace(model, {id(layer): one for layer, one in zip(layers, plain, strict=True)})
     finally:
@@ -131,6 +144,16 @@ def tied_modules(model: nn.Module) -> dict[str, str]:
     return tied
 
 
+def is_bound(layer: nn.Module, sites: Collection[nn.Module]) -> bool:
+    """Whether a layer is an embedding with one weight for itself and a head, or that head, and the
+    embedding is one of the sites."""
+    weight = layer._parameters.get("weight")
+    sharing = [one for one in sites if one._parameters.get("weight") is weight]
+    embeddings = [one for one in sharing if isinstance(one, nn.Embedding)]
+    heads = [one for one in sharing if kind_of(one) is nn.Linear and not isinstance(one, Drawn)]
+    return len(embeddings) > 0 and len(embeddings) + len(heads) == len(sharing) > 1
+
+
 def _has_bias_for_all(layer: nn.Module) -> bool:
     """Whether a constant input adds the same everywhere, to a bias: it is not padded with zeros.
 
@@ -155,25 +178,24 @@ def find_sites(
         full: layers that must not get smaller -> why.
     """
     sites: dict[str, Site] = {}
-    for name, layer in model.named_modules():
-        if not is_site(layer):
-            continue
+    found = sites_in(model)
+    for name, layer in found.items():
         inputs, outputs = layer_size(layer)
-        local = False
+        local, bound = False, name in tied and is_bound(layer, found.values())
         if name in full:
             fixed = full[name]
-        elif name in tied:
+        elif name in tied and not bound:
             fixed = tied[name]
         elif trace is not None and name in trace.read_outside:
             fixed = "its weight is also read outside of its own call"
         elif foreign_hooks(layer):
             fixed = "it has hooks"
         else:
-            local = not is_carrier(layer)
+            local = not bound and (not is_carrier(layer) or isinstance(layer, GatedRMSNorm))
             fixed = "" if trace is None or trace.counts[name] else NOT_RUN
         reads, writes = (torch.ones(size, dtype=torch.bool) for size in (inputs, outputs))
         folds = not fixed and not is_carrier(layer) and _has_bias_for_all(layer)
-        sites[name] = Site(name, layer, reads, writes, fixed, local, folds)
+        sites[name] = Site(name, layer, reads, writes, fixed, local, folds, bound=bound)
     for name in () if trace is None else trace.held.values():
         held = channel_tensor(model, name)
         if held is not None:

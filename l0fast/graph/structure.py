@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
-from l0fast.graph.capture import Trace, export, is_site, train_but_norms
+from l0fast.graph.capture import Trace, export, sites_in, train_but_norms
 from l0fast.graph.parts import export_parts
 from l0fast.graph.sites import without_gates
 from l0fast.layers.dense_types import kind_of
@@ -19,7 +19,7 @@ from l0fast.layers.handle import gates
 from l0fast.layers.serving import INDEX
 from l0fast.layers.ties import GATES
 
-_OF_GATES = {"gates", "noise", "units", "stage", "training"}
+_OF_GATES = {"gates", "noise", "units", "stage", "training", "controls"}
 """Attributes of layers that do not change a plain model's structure."""
 
 Fingerprint = tuple[Any, ...]
@@ -70,8 +70,8 @@ def _in_training(plain: nn.Module, example: Example, trace: Trace) -> tuple[bool
     ran: list[str] = []
     hooks = [
         module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
-        for name, module in plain.named_modules()
-        if is_site(module) and not trace.counts[name]
+        for name, module in sites_in(plain).items()
+        if not trace.counts[name]
     ]
     if not hooks:
         return False, None
@@ -115,7 +115,7 @@ class Structure:
         """
         made_from, refusal = fingerprint(model, example), ""
         trace: Trace | None = None
-        with evaluating(model), without_gates(model) as plain:
+        with evaluating(model), without_gates(model, exported=True) as plain:
             try:
                 trace = export(plain, example)
             except Exception as failure:
@@ -123,7 +123,7 @@ class Structure:
         if refusal:
             with own_randomness(model), evaluating(model):
                 example.copy().try_on(model)
-        with evaluating(model), own_randomness(model), without_gates(model) as plain:
+        with evaluating(model), own_randomness(model), without_gates(model, exported=True) as plain:
             if refusal:
                 trace = export_parts(plain, example)
             more = (False, None) if trace is None else _in_training(plain, example, trace)

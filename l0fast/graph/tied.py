@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS, Units, narrowed
 
 
@@ -73,6 +74,30 @@ class Tied:
         for units in followed:
             self.tie(units.labels, followed[0].labels if whole else torch.tensor(STAYS), reason)
         return followed if whole else []
+
+    def bind(
+        self,
+        sites: Iterable[Site],
+        made: Mapping[str, Tensor],
+        inputs: Mapping[str, Units | None],
+    ) -> None:
+        """Ties what an embedding makes to what the head reads that has the same weight."""
+        embeddings: dict[int, Tensor] = {}
+        bound = [site for site in sites if site.bound]
+        for site in bound:
+            if site.name in made and isinstance(site.layer, nn.Embedding):
+                key = id(site.layer.weight)
+                first = embeddings.setdefault(key, made[site.name])
+                self.tie(made[site.name], first, "its weight is another embedding's")
+        for site in bound:
+            if isinstance(site.layer, nn.Embedding):
+                continue
+            units, rows = inputs.get(site.name), embeddings[id(site.layer._parameters["weight"])]
+            reason = f"its weight is that of {site.name!r}"
+            if units is None:
+                self.pin(rows, reason)
+            else:
+                self.tie(rows, units.labels, reason)
 
     def _least(self) -> Tensor:
         """Unit -> the least unit of its class."""

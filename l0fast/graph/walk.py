@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from l0fast import _checks
@@ -120,11 +120,12 @@ class Walk(Tied):
         unread = self.trace.unread
         for name in unread & self.outputs.keys():  # they may be read in training
             self.pin(self.made_only_by(unread, self.outputs[name]), UNREAD)
-        several: dict[str, list[Units]] = {}  # layer called more than once -> its inputs, by call
+        several: dict[str, list[Units]] = {}  # layer called again -> its inputs, by call
         for name, number in self.trace.counts.items():
             if number > 1:
                 calls = [node for node, called in self.trace.calls.items() if called == name]
                 several[name] = self.join(name, [self._arrive[node] for node in calls])
+        self.bind(self.sites.values(), self.made, self.inputs)
         self.classes = self._parent = self._least()
         self.tainted, self.restless = torch.zeros(2, len(self._maker), dtype=torch.bool)
         """Units that are no longer sure to be zero where they were, and that are no longer sure to
@@ -181,9 +182,10 @@ class Walk(Tied):
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
         source: Any = node.args[input_place(site.layer)]
+        embeds = isinstance(site.layer, nn.Embedding)  # indices, which are no units
         inner, shape, made = inner_dims(site.layer) or 0, shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
-        if shape is not None and source in self.values:
+        if shape is not None and source in self.values and not embeds:
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
             units = self.values[source].along(dim)
             if units is None or self.is_held(units.labels):
@@ -225,15 +227,13 @@ class Walk(Tied):
         """Any other op: its rule, or the end of what flows into it."""
         name, sources = op_name(node), node.all_input_nodes
         if name == "getitem":
-            self._item(node)
-            return
+            return self._item(node)
         if name in IGNORED:
             return
         if not sources or any(s not in self.values for s in sources):
             for source in sources:
                 self._pin_node(source, op_in_words(node))
-            self._lose(node, name)
-            return
+            return self._lose(node, name)
         units = {source: self.values[source] for source in sources}
         after, stuck = self._follow(node, units)
         if after is None:

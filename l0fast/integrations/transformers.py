@@ -1,4 +1,4 @@
-"""A callback for the Trainer of Hugging Face transformers."""
+"""Hugging Face transformers: a callback for its Trainer, and pruned models as its folders."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from l0fast import _checks
+from l0fast.integrations.pretrained import load_pretrained, save_pretrained
 from l0fast.integrations.recipe import Recipe, given
 from l0fast.layers.handle import gated_layers
+
+__all__ = ["L0Callback", "load_pretrained", "save_pretrained"]
 
 STATE = "attachment"
 RESTORE = "restore_callback_states_from_checkpoint"

@@ -89,6 +89,7 @@ class ModelGates:
         trial: what a trial of pruning found (see `pruning.trial`), or None.
         skipping: which closed units a training step leaves out (see `skipping`), or None.
         removed: what progressive compaction has removed so far (see `pruning.shrink`), or None.
+        uniform: whether gates are decided so that layers which repeat keep as many units each.
         sharing: while a state is loaded: name of each layer that shares its gates -> the first that
             has them, perhaps itself.
     """
@@ -98,6 +99,7 @@ class ModelGates:
         self.trial: Any = None
         self.skipping: Any = None
         self.removed: Any = None
+        self.uniform = False
         self.sharing: dict[str, str] = {}
         self._constraints: list[weakref.ref[Any]] = []
         self._copies: list[weakref.ref[ModelGates]] = []
@@ -207,7 +209,7 @@ class ModelGates:
         new = ModelGates.__new__(ModelGates)
         memo[id(self)] = new
         new.structure, new.trial = self.structure, self.trial  # frozen
-        new.removed, new.sharing = self.removed, {}
+        new.removed, new.uniform, new.sharing = self.removed, self.uniform, {}
         new._constraints = list(self._constraints)
         # An average of the weights is a copy: its gates are settled when the model's are, as long
         # as it has no constraint of its own.
@@ -218,13 +220,15 @@ class ModelGates:
         return new
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "skipping": self.skipping, "removed": self.removed}
+        kept = ("layers", "skipping", "removed", "uniform")
+        return {key: getattr(self, key) for key in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.structure = self.trial = self._model = None
         self._constraints, self.sharing = [], {}
         self._copies, self._follows = [], False
         self.skipping, self.removed = state["skipping"], state["removed"]
+        self.uniform = state["uniform"]
         self._set_layers(state["layers"])
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.graph.calls import unwrapped
+from l0fast.graph.capture import is_rms_norm
 from l0fast.graph.computed import copied
 from l0fast.graph.cuts import Cut
 from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers, gates
+from l0fast.layers.rms_norm import weight_left
 from l0fast.pruning.draft import Draft, GateValues, all_gates
 from l0fast.pruning.edits import Edit, sliced, weight_sides
 from l0fast.pruning.report import recipe_of, report_of
@@ -36,6 +38,12 @@ class _Origin(NamedTuple):
         if self.edit is None:
             return value.detach().clone()
         return sliced(value.detach(), self.edit, self.sides)
+
+    def weight(self, layer: nn.Module, value: Tensor) -> Tensor:
+        """The same of a parameter of its layer, as the pruned model computes with it."""
+        if self.edit is None or self.edit.outputs is None or not is_rms_norm(layer):
+            return self.part(value)
+        return weight_left(layer, value.detach(), torch.tensor(self.edit.outputs))
 
 
 def _edits(model: nn.Module, small: nn.Module) -> dict[str, Edit]:
@@ -148,6 +156,11 @@ def prune_optimizer(optimizer: OptimizerT, model: nn.Module, small: nn.Module) -
     return twin
 
 
+def _carried(origin: _Origin, model: nn.Module, state: Mapping[str, Tensor]) -> Tensor:
+    layer = model.get_submodule(origin.name.rpartition(".")[0])
+    return origin.weight(layer, state[origin.name])
+
+
 def prune_state_dict(
     state_dict: Mapping[str, Tensor], model: nn.Module, small: nn.Module
 ) -> dict[str, Tensor]:
@@ -186,6 +199,6 @@ def prune_state_dict(
     draft.make_smaller([])
     whole = draft.model.state_dict()
     return {
-        name: origins[name].part(whole[origins[name].name]) if name in origins else own.clone()
+        name: _carried(origins[name], twin, whole) if name in origins else own.clone()
         for name, own in small.state_dict().items()
     }

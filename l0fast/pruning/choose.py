@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from l0fast import _checks
 from l0fast.layers.gated import Gated
-from l0fast.layers.handle import gate_owners, own_gates, sharing
-from l0fast.layers.serving import alike, likeliest
+from l0fast.layers.handle import gate_owners, own_gates
 from l0fast.measures.amounts import Asked
 from l0fast.measures.measure import Measure
+from l0fast.pruning.blocks import Blocks
 
 
 class Budget(NamedTuple):
@@ -47,7 +45,11 @@ class Budget(NamedTuple):
 
 
 def choose(
-    layers: Mapping[str, Gated], budgets: list[Budget], round_to: int = 1, fill: bool = False
+    layers: Mapping[str, Gated],
+    budgets: list[Budget],
+    round_to: int = 1,
+    fill: bool = False,
+    uniform: bool = False,
 ) -> dict[str, Tensor]:
     """The gates that stay, by layer: bool of log_alpha's shape, on the CPU.
 
@@ -58,55 +60,23 @@ def choose(
     holds; a layer is complete with its first block that does not fit, and makes room for the
     others'. Where layers share some of their gates, all this is about each part that the same
     layers have, not about a layer. With `fill` those that are closed in evaluation are kept as
-    well where there is room, in the layers that a budget is about.
+    well where there is room, in the layers that a budget is about. With `uniform` layers that
+    repeat keep as many gates each, see `Blocks.in_step`.
 
     Raises:
         ValueError: a budget does not hold the first block of its layers, or a log_alpha is NaN.
     """
-    scores: list[Tensor] = []
-    leaders: list[Tensor] = []
-    first: list[Tensor] = []
-    waits: list[Tensor] = []
-    place = 0
-    group: list[Tensor] = []
-    number = 0
     owners = gate_owners(layers)  # shared gates stay and go together
     filled = {owners[name] for one in budgets for name in one.layers} if fill else set[str]()
-    for name, readers in sharing(layers).items():
-        layer = layers[name]
-        log_alpha = layer.log_alpha.detach().double().cpu().flatten()
-        if bool(log_alpha.isnan().any()):
-            _checks.refuse("log_alpha", math.nan, f"numbers in every gate of {name!r}")
-        units = layer.gates != "weight"
-        size = round_to if units else 1
-        places = torch.arange(len(log_alpha))
-        leader, part = torch.empty_like(places), torch.empty_like(places)
-        for same in alike(readers.values()):
-            order = same[log_alpha[same].argsort(descending=True, stable=True)]
-            leader[order] = order[torch.arange(len(order)) // size * size]
-            part[same] = number
-            number += 1
-        begins = leader == places
-        reserved = torch.zeros(len(places), dtype=torch.bool)
-        if units:
-            reserved = likeliest(readers.values(), log_alpha)
-        with torch.no_grad():
-            is_open = layer.evaluation_gates() > 0
-        if name in filled:
-            is_open.fill_(True)
-        first.append(reserved)
-        waits.append(is_open.cpu().flatten() & begins & ~reserved)
-        leaders.append(leader + place)
-        # Monotone in the open probability, and never rounded to 1.
-        scores.append(log_alpha + layer.distribution.shift)
-        group.append(part)
-        place += len(places)
-    sizes = [len(score) for score in scores]
-    leader, part_of = torch.cat(leaders), torch.cat(group)
-    kept = torch.cat(first)  # of each block, by the gate that it begins with
+    blocks = Blocks.of(layers, round_to, filled)
+    if uniform:
+        blocks = blocks.in_step(layers, round_to)
+    sizes = [layers[name].log_alpha.numel() for name in blocks.starts]
+    leader, part_of = blocks.leader, blocks.part
+    kept = blocks.first.clone()  # of each block, by the gate that it begins with
 
-    def by_layer(blocks: Tensor) -> dict[str, Tensor]:
-        parts = dict(zip(own_gates(layers), blocks[leader].split(sizes), strict=True))
+    def by_layer(opened: Tensor) -> dict[str, Tensor]:
+        parts = dict(zip(own_gates(layers), opened[leader].split(sizes), strict=True))
         return {name: parts[of].view(layers[name].log_alpha.shape) for name, of in owners.items()}
 
     def fits(more: Tensor) -> bool:
@@ -120,8 +90,8 @@ def choose(
             units = "one unit" if round_to == 1 else f"{round_to} units"
             expected = f"a density of at least {least:.6g}, for {units} in each of {one.layers}"
             _checks.refuse(name, one.target if one.asked is None else one.asked, expected)
-    waiting = torch.cat(waits).nonzero().flatten()
-    waiting = waiting[torch.cat(scores)[waiting].argsort(descending=True, stable=True)]
+    waiting = blocks.waits.nonzero().flatten()
+    waiting = waiting[blocks.score[waiting].argsort(descending=True, stable=True)]
     while len(waiting):
         # Costs do not fall when a gate opens, so what fits is a beginning of those that wait.
         taken, over = 0, len(waiting) + 1

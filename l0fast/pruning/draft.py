@@ -166,7 +166,17 @@ class Draft:
                     edit = self._edits[name]
                     self._made[name] = self.made(name), edit, self._constants.get(name)
         self._placed = {name: self._made[name][0] for name in layers}
+        self._share_again()
         self.model = replace(self.model, {id(places[n]): new for n, new in self._placed.items()})
+
+    def _share_again(self) -> None:
+        """Gives an embedding and its head, each of which got smaller, one weight."""
+        first: dict[int, nn.Parameter | None] = {}
+        for name in self._placed.keys() & self.tied.keys():
+            own = self._placed[name]._parameters.get("weight")
+            weight = self._full[name]._parameters.get("weight")
+            if own is not None and own is not weight:
+                self._placed[name]._parameters["weight"] = first.setdefault(id(weight), own)
 
     def cut_again(self) -> None:
         """Makes the tensors of modules that get smaller anew, of what the whole ones hold now."""

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from l0fast.graph.capture import is_carrier, layer_size, resize_
+from l0fast.graph.capture import is_carrier, is_rms_norm, layer_size, resize_
 from l0fast.graph.sites import replace
 from l0fast.graph.tensors import ChannelTensor, part_of
 from l0fast.layers.dense_types import inner_dims, inputs_first, is_in_out, kind_of
+from l0fast.layers.rms_norm import without_channels_
 
 _SIDES = ("input", "output")
 
@@ -156,7 +157,7 @@ def weight_sides(layer: nn.Module) -> tuple[str, ...]:
     carrier, which keeps or loses whole groups, only the first."""
     if isinstance(layer, ChannelTensor):
         return layer.sides
-    sides = _SIDES if inputs_first(layer) else _SIDES[::-1]
+    sides = _SIDES if inputs_first(layer) or isinstance(layer, nn.Embedding) else _SIDES[::-1]
     return sides[:1] if is_carrier(layer) else sides
 
 
@@ -184,6 +185,9 @@ def sliced(value: Tensor, edit: Edit, sides: Sequence[str]) -> Tensor:
 
 def shrink_(small: Any, edit: Edit) -> None:
     """Slices a layer, in place, and sets the attributes that say its size."""
+    if edit.outputs is not None and is_rms_norm(small):
+        without_channels_(small, torch.tensor(edit.outputs))
+        return
     sides = weight_sides(small)
     for owned in (small._parameters, small._buffers):
         for name, value in owned.items():

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-import torch
 from torch import Tensor
 
 from l0fast import _checks
-from l0fast.graph.capture import Trace, layer_size
+from l0fast.graph.capture import layer_size
 from l0fast.graph.liveness import Extent, Liveness, local_extents
-from l0fast.graph.sites import Site, find_sites, is_held
+from l0fast.graph.sites import Site, is_held
 from l0fast.graph.structure import Structure
 from l0fast.graph.walk import Walk
+from l0fast.layers.rms_norm import GatedRMSNorm
 from l0fast.pruning.adapters import sizes_around
 from l0fast.pruning.attributes import AttributePatch
-from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.draft import Draft
 from l0fast.pruning.edits import Edit
+from l0fast.pruning.gated_sites import gated_sites
 from l0fast.pruning.outcome import Outcome, unseen_in_words
 from l0fast.pruning.patches import merged_tiers
 from l0fast.pruning.views import Patch, ViewPatch
@@ -76,31 +76,6 @@ class Plan:
         """The tensors of other modules that they can make smaller."""
         sites = self.sites.items() if self.live is not None else ()
         return [name for name, site in sites if is_held(site) and not site.fixed]
-
-
-def gated_sites(
-    draft: Draft, values: GateValues, trace: Trace | None, full: Mapping[str, str]
-) -> dict[str, Site]:
-    """The sites of a model, as its gates leave them; `full` as in `find_sites`."""
-    layers, kept = values.layers, values.kept
-    tied = {
-        name: f"its gates make its own copy of the weight of {other}"
-        if name in layers and layers[name].gates == "weight"
-        else f"it shares its weight with {other}"
-        for name, other in draft.tied.items()
-    }
-    sites = find_sites(draft.source, trace, tied, full)
-    for name, layer in layers.items():
-        if name not in sites:
-            continue
-        if name in draft.factors:
-            sites[name] = dataclasses.replace(sites[name], folds=False)
-        elif layer.gates == "input":
-            sites[name] = dataclasses.replace(sites[name], reads=layer.spread(kept[name]))
-        elif layer.gates == "output":
-            gate = values.on_units(name, torch.float64)
-            sites[name] = dataclasses.replace(sites[name], writes=kept[name], gate=gate)
-    return sites
 
 
 def edit_of(site: Site, extent: Extent, scale: str | None = None) -> Edit | None:
@@ -228,6 +203,11 @@ class _Planner:
                 self.notes.append(note)
         return None
 
+    def _is_needed(self, edit: Edit) -> bool:
+        """Whether the model of full size has an edit, too: gates that no weight can hold."""
+        layer = self.values.layers.get(edit.name)
+        return edit.scale is not None or isinstance(layer, GatedRMSNorm)
+
     def fix_what_fails(self) -> None:
         """Finds the layers that cannot get smaller, each by itself, and keeps them full.
 
@@ -235,7 +215,7 @@ class _Planner:
             ValueError: not even the model of full size computes what the gated one does.
         """
         edits = self.edits_of(local_extents(self.sites.values()))
-        base = [edit for edit in edits if edit.scale is not None]
+        base = [edit for edit in edits if self._is_needed(edit)]
         failure = self.attempt(base).failure
         if failure:
             _checks.refuse(
@@ -243,7 +223,7 @@ class _Planner:
                 f"{type(self.draft.model).__name__}, whose gates cannot be folded ({failure})",
                 "a model that reads the weights of its layers only by calling them",
             )
-        rest = [edit for edit in edits if edit.scale is None]
+        rest = [edit for edit in edits if not self._is_needed(edit)]
         each = {edit.name: self.attempt([*base, edit]).failure for edit in rest}
         faults = {name: failure for name, failure in each.items() if failure}
         for name in faults or each:

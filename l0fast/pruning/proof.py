@@ -82,13 +82,13 @@ class Proof:
     ) -> None:
         _refuse_nan(model)
         self._training, self._example, self._added = training, example, added
-        # A gate that is closed has a log_alpha of minus infinity.
-        closed = {
-            name: layer.log_alpha.detach().masked_fill(
-                ~values.kept[name].to(layer.log_alpha.device), -torch.inf
-            )
-            for name, layer in values.layers.items()
-        }
+        # A gate that is closed has a log_alpha of minus infinity, one that is 1 of infinity.
+        closed: dict[str, torch.Tensor] = {}
+        for name, layer in values.layers.items():
+            log_alpha, kept = layer.log_alpha.detach(), values.kept[name].to(layer.log_alpha.device)
+            if values.fully_open:
+                log_alpha = torch.full_like(log_alpha, torch.inf)
+            closed[name] = log_alpha.masked_fill(~kept, -torch.inf)
         self._source, self._sites = model, sites_of(model)
         self._holders: Mapping[str, str] = {}
         self._dtype: torch.dtype | None = torch.float64

@@ -161,6 +161,7 @@ def prune(
     *,
     measure: AnyMeasure = "gates",
     round_to: int = 1,
+    uniform: bool | None = None,
 ) -> nn.Module:
     """A smaller ordinary model that computes what the gated one does in evaluation.
 
@@ -194,6 +195,11 @@ def prune(
             zeros, where the targets allow it, and else dropped. Where units have gates on both
             sides (a convolution's channels in front of a Linear's inputs) fewer may be left; the
             report names widths that are no multiples.
+        uniform: whether layers that repeat, as in the blocks of a transformer, keep as many gates
+            each (heads, hidden units), so that a configuration can say it by one number. Each
+            keeps its likeliest gates; those of one rank stay or go in all layers, in the order of
+            their mean. A layer with fewer open gates is filled with units of zeros. Default: as
+            `sparsify_` was told.
 
     Returns:
         A model of the same class, of plain PyTorch modules, in the same dtype, device and mode
@@ -209,6 +215,8 @@ def prune(
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (purged models).
     """
     _checks.whole("round_to", round_to)
+    if uniform is not None and not isinstance(uniform, bool):
+        _checks.refuse("uniform", uniform, "True, False or None", TypeError)
     model = unwrapped(model)
     layers = gates(model).layers
     for name, module in model.named_modules():
@@ -225,7 +233,8 @@ def prune(
         full = new_draft(model, GateValues(layers, all_gates(layers)), structure)
         dense = Counts.of(full.model, example, size, {})
     while True:
-        kept = choose(layers, budgets, round_to)
+        in_step = gates(model).uniform if uniform is None else uniform
+        kept = choose(layers, budgets, round_to, uniform=in_step)
         values = GateValues(layers, kept)
         proof = Proof(model, values, example, structure.more_in_training, structure.added)
         found = shallow(model, values, example, proof.check)

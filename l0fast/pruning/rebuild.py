@@ -9,7 +9,7 @@ from torch import nn
 
 from l0fast import _checks
 from l0fast.gating.attention import Unfused, unfuse_
-from l0fast.graph.capture import is_site, layer_size
+from l0fast.graph.capture import can_be_edited, layer_size
 from l0fast.graph.cuts import Cut, cut_
 from l0fast.graph.tensors import part_of
 from l0fast.layers.dense_types import kind_of
@@ -78,7 +78,7 @@ def rebuilt(
             model = cut_(model, step)
         elif isinstance(step, Edit):
             layer = part("layer", step.name)
-            if not is_site(layer) or kind_of(layer).__name__ != step.kind:
+            if not can_be_edited(layer) or kind_of(layer).__name__ != step.kind:
                 differs(f"its {step.name!r} is a {step.kind}, not a {type(layer).__name__}")
             if layer_size(layer) != step.size:
                 sizes = f"{step.size} inputs and outputs, not {layer_size(layer)}"

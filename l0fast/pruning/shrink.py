@@ -122,7 +122,7 @@ def plan_removal(
     kept = {name: mask.clone() for name, mask in kept.items()}
     found: set[str] = set()
     while not all(bool(mask.all()) for mask in kept.values()):
-        values, structure = GateValues(layers, kept), structure_of(model, example)
+        values, structure = GateValues(layers, kept, fully_open=True), structure_of(model, example)
         proof = Proof(model, values, example, structure.more_in_training, structure.added)
         plan = make_plan(new_draft(model, values, structure), structure, proof.check, anew=False)
         stuck = {e.name for e in plan.edits if e.gather or e.scatter or e.scale}
@@ -206,7 +206,9 @@ def remove_(
         shrink_(module, edit)
         for name, old in before.items():
             if old is not None:
-                new: Any = module._parameters[name]
+                # An embedding and its head have one weight, and lose the same of it.
+                new: Any = replaced.get(id(old), (module._parameters[name],))[0]
+                module._parameters[name] = new
                 note(old, new, lambda v, e=edit, s=sides: sliced(v, e, s))
         if log_alpha is not None:
             module._parameters["log_alpha"] = log_alpha

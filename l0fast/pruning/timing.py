@@ -207,7 +207,8 @@ def _cells(layer: nn.Module, given: list[Tensor], edit: Edit, sides: _Sides) -> 
         if not given:  # the forward leaves it out
             return lambda: None
         small = edited(layer, part)
-        xs = given if part.gather else [_narrowed(x, dim, arriving) for x in given]
+        whole = part.gather or isinstance(layer, nn.Embedding)
+        xs = given if whole else [_narrowed(x, dim, arriving) for x in given]
         return lambda: [small(x) for x in xs]
 
     return lambda: [build(kept) for kept in product(sides.inputs, sides.outputs)]

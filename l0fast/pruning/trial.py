@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_site, layer_size
+from l0fast.graph.capture import layer_size, sites_in
 from l0fast.graph.cuts import plan_cut
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.exporting import quietly
@@ -76,7 +76,7 @@ def _tried(
     values = GateValues(layers, kept, fully_open=True)
     draft = new_draft(model, values, structure, fake)
     size = element_size(model)
-    full = {name: layer_size(m) for name, m in model.named_modules() if is_site(m)}
+    full = {name: layer_size(layer) for name, layer in sites_in(model).items()}
     if structure.trace is not None:
         held = [(name, channel_tensor(model, name)) for name in structure.trace.held.values()]
         full |= {name: layer_size(one) for name, one in held if one is not None}

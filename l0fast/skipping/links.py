@@ -18,14 +18,17 @@ from l0fast.graph.walk import Walk
 from l0fast.layers.dense_types import inputs_first
 from l0fast.layers.draw import Drawn
 from l0fast.layers.handle import gated_layers
+from l0fast.layers.rms_norm import GatedRMSNorm
 from l0fast.skipping.following import can_follow, passes_on
 from l0fast.skipping.link import End, Link
 
 
 def _usable(layer: Any) -> bool:
     """Whether a layer can compute with some of its rows and columns; one whose weight has
-    its inputs first is always computed whole."""
-    if not isinstance(layer, Drawn) or layer.noise == "example" or layer.gates == "weight":
+    its inputs first, and an RMS norm, are always computed whole."""
+    if not isinstance(layer, Drawn) or isinstance(layer, GatedRMSNorm):
+        return False
+    if layer.noise == "example" or layer.gates == "weight":
         return False
     plain = getattr(layer, "groups", 1) == 1 and not inputs_first(layer)
     return plain and layer.gate_index is None
@@ -47,7 +50,7 @@ class _Finder:
         sites = {
             # A maker of zeros: then it shows where those arrive.
             name: dataclasses.replace(site, writes=torch.zeros_like(site.writes))
-            if name in layers and layers[name].gates == "output"
+            if name in layers and layers[name].gates == "output" and _usable(layers[name])
             else site
             for name, site in found.items()
         }
