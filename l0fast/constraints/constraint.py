@@ -18,10 +18,10 @@ from l0fast.constraints.term import DensityTerm, refuse_others
 from l0fast.graph.calls import unwrapped
 from l0fast.layers.handle import gates
 from l0fast.measures.amounts import Asked, share
-from l0fast.measures.footprint import Latency
 from l0fast.measures.groups import AnyMeasure, Group, measure_name, target_groups
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
+from l0fast.measures.timed import Latency
 from l0fast.pruning.choose import Budget
 from l0fast.pruning.timing import with_table
 

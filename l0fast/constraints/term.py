@@ -17,9 +17,9 @@ from l0fast.graph.sharding import with_full_weights
 from l0fast.layers.draw import DRAWN, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
-from l0fast.measures.footprint import measure_of
 from l0fast.measures.groups import Asking, Group, measure_name
 from l0fast.measures.measure import Measure, is_of_pruned
+from l0fast.measures.pick import measure_of
 from l0fast.pruning.choose import Budget
 from l0fast.pruning.trial import tried
 

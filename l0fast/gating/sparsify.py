@@ -23,8 +23,8 @@ from l0fast.gating.depth import (
     put_branches,
     refuse_no_branches,
 )
-from l0fast.gating.hidden import hidden_gates, refuse_hidden
-from l0fast.gating.recipes import GateTable
+from l0fast.gating.hidden import Hidden, hidden_gates, refuse_hidden
+from l0fast.gating.recipes import Choice, GateTable
 from l0fast.gating.selection import (
     UNFOLLOWED,
     ModelT,
@@ -212,24 +212,7 @@ def sparsify_(
         touched = [*names, *(one.name for one in branches)]
         unfuse_(model, {name: call for name, call in calls.items() if gated_inside(name, touched)})
         layers = {name: model.get_submodule(name) for name in names}
-        gated: dict[str, Any] = {}
-        for name, layer in layers.items():
-            start = (*initial[name], distribution)
-            shared = gated.get(choices[name].shared)
-            if stream is not None and name in stream.controls:
-                gated[name] = gated_norm(layer, stream.controls[name], shared, *start)
-                continue
-            gated[name] = gated_type_of(layer).from_dense(
-                layer,
-                gates=choices[name].gates,
-                units=choices[name].units,
-                shared=shared,
-                share=choices[name].share,
-                density_init=start[0],
-                droprate_init=start[1],
-                distribution=distribution,
-                noise=noise,
-            )
+        gated = _gated(layers, choices, stream, initial, distribution, noise)
         replace(model, {id(layer): gated[name] for name, layer in layers.items()})
         put_branches(model, branches, density_init, distribution)
         note_adapters(model)
@@ -240,6 +223,37 @@ def sparsify_(
         if example is not None:
             attach_skipping(model, example, skip)
     return model
+
+
+def _gated(
+    layers: Mapping[str, nn.Module],
+    choices: Mapping[str, Choice],
+    stream: Hidden | None,
+    initial: Mapping[str, tuple[float | None, float | None]],
+    distribution: HardConcrete | None,
+    noise: str,
+) -> dict[str, Any]:
+    """Name -> gated layer, of the same parameters; those that share gates after their first."""
+    gated: dict[str, Any] = {}
+    for name, layer in layers.items():
+        density, droprate = initial[name]
+        choice, shared = choices[name], gated.get(choices[name].shared)
+        if stream is not None and name in stream.controls:
+            controls = stream.controls[name]
+            gated[name] = gated_norm(layer, controls, shared, density, droprate, distribution)
+            continue
+        gated[name] = gated_type_of(layer).from_dense(
+            layer,
+            gates=choice.gates,
+            units=choice.units,
+            shared=shared,
+            share=choice.share,
+            density_init=density,
+            droprate_init=droprate,
+            distribution=distribution,
+            noise=noise,
+        )
+    return gated
 
 
 def _considered(

@@ -1,5 +1,5 @@
 """What the pruned model will have, as a function of the open probabilities: parameters, MACs,
-memory of its activations, latency."""
+memory of its activations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from l0fast.measures.amounts import words
 from l0fast.measures.branches import beside_units, gates_of, parts_of
 from l0fast.measures.counts import Counts
 from l0fast.measures.groups import Group, measure_name
-from l0fast.measures.latency import Grids, LatencyTable
-from l0fast.measures.measure import GateMeasure, Measure, OwnMeasure
+from l0fast.measures.measure import Measure
 from l0fast.measures.products import products, unreckoned
 from l0fast.measures.trial import Trial
 
@@ -234,62 +233,6 @@ class Footprint(Measure):
         return self._costs(logits) / self.total
 
 
-class Latency(Footprint):
-    """Seconds that a table gives for the widths; the whole model's with the table's rest."""
-
-    slack = 1e-9
-    in_grid: Tensor
-    out_grid: Tensor
-    seconds: Tensor
-
-    def _sizes(self, tried: Trial) -> dict[str, Tensor]:
-        self.dense = tried.dense
-        return self._tabled()
-
-    def _tabled(self) -> dict[str, Tensor]:
-        """What the groups' table says."""
-        table: Any = self.groups[0].measure
-        for name in self.names:
-            size, known = self.dense.widths[name], table.layers.get(name)
-            if known is None or size != (known.inputs[-1], known.outputs[-1]):
-                expected = f"one of this model, with {name!r} of size {size} (see measure_latency)"
-                got = f"a latency table of {len(table.layers)} layers"
-                _checks.refuse("measure", got, expected)
-        # As they are in the table, whatever the dtype that a constraint computes in.
-        self.exact = grids = Grids.of([table.layers[name] for name in self.names])
-        return {
-            "in_grid": grids.inputs,
-            "out_grid": grids.outputs,
-            "seconds": grids.seconds,
-            "member": self._inside(self.names).double(),
-            "beside": torch.zeros(len(self.groups), len(self.parts), dtype=torch.float64),
-            "rest": torch.tensor(self._rest(), dtype=torch.float64),
-            "total": torch.tensor(self.left(self.dense), dtype=torch.float64),
-        }
-
-    def take(self, groups: list[Group]) -> None:
-        """Goes on with the same groups by another table."""
-        self.groups = groups
-        for name, tensor in self._tabled().items():
-            self._buffers[name] = tensor.to(self.total)
-        self.totals = self.left(self.dense)
-
-    def _rest(self) -> list[float]:
-        """[C] what each group has besides its layers."""
-        rest: float = self.groups[0].measure.rest  # type: ignore[union-attr]
-        return [0.0 if group.whole is None else rest for group in self.groups]
-
-    def left(self, counts: Counts) -> list[float]:
-        known = [counts.widths.get(name, (0, 0)) for name in self.names]
-        widths = torch.tensor(known, dtype=torch.float64)
-        there = self._inside(self.names) * (widths[:, 0] > 0)  # a branch that is gone has none
-        seconds = (there * self.exact.at(*widths.unbind(1))).sum(1).tolist()
-        return [layers + rest for layers, rest in zip(seconds, self._rest(), strict=True)]
-
-    def _layer_costs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        return Grids(self.in_grid, self.out_grid, self.seconds).at(inputs, outputs)
-
-
 def _product(values: Tensor) -> Tensor:
     """Of numbers in [0, 1] along the last dimension. Where one is 0 so is every gradient: that of
     an open probability which is exactly 0 or 1."""
@@ -297,15 +240,3 @@ def _product(values: Tensor) -> Tensor:
         return values.squeeze(-1)
     zero = values == 0
     return values.masked_fill(zero, 1.0).log().sum(-1).exp().masked_fill(zero.any(-1), 0.0)
-
-
-def measure_of(layers: Mapping[str, Gated], groups: list[Group], tried: Trial | None) -> Measure:
-    """The measure that all of `groups` name; `tried` for those of the pruned model."""
-    measure = groups[0].measure
-    if callable(measure):
-        return OwnMeasure(layers, groups[0])
-    if measure == "gates":
-        return GateMeasure(layers, groups)
-    assert tried is not None
-    kind = Latency if isinstance(measure, LatencyTable) else Footprint
-    return kind(layers, tried, groups)

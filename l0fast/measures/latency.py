@@ -84,9 +84,8 @@ class LatencyTable:
             ValueError: it holds none.
             OSError: it cannot be read.
         """
-        text = read_text(Path(path))
         try:
-            return cls.from_json(json.loads(text))
+            return cls.from_json(json.loads(read_text(Path(path))))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             reason = f"a latency table that was saved ({type(error).__name__}: {error})"
             _checks.refuse(name, str(path), reason)

@@ -18,8 +18,9 @@ from l0fast.graph.cuts import Cut
 from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.layers.rms_norm import weight_left
-from l0fast.pruning.draft import Draft, GateValues, all_gates
+from l0fast.pruning.draft import Draft
 from l0fast.pruning.edits import Edit, sliced, weight_sides
+from l0fast.pruning.gate_values import GateValues, all_gates
 from l0fast.pruning.report import recipe_of, report_of
 
 OptimizerT = TypeVar("OptimizerT", bound=torch.optim.Optimizer)

@@ -19,7 +19,8 @@ from l0fast.layers.branch import branch_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates
 from l0fast.measures.counts import Counts
-from l0fast.pruning.draft import Draft, GateValues, new_draft
+from l0fast.pruning.draft import Draft, new_draft
+from l0fast.pruning.gate_values import GateValues
 from l0fast.pruning.plan import Check
 from l0fast.pruning.report import recipe_of
 

@@ -6,7 +6,6 @@ import copy
 import functools
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,38 +19,13 @@ from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.graph.structure import Structure
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
 from l0fast.layers.branch import CHILD, branch_gates, take_branches
-from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
 from l0fast.layers.sampling import detach
 from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.edits import Edit, edited, in_dtype, scale_, sliced
+from l0fast.pruning.gate_values import GateValues, all_gates
 from l0fast.pruning.views import Patch
 from l0fast.skipping.attach import stop_skipping
-
-
-@dataclass(frozen=True)
-class GateValues:
-    """The gates of a model in evaluation, with those that do not stay closed."""
-
-    layers: Mapping[str, Gated]
-    kept: Mapping[str, Tensor]
-    """Layer -> bool, of log_alpha's shape: the gates that stay."""
-    fully_open: bool = False
-    """Whether a gate that stays is 1, whatever its log_alpha."""
-
-    def of(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """z of one layer, of log_alpha's shape."""
-        layer = self.layers[name]
-        log_alpha = layer.log_alpha.detach().to(dtype or layer.log_alpha.dtype)
-        kept = self.kept[name].to(log_alpha.device)
-        if self.fully_open:
-            return kept.to(log_alpha.dtype)
-        return layer.distribution.median(log_alpha).masked_fill(~kept, 0.0)
-
-    def on_units(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """z for each unit that the layer's gates serve."""
-        layer = self.layers[name]
-        return layer.spread(self.of(name, dtype).to(dtype or layer.weight.dtype))
 
 
 class Draft:
@@ -264,13 +238,6 @@ class Draft:
                 if key not in MODULE_ATTRIBUTES and type(value) in (list, tuple, dict):
                     vars(module)[key] = tree_map(own, value)
         return self.model
-
-
-def all_gates(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
-    """Layer -> bool, of log_alpha's shape: every gate."""
-    return {
-        name: torch.ones(layer.log_alpha.shape, dtype=torch.bool) for name, layer in layers.items()
-    }
 
 
 def opened(model: nn.Module, raw: Collection[str] = ()) -> nn.Module:

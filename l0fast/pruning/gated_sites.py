@@ -10,7 +10,8 @@ import torch
 from l0fast.graph.capture import Trace
 from l0fast.graph.sites import Site, find_sites
 from l0fast.layers.rms_norm import GatedRMSNorm
-from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.draft import Draft
+from l0fast.pruning.gate_values import GateValues
 
 
 def _counting(site: Site) -> Site:

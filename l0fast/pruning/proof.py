@@ -17,7 +17,8 @@ from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import layer_size, train_but_norms
 from l0fast.graph.compare import TOLERANCE, tensors_of
 from l0fast.layers.substitute import with_log_alpha
-from l0fast.pruning.draft import Draft, GateValues
+from l0fast.pruning.draft import Draft
+from l0fast.pruning.gate_values import GateValues
 from l0fast.pruning.observation import Observation, Rows, observe, sites_of
 from l0fast.pruning.outcome import Outcome
 from l0fast.pruning.precision import (

@@ -17,7 +17,7 @@ from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in, own_gates, refuse_adapters
 from l0fast.measures.amounts import Asked, share
 from l0fast.measures.counts import Counts, element_size
-from l0fast.measures.footprint import Footprint, measure_of
+from l0fast.measures.footprint import Footprint
 from l0fast.measures.groups import (
     WHOLE_MODEL,
     AnyMeasure,
@@ -28,9 +28,11 @@ from l0fast.measures.groups import (
 )
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import is_of_pruned
+from l0fast.measures.pick import measure_of
 from l0fast.pruning.choose import Budget, choose
 from l0fast.pruning.depth import by_old_names, shallow
-from l0fast.pruning.draft import GateValues, all_gates, new_draft, opened
+from l0fast.pruning.draft import new_draft, opened
+from l0fast.pruning.gate_values import GateValues, all_gates
 from l0fast.pruning.plan import make_plan
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import attach_report

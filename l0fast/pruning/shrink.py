@@ -17,8 +17,9 @@ from l0fast.layers.handle import gated_layers, gates, sharing
 from l0fast.layers.serving import INDEX, likeliest
 from l0fast.measures.counts import Counts, element_size
 from l0fast.pruning.attributes import AttributePatch
-from l0fast.pruning.draft import GateValues, new_draft
+from l0fast.pruning.draft import new_draft
 from l0fast.pruning.edits import Edit, shrink_, sliced, weight_sides
+from l0fast.pruning.gate_values import GateValues
 from l0fast.pruning.plan import make_plan
 from l0fast.pruning.proof import Proof
 from l0fast.pruning.report import recipe_of

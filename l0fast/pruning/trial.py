@@ -24,7 +24,8 @@ from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.flops import output_shapes
 from l0fast.measures.trial import Trial
 from l0fast.pruning.depth import by_old_names, closed_in, cut_out
-from l0fast.pruning.draft import Draft, GateValues, all_gates, new_draft
+from l0fast.pruning.draft import Draft, new_draft
+from l0fast.pruning.gate_values import GateValues, all_gates
 from l0fast.pruning.outcome import Outcome
 from l0fast.pruning.plan import Plan, make_plan
 

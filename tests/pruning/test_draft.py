@@ -8,8 +8,9 @@ import torch
 
 from l0fast import sparsify_
 from l0fast.layers.handle import gates
-from l0fast.pruning.draft import Draft, GateValues, all_gates
+from l0fast.pruning.draft import Draft
 from l0fast.pruning.edits import Edit
+from l0fast.pruning.gate_values import GateValues, all_gates
 from tests.helpers.plain_models import mlp
 
 

@@ -18,8 +18,9 @@ from l0fast.graph.compare import values_of
 from l0fast.graph.structure import structure_of
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning import probes
-from l0fast.pruning.draft import GateValues, new_draft
+from l0fast.pruning.draft import new_draft
 from l0fast.pruning.edits import Edit
+from l0fast.pruning.gate_values import GateValues
 from l0fast.pruning.plan import make_plan
 from l0fast.pruning.precision import widened
 from l0fast.pruning.proof import Proof
