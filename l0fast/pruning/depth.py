@@ -21,7 +21,7 @@ from l0fast.layers.handle import gates
 from l0fast.measures.counts import Counts
 from l0fast.pruning.draft import Draft, new_draft
 from l0fast.pruning.gate_values import GateValues
-from l0fast.pruning.plan import Check
+from l0fast.pruning.plan import Check, fault_of
 from l0fast.pruning.report import recipe_of
 
 
@@ -114,9 +114,7 @@ def shallow(model: nn.Module, values: GateValues, example: Example, check: Check
     for cut in dict.fromkeys(plans):
         try:
             found = _shallow(model, values, example, cut)
-            draft = found.draft()
-            draft.make_smaller([])
-            failure = check(draft).failure
+            failure = fault_of(found.draft(), found.structure, check)
         except Exception as problem:
             failure = _checks.one_line(problem)
         else:

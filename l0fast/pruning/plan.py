@@ -208,6 +208,13 @@ class _Planner:
         layer = self.values.layers.get(edit.name)
         return edit.scale is not None or isinstance(layer, GatedRMSNorm)
 
+    def full_size(self) -> tuple[list[Edit], str]:
+        """The edits of the model of full size, and what is wrong with it; "" for nothing."""
+        self.sites = gated_sites(self.draft, self.values, self.trace, self.fixed)
+        edits = self.edits_of(local_extents(self.sites.values()))
+        needed = [edit for edit in edits if self._is_needed(edit)]
+        return needed, self.attempt(needed).failure
+
     def fix_what_fails(self) -> None:
         """Finds the layers that cannot get smaller, each by itself, and keeps them full.
 
@@ -215,8 +222,7 @@ class _Planner:
             ValueError: not even the model of full size computes what the gated one does.
         """
         edits = self.edits_of(local_extents(self.sites.values()))
-        base = [edit for edit in edits if self._is_needed(edit)]
-        failure = self.attempt(base).failure
+        base, failure = self.full_size()
         if failure:
             _checks.refuse(
                 "model",
@@ -228,6 +234,11 @@ class _Planner:
         faults = {name: failure for name, failure in each.items() if failure}
         for name in faults or each:
             self.fixed[name] = f"made smaller: {each[name] or 'it fails together with others'}"
+
+
+def fault_of(draft: Draft, structure: Structure, check: Check) -> str:
+    """What is wrong with a draft of full size, "" for nothing; arguments as in `make_plan`."""
+    return _Planner(draft, structure, check, anew=False).full_size()[1]
 
 
 def make_plan(draft: Draft, structure: Structure, check: Check, anew: bool = True) -> Plan:
