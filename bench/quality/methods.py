@@ -23,7 +23,7 @@ DENSE, SCRATCH, DEFAULT, PUBLISHED = (
     "constrained L0, default",
     "constrained L0, published settings",
 )
-COEFFICIENTS = (1.0, 4.0, 16.0)
+COEFFICIENTS = (0.3, 1.0, 3.0)
 """Of the penalty, by the density of the gates; the best by validation is shown."""
 PENALISED = {f"penalised L0, {coefficient:g}": coefficient for coefficient in COEFFICIENTS}
 MAGNITUDE = {

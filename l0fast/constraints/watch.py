@@ -45,7 +45,7 @@ class Watch:
             return
         pairs = zip(gates, self._before, strict=True)
         moved = max(float((now - before).abs().mean()) for now, before in pairs)
-        if self._count >= at:
+        if self._count >= max(at, STILL):
             self._before = []
         # Gates in no optimizer keep their gradients.
         left = any(gate.grad is not None or not gate.requires_grad for gate in gates)
