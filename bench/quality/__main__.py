@@ -56,6 +56,7 @@ def train_all(wanted: Sequence[Run], path: Path, data_root: str | None) -> list[
     """
     rows = read(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     done = {tuple(row[name] for name in KEY) for row in rows}
     for number, run in enumerate(wanted, 1):
         if tuple(vars(run)[name] for name in KEY) in done:

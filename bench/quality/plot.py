@@ -17,7 +17,9 @@ def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
     for axis, (task, length) in zip(axes, panels, strict=True):
         own = {place[2]: methods for place, methods in shown.items() if place[:2] == (task, length)}
         for name in dict.fromkeys(name for methods in own.values() for name in methods):
-            points = sorted((100 * size, cells[name]) for size, cells in own.items() if name in cells)
+            points = sorted(
+                (100 * size, cells[name]) for size, cells in own.items() if name in cells
+            )
             sizes, values = [size for size, _ in points], [one.mean for _, one in points]
             if name == DENSE:
                 axis.axhline(values[0], color="grey", ls="--", lw=1, label=name)

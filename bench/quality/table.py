@@ -93,7 +93,9 @@ def sentence(shown: dict[Place, dict[str, Cell]], other: str | None, name: str) 
     found = ratios(shown, other)
     if not found:
         return ""
-    worse = sum(one.mean > 1.05 + (0 if math.isnan(one.error) else one.error) for one in found.values())
+    worse = sum(
+        one.mean > 1.05 + (0 if math.isnan(one.error) else one.error) for one in found.values()
+    )
     below = sum(one.mean < 1 for one in found.values())
     return (
         f"Error of the default / {name}: geometric mean {geometric_mean(found.values()):.2f} over "
@@ -112,8 +114,8 @@ def markdown(rows: Sequence[Row], about: Facts) -> str:
     lines = [
         "# Errors at equal size",
         "",
-        f"Test error in %, mean of seeds {', '.join(map(str, seeds))} ± standard error. All models "
-        "of a row have as many parameters and were trained for as many epochs. "
+        f"Test error in %, mean of seeds {', '.join(map(str, seeds))} ± standard error. The models "
+        "of a row have at most that share of the parameters, after as many epochs. "
         f"`{about['command']}`, torch {about['torch']}, {about['cpu']}, one thread.",
         "",
         "| task | training | parameters | " + " | ".join(names) + " | default / best other |",
@@ -127,10 +129,9 @@ def markdown(rows: Sequence[Row], about: Facts) -> str:
         lines.append(
             f"| {task} | {length} | {target:.0%} | " + " | ".join(values) + f" | {ratio} |"
         )
+    others = [name for name in names if name not in (DENSE, DEFAULT)]
     said = [
         sentence(shown, None, "that of the best other method"),
-        *(sentence(shown, name, f"that of {name}") for name in names if name not in (DENSE, DEFAULT)),
+        *(sentence(shown, name, f"that of {name}") for name in others),
     ]
     return "\n".join([*lines, "", *(f"- {one}" for one in said if one)]) + "\n"
-
-

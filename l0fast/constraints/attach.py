@@ -75,10 +75,11 @@ class Attachable(Starting):
         self._refuse_attached("step()", "none")
         watch: Watch = self.__dict__.setdefault("_watch", Watch())
         watch.look(self)
-        if self.starting and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if captured and self.starting:
             raise RuntimeError(
-                f"{type(self).__name__}: got step() in a CUDA graph while the gates are open at the "
-                "start; expected a capture after it, or start=0"
+                f"{type(self).__name__}: got step() in a CUDA graph while all gates are open at "
+                "the start; expected a capture after it, or start=0"
             )
         self.advance_()
         self.count_()

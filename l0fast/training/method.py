@@ -65,16 +65,16 @@ def make_term(
         )
     shape = settings.target_schedule
     warmup = _warmup(settings, steps)
-    return DensityConstraint(
+    constraint = DensityConstraint(
         model,
         asked,
         measure=measure,
         example_inputs=example_inputs,
-        steps=steps,
-        start=settings.start,
         dual=lambda least: _dual(settings, steps, least),
         schedule=None if shape == "constant" else TargetSchedule(warmup, shape),
     )
+    constraint.open_(start_steps(settings.start, steps))
+    return constraint
 
 
 def _warmup(settings: TrainerSettings, steps: int) -> int:
