@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.defaults import default_dual, default_schedule, dual_for
+from l0fast.constraints.defaults import dual_for, rules
 from l0fast.constraints.dual import Dual, state_in_words
 from l0fast.constraints.processes import same_table
 from l0fast.constraints.schedule import TargetSchedule
@@ -67,8 +67,7 @@ class DensityConstraint(DensityTerm):
             learning rate of 1 / least target.
         start: the share of the steps at the beginning in which all gates are open, without noise,
             in [0, 1). After it the gates are set by the magnitudes of their units. With 0 they are
-            drawn from the first step, from the density that they have. Without `steps` it is only
-            for `attach`.
+            drawn from the first step. Without `steps` it is for `attach` alone.
         dual: how the multipliers move: `DualAscent` (the default, at 0.001 without `steps`),
             `PIControl`, `AugmentedLagrangian` or `EqualityAscent`; or a function that is given the
             least of the targets, as a share, and returns one.
@@ -108,18 +107,8 @@ class DensityConstraint(DensityTerm):
         dual: Dual | Callable[[float], Dual] | None = None,
         schedule: TargetSchedule | None = None,
     ) -> None:
-        opened = start_steps(start, 1 if steps is None else _checks.whole("steps", steps))
-        if steps is not None:
-            if schedule is None:
-                schedule = default_schedule(steps)
-            if dual is None:
-                dual = default_dual
-        if not (schedule is None or isinstance(schedule, TargetSchedule)):
-            _checks.refuse("schedule", schedule, "a TargetSchedule or None", TypeError)
-        known = dual is None or isinstance(dual, Dual)
-        if isinstance(dual, type) or not (known or callable(dual)):
-            expected = "a Dual, such as DualAscent(), a function that returns one, or None"
-            _checks.refuse("dual", dual, expected, TypeError)
+        start_steps(start, 1 if steps is None else steps)  # refuses before anything is changed
+        schedule, dual = rules(steps, schedule, dual)
         model = unwrapped(model)
         measure = same_table(with_table(measure, model, example_inputs))
         named = target_groups(gates(model).layers, target, measure)
@@ -150,8 +139,8 @@ class DensityConstraint(DensityTerm):
         self._exact = targets  # as they were named: `target` holds them rounded
         self._take_over()
         self.start_share = start
-        if steps is not None and opened:
-            self.open_(opened)
+        if steps is not None and start:
+            self.open_(start_steps(start, steps))
 
     def asked(self) -> dict[str, tuple[Group, Asked]]:
         """Name of each constraint -> what it is about, and its target."""

@@ -25,9 +25,9 @@ CENTRE, REACH = 2.0, 2.0
 
 
 def start_steps(start: float, steps: int) -> int:
-    """The steps of the start in a training of `steps`; refuses a share out of its range."""
+    """The steps of the start in a training of `steps`; refuses what is out of its range."""
     _checks.number("start", start, "a share in [0, 1)", low=0.0, high=1.0, open_high=True)
-    return math.ceil(start * steps)
+    return math.ceil(start * _checks.whole("steps", steps))
 
 
 class Starting(Asking):

@@ -20,6 +20,7 @@ from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.graph.structure import Structure
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
 from l0fast.layers.branch import CHILD, branch_gates, take_branches
+from l0fast.layers.draw import OPEN
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, handles_in
 from l0fast.layers.sampling import detach
@@ -37,14 +38,14 @@ class GateValues:
     kept: Mapping[str, Tensor]
     """Layer -> bool, of log_alpha's shape: the gates that stay."""
     fully_open: bool = False
-    """Whether a gate that stays is 1, whatever its log_alpha."""
+    """Whether a gate that stays is 1, whatever its log_alpha; as at the start of a training."""
 
     def of(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """z of one layer, of log_alpha's shape."""
         layer = self.layers[name]
         log_alpha = layer.log_alpha.detach().to(dtype or layer.log_alpha.dtype)
         kept = self.kept[name].to(log_alpha.device)
-        if self.fully_open:
+        if self.fully_open or layer.stage == OPEN:
             return kept.to(log_alpha.dtype)
         return layer.distribution.median(log_alpha).masked_fill(~kept, 0.0)
 

@@ -60,7 +60,8 @@ ROWS = [
 @pytest.mark.parametrize("method", [DENSE, DEFAULT, "gradual magnitude", "penalised L0, 3"])
 def test_a_method_is_trained_to_its_size(method: str) -> None:
     rows = train(Run(TASK, "short", 0.2, method, 0), None)
-    assert [one["method"] for one in rows] == ([DEFAULT, SCRATCH] if method == DEFAULT else [method])
+    expected = [DEFAULT, SCRATCH] if method == DEFAULT else [method]
+    assert [one["method"] for one in rows] == expected
     for one in rows:
         assert one["epochs"] == 2
         assert 0 < one["params"] <= (1 if method == DENSE else 0.2)

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from l0fast import Constraints, DensityConstraint, L0Penalty, Trainer, TrainerSettings, gates
+from l0fast import (
+    Constraints,
+    DensityConstraint,
+    L0Penalty,
+    Trainer,
+    TrainerSettings,
+    gates,
+    prune,
+)
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.ranking import shared_magnitudes
 from l0fast.data.sets import Data, Split
@@ -245,3 +253,16 @@ def test_a_penalty_is_nothing_in_it() -> None:
     penalty.step()
     with torch.no_grad():
         assert float(penalty()) > 0
+
+
+@pytest.mark.parametrize("measure", ["gates", "params"])
+def test_a_model_is_pruned_in_it(measure: str) -> None:
+    model = gated_mlp(12, 20, 3, mean=2.0)
+    constraint = DensityConstraint(model, 0.4, measure=measure, example_inputs=X, steps=STEPS)
+    assert constraint.starting
+    with pytest.warns(UserWarning, match="prune: closes"):
+        small: Any = prune(model, X)
+    assert small.report.density <= 0.4 or measure == "params"
+    assert small.report.forced > 0
+    whole: Any = prune(model, X, target=1.0)
+    torch.testing.assert_close(whole(X), model.eval()(X))
