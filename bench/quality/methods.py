@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ def train(run: Run, data_root: str | None) -> list[dict[str, Any]]:
     assert small is not None
     rows = [_row(run, small, data, count)]
     if run.method == DEFAULT:
-        again = Run(**{**vars(run), "method": SCRATCH})
+        again = replace(run, method=SCRATCH)
         fresh = copy.deepcopy(small)
         torch.manual_seed(run.seed)
         for module in fresh.modules():

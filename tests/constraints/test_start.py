@@ -87,7 +87,8 @@ def test_an_explicit_loop_has_it() -> None:
 )
 def test_there_may_be_none(options: dict[str, Any]) -> None:
     model = gated_mlp(12, 20, 3, mean=2.0)
-    constraint = DensityConstraint(model, 0.4, **{"steps": STEPS, **options})
+    chosen: dict[str, Any] = {"steps": STEPS, **options}
+    constraint = DensityConstraint(model, 0.4, **chosen)
     assert gates(model).stage == DRAWN
     assert not constraint.starting
 
@@ -187,8 +188,9 @@ def data() -> Data:
 
 def trainer(out: Path | None = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    settings = TrainerSettings(**{"density": 0.4, "epochs": 8, "batch_size": 8, **options})
-    return Trainer(gated_mlp(12, 20, 3, mean=2.0), data(), settings, out=out, device="cpu")
+    chosen: dict[str, Any] = {"density": 0.4, "epochs": 8, "batch_size": 8, **options}
+    model = gated_mlp(12, 20, 3, mean=2.0)
+    return Trainer(model, data(), TrainerSettings(**chosen), out=out, device="cpu")
 
 
 @pytest.mark.parametrize("options", [{}, {"density": None, "penalty": 1.0}], ids=str)
