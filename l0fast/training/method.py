@@ -111,7 +111,7 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def learning_rates(
+def rates_at(
     first: Sequence[float], settings: TrainerSettings, step: int, steps: int
 ) -> list[float]:
     """The learning rate of each group in step number `step` of `steps`; `first` are those of the
