@@ -131,9 +131,15 @@ def _add_constraint(add: Add) -> None:
         "force from the start, as in the published recipe)",
     )
     add(
+        "--start",
+        metavar="F",
+        help="the share of the training at its beginning in which all gates are open, before they "
+        f"are set by the magnitudes of their units; default: {DEFAULTS.start:g}; 0: none",
+    )
+    add(
         "--target-warmup",
         metavar="F",
-        help="the share of the training in which targets come down; default: 0.5",
+        help="the share of the training in which targets come down after that; default: 0.5",
     )
     add(
         "--settle",

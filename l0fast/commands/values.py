@@ -90,7 +90,7 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         chosen.update(models.PUBLISHED_SETTINGS)
     numbers = (
         *("epochs", "batch_size", "lr", "gate_lr", "dual_lr"),
-        *("target_warmup", "settle", "weight_decay"),
+        *("start", "target_warmup", "settle", "weight_decay"),
     )
     for name in numbers:
         kind = int if name in ("epochs", "batch_size") else float

@@ -10,9 +10,8 @@ from torch import Tensor
 from l0fast import _checks
 from l0fast.constraints.attachment import Attachment
 from l0fast.constraints.processes import check_sharding, mesh_of
+from l0fast.constraints.start import START, Starting, start_steps
 from l0fast.constraints.watch import Watch
-from l0fast.layers.handle import ModelGates
-from l0fast.measures.groups import Asking
 
 
 def own_optimizer(optimizer: Any) -> torch.optim.Optimizer:
@@ -25,14 +24,13 @@ def own_optimizer(optimizer: Any) -> torch.optim.Optimizer:
     return found
 
 
-class Attachable(Asking):
+class Attachable(Starting):
     """A constraint, a penalty or several: called and stepped by the user, or by an optimizer."""
 
-    handle: ModelGates
-    learns: bool = True
-    """Whether the gates are trained."""
     steps: int | None = None
     """Of the whole training, if it is known."""
+    start_share: float = START
+    """The share of the steps in which all gates are open, where `attach` is not told."""
 
     @property
     def attachment(self) -> Attachment | None:
@@ -57,7 +55,7 @@ class Attachable(Asking):
         raise NotImplementedError
 
     def advance_(self) -> None:
-        """Ends a step."""
+        """Ends a step, but for what is counted on the host (see `count_`)."""
         raise NotImplementedError
 
     def forward(self) -> Tensor:
@@ -77,7 +75,14 @@ class Attachable(Asking):
         self._refuse_attached("step()", "none")
         watch: Watch = self.__dict__.setdefault("_watch", Watch())
         watch.look(self)
+        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if captured and self.starting:
+            raise RuntimeError(
+                f"{type(self).__name__}: got step() in a CUDA graph while all gates are open at "
+                "the start; expected a capture after it, or start=0"
+            )
         self.advance_()
+        self.count_()
 
     def lags(self) -> list[float]:
         """How far each density is above its target in force; a penalty has none."""
@@ -88,7 +93,7 @@ class Attachable(Asking):
         optimizer: Any,
         *,
         settle: float = 0.1,
-        start: float = 0.25,
+        start: float | None = None,
         steps: int | None = None,
         gate_lr: float | None = None,
     ) -> Self:
@@ -107,8 +112,8 @@ class Attachable(Asking):
             settle: the share of the steps at the end that train without noise, with the gates
                 decided (see `settle`), in [0, 1); 0 for never.
             start: the share of the steps at the beginning in which all gates are open, without
-                noise, in [0, 1). After it the gates are set by the magnitudes of their units. With
-                0 they are drawn from the first step, from the density that they have.
+                noise, in [0, 1) (see `DensityConstraint`); by default that of the constraint, or a
+                quarter.
             steps: of the whole training, >= 1; by default those that the constraint was given.
             gate_lr: learning rate of the gates' Adam, > 0; by default by `steps` (see
                 `param_groups`).
@@ -124,6 +129,7 @@ class Attachable(Asking):
         optimizers = [own_optimizer(one) for one in _as_list(optimizer)]
         if not optimizers:
             _checks.refuse("optimizer", optimizer, "a torch.optim.Optimizer", TypeError)
+        start = self.start_share if start is None else start
         shares = {"settle": settle, "start": start}
         for name, share in shares.items():
             _checks.number(name, share, "a share in [0, 1)", low=0.0, high=1.0, open_high=True)
@@ -147,7 +153,8 @@ class Attachable(Asking):
                 words = f"gates that do not require grad: {', '.join(frozen)}"
                 expected = "gates to train (call log_alpha.requires_grad_() on these layers)"
                 _checks.refuse("attach", words, expected)
-        attachment = Attachment(self, optimizers, steps, start, settle, gate_lr)
+        attachment = Attachment(self, optimizers, steps, settle, gate_lr)
+        self.open_(start_steps(start, steps))
         for part in {id(one): one for one in (self, *self.parts())}.values():
             part.__dict__["_attachment"] = attachment
         return self

@@ -24,9 +24,8 @@ from l0fast import _checks
 from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
 from l0fast.constraints.processes import averaged, mark_partial, own_part
-from l0fast.constraints.start import spread_
 from l0fast.gating.param_groups import default_gate_lr
-from l0fast.layers.draw import DRAWN, OPEN
+from l0fast.layers.draw import DRAWN
 
 STATE = "l0fast"
 """Key of the attachment's state in the optimizer's state."""
@@ -55,7 +54,6 @@ class Attachment:
     Attributes:
         taken: how many steps of the optimizer there have been.
         steps: of the whole training.
-        first: the step before which all gates are open.
         last: the step before which the gates settle, or None.
     """
 
@@ -64,12 +62,10 @@ class Attachment:
         term: Any,
         optimizers: Sequence[torch.optim.Optimizer],
         steps: int,
-        start: float,
         settle: float,
         gate_lr: float | None,
     ) -> None:
         self.term, self.steps, self.taken = term, steps, 0
-        self.first = math.ceil(start * steps) if term.learns else 0
         self.last = steps - math.ceil(settle * steps) if settle and term.learns else None
         self.gate_lr = default_gate_lr(steps) if gate_lr is None else gate_lr
         self._optimizers = list(optimizers)
@@ -90,19 +86,12 @@ class Attachment:
                 f"{steps} steps are few to learn gates in: the pruned model will be well below the "
                 f"dense one. Give it {FEW_STEPS} or more"
             )
-        if self.first:
-            term.handle.set_stage(OPEN)
         self._removers = [remove for one in self._optimizers for remove in self._hook(one)]
         self._removers += mark_partial(gates, term.handle.layers)
 
     def gates(self) -> list[Tensor]:
         """The log_alpha of every gated layer, each once; asked anew, as they may be replaced."""
         return self.term.handle.parameters()
-
-    @property
-    def starting(self) -> bool:
-        """Whether all gates are still open (see the start)."""
-        return self.taken < self.first
 
     # --- the optimizer -------------------------------------------------------------------------
 
@@ -136,7 +125,7 @@ class Attachment:
         group = self._optimizers[0].param_groups[-1]
         joined = set(map(id, self._joined))
         group["params"][:] = [one for one in group["params"] if id(one) not in joined]
-        if self.starting:
+        if self.term.starting:
             self.term.handle.set_stage(DRAWN)
 
     def _before(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
@@ -163,13 +152,11 @@ class Attachment:
         if skipped is not None and bool(skipped):
             return
         self.taken += 1
-        if self.taken <= self.first:
-            if self.taken == self.first:
-                spread_(self.term)
-        else:
+        if not self.term.starting:
             if self.term.learns:
                 self._move(grads, getattr(optimizer, "grad_scale", None))
             self.term.advance_()
+        self.term.count_()
         if self.taken == self.last and not self.term.settled:
             self.term.settle(self._adam.adam)
         gates = self.gates()
@@ -265,8 +252,6 @@ class Attachment:
         self._resumed = self._without_ours = False
         if state["steps"] != self.steps:
             self._warn(f"the state was of a training of {state['steps']} steps, not {self.steps}")
-        if self.starting:
-            self.term.handle.set_stage(OPEN)
         self._versions = []
 
     def _save(self, _optimizer: Any, state: dict[str, Any]) -> None:

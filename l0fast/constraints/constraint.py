@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.constraints.defaults import default_dual, default_schedule, dual_for
+from l0fast.constraints.defaults import dual_for, rules
 from l0fast.constraints.dual import Dual, state_in_words
 from l0fast.constraints.processes import same_table
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.settle import lag_in_words, settle_, warn_of
+from l0fast.constraints.start import START, start_steps
 from l0fast.constraints.term import DensityTerm, refuse_others
 from l0fast.graph.calls import unwrapped
 from l0fast.layers.handle import gates
@@ -61,8 +62,12 @@ class DensityConstraint(DensityTerm):
             or a dict of keyword arguments; needed by all measures of the pruned model, to see which
             layer feeds which.
         steps: of the whole training, >= 1. With it, what is not named below is as it serves every
-            model here: the targets come down in a cubic over the first half, and the multipliers
-            move by ascent with restarts, at a dual learning rate of 1 / least target.
+            model here: all gates are open for the first quarter, the targets come down in a cubic
+            over the half after that, and the multipliers move by ascent with restarts, at a dual
+            learning rate of 1 / least target.
+        start: the share of the steps at the beginning in which all gates are open, without noise,
+            in [0, 1). After it the gates are set by the magnitudes of their units. With 0 they are
+            drawn from the first step. Without `steps` it is for `attach` alone.
         dual: how the multipliers move: `DualAscent` (the default, at 0.001 without `steps`),
             `PIControl`, `AugmentedLagrangian` or `EqualityAscent`; or a function that is given the
             least of the targets, as a share, and returns one.
@@ -98,21 +103,12 @@ class DensityConstraint(DensityTerm):
         measure: AnyMeasure = "gates",
         example_inputs: Any = None,
         steps: int | None = None,
+        start: float = START,
         dual: Dual | Callable[[float], Dual] | None = None,
         schedule: TargetSchedule | None = None,
     ) -> None:
-        if steps is not None:
-            _checks.whole("steps", steps)
-            if schedule is None:
-                schedule = default_schedule(steps)
-            if dual is None:
-                dual = default_dual
-        if not (schedule is None or isinstance(schedule, TargetSchedule)):
-            _checks.refuse("schedule", schedule, "a TargetSchedule or None", TypeError)
-        known = dual is None or isinstance(dual, Dual)
-        if isinstance(dual, type) or not (known or callable(dual)):
-            expected = "a Dual, such as DualAscent(), a function that returns one, or None"
-            _checks.refuse("dual", dual, expected, TypeError)
+        start_steps(start, 1 if steps is None else steps)  # refuses before anything is changed
+        schedule, dual = rules(steps, schedule, dual)
         model = unwrapped(model)
         measure = same_table(with_table(measure, model, example_inputs))
         named = target_groups(gates(model).layers, target, measure)
@@ -142,6 +138,9 @@ class DensityConstraint(DensityTerm):
         self._moved = False
         self._exact = targets  # as they were named: `target` holds them rounded
         self._take_over()
+        self.start_share = start
+        if steps is not None and start:
+            self.open_(start_steps(start, steps))
 
     def asked(self) -> dict[str, tuple[Group, Asked]]:
         """Name of each constraint -> what it is about, and its target."""
@@ -184,6 +183,7 @@ class DensityConstraint(DensityTerm):
 
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         refuse_others([self])
+        self.end_start_()
         warn_of(self.lag())
         settle_(self.handle, self.budgets(), optimizer)
         self.reset_multipliers_()
@@ -225,9 +225,9 @@ class DensityConstraint(DensityTerm):
         self.dual.step_(self.multiplier, self.violation, self.dual_lr, *self._memory)
 
     def value(self) -> Tensor:
-        """0-d: the dual's term of (density - target), summed over the constraints; 0 once the
-        gates are settled."""
-        if self.settled:
+        """0-d: the dual's term of (density - target), summed over the constraints; 0 while all
+        gates are open at the start, and once they are settled."""
+        if self.settled or self.starting:
             return torch.zeros_like(self.dual_lr)
         violation = self.densities() - self.current_target
         self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
@@ -239,8 +239,8 @@ class DensityConstraint(DensityTerm):
 
     def ascend_(self) -> None:
         """Ends a step of the multipliers: moves them, unless they have moved before the loss, or
-        the gates are settled."""
-        if self.settled:
+        the gates are not trained in this step."""
+        if self.settled or self.starting:
             return
         if not self.dual.dual_first:
             self._move()

@@ -45,6 +45,24 @@ def default_dual(least: float) -> Dual:
     return DualAscent(default_dual_lr(least))
 
 
+def rules(
+    steps: int | None,
+    schedule: TargetSchedule | None,
+    dual: Dual | Callable[[float], Dual] | None,
+) -> tuple[TargetSchedule | None, Dual | Callable[[float], Dual] | None]:
+    """What a caller named; with `steps`, the defaults for what was not. Refuses what is none."""
+    if steps is not None:
+        schedule = default_schedule(steps) if schedule is None else schedule
+        dual = default_dual if dual is None else dual
+    if not (schedule is None or isinstance(schedule, TargetSchedule)):
+        _checks.refuse("schedule", schedule, "a TargetSchedule or None", TypeError)
+    known = dual is None or isinstance(dual, Dual)
+    if isinstance(dual, type) or not (known or callable(dual)):
+        expected = "a Dual, such as DualAscent(), a function that returns one, or None"
+        _checks.refuse("dual", dual, expected, TypeError)
+    return schedule, dual
+
+
 def dual_for(dual: Dual | Callable[[float], Dual] | None, least: float) -> Dual:
     """The rule that a caller named, for targets of which `least` is the least."""
     if dual is None or isinstance(dual, Dual):

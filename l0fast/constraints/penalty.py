@@ -52,7 +52,8 @@ class L0Penalty(DensityTerm):
         self._take_over()
 
     def value(self) -> Tensor:
-        """0-d: coefficient * density; 0 once the gates are settled."""
-        if self.settled:
+        """0-d: coefficient * density; 0 while all gates are open at the start, and once they are
+        settled."""
+        if self.settled or self.starting:
             return torch.zeros_like(self.coefficient)
         return self.coefficient * self.densities().squeeze(0)

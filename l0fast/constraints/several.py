@@ -90,6 +90,8 @@ class Constraints(Attachable, nn.Module):
                 if isinstance(term.dual, EqualityAscent) and other is not term:
                     _check_reachable(term, other)
         self.constraints = nn.ModuleList(terms)
+        if opened := max(term.open_left for term in terms):
+            self.open_(opened)  # a constraint that has no steps ends the start of the others
 
     @property
     def _terms(self) -> list[DensityConstraint]:
@@ -118,11 +120,6 @@ class Constraints(Attachable, nn.Module):
     def steps(self) -> int | None:
         """Of the whole training, if the constraints know it."""
         return max((term.steps for term in self._terms if term.steps), default=None)
-
-    @property
-    def learns(self) -> bool:
-        """Whether the gates are trained."""
-        return self._terms[0].learns
 
     def lags(self) -> list[float]:
         """How far each density is above its target in force."""
@@ -156,6 +153,7 @@ class Constraints(Attachable, nn.Module):
     def settle(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Decides all gates by all targets together (see `DensityConstraint.settle`)."""
         refuse_others(self._terms)
+        self.end_start_()
         for term in self._terms:
             warn_of(term.lag())
         settle_(

@@ -1,4 +1,4 @@
-"""The start of an attached training: all gates open, then each by the magnitude of its unit.
+"""The start of a training: all gates open, then each by the magnitude of its unit.
 
 Gates that are drawn from the first step are decided by chance: nothing is known of the units yet.
 After a start without noise the weights tell more from less important ones.
@@ -6,16 +6,85 @@ After a start without noise the weights tell more from less important ones.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
+from l0fast import _checks
 from l0fast.constraints.ranking import shared_magnitudes
 from l0fast.layers.branch import branch_gates
-from l0fast.layers.draw import DRAWN
+from l0fast.layers.draw import DRAWN, OPEN
+from l0fast.layers.handle import ModelGates
+from l0fast.measures.groups import Asking
 
+START = 0.25
+"""The share of the steps in which all gates are open."""
 CENTRE, REACH = 2.0, 2.0
 """log_alpha of the gates when the start is over: its middle, and how far ranks spread it."""
+
+
+def start_steps(start: float, steps: int) -> int:
+    """The steps of the start in a training of `steps`; refuses what is out of its range."""
+    _checks.number("start", start, "a share in [0, 1)", low=0.0, high=1.0, open_high=True)
+    return math.ceil(start * _checks.whole("steps", steps))
+
+
+class Starting(Asking):
+    """A term whose training may start with all gates open, without noise.
+
+    Attributes:
+        open_left: how many steps of the start are left.
+    """
+
+    handle: ModelGates
+    learns: bool = True
+    """Whether the gates are trained."""
+    open_left: int = 0
+
+    def begin_(self) -> None:
+        """Starts what the term counts from the gates as they are now."""
+
+    def open_(self, steps: int) -> None:
+        """Opens all gates for so many steps; with 0 they are drawn from the next step on."""
+        steps = steps if self.learns else 0
+        for part in self._counted():
+            part.open_left = steps
+        if self.learns:
+            self.handle.set_stage(OPEN if steps else DRAWN)
+        self.begin_()
+
+    def _counted(self) -> list[Any]:
+        return list(self.parts())
+
+    @property
+    def starting(self) -> bool:
+        """Whether all gates are open, because the start is not over."""
+        left = any(part.open_left for part in self._counted())
+        return left and self.handle.stage == OPEN
+
+    def count_(self) -> bool:
+        """Counts a step of the start, on the host; after the last one the gates are spread (see
+        `spread_`). It returns whether they were.
+
+        A captured step does not have it: call it after each replay, and capture anew where it
+        returns True.
+        """
+        if not self.starting:
+            return False
+        for part in self._counted():
+            part.open_left = max(part.open_left - 1, 0)
+        if self.starting:
+            return False
+        spread_(self)
+        return True
+
+    def end_start_(self) -> None:
+        """Ends the start now, if it is not over."""
+        if self.starting:
+            for part in self._counted():
+                part.open_left = 0
+            spread_(self)
 
 
 @torch.no_grad()

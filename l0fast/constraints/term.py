@@ -14,7 +14,7 @@ from l0fast.constraints.processes import check_sharding
 from l0fast.constraints.settle import hold_all_, settle_
 from l0fast.graph.calls import Example
 from l0fast.graph.sharding import with_full_weights
-from l0fast.layers.draw import DRAWN, SETTLED
+from l0fast.layers.draw import DRAWN, OPEN, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
 from l0fast.measures.groups import Asking, Group, measure_name
@@ -97,6 +97,7 @@ class DensityTerm(Attachable, nn.Module):
                 others beside them, or `optimizer` is none.
         """
         refuse_others([self])
+        self.end_start_()
         settle_(self.handle, self.budgets(), optimizer)
 
     def budgets(self) -> list[Budget]:
@@ -104,12 +105,17 @@ class DensityTerm(Attachable, nn.Module):
         return []
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the state holds beside tensors: whether the gates are decided."""
-        return {"settled": self.settled}
+        """What the state holds beside tensors: whether the gates are decided, and how many steps
+        are left in which all of them are open."""
+        return {"settled": self.settled, "open_left": self.open_left if self.starting else 0}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes it over, for the model's layers."""
-        self.handle.set_stage(SETTLED if state.get("settled", False) else DRAWN)
+        self.open_left = state.get("open_left", 0)
+        if state.get("settled", False):
+            self.handle.set_stage(SETTLED)
+        else:
+            self.handle.set_stage(OPEN if self.open_left else DRAWN)
 
     @property
     def layers(self) -> dict[str, Gated]:
@@ -135,9 +141,6 @@ class DensityTerm(Attachable, nn.Module):
         opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
         spent = zip(measure.spent(opened), measure.totals, strict=True)
         return [cost / total for cost, total in spent]
-
-    def begin_(self) -> None:
-        """Starts what the term counts from the gates as they are now."""
 
     def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
         """Refuses the state of a term on something else."""

@@ -30,7 +30,8 @@ class Watch:
     def look(self, term: Any) -> None:
         """Called after the optimizer's step, before the term's own: warns, once, where gates do not
         move, or too slowly. It reads values back at two steps of a training."""
-        if not term.learns or term.settled or torch.compiler.is_compiling():
+        idle = not term.learns or term.settled or term.starting
+        if idle or torch.compiler.is_compiling():
             return
         self._count += 1
         at = math.ceil(LOOK * term.steps) if term.steps else STILL
@@ -39,12 +40,13 @@ class Watch:
         gates = term.handle.parameters()
         if gates[0].is_cuda and torch.cuda.is_current_stream_capturing():
             return
-        means = [gate.mean() for gate in gates]
         if self._count == 1:
-            self._before = means
+            self._before = [gate.clone() for gate in gates]
             return
-        pairs = zip(means, self._before, strict=True)
-        moved = max(abs(float(now) - float(before)) for now, before in pairs)
+        pairs = zip(gates, self._before, strict=True)
+        moved = max(float((now - before).abs().mean()) for now, before in pairs)
+        if self._count >= max(at, STILL):
+            self._before = []
         # Gates in no optimizer keep their gradients.
         left = any(gate.grad is not None or not gate.requires_grad for gate in gates)
         if self._count == STILL and moved == 0 and left and max(term.lags()) > LAG:

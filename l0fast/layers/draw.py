@@ -205,8 +205,8 @@ class Drawn(Serving):
 
     def evaluation_gates(self) -> Tensor:
         """z in evaluation, of log_alpha's shape: the median of each gate."""
-        if self.stage == OPEN:
-            return all_open(self.log_alpha)
+        if self.stage == OPEN:  # but for what a pruning closes
+            return all_open(self.log_alpha).masked_fill(self.log_alpha == -torch.inf, 0.0)
         return self.distribution.median(self.log_alpha)
 
     def _drawn(self) -> Tensor:

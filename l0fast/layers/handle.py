@@ -163,6 +163,11 @@ class ModelGates:
         """Whether the gates are decided; all of them are, or none."""
         return all(layer.settled for layer in self.layers.values())
 
+    @property
+    def stage(self) -> str:
+        """What the gates are (see `Drawn.stage`); all of them are the same."""
+        return next(iter(self.layers.values())).stage
+
     def set_stage(self, stage: str) -> None:
         """Says what all gates are (see `Drawn.stage`), here and in the copies that follow."""
         for layer in self.layers.values():

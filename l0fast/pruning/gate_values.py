@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from l0fast.layers.draw import OPEN
 from l0fast.layers.gated import Gated
 
 
@@ -19,14 +20,14 @@ class GateValues:
     kept: Mapping[str, Tensor]
     """Layer -> bool, of log_alpha's shape: the gates that stay."""
     fully_open: bool = False
-    """Whether a gate that stays is 1, whatever its log_alpha."""
+    """Whether a gate that stays is 1, whatever its log_alpha; as at the start of a training."""
 
     def of(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         """z of one layer, of log_alpha's shape."""
         layer = self.layers[name]
         log_alpha = layer.log_alpha.detach().to(dtype or layer.log_alpha.dtype)
         kept = self.kept[name].to(log_alpha.device)
-        if self.fully_open:
+        if self.fully_open or layer.stage == OPEN:
             return kept.to(log_alpha.dtype)
         return layer.distribution.median(log_alpha).masked_fill(~kept, 0.0)
 

@@ -150,6 +150,10 @@ class Steps:
         self._captured_places: list[tuple[int, torch.Size]] = []
         self._ordinary = 0
 
+    def renew(self) -> None:
+        """Captures anew: the step computes something else from here on."""
+        self._drop_graph()
+
     def _places(self) -> list[tuple[int, torch.Size]]:
         """Address and shape of all tensors that a graph of the step refers to."""
         tensors: list[Any] = []

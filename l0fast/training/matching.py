@@ -15,14 +15,14 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.graph.computed import copied
-from l0fast.layers.draw import DRAWN, SETTLED, STAGES
+from l0fast.layers.draw import DRAWN, OPEN, SETTLED, STAGES
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.serving import INDEX
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.entries import Entries
 from l0fast.training.histories import Rows, best_epoch
-from l0fast.training.method import lr_factor
+from l0fast.training.method import rates_at
 from l0fast.training.removals import check_removals
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
@@ -127,8 +127,19 @@ class Run:
     def _settled(self, checkpoint: Checkpoint) -> bool:
         return checkpoint.epoch > self.settings.settles_at
 
+    def _open_left(self, checkpoint: Checkpoint) -> int:
+        """The steps of the start that are left; none of a run that began with another's gates."""
+        term, saved = self.state.term, checkpoint.term
+        if term is None or saved is None or self._settled(checkpoint):
+            return 0
+        extra: Any = saved["_extra_state"]
+        if isinstance(extra, dict) and extra.get("open_left", 0) == 0:
+            return 0
+        return max(term.open_left - checkpoint.step, 0)
+
     def _check_stages(self, entries: Entries, checkpoint: Checkpoint) -> None:
-        wanted = SETTLED if self._settled(checkpoint) else DRAWN
+        drawn = OPEN if self._open_left(checkpoint) else DRAWN
+        wanted = SETTLED if self._settled(checkpoint) else drawn
         for name in gated_layers(self.state.model):
             stage = STAGES[int(checkpoint.model[f"{name}._extra_state"])]
             entries.equal(f"model.{name}._extra_state", stage, wanted)
@@ -149,7 +160,11 @@ class Run:
             return
         own: Mapping[str, Any] = term.state_dict()
         entries.names("term", dict(saved), own)
-        extra: dict[str, Any] = {**own["_extra_state"], "settled": self._settled(checkpoint)}
+        extra: dict[str, Any] = {
+            **own["_extra_state"],
+            "settled": self._settled(checkpoint),
+            "open_left": self._open_left(checkpoint),
+        }
         if isinstance(term, MagnitudePruning):
             extra["done"] = checkpoint.step
         got: Any = saved["_extra_state"]
@@ -172,7 +187,10 @@ class Run:
                 entries.equal(f"term.{name}", saved[name], value)
         if "taken" in own:
             drawn = min(checkpoint.epoch, self.settings.settles_at) * self.steps_per_epoch
-            entries.equal("term.taken", float(saved["taken"]), float(drawn))
+            wanted = max(drawn - term.open_left, 0)  # all gates are open in the first of them
+            # A run that began with another's gates has no such steps.
+            found = float(saved["taken"])
+            entries.equal("term.taken", found, float(drawn if found == drawn else wanted))
 
     def _check_optimizer(
         self, entries: Entries, saved: Any, optimizer: torch.optim.Optimizer, step: int | None
@@ -215,7 +233,7 @@ class Run:
         if not step:  # not taken yet, or another run's
             return
         total = self.settings.epochs * self.steps_per_epoch
-        wanted = self.lrs[number] * lr_factor(self.settings, step - 1, total)
+        wanted = rates_at(self.lrs, self.settings, step - 1, total)[number]
         if abs(lr - wanted) > NEAR * self.lrs[number]:
             entries.refuse(f"{place}.lr", f"is {lr:g}, not {wanted:g}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from l0fast.constraints.dual import DUALS, Dual
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
+from l0fast.constraints.start import start_steps
 from l0fast.gating.param_groups import param_groups
 from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.timing import with_table
@@ -45,7 +47,9 @@ def make_term(
     """
     if settings.penalty is not None:
         per_example = examples if settings.penalty_per_example else None
-        return L0Penalty(model, settings.penalty, per_example)
+        penalty = L0Penalty(model, settings.penalty, per_example)
+        penalty.open_(start_steps(settings.start, steps))
+        return penalty
     asked = settings.density if settings.layer_density is None else settings.layer_density
     if asked is None:
         return None
@@ -60,8 +64,8 @@ def make_term(
             example_inputs=example_inputs,
         )
     shape = settings.target_schedule
-    warmup = math.ceil(settings.target_warmup * steps)
-    return DensityConstraint(
+    warmup = _warmup(settings, steps)
+    constraint = DensityConstraint(
         model,
         asked,
         measure=measure,
@@ -69,6 +73,14 @@ def make_term(
         dual=lambda least: _dual(settings, steps, least),
         schedule=None if shape == "constant" else TargetSchedule(warmup, shape),
     )
+    constraint.open_(start_steps(settings.start, steps))
+    return constraint
+
+
+def _warmup(settings: TrainerSettings, steps: int) -> int:
+    """The steps in which the targets come down: after the start, and before the gates settle."""
+    drawn = steps * settings.settles_at // settings.epochs - start_steps(settings.start, steps)
+    return max(min(math.ceil(settings.target_warmup * steps), drawn), 1)
 
 
 def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
@@ -99,8 +111,11 @@ def make_optimizer(
     return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=True)
 
 
-def lr_factor(settings: TrainerSettings, step: int, steps: int) -> float:
-    """The learning rates of step number `step` of `steps`, over those of the first."""
+def rates_at(
+    first: Sequence[float], settings: TrainerSettings, step: int, steps: int
+) -> list[float]:
+    """The learning rate of each group in step number `step` of `steps`; `first` are those of the
+    first step. That of the gates, the second group, stays: they are decided while it would fall."""
     if settings.schedule == "constant":
-        return 1.0
-    return 0.5 * (1 + math.cos(math.pi * step / steps))
+        return list(first)
+    return [first[0] * 0.5 * (1 + math.cos(math.pi * step / steps)), *first[1:]]

@@ -221,6 +221,7 @@ PUBLISHED_SETTINGS: dict[str, Any] = {
     "weight_decay": 0.0,
     "schedule": "constant",
     "target_schedule": "constant",
+    "start": 0.0,
     "settle": 0.0,
 }
 """The published optimiser: Adam for weights and gates, gradient ascent for the multiplier."""

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from l0fast.constraints.constraint import DensityConstraint
 from l0fast.graph.computed import copied
 from l0fast.training.checkpoint import Checkpoint, rng_state
 from l0fast.training.method import Term
@@ -89,8 +88,8 @@ class RunState:
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         checkpoint.restore_rng(self.device)
-        if isinstance(self.term, DensityConstraint):
-            self.term.begin_()
+        if self.term is not None:
+            self.term.open_(0)  # its units are told apart already
 
     def keep_if_best(self) -> None:
         """Keeps a copy of the model if it meets its targets, with the lowest validation error."""

@@ -10,6 +10,7 @@ from l0fast import _checks
 from l0fast.constraints.defaults import WARMUP
 from l0fast.constraints.dual import DUALS
 from l0fast.constraints.schedule import POWERS
+from l0fast.constraints.start import START
 from l0fast.data.augment import AUGMENTS
 from l0fast.layers.options import GATES
 from l0fast.measures import amounts
@@ -51,7 +52,10 @@ class TrainerSettings:
             after it.
         target_schedule: how the targets come down from the densities at the start: "cubic",
             "linear", or "constant" (in force from the start).
-        target_warmup: the share of the training in which they come down, in (0, 1].
+        start: the share of the training at its beginning, in [0, 1), in which all gates are open,
+            without noise (see `DensityConstraint`). Magnitude pruning has none.
+        target_warmup: the share of the training in which the targets come down after that, in
+            (0, 1]; it ends where the gates settle at the latest.
         settle: the share of the epochs at the end, in [0, 1), that train without noise, after the
             gates have been decided (see `DensityConstraint.settle`). It is rounded to whole epochs:
             at least one, if there are several; 0 for none. Dense training and magnitude pruning
@@ -59,7 +63,8 @@ class TrainerSettings:
         augment: random changes of training images: "none", "crop" (each is shifted by up to an
             eighth of its side, a pixel at least) or "crop-flip" (and half of them mirrored).
         weight_decay: decoupled, of the weights.
-        schedule: of the learning rates: "cosine" (both fall to 0 over the training) or "constant".
+        schedule: of the weights' learning rate: "cosine" (it falls to 0 over the training) or
+            "constant". That of the gates stays.
         select: the epoch whose model is pruned and reported: "last", or "best": the one of lowest
             validation error (the latest of equals), among the epochs after settling. Without
             settling, among those whose evaluation gates meet every target. If there is none, the
@@ -90,6 +95,7 @@ class TrainerSettings:
     dual: str = "ascent"
     dual_first: bool = False
     target_schedule: str = "cubic"
+    start: float = START
     target_warmup: float = WARMUP
     settle: float = 0.1
     augment: str = "none"
@@ -178,8 +184,12 @@ class TrainerSettings:
         options: dict[str, Any] = {"low": 0.0, "high": 1.0}
         name, expected = "target_warmup", "a share of the training in (0, 1]"
         checked[name] = _checks.number(name, self.target_warmup, expected, open_low=True, **options)
-        name, expected = "settle", "a share of the training in [0, 1)"
-        checked[name] = _checks.number(name, self.settle, expected, open_high=True, **options)
+        expected = "a share of the training in [0, 1)"
+        for name in ("start", "settle"):
+            value = getattr(self, name)
+            checked[name] = _checks.number(name, value, expected, open_high=True, **options)
+        if self.start + self.settle >= 1:
+            _checks.refuse("start + settle", self.start + self.settle, "less than 1")
         return checked
 
     @property
@@ -204,6 +214,7 @@ class TrainerSettings:
 BEFORE: dict[str, Any] = {
     "measure": "gates",
     "target_schedule": "constant",
+    "start": 0.0,
     "settle": 0.0,
     "augment": "none",
 }

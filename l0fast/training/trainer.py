@@ -29,7 +29,7 @@ from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
 from l0fast.training.folder import RunFolder
 from l0fast.training.matching import Run
-from l0fast.training.method import lr_factor, make_optimizer, make_term
+from l0fast.training.method import make_optimizer, make_term, rates_at
 from l0fast.training.metrics import Row, check_finite, error_percent, measure, stall_metrics
 from l0fast.training.placement import place_data, place_model_, usable_device
 from l0fast.training.run_state import RunState
@@ -199,10 +199,12 @@ class Trainer:
         self.model.train()
         with self._steps.running():
             for start in range(0, count, size):
-                factor = lr_factor(self.settings, self.state.step, self.total_steps)
-                set_learning_rates(self.optimizer, [lr * factor for lr in self._base_lrs])
+                lrs = rates_at(self._base_lrs, self.settings, self.state.step, self.total_steps)
+                set_learning_rates(self.optimizer, lrs)
                 self._steps(order[start : start + size])  # _take_step, or its CUDA graph
                 self.state.step += 1
+                if self.term is not None and self.term.count_():
+                    self._steps.renew()
         return {
             "loss": float(self._loss_sum) / count,
             "train_error_percent": 100 * int(self._errors) / count,

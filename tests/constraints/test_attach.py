@@ -67,7 +67,7 @@ def assert_same(model: nn.Module, other: nn.Module, **tolerance: Any) -> None:
 def explicit(steps: int) -> tuple[nn.Module, DensityConstraint]:
     """The Lagrangian written out, with an Adam for the gates."""
     model = made()
-    constraint = constrained(model, dual=DualAscent(5.0, restarts=False))
+    constraint = constrained(model, start=0.05, dual=DualAscent(5.0, restarts=False))
     alphas = gates(model).parameters()
     ids = set(map(id, alphas))
     weights = torch.optim.AdamW([p for p in model.parameters() if id(p) not in ids], 1e-2)
@@ -102,9 +102,10 @@ def test_it_takes_the_steps_of_the_explicit_loop(name: str) -> None:
     expected, multiplier = explicit(30)
     model = made()
     optimizer = OPTIMIZERS[name](model)
-    constraint = constrained(model, dual=DualAscent(5.0, restarts=False))
-    constraint.attach(optimizer, start=0, settle=0)
+    constraint = constrained(model, start=0.05, dual=DualAscent(5.0, restarts=False))
+    constraint.attach(optimizer, settle=0)
     train(model, optimizer, 30)
+    assert float(constraint.taken) == 20  # the first 10 were the start
     assert_same(model, expected, rtol=1e-4, atol=1e-5)
     assert float(multiplier.multiplier) > 0
     torch.testing.assert_close(constraint.multiplier, multiplier.multiplier, rtol=1e-4, atol=1e-5)
@@ -330,9 +331,7 @@ def test_the_start_is_dense_and_ends_with_gates_by_magnitude() -> None:
     handle = gates(model)
     before = log_alphas(model)
     constraint = constrained(model).attach(optimizer, start=0.25)
-    attachment = constraint.attachment
-    assert attachment is not None
-    assert attachment.starting
+    assert constraint.starting
     dense = nn.Sequential(nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 16), nn.ReLU())
     dense.append(nn.Linear(16, 3)).load_state_dict(model.state_dict(), strict=False)
     for training in (True, False):

@@ -15,7 +15,7 @@ from tests.helpers.gated import gated_mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-STEPS = 300
+STEPS, START = 300, 20
 X, Y = torch.randn(64, 12), torch.randint(3, (64,))
 Make = Callable[[nn.Module], torch.optim.Optimizer]
 
@@ -23,9 +23,9 @@ Make = Callable[[nn.Module], torch.optim.Optimizer]
 def run(make: Make, steps: int) -> None:
     torch.manual_seed(0)
     model = gated_mlp(12, 200, 3, mean=2.0)
-    constraint = DensityConstraint(model, 0.25, steps=STEPS)
+    constraint = DensityConstraint(model, 0.25, steps=STEPS, start=START / STEPS)
     optimizer = make(model)
-    for _ in range(steps):
+    for _ in range(START + steps):
         (F.cross_entropy(model(X), Y) + constraint()).backward()
         optimizer.step()
         optimizer.zero_grad()

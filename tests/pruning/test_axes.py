@@ -28,7 +28,8 @@ def decoder() -> Any:
 
 def test_they_are_reckoned_removed_and_saved_together(tmp_path: Path) -> None:
     example = {"input_ids": torch.randint(64, (2, 12))}
-    model = sparsify_(decoder(), example_inputs=example, depth=True, hidden=True)
+    model: Any = decoder()
+    sparsify_(model, example_inputs=example, depth=True, hidden=True)
     constraint = DensityConstraint(model, 0.5, measure="params", example_inputs=example, steps=300)
     layers = gates(model).layers
     for name in layers:
@@ -39,7 +40,7 @@ def test_they_are_reckoned_removed_and_saved_together(tmp_path: Path) -> None:
     expected = constraint.realised()["model"]
     del constraint
     model.eval()
-    small = prune(model, example).eval()
+    small: Any = prune(model, example).eval()
     after, before = small.report.params
     assert sum(p.numel() for p in small.parameters()) == after
     assert after / before == pytest.approx(expected, abs=1e-12)

@@ -32,7 +32,7 @@ def test_an_epoch_is_feasible_where_pruning_forces_nothing(digits: Data, measure
 
 
 def test_realised_is_what_the_gates_say(digits: Data) -> None:
-    one = trainer(digits, layer_density={"fc1": 0.5, "fc2": 0.8, "fc3": 0.9})
+    one = trainer(digits, layer_density={"fc1": 0.5, "fc2": 0.8, "fc3": 0.9}, start=0)
     assert isinstance(one.term, DensityConstraint)
     layers = dict(one.model.named_modules())
     with torch.no_grad():

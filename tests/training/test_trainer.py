@@ -101,9 +101,9 @@ def test_it_reaches_its_targets(finished: Any) -> None:
         assert last["expected_density"] < one.history[0]["expected_density"] - 0.02
         assert summary["feasible"] is None
         return
-    # The expected density comes close in the first half, and the pruned model is never over.
-    half = one.history[len(one.history) // 2 - 1]
-    assert abs(half["expected_density"] - last["expected_density"]) < 0.06
+    # The expected density comes close in three quarters, and the pruned model is never over.
+    late = one.history[3 * len(one.history) // 4 - 1]
+    assert abs(late["expected_density"] - last["expected_density"]) < 0.06
     assert summary["feasible"] is True
     report = one.pruned.report
     if kind == "params":
@@ -346,7 +346,7 @@ def test_the_rules_for_the_multiplier(digits: Data) -> None:
 
 def test_a_stall_is_told(digits: Data) -> None:
     """A multiplier that hardly grows closes nothing; its words come with the rows and the end."""
-    one = trainer(digits, epochs=8, density=0.1, dual_lr=1e-4)
+    one = trainer(digits, epochs=8, density=0.1, dual_lr=1e-4, start=0)
     summary = one.fit()
     words = one.history[-2]["stalls"]["model"]
     assert one.history[-1]["stalls"] == {}  # its gates are decided by then
@@ -385,7 +385,7 @@ def test_the_learning_rates(digits: Data, schedule: str) -> None:
     assert len(seen) == 2 * 5 == one.total_steps
     for step, lrs in enumerate(seen):
         factor = 0.5 * (1 + math.cos(math.pi * step / 10)) if schedule == "cosine" else 1
-        assert lrs == pytest.approx([5e-3 * factor, 0.05 * factor])
+        assert lrs == pytest.approx([5e-3 * factor, 0.05])  # the gates' stays
 
 
 def test_the_loss_is_the_mean_over_the_examples(digits: Data) -> None:

@@ -1,0 +1,36 @@
+"""The frontier of each method: error against size, a panel for each task and length."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.quality.methods import DEFAULT, DENSE
+from bench.quality.table import Cell, Place
+from l0fast.plots.dynamics import canvas
+
+
+def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
+    """Writes the picture."""
+    panels = list(dict.fromkeys((task, length) for task, length, _ in shown))
+    figure = canvas(4.6 * len(panels), 4.0)
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (task, length) in zip(axes, panels, strict=True):
+        own = {place[2]: methods for place, methods in shown.items() if place[:2] == (task, length)}
+        for name in dict.fromkeys(name for methods in own.values() for name in methods):
+            points = sorted(
+                (100 * size, cells[name]) for size, cells in own.items() if name in cells
+            )
+            sizes, values = [size for size, _ in points], [one.mean for _, one in points]
+            if name == DENSE:
+                axis.axhline(values[0], color="grey", ls="--", lw=1, label=name)
+                continue
+            width = 2.5 if name == DEFAULT else 1.0
+            axis.plot(sizes, values, marker="o", ms=3, lw=width, label=name)
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_title(f"{task}, {length}")
+        axis.set_xlabel("parameters, % of the dense model's")
+        axis.grid(alpha=0.25, which="both")
+    axes[0].set_ylabel("test error, %")
+    axes[0].legend(frameon=False, fontsize=7)
+    figure.savefig(path)

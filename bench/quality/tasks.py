@@ -1,0 +1,62 @@
+"""What is trained: a net, its data, and how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.short_runs import build
+from l0fast.data import sets
+from l0fast.data.formats import Split
+from l0fast.data.sets import Data
+
+MNIST_PART = 4000
+"""Images of MNIST to train on, and as many to validate on."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A net on a data set."""
+
+    net: str
+    """The name that `build` has for it."""
+    dataset: str
+    epochs: tuple[int, int]
+    """Of a short training and of a medium one."""
+    lr: float
+    batch_size: int
+
+    def build(self, in_shape: tuple[int, ...]) -> nn.Module:
+        """The dense net, from torch's seed."""
+        return build(self.net, in_shape)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of every method but the published ones."""
+        return {"lr": self.lr, "batch_size": self.batch_size}
+
+
+TASKS = {
+    "MLP, digits": Task("mlp", "digits", (20, 60), 3e-3, 64),
+    "LeNet 8-16-64, digits": Task("lenet 8-16-64", "digits", (20, 60), 3e-3, 64),
+    "BN conv net, digits": Task("bn conv", "digits", (20, 60), 3e-3, 64),
+    "MLP, MNIST": Task("mlp", "mnist", (10, 30), 1e-3, 128),
+}
+LENGTHS = ("short", "medium")
+
+
+def load(task: Task, seed: int, data_root: str | None) -> Data:
+    """The data of a task. Of digits a quarter is for validation; of MNIST a part is taken."""
+    if task.dataset == "digits":
+        return sets.load("digits", data_root, 1 / 4, seed)
+    whole = sets.load(task.dataset, data_root)
+    order = torch.randperm(len(whole.train.targets), generator=torch.Generator().manual_seed(seed))
+
+    def part(places: torch.Tensor) -> Split:
+        return Split(whole.train.inputs[places], whole.train.targets[places])
+
+    chosen, held = order[:MNIST_PART], order[MNIST_PART : 2 * MNIST_PART]
+    return Data(part(chosen), part(held), whole.test, whole.num_classes)
