@@ -23,7 +23,7 @@ from l0fast.training.frontier import frontier
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AugmentedLagrangian",
