@@ -188,8 +188,9 @@ def prune_state_dict(
         _checks.refuse("small", f"a model with constants in the bias of {folded[0]!r}", expected)
     origins = _origins(model, small)
     twin = copied(model)
+    kept = {name: one for name, one in twin.state_dict().items() if name.endswith(".log_alpha")}
     try:
-        twin.load_state_dict(dict(state_dict))
+        twin.load_state_dict({**kept, **state_dict})  # a dense one has no gates
     except RuntimeError as error:
         expected = f"a state of the model ({' '.join(str(error).split())[:200]})"
         _checks.refuse("state_dict", f"{len(state_dict)} tensors", expected)

@@ -354,6 +354,7 @@ def test_resumed_in_a_new_trainer(
             first.fit(on_epoch=stop)
     else:
         first.open()
+        first.folder.close()  # its process ends
     torch.manual_seed(99)  # another process draws something else
     rows: list[int] = []
     second = trainer("out")
