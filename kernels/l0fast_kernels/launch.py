@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -51,14 +51,65 @@ def fast() -> bool:
     return not interpreted() and torch.version.cuda is not None
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(tensor.device)
 
 
-def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a result on the tensor's device: the one place where launchers allocate."""
-    return like.new_empty(shape, dtype=dtype)
+def empty(
+    like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None, last: bool = False
+) -> Tensor:
+    """Memory for a result on the tensor's device: the one place where launchers allocate.
+
+    With `last`, the memory format is channels last.
+    """
+    layout = torch.channels_last if last else torch.contiguous_format
+    dtype = like.dtype if dtype is None else dtype
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+def _kind(argument: Any) -> Any:
+    """What a kernel is compiled for, of an argument that is no constexpr."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    if isinstance(argument, int):  # none is specialised, see `do_not_specialize`
+        return -(2**31) <= argument < 2**31
+    return type(argument)
+
+
+class Launch:
+    """A kernel with its grid and options: the host's fast way to launch it again.
+
+    Triton looks at every argument of every launch, which takes longer than the launch. Here that
+    is done once for each kind of arguments.
+
+    Args:
+        kernel: a Triton kernel that specialises none of its ints.
+        grid: two numbers of programs.
+        options: its constexprs, in the order of its arguments, after which they come.
+    """
+
+    def __init__(self, kernel: Any, grid: tuple[int, int], options: dict[str, Any]) -> None:
+        self.kernel, self.grid, self.options = kernel, grid, options
+        self._values = tuple(options.values())
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *arguments: Any) -> None:
+        if interpreted():
+            self.kernel[self.grid](*arguments, **self.options)
+            return
+        kind = torch.cuda.current_device(), *map(_kind, arguments)
+        compiled = self._compiled.get(kind)
+        if compiled is None:
+            made = self.kernel[self.grid](*arguments, **self.options, num_warps=WARPS)
+            self._compiled[kind] = made[(*self.grid, 1)]
+        else:
+            compiled(*arguments, *self._values)
 
 
 def channels_last(weight: Tensor) -> bool:
