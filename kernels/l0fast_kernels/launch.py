@@ -40,6 +40,7 @@ def constants(temperature: float, gamma: float, zeta: float) -> Constants:
     )
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before its import)."""
     return bool(triton.knobs.runtime.interpret)
@@ -51,14 +52,9 @@ def fast() -> bool:
     return not interpreted() and torch.version.cuda is not None
 
 
-_HERE = contextlib.nullcontext()
-
-
 def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     """Makes the tensor's GPU the current one, on which Triton launches."""
-    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
-        return _HERE
-    return torch.cuda.device(tensor.device)
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def empty(
@@ -73,43 +69,41 @@ def empty(
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
 
 
-def _kind(argument: Any) -> Any:
-    """What a kernel is compiled for, of an argument that is no constexpr."""
-    if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16 == 0
-    if isinstance(argument, int):  # none is specialised, see `do_not_specialize`
-        return -(2**31) <= argument < 2**31
-    return type(argument)
-
-
 class Launch:
-    """A kernel with its grid and options: the host's fast way to launch it again.
+    """A kernel with its grid, sizes and options: the host's fast way to launch it again.
 
     Triton looks at every argument of every launch, which takes longer than the launch. Here that
-    is done once for each kind of arguments.
+    is done once for each device, dtypes and alignments of the tensors.
 
     Args:
-        kernel: a Triton kernel that specialises none of its ints.
+        kernel: a Triton kernel: its arguments are tensors, `sizes` and `options`, in this order.
         grid: two numbers of programs.
-        options: its constexprs, in the order of its arguments, after which they come.
+        sizes: ints.
+        options: its constexprs.
     """
 
-    def __init__(self, kernel: Any, grid: tuple[int, int], options: dict[str, Any]) -> None:
-        self.kernel, self.grid, self.options = kernel, grid, options
-        self._values = tuple(options.values())
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int], sizes: tuple[int, ...], options: dict[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.sizes, self.options = kernel, grid, sizes, options
+        self._rest = (*sizes, *options.values())
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, *arguments: Any) -> None:
+    def __call__(self, *tensors: Tensor) -> None:
         if interpreted():
-            self.kernel[self.grid](*arguments, **self.options)
+            self.kernel[self.grid](*tensors, *self.sizes, **self.options)
             return
-        kind = torch.cuda.current_device(), *map(_kind, arguments)
+        device = tensors[0].get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*tensors)
+        kind = device, *[t.dtype for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors]
         compiled = self._compiled.get(kind)
-        if compiled is None:
-            made = self.kernel[self.grid](*arguments, **self.options, num_warps=WARPS)
-            self._compiled[kind] = made[(*self.grid, 1)]
-        else:
-            compiled(*arguments, *self._values)
+        if compiled is not None:
+            compiled(*tensors, *self._rest)
+            return
+        made = self.kernel[self.grid](*tensors, *self.sizes, **self.options, num_warps=WARPS)
+        self._compiled[kind] = made[(*self.grid, 1)]
 
 
 def channels_last(weight: Tensor) -> bool:

@@ -150,15 +150,13 @@ class Tiling:
             triton.cdiv(self.rows, tile_rows * row_steps),
             triton.cdiv(self.columns, tile_columns * column_steps),
         )
-        self.sizes = self.rows, self.columns, self.gates
-        self.forward = launch.Launch(scaled_weight_kernel, self.grid, self.options)
-        self.backward = launch.Launch(scaled_weight_backward_kernel, self.grid, self.options)
-
-    @property
-    def parts(self) -> int:
-        """How many partial sums a gate's gradient comes in: one for every program along the
-        summed axis, and for every repetition of the gates."""
-        return self.grid[1] * (self.rows // self.gates) if self.by_row else self.grid[0]
+        # How many partial sums a gate's gradient comes in: one for every program along the summed
+        # axis, and for every repetition of the gates.
+        repeated = self.rows // self.gates if self.by_row else 1
+        self.parts = repeated * self.grid[1 if self.by_row else 0]
+        rest = self.grid, (self.rows, self.columns, self.gates), self.options
+        self.forward = launch.Launch(scaled_weight_kernel, *rest)
+        self.backward = launch.Launch(scaled_weight_backward_kernel, *rest)
 
 
 # With channels last a [O, I, k, k] weight lies in memory as [O, k, k, I].
@@ -184,9 +182,7 @@ def scaled_weight_forward(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtyp
         weight = weight.contiguous()
     out = launch.empty(weight, weight.shape, dtype, last)
     if weight.numel():
-        tiling = tiling_of(weight.shape, dim, last)
-        with launch.on(weight):
-            tiling.forward(weight, z.contiguous(), out, *tiling.sizes)
+        tiling_of(weight.shape, dim, last).forward(weight, z.contiguous(), out)
     return out
 
 
@@ -204,8 +200,6 @@ def scaled_weight_backward(
     if not weight.numel():
         return dweight, torch.zeros_like(z)
     tiling = tiling_of(weight.shape, dim, last)
-    parts = tiling.parts
-    partial = launch.empty(z, (parts, tiling.gates) if parts > 1 else (tiling.gates,))
-    with launch.on(weight):
-        tiling.backward(dout, weight, z.contiguous(), dweight, partial, *tiling.sizes)
-    return dweight, partial if parts == 1 else partial.sum(0)
+    partial = launch.empty(z, (tiling.parts, *z.shape) if tiling.parts > 1 else z.shape)
+    tiling.backward(dout, weight, z.contiguous(), dweight, partial)
+    return dweight, partial if tiling.parts == 1 else partial.sum(0)
