@@ -78,12 +78,12 @@ class Launch:
     Args:
         kernel: a Triton kernel: its arguments are tensors, `sizes` and `options`, in this order.
         grid: two numbers of programs.
-        sizes: ints.
+        sizes: numbers.
         options: its constexprs.
     """
 
     def __init__(
-        self, kernel: Any, grid: tuple[int, int], sizes: tuple[int, ...], options: dict[str, Any]
+        self, kernel: Any, grid: tuple[int, int], sizes: tuple[float, ...], options: dict[str, Any]
     ) -> None:
         self.kernel, self.grid, self.sizes, self.options = kernel, grid, sizes, options
         self._rest = (*sizes, *options.values())

@@ -202,10 +202,10 @@ def gated_linear(
     where the inputs lie in x, if more arrives.
     """
     whole = rows is None and cols is None
-    if whole and gather is None and masks_on_triton(weight, z):
+    small = not x.requires_grad or weight.numel() < x.numel()
+    if whole and small and gather is None and masks_on_triton(weight, z):
         # Fewer launches than any other way, and no product for the gradient of x either.
-        if not x.requires_grad or weight.numel() < x.numel():
-            return torch.nn.functional.linear(x, triton_scaled_weight(weight, z, 1), bias)
+        return torch.nn.functional.linear(x, triton_scaled_weight(weight, z, 1), bias)
     if not x.requires_grad:
         return _GatedLinear.apply(x, weight, bias, z, rows, cols, gather)  # type: ignore[return-value]
     if not whole:
@@ -213,6 +213,6 @@ def gated_linear(
             x = _Gather.apply(x, gather, -1)  # type: ignore[assignment]
         part = _CompactWeight.apply(weight, bias, z, 1, rows, cols)
         return torch.nn.functional.linear(x, *part)  # type: ignore[misc]
-    if weight.numel() < x.numel():
+    if small:
         return torch.nn.functional.linear(x, maths.mask(weight, z, 1), bias)
     return torch.nn.functional.linear(x * z, weight, bias)

@@ -262,12 +262,8 @@ def _scaled_weight_gradient(backward: Any, ctx: Any, dscaled: Tensor | None) -> 
 
 
 _gated_weight.register_autograd(_gated_weight_gradient, setup_context=_save(3))
-_draw = direct.function(
-    _hard_concrete, _hard_concrete_backward, _hard_concrete_gradient, _save(2)
-)
-_scale = direct.function(
-    _scaled_weight, _scaled_weight_backward, _scaled_weight_gradient, _save(2)
-)
+_draw = direct.function(_hard_concrete, _hard_concrete_backward, _hard_concrete_gradient, _save(2))
+_scale = direct.function(_scaled_weight, _scaled_weight_backward, _scaled_weight_gradient, _save(2))
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:
