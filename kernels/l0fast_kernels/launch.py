@@ -65,6 +65,8 @@ def empty(
     With `last`, the memory format is channels last.
     """
     layout = torch.channels_last if last else torch.contiguous_format
+    if shape == like.shape:  # half the host's time
+        return torch.empty_like(like, dtype=dtype, memory_format=layout)
     dtype = like.dtype if dtype is None else dtype
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
 
