@@ -17,7 +17,7 @@ from pathlib import Path
 from bench import ROOT, cuda, registry, report, run, verify
 from bench.case import Case
 from bench.plot import plot
-from bench.report import MEASURED, NEEDS_GPU, Row, marked
+from bench.report import MEASURED, NEEDS_GPU, OUT_OF_MEMORY, Row, marked
 
 GPU_MINUTES = 8.0
 GPU_TEST_SHARE = 0.5
@@ -177,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         picture = None
     names = ["results.csv", "results.json", *([picture.name] if picture else [])]
     print(f"{', '.join(names)} in {out}")
-    return 0 if all(row.status in (MEASURED, NEEDS_GPU) for row in rows) else 1
+    fine = MEASURED, NEEDS_GPU, OUT_OF_MEMORY
+    return 0 if all(row.status in fine for row in rows) else 1
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from bench import counting
-from bench.report import Row
+from bench.report import Row, failure
 from bench.timing import (
     Call,
     Effort,
@@ -104,6 +104,7 @@ def measure(
                 calls[variant.name] = variant.build()
             except Exception as error:
                 failures[variant.name] = one_line(error)
+                _free(device)  # what it had is not missing for the next
         sample = cuda_sample if device == "cuda" else cpu_sample
         samples, late = interleaved(calls, sample, effort)
         failures |= late
@@ -111,7 +112,7 @@ def measure(
         for variant in variants:
             name = variant.name
             if name in failures:
-                rows.append(Row(case, name, device, status="failed", note=failures[name].strip()))
+                rows.append(failure(case, name, device, failures[name].strip()))
                 continue
             samples[name] = [value / variant.calls for value in samples[name]]
         for variant in variants:
@@ -119,11 +120,15 @@ def measure(
                 extra = _counts(variant, calls[variant.name], device, count_ops, count_launches)
                 rows += _rows(case, device, variant, samples, baseline, goals, bytes_moved, extra)
     del calls
+    _free(device)
+    order = [variant.name for variant in variants]
+    return sorted(rows, key=lambda row: order.index(row.variant))
+
+
+def _free(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    order = [variant.name for variant in variants]
-    return sorted(rows, key=lambda row: order.index(row.variant))
 
 
 @dataclass

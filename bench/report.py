@@ -23,6 +23,8 @@ from bench import ROOT
 MEASURED = "measured"
 NEEDS_GPU = "needs a GPU"
 UNTESTED = "measured, UNTESTED"
+FAILED = "failed"
+OUT_OF_MEMORY = "out of memory"
 FORMAT = 1
 
 
@@ -54,6 +56,13 @@ class Row:
 
 
 Facts = dict[str, Any]
+
+
+def failure(case: str, variant: str, device: str, why: str) -> Row:
+    """The row of what raised an error, of which `why` is one line; a GPU that is too small is no
+    fault of what is measured."""
+    small = why.startswith(torch.OutOfMemoryError.__name__)
+    return Row(case, variant, device, status=OUT_OF_MEMORY if small else FAILED, note=why)
 
 
 def marked(row: Row, why: str | None) -> Row:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bench import cuda, registry
-from bench.report import Row
+from bench.report import failure
 from bench.timing import FULL, FULL_GPU, QUICK, one_line
 
 POISONED = 3
@@ -56,7 +56,7 @@ def main() -> int:
             rows = case.run(effort)
         except Exception as error:
             # Out of memory, for one: the next case starts from what this one has freed.
-            rows = [Row(name, "all", case.device, status="failed", note=one_line(error))]
+            rows = [failure(name, "all", case.device, one_line(error))]
         usable = _usable(case.device)
         say(rows=[asdict(row) for row in rows], done=name)
         if not usable:

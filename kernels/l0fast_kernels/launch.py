@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -40,6 +40,7 @@ def constants(temperature: float, gamma: float, zeta: float) -> Constants:
     )
 
 
+@functools.cache
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 before its import)."""
     return bool(triton.knobs.runtime.interpret)
@@ -56,9 +57,55 @@ def on(tensor: Tensor) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
-def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    """Memory for a result on the tensor's device: the one place where launchers allocate."""
-    return like.new_empty(shape, dtype=dtype)
+def empty(
+    like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None, last: bool = False
+) -> Tensor:
+    """Memory for a result on the tensor's device: the one place where launchers allocate.
+
+    With `last`, the memory format is channels last.
+    """
+    layout = torch.channels_last if last else torch.contiguous_format
+    if shape == like.shape:  # half the host's time
+        return torch.empty_like(like, dtype=dtype, memory_format=layout)
+    dtype = like.dtype if dtype is None else dtype
+    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=layout)
+
+
+class Launch:
+    """A kernel with its grid, sizes and options: the host's fast way to launch it again.
+
+    Triton looks at every argument of every launch, which takes longer than the launch. Here that
+    is done once for each device, dtypes and alignments of the tensors.
+
+    Args:
+        kernel: a Triton kernel: its arguments are tensors, `sizes` and `options`, in this order.
+        grid: two numbers of programs.
+        sizes: numbers.
+        options: its constexprs.
+    """
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, int], sizes: tuple[float, ...], options: dict[str, Any]
+    ) -> None:
+        self.kernel, self.grid, self.sizes, self.options = kernel, grid, sizes, options
+        self._rest = (*sizes, *options.values())
+        self._compiled: dict[Any, Any] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        if interpreted():
+            self.kernel[self.grid](*tensors, *self.sizes, **self.options)
+            return
+        device = tensors[0].get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                return self(*tensors)
+        kind = device, *[t.dtype for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors]
+        compiled = self._compiled.get(kind)
+        if compiled is not None:
+            compiled(*tensors, *self._rest)
+            return
+        made = self.kernel[self.grid](*tensors, *self.sizes, **self.options, num_warps=WARPS)
+        self._compiled[kind] = made[(*self.grid, 1)]
 
 
 def channels_last(weight: Tensor) -> bool:

@@ -14,15 +14,19 @@ import triton.language as tl
 from torch import Tensor
 
 from l0fast_kernels import launch
-from l0fast_kernels.launch import ALIGNMENT, WARPS
+from l0fast_kernels.launch import ALIGNMENT
 
 # Elements of a tile, how wide it is where gates run down the rows or
 # along the columns, and how many tiles a program takes along the axis over which a gate's
 # gradient is summed: one partial sum for each program and gate is all that is written besides.
+# Where up to MOST_STEPS reach along that whole axis there is one program, and so no second sum;
+# along columns, of narrower tiles, which are as many more.
 TILE = 2048
 ROW_TILE_COLUMNS = 256
 COLUMN_TILE_COLUMNS = 128
+NARROW_TILE_COLUMNS = 32
 STEPS = 4
+MOST_STEPS = 8
 
 
 @triton.jit
@@ -126,10 +130,14 @@ class Tiling:
         self.by_row = inner > 1
         self.columns = inner if self.by_row else self.gates
         self.rows = shape.numel() // self.columns
+        summed = self.columns if self.by_row else self.rows
         widest = ROW_TILE_COLUMNS if self.by_row else COLUMN_TILE_COLUMNS
+        if not self.by_row and summed <= MOST_STEPS * (TILE // NARROW_TILE_COLUMNS):
+            widest = NARROW_TILE_COLUMNS
         tile_columns = min(widest, max(ALIGNMENT, triton.next_power_of_2(self.columns)))
         tile_rows = TILE // tile_columns
-        steps = 1 if self.by_row and self.columns <= tile_columns else STEPS
+        needed = triton.cdiv(summed, tile_columns if self.by_row else tile_rows)
+        steps = triton.next_power_of_2(needed) if needed <= MOST_STEPS else STEPS
         self.options = {
             "BY_ROW": self.by_row,
             "ROWS": tile_rows,
@@ -142,23 +150,25 @@ class Tiling:
             triton.cdiv(self.rows, tile_rows * row_steps),
             triton.cdiv(self.columns, tile_columns * column_steps),
         )
+        # How many partial sums a gate's gradient comes in: one for every program along the summed
+        # axis, and for every repetition of the gates.
+        repeated = self.rows // self.gates if self.by_row else 1
+        self.parts = repeated * self.grid[1 if self.by_row else 0]
+        rest = self.grid, (self.rows, self.columns, self.gates), self.options
+        self.forward = launch.Launch(scaled_weight_kernel, *rest)
+        self.backward = launch.Launch(scaled_weight_backward_kernel, *rest)
 
-    @property
-    def parts(self) -> int:
-        """How many partial sums a gate's gradient comes in: one for every program along the
-        summed axis, and for every repetition of the gates."""
-        return self.grid[1] * (self.rows // self.gates) if self.by_row else self.grid[0]
+
+# With channels last a [O, I, k, k] weight lies in memory as [O, k, k, I].
+TO_LAST, LAST_DIM = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=1024)
-def tiling_of(shape: torch.Size, dim: int) -> Tiling:
+def tiling_of(shape: torch.Size, dim: int, last: bool) -> Tiling:
     """A layer has one for good: making it takes the host as long as a launch."""
+    if last:
+        return Tiling(torch.Size(shape[d] for d in TO_LAST), LAST_DIM[dim])
     return Tiling(shape, dim)
-
-
-# Where each dimension lies with channels last, and the way there and back.
-LAST_DIM = (0, 3, 1, 2)
-TO_LAST, FROM_LAST = (0, 2, 3, 1), (0, 3, 1, 2)
 
 
 def scaled_weight_forward(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
@@ -167,24 +177,12 @@ def scaled_weight_forward(weight: Tensor, z: Tensor, dim: int, dtype: torch.dtyp
     In the dtype asked for, and the weight's memory format: under autocast this pass is also the
     cast.
     """
-    if launch.channels_last(weight):
-        out = scaled_weight_forward(weight.permute(TO_LAST), z, LAST_DIM[dim], dtype)
-        return out.permute(FROM_LAST)
-    weight, z = weight.contiguous(), z.contiguous()
-    out = launch.empty(weight, weight.shape, dtype)
+    last = launch.channels_last(weight)
+    if not last:
+        weight = weight.contiguous()
+    out = launch.empty(weight, weight.shape, dtype, last)
     if weight.numel():
-        tiling = tiling_of(weight.shape, dim)
-        with launch.on(weight):
-            scaled_weight_kernel[tiling.grid](
-                weight,
-                z,
-                out,
-                tiling.rows,
-                tiling.columns,
-                tiling.gates,
-                **tiling.options,
-                num_warps=WARPS,
-            )
+        tiling_of(weight.shape, dim, last).forward(weight, z.contiguous(), out)
     return out
 
 
@@ -193,27 +191,15 @@ def scaled_weight_backward(
 ) -> tuple[Tensor, Tensor]:
     """dweight (the weight's dtype and memory format) and dz (float32 [weight.shape[dim]]), in one
     pass."""
-    if launch.channels_last(weight):
-        dout, weight = dout.permute(TO_LAST), weight.permute(TO_LAST)
-        dweight, dz = scaled_weight_backward(dout, weight, z, LAST_DIM[dim])
-        return dweight.permute(FROM_LAST), dz
-    weight, dout, z = weight.contiguous(), dout.contiguous(), z.contiguous()
-    dweight = launch.empty(weight, weight.shape)
+    last = launch.channels_last(weight)
+    if last:
+        dout = dout.contiguous(memory_format=torch.channels_last)
+    else:
+        weight, dout = weight.contiguous(), dout.contiguous()
+    dweight = launch.empty(weight, weight.shape, weight.dtype, last)
     if not weight.numel():
         return dweight, torch.zeros_like(z)
-    tiling = tiling_of(weight.shape, dim)
-    partial = launch.empty(z, (tiling.parts, tiling.gates))
-    with launch.on(weight):
-        scaled_weight_backward_kernel[tiling.grid](
-            dout,
-            weight,
-            z,
-            dweight,
-            partial,
-            tiling.rows,
-            tiling.columns,
-            tiling.gates,
-            **tiling.options,
-            num_warps=WARPS,
-        )
-    return dweight, partial.view(-1) if tiling.parts == 1 else partial.sum(0)
+    tiling = tiling_of(weight.shape, dim, last)
+    partial = launch.empty(z, (tiling.parts, *z.shape) if tiling.parts > 1 else z.shape)
+    tiling.backward(dout, weight, z.contiguous(), dweight, partial)
+    return dweight, partial if tiling.parts == 1 else partial.sum(0)

@@ -38,17 +38,26 @@ def function(
 ) -> Callable[..., Any]:
     """The call of an op that has a gradient: its bodies as an autograd Function, if possible."""
 
+    body, backward_body = op.body, backward.body
+
+    def differentiate(ctx: Any, *gradients: Any) -> Any:
+        return gradient(backward_body, ctx, *gradients)
+
+    differentiate_once = once_differentiable(differentiate)
+
     class L0fastDirect(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
-            output = op.body(*inputs)
+            output = body(*inputs)
             setup_context(ctx, inputs, output)
             return output
 
         @staticmethod
-        @once_differentiable
         def backward(ctx: Any, *gradients: Any) -> Any:
-            return gradient(backward.body, ctx, *gradients)
+            # Its guard costs as much as a launch, and only create_graph needs it.
+            if torch.is_grad_enabled():
+                return differentiate_once(ctx, *gradients)
+            return differentiate(ctx, *gradients)
 
     def call(*inputs: Any) -> Any:
         return L0fastDirect.apply(*inputs) if is_possible() else op(*inputs)

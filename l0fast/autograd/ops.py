@@ -213,13 +213,13 @@ def _(dscaled: Tensor, weight: Tensor, z: Tensor, dim: int) -> Any:
     return _laid_out_like(weight, weight.dtype), _contiguous_like(z)
 
 
-def _save(*tensors: int) -> Callable[..., None]:
-    """setup_context that saves the inputs at these places, and keeps the others as they are."""
+def _save(tensors: int) -> Callable[..., None]:
+    """setup_context that saves so many of the inputs, and keeps the rest as they are."""
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*(inputs[i] for i in tensors))
-        ctx.rest = [value for i, value in enumerate(inputs) if i not in tensors]
+        ctx.save_for_backward(*inputs[:tensors])
+        ctx.rest = inputs[tensors:]
 
     return setup_context
 
@@ -261,13 +261,9 @@ def _scaled_weight_gradient(backward: Any, ctx: Any, dscaled: Tensor | None) -> 
     return *backward(dscaled, weight, z, dim), None, None
 
 
-_gated_weight.register_autograd(_gated_weight_gradient, setup_context=_save(0, 1, 2))
-_draw = direct.function(
-    _hard_concrete, _hard_concrete_backward, _hard_concrete_gradient, _save(0, 1)
-)
-_scale = direct.function(
-    _scaled_weight, _scaled_weight_backward, _scaled_weight_gradient, _save(0, 1)
-)
+_gated_weight.register_autograd(_gated_weight_gradient, setup_context=_save(3))
+_draw = direct.function(_hard_concrete, _hard_concrete_backward, _hard_concrete_gradient, _save(2))
+_scale = direct.function(_scaled_weight, _scaled_weight_backward, _scaled_weight_gradient, _save(2))
 
 
 def _refuse_second_derivative(ctx: Any, *gradients: Tensor) -> NoReturn:

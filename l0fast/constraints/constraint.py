@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.autograd import lagrangian
 from l0fast.constraints.defaults import dual_for, rules
 from l0fast.constraints.dual import Dual, state_in_words
 from l0fast.constraints.processes import same_table
@@ -76,8 +77,7 @@ class DensityConstraint(DensityTerm):
 
     Attributes:
         multiplier, target, violation: [C] tensors, one entry a constraint, in `names`' order.
-        restarts: [C] number of dual restarts so far.
-        dual_lr: 0-d tensor; may be changed during training.
+        restarts, dual_lr: [C] dual restarts so far; 0-d, which may be changed during training.
 
     Raises:
         ValueError, TypeError: an unknown layer, or a target that cannot be met (the message has
@@ -225,10 +225,13 @@ class DensityConstraint(DensityTerm):
         self.dual.step_(self.multiplier, self.violation, self.dual_lr, *self._memory)
 
     def value(self) -> Tensor:
-        """0-d: the dual's term of (density - target), summed over the constraints; 0 while all
-        gates are open at the start, and once they are settled."""
+        """0-d: the dual's term of (density - target), summed; 0 while no gate is trained."""
         if self.settled or self.starting:
             return torch.zeros_like(self.dual_lr)
+        if self.dual.is_plain and (counted := self._counted()):
+            now = self.multiplier, self.current_target
+            term, self._buffers["violation"] = lagrangian(*counted, *now)
+            return term
         violation = self.densities() - self.current_target
         self._buffers["violation"] = violation.detach()  # past setattr: this is each step's cost
         # Once a step, however many calls accumulate their gradients in it.
@@ -238,8 +241,7 @@ class DensityConstraint(DensityTerm):
         return self.dual.term(self.multiplier, violation, *self._memory)
 
     def ascend_(self) -> None:
-        """Ends a step of the multipliers: moves them, unless they have moved before the loss, or
-        the gates are not trained in this step."""
+        """Ends a step: moves the multipliers, unless they have moved or no gate is trained."""
         if self.settled or self.starting:
             return
         if not self.dual.dual_first:
@@ -275,16 +277,14 @@ class DensityConstraint(DensityTerm):
             "scheduled": self.schedule is not None,
             **super().get_extra_state(),
         }
-        table = self.table
-        return state if table is None else {**state, "latency": table.as_json()}
+        return state if (table := self.table) is None else {**state, "latency": table.as_json()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes the targets over, for `prune` too, and the table they are shares of."""
         if "latency" in state:
             table = LatencyTable.from_json(state["latency"])
             self.groups = {n: g._replace(measure=table) for n, g in self.groups.items()}
-            measure: Latency = self.__dict__["_measure"]
-            measure.take(list(self.groups.values()))
+            self.__dict__["_measure"].take(list(self.groups.values()))
         self._exact = list(state["targets"])
         super().set_extra_state(state)
 

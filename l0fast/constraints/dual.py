@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast.autograd import ascend_
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Dual:
         if not isinstance(self.dual_first, bool):
             _checks.refuse("dual_first", self.dual_first, "True or False", TypeError)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether its term is this one, so that one op computes it and the densities."""
+        return type(self).term is Dual.term and not self.dual_first
+
     def term(self, multiplier: Tensor, violation: Tensor, *memory: Tensor) -> Tensor:
         """0-d: what is added to the loss; `violation` [C] is density - target, differentiable."""
         return torch.dot(multiplier, violation)
@@ -89,13 +95,7 @@ class DualAscent(Dual):
         if not self.restarts:
             multiplier.addcmul_(violation, lr).clamp_(0.0, self.limit)
             return
-        (restarts,) = memory
-        satisfied = violation < 0
-        restarts.addcmul_(satisfied, multiplier.sign())
-        # It stays >= 0: where the constraint is not satisfied, the violation is >= 0.
-        multiplier.addcmul_(violation, lr).masked_fill_(satisfied, 0.0)
-        if self.limit < math.inf:
-            multiplier.clamp_max_(self.limit)
+        ascend_(multiplier, violation, *memory, lr, self.limit)
 
 
 @dataclass(frozen=True)

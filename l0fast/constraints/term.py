@@ -18,7 +18,7 @@ from l0fast.layers.draw import DRAWN, OPEN, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
 from l0fast.measures.groups import Asking, Group, measure_name
-from l0fast.measures.measure import Measure, is_of_pruned
+from l0fast.measures.measure import GateMeasure, Measure, is_of_pruned
 from l0fast.measures.pick import measure_of
 from l0fast.pruning.choose import Budget
 from l0fast.pruning.trial import tried
@@ -124,15 +124,25 @@ class DensityTerm(Attachable, nn.Module):
 
     def densities(self) -> Tensor:
         """[C] expected densities, differentiable; of what is kept, once it is settled."""
+        measure = self._placed_measure()
+        if self.settled:
+            return torch.tensor(self._shares(), dtype=self._dtype, device=self._device)
+        return measure()
+
+    def _counted(self) -> tuple[Tensor, Tensor] | None:
+        """What the densities are a product of, if the measure is expected L0."""
+        measure = self._placed_measure()
+        return measure.counted() if isinstance(measure, GateMeasure) else None
+
+    def _placed_measure(self) -> Measure:
+        """The measure, on the model's device like all else here."""
         measure: Measure = self.__dict__["_measure"]
         device = next(iter(self.layers.values())).log_alpha.device
         if self._device != device:  # the model has moved
             self._device = device
             self.to(device)
             measure.to(device)
-        if self.settled:
-            return torch.tensor(self._shares(), dtype=self._dtype, device=device)
-        return measure()
+        return measure
 
     @torch.no_grad()
     def _shares(self) -> list[float]:

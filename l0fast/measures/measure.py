@@ -13,6 +13,7 @@ from l0fast.layers.expected import expected_open
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import sharing
 from l0fast.layers.serving import likeliest
+from l0fast.maths.lagrangian import shares
 from l0fast.measures.groups import AnyMeasure, Group, measure_name
 from l0fast.measures.latency import LatencyTable
 
@@ -118,13 +119,13 @@ class GateMeasure(Measure):
         )
         return (self.sizes * counts).sum(1)
 
-    def forward(self) -> Tensor:
+    def counted(self) -> tuple[Tensor, Tensor]:
+        """Expected open gates [L] of each layer, differentiable, and `weights`."""
         weights: Tensor = self._buffers["weights"]  # type: ignore[assignment]  # each step's cost
-        counts = expected_open(list(self.layers.values())).to(weights.dtype)
-        # Not a product of matrices: autocast would halve its dtype.
-        if len(weights) == 1:
-            return torch.dot(weights.view(-1), counts).view(1)
-        return (weights * counts).sum(1)
+        return expected_open(list(self.layers.values())).to(weights.dtype), weights
+
+    def forward(self) -> Tensor:
+        return shares(*self.counted())
 
 
 class OwnMeasure(Measure):

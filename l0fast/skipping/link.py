@@ -14,13 +14,22 @@ from l0fast.layers.draw import Drawn
 from l0fast.skipping.following import passes_on
 
 
-def rounded_up(mask: Tensor, multiple: int) -> Tensor:
-    """Positions where `mask` is set, and as many others as make their number a multiple.
+def width_of(needed: int, size: int, multiple: int, before: int = 0) -> int:
+    """How many of `size` units are computed where `needed` are: a multiple, or all.
 
-    At least one: an empty layer does not run.
+    At least one: an empty layer does not run. `before` is the width of the step before: it stays
+    until more than a multiple and a half is idle, so that units which come and go at an edge do
+    not change it: each new width is a slow step.
     """
+    wanted = min(-(-max(needed, 1) // multiple) * multiple, size)
+    idle = before - needed
+    return before if wanted < before <= size and 2 * idle <= 3 * multiple else wanted
+
+
+def rounded_up(mask: Tensor, multiple: int, before: int = 0) -> Tensor:
+    """Positions where `mask` is set, and as many others as make their number `width_of` them."""
     found = mask.nonzero().flatten()
-    wanted = min(-(-max(len(found), 1) // multiple) * multiple, len(mask))
+    wanted = width_of(len(found), len(mask), multiple, before)
     if len(found) < wanted:
         others = (~mask).nonzero().flatten()[: wanted - len(found)]
         found = torch.cat([found, others]).sort().values
@@ -163,14 +172,25 @@ class Link:
             alive = alive & opened[id(self.makers[0].layer)]
         return alive
 
-    def computed(self, alive: Tensor, multiple: int) -> Tensor:
-        """[C] the channels to compute: those alive, and as many more as each maker rounds up."""
+    def computed(
+        self, alive: Tensor, multiple: int, widths: dict[int, int] | None = None
+    ) -> Tensor:
+        """[C] the channels to compute: those alive, and as many more as each maker rounds up.
+
+        Args:
+            alive: bool [channels].
+            multiple: of the makers' widths.
+            widths: place of a maker -> its width in the step before; becomes that of this one.
+        """
+        widths = {} if widths is None else widths
         if all(maker.labels is None for maker in self.makers):
-            return rounded_up(alive, multiple)
+            found = rounded_up(alive, multiple, widths.get(0, 0))
+            widths[0] = len(found)
+            return found
         there = alive.clone()
-        for maker in self.makers:
-            if maker.labels is None:
-                there[rounded_up(there, multiple)] = True
-            else:
-                there[maker.labels[rounded_up(there[maker.labels], multiple)]] = True
+        for place, maker in enumerate(self.makers):
+            labels = slice(None) if maker.labels is None else maker.labels
+            made = rounded_up(there[labels], multiple, widths.get(place, 0))
+            widths[place] = len(made)
+            there[made if maker.labels is None else maker.labels[made]] = True
         return there.nonzero().flatten()

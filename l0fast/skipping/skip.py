@@ -116,7 +116,8 @@ class Skipping:
     """The links of a model, and whether closed units are skipped on them.
 
     What is left out depends on the gates and on the size of the input alone, so that a training
-    that is resumed takes the very steps of one that was not interrupted. The first call of another
+    that is resumed takes the very steps of one that was not interrupted (on a GPU where a link is
+    convolved it depends on the step before, too: see `width_of`). The first call of another
     form than the example's (with labels, or by keyword) is tried out like the example; such calls,
     where skipping may change something, and a model that has been changed since, are computed
     masked.
@@ -149,6 +150,8 @@ class Skipping:
         self.links, self.mode, self.multiple = links, mode, multiple
         self.views = views
         self.form, self.size = form_of(example), float(size_of(example))
+        self._widths = [dict[int, int]() if on_gpu else None for _ in links]
+        """Of the makers of each link, in the step before."""
         self._others: dict[Form, float | None] = {}
         """Other forms -> the size that takes as long as the example; None: they are masked."""
         found = {id(layer): layer for link in links for layer in link.layers()}
@@ -251,13 +254,14 @@ class Skipping:
         """What each layer leaves out, where the host can see the gates."""
         rows: dict[int, Tensor] = {}
         cols: dict[int, tuple[Tensor, Tensor | None]] = {}
-        for link, rounded in zip(self.links, self._rounded, strict=True):
+        all_links = zip(self.links, self._rounded, self._widths, strict=True)
+        for link, rounded, widths in all_links:
             if not self._drawn(link, opened):
                 continue
             alive = link.alive(opened)
             if not self.pays(link, 1, len(alive), examples):
                 continue  # whatever is open: it need not be listed
-            found = link.computed(alive, self.multiple if rounded else 1)
+            found = link.computed(alive, self.multiple if rounded else 1, widths)
             if not self.pays(link, len(found), len(alive), examples):
                 continue
             if not link.makers:

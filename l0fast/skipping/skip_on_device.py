@@ -15,8 +15,9 @@ from torch import Tensor
 from l0fast import functional
 from l0fast.layers.draw import Compact, OnDevice
 
-MULTIPLE = 8
-"""How many units are computed on a GPU is rounded up to it: its matrix units read 16 bytes."""
+MULTIPLE = 64
+"""How many units are computed is rounded up to it where a convolution is read on a GPU: few
+widths, as each new one makes cuDNN choose its kernel again, and whole tiles of its products."""
 
 
 def on_gpu(tensors: Mapping[int, Tensor]) -> bool:

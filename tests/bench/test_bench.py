@@ -108,9 +108,16 @@ def _raises_when_called() -> timing.Call:
     return lambda: 1 / 0
 
 
-@pytest.mark.parametrize("bad", [_fails, _raises_when_called])
+def _too_large() -> timing.Call:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 96.00 GiB")
+
+
+@pytest.mark.parametrize(
+    ("bad", "status"),
+    [(_fails, "failed"), (_raises_when_called, "failed"), (_too_large, "out of memory")],
+)
 def test_a_variant_that_fails_is_a_row_and_the_others_are_measured(
-    bad: Callable[[], timing.Call],
+    bad: Callable[[], timing.Call], status: str
 ) -> None:
     x = torch.ones(4)
     variants = [
@@ -125,8 +132,9 @@ def test_a_variant_that_fails_is_a_row_and_the_others_are_measured(
     ]
     options: Any = {"baseline": "base", "goals": goals, "count_ops": True, "bytes_moved": 48}
     base, failed, timed, counted = case.measure("c", "cpu", variants, LITTLE, **options)
-    assert (failed.variant, failed.status) == ("bad", "failed")
-    assert failed.note.startswith(("RuntimeError: no compiler", "ZeroDivisionError"))
+    assert (failed.variant, failed.status) == ("bad", status)
+    words = "RuntimeError: no compiler", "ZeroDivisionError", "OutOfMemoryError: CUDA out of"
+    assert failed.note.startswith(words)
     assert (base.ops, base.items, base.baseline, base.reached) == (1, 0, None, None)
     assert base.p50_ms is not None
     assert base.gb_per_s == pytest.approx(48 / base.p50_ms / 1e6)

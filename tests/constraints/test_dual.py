@@ -413,15 +413,15 @@ def test_no_host_sync(kind: str, dual_first: bool) -> None:
 
 
 def test_what_the_default_costs() -> None:
-    """Operations beside the densities; the room for other duals takes none."""
+    """Operations beside the counts; the room for other duals takes none."""
     model = Layers()
     constraint = DensityConstraint(model, 0.5)
-    densities = constraint.densities()
-    constraint.densities = lambda: densities
+    counted = constraint._counted()
+    constraint._counted = lambda: counted
     with Counting() as counting:
         constraint()
         constraint.ascend_()
-    wanted = {"sub": 1, "detach": 1, "dot": 1, "lt": 1, "sign": 1, "addcmul_": 2}
+    wanted = {"sub": 1, "detach": 1, "dot": 2, "view": 2, "lt": 1, "sign": 1, "addcmul_": 2}
     wanted |= {"masked_fill_": 1}
     assert counting.calls == wanted
 

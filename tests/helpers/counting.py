@@ -11,12 +11,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 class Counting(TorchDispatchMode):
     """Counts the operations dispatched."""
 
+    NO_WORK = frozenset({"empty", "empty_like", "new_empty", "empty_strided", "detach"})
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.work: Counter[str] = Counter()
+        """Those that compute, fill or copy: a launch or more each on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.overloadpacket.__name__] += 1
+        name = func.overloadpacket.__name__
+        self.calls[name] += 1
+        if not func.is_view and name not in self.NO_WORK:
+            self.work[name] += 1
         return func(*args, **(kwargs or {}))
 
 

@@ -33,6 +33,8 @@ ELSEWHERE = {
     # Nothing else calls these two, and a layer's time is what they are for.
     ("packed_weight", "bench"): "bench/bench_skipping_linear.py",
     ("bounded_matmul", "bench"): "bench/bench_skipping_linear.py",
+    # Its one launch each way is a launch fewer of a step, and nothing by itself.
+    ("lagrangian", "bench"): "bench/bench_step.py",
     # gated_weight with a gate for each row or column: the same formulas, with a `dim`.
     ("scaled_weight", "reference"): "l0fast/maths/gated_weight.py",
     ("scaled_weight", "test"): "tests/maths/test_gated_weight.py",

@@ -82,12 +82,16 @@ def guarded(launch: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Generator[No
     """Every result a launcher allocates lies between sentinels, which must survive."""
     fences: list[Tensor] = []
 
-    def empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    def empty(
+        like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None, last: bool = False
+    ) -> Tensor:
         n = torch.Size(shape).numel()
         memory = like.new_full((n + 2 * GUARD,), SENTINEL, dtype=dtype)
         fences.extend((memory[:GUARD], memory[GUARD + n :]))
         middle = memory[GUARD : GUARD + n]
         middle.fill_(torch.nan if middle.is_floating_point() else torch.iinfo(memory.dtype).max)
+        if last:  # in memory [O, k, k, I]
+            return middle.view([shape[d] for d in (0, 2, 3, 1)]).permute(0, 3, 1, 2)
         return middle.view(shape)
 
     with monkeypatch.context() as patch:

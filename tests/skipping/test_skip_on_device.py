@@ -13,6 +13,7 @@ from l0fast.layers.draw import Compact, OnDevice
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.skipping import attach, skip_on_device
 from l0fast.skipping.following import Following
+from l0fast.skipping.link import width_of
 from tests.helpers.counting import CaptureSafe
 from tests.helpers.draws import compact
 from tests.helpers.steps import (
@@ -106,6 +107,7 @@ def test_linear_chains_are_never_read(name: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", READ)
 def test_convolutions_are_read_once_a_step(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(skip_on_device, "MULTIPLE", 2)  # no model here is as wide as a real one
     model, x = prepared(name, monkeypatch, True)
     set_density(model, 0.4)
     asked: list[dict[int, Tensor]] = []
@@ -126,11 +128,53 @@ def test_convolutions_are_read_once_a_step(name: str, monkeypatch: pytest.Monkey
     step(model, x)
     assert len(asked) == len(sent) == 1
     assert len(asked[0]) == len(gated_layers(model))
+    rows = [len(one.rows) for one in sent[0].values() if one.rows is not None]
+    assert rows
+    assert all(size % 2 == 0 for size in rows)
     for one in sent[0].values():
-        if one.rows is not None:
-            size = len(one.rows)
-            assert size % skip_on_device.MULTIPLE == 0 or size < skip_on_device.MULTIPLE
         assert all(index is None or not index.is_cuda for index in one)
+
+
+@pytest.mark.parametrize(
+    ("needed", "before", "width"),
+    [
+        (0, 0, 64),
+        (1, 0, 64),
+        (64, 0, 64),
+        (65, 0, 128),
+        (190, 0, 192),
+        (193, 0, 200),  # all there are
+        (65, 64, 128),  # up at once
+        (96, 192, 192),  # 96 of them idle
+        (95, 192, 128),
+        (104, 200, 200),
+        (103, 200, 128),
+        (10, 200, 64),
+        (70, 256, 128),  # of a wider model: it says nothing here
+    ],
+)
+def test_a_width_goes_down_when_a_multiple_and_a_half_is_idle(
+    needed: int, before: int, width: int
+) -> None:
+    assert width_of(needed, 200, 64, before) == width
+
+
+def test_gates_that_flicker_do_not_change_a_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attach, "_on_gpu", lambda model: True)
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 4)
+    model: Any = nn.Sequential(nn.Conv2d(3, 200, 1), nn.ReLU(), nn.Conv2d(200, 4, 1))
+    sparsify_(model, example_inputs=x, skip=True)
+    maker, widths = model[0], list[int]()
+    for opened in (126, 130, 126, 100, 95, 126, 20):
+        with torch.no_grad():
+            maker.log_alpha.fill_(-40.0)
+            maker.log_alpha[:opened] = 40.0
+        hidden: list[Tensor] = []
+        model[1].forward = lambda x, hidden=hidden: hidden.append(x.relu()) or hidden[-1]
+        model(x).sum().backward()
+        widths.append(hidden[0].shape[1])
+    assert widths == [128, 192, 192, 192, 128, 128, 64]
 
 
 def test_what_is_sent_is_what_was_made() -> None:
