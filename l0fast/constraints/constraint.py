@@ -23,7 +23,6 @@ from l0fast.measures.amounts import Asked, share
 from l0fast.measures.groups import AnyMeasure, Group, measure_name, target_groups
 from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
-from l0fast.measures.timed import Latency
 from l0fast.pruning.choose import Budget
 from l0fast.pruning.timing import with_table
 
