@@ -95,7 +95,8 @@ class DualAscent(Dual):
         if not self.restarts:
             multiplier.addcmul_(violation, lr).clamp_(0.0, self.limit)
             return
-        ascend_(multiplier, violation, *memory, lr, self.limit)
+        (restarts,) = memory
+        ascend_(multiplier, violation, restarts, lr, self.limit)
 
 
 @dataclass(frozen=True)

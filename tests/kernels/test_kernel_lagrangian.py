@@ -66,7 +66,8 @@ def test_an_ascent_is_the_references(constraints: int, limit: float) -> None:
     given = multiplier, violation, torch.ones(constraints), torch.tensor(0.5)
     moved: list[Any] = [one.clone().to(DEVICE) for one in given]
     ascend_(*moved, limit)
-    maths.ascend_(*given, limit)
+    multiplier, violation, restarts, lr = given
+    maths.ascend_(multiplier, violation, restarts, lr, limit)
     # One rounding less: the kernel's product and sum are fused.
     torch.testing.assert_close(moved[0].cpu(), given[0], equal_nan=True)
     assert torch.equal(moved[2].cpu(), given[2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn.parallel import DistributedDataParallel
 
 from l0fast import DensityConstraint, param_groups, sparsify_
@@ -58,7 +59,7 @@ def test_a_step_compiles_whole(make: Callable[[], nn.Module], device: str, backe
     model = sparsify_(make()).to(device)
     twin, x = copy.deepcopy(model), torch.randn(shape, device=device)
     compiled: Any = torch.compile(twin, fullgraph=True, backend=backend)
-    with torch._inductor.config.patch(fallback_random=True):  # eager's draws
+    with inductor.patch(fallback_random=True):  # eager's draws
         got = step(compiled, twin, x)
     torch.testing.assert_close(got, step(model, model, x), rtol=1e-3, atol=1e-4)
 
@@ -106,7 +107,7 @@ def test_a_feed_forward_block_in_half_precision(device: str, tokens: int, width:
 
 
 @contextmanager
-def one_process(backend: str, store: Path) -> Iterator[None]:
+def one_process(backend: str, store: Path) -> Generator[None]:
     dist.init_process_group(backend, f"file://{store}", world_size=1, rank=0)
     try:
         yield
@@ -126,7 +127,7 @@ def test_one_process_of_ddp_takes_the_plain_step(device: str, backend: str, tmp_
 
 
 @contextmanager
-def no_sync() -> Iterator[None]:
+def no_sync() -> Generator[None]:
     try:
         with warnings.catch_warnings():  # it is a prototype, it says
             warnings.simplefilter("ignore")
