@@ -227,7 +227,7 @@ class DensityConstraint(DensityTerm):
         """0-d: the dual's term of (density - target), summed; 0 while no gate is trained."""
         if self.settled or self.starting:
             return torch.zeros_like(self.dual_lr)
-        if self.dual.is_plain and (counted := self._counted()):
+        if self.dual.is_plain and (counted := self._open_counts()):
             now = self.multiplier, self.current_target
             term, self._buffers["violation"] = lagrangian(*counted, *now)
             return term

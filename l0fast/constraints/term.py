@@ -129,7 +129,7 @@ class DensityTerm(Attachable, nn.Module):
             return torch.tensor(self._shares(), dtype=self._dtype, device=self._device)
         return measure()
 
-    def _counted(self) -> tuple[Tensor, Tensor] | None:
+    def _open_counts(self) -> tuple[Tensor, Tensor] | None:
         """What the densities are a product of, if the measure is expected L0."""
         measure = self._placed_measure()
         return measure.counted() if isinstance(measure, GateMeasure) else None

@@ -416,8 +416,8 @@ def test_what_the_default_costs() -> None:
     """Operations beside the counts; the room for other duals takes none."""
     model = Layers()
     constraint = DensityConstraint(model, 0.5)
-    counted = constraint._counted()
-    constraint._counted = lambda: counted
+    counted = constraint._open_counts()
+    constraint._open_counts = lambda: counted
     with Counting() as counting:
         constraint()
         constraint.ascend_()

@@ -64,13 +64,12 @@ def test_an_ascent_is_the_references(constraints: int, limit: float) -> None:
     if constraints > 1:
         multiplier[0] = math.nan
     given = multiplier, violation, torch.ones(constraints), torch.tensor(0.5)
-    moved: list[Any] = [one.clone().to(DEVICE) for one in given]
-    ascend_(*moved, limit)
-    reference, violation, restarts, lr = given
-    maths.ascend_(reference, violation, restarts, lr, limit)
+    got = [one.clone().to(DEVICE) for one in given]
+    ascend_(got[0], got[1], got[2], got[3], limit)
+    maths.ascend_(given[0], given[1], given[2], given[3], limit)
     # One rounding less: the kernel's product and sum are fused.
-    torch.testing.assert_close(moved[0].cpu(), given[0], equal_nan=True)
-    assert torch.equal(moved[2].cpu(), given[2])
+    torch.testing.assert_close(got[0].cpu(), given[0], equal_nan=True)
+    assert torch.equal(got[2].cpu(), given[2])
 
 
 @kernel_test

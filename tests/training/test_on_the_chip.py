@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.nn.parallel import DistributedDataParallel
 
 from l0fast import DensityConstraint, param_groups, sparsify_
@@ -59,8 +59,7 @@ def test_a_step_compiles_whole(make: Callable[[], nn.Module], device: str, backe
     model = sparsify_(make()).to(device)
     twin, x = copy.deepcopy(model), torch.randn(shape, device=device)
     compiled: Any = torch.compile(twin, fullgraph=True, backend=backend)
-    config = importlib.import_module("torch._inductor.config")
-    with config.patch(fallback_random=True):  # eager's draws
+    with inductor.patch(fallback_random=True):  # eager's draws
         got = step(compiled, twin, x)
     torch.testing.assert_close(got, step(model, model, x), rtol=1e-3, atol=1e-4)
 
