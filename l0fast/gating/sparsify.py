@@ -147,12 +147,11 @@ def sparsify_(
             or a dict of keyword arguments. A list that the model takes as one argument is one, and
             so is a NamedTuple. Where given, layers that never run on it are left out, and closed
             units can be skipped.
-        skip: whether a training step leaves out of its computation the units whose gates are drawn
-            closed; the step taken is the same. "auto": where it pays, on a CPU; True: wherever
-            units can be followed from the layers that make them to those that read them; False:
-            nowhere. Needs `example_inputs`. On a GPU chains of linear layers alone are skipped by
-            kernels that ask nobody; in a model with convolutions the host waits for the gates once
-            a step.
+        skip: whether a training step leaves out the units whose gates are drawn closed; the step
+            taken is the same. "auto": on a CPU, where it saves time. True: wherever units can be
+            followed from the layers that make them to those that read them. False: nowhere. Needs
+            `example_inputs`. On a GPU, True skips chains of linear layers without a host sync; in
+            a model with convolutions the host reads the gates once a step.
         hidden: whether the hidden width has gates, too: one for each channel of a residual stream,
             shared by all its RMS norms. What writes into the stream (embeddings, the last layers
             of attention and MLP) and what reads it gets smaller with it. Needs gates="auto",
