@@ -176,7 +176,7 @@ class _Release:
         by: dict[str, list[str]] = {}
         for name in self.rigid:
             if name in self.reasons:
-                by.setdefault(self.reasons[name], []).append(name)
+                by.setdefault(self.reasons[name], []).append(name or "the model itself")
         return [
             f"the forward of {', '.join(names)} cannot be written again with smaller sizes: {why}"
             for why, names in by.items()

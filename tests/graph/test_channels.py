@@ -315,6 +315,7 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] 
     "mT": (lambda x: x.mT.transpose(1, 2), lambda c: c),
     "type_as": (lambda x: x.type_as(x.relu()), lambda c: c),
     "t": (lambda x: x[0].t().t(), lambda c: c),
+    "rows of a table": (lambda x: F.embedding(torch.tensor([2, 0]), x[0].t()), lambda c: c),
     "flip": (lambda x: x.flip(1), lambda c: c.flip(0)),
     "tile": (lambda x: x.tile(1, 2, 1), lambda c: c.repeat(2)),
     "broadcast_to": (lambda x: x[:, :, :1].broadcast_to(2, 8, 5), lambda c: c),

@@ -70,7 +70,7 @@ def test_the_likeliest_gate_of_each_part() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"share": Share((0, 1), 5)}, "share: got '2 gates on inputs'; expected '3 gates"),
+        ({"share": Share((0, 1), 5)}, "share: got '2 gates on inputs'; expected 3 gates"),
         ({"share": Share((0, 1, 5), 5)}, r"share: got \(0, 5\)"),
         ({"share": FIRST, "gates": "output"}, "share: got '3 gates on outputs'"),
         ({"share": Share((0, 1, 2), 4), "shared": True}, "shared: got '5 gates on its inputs'"),

@@ -317,7 +317,9 @@ def test_a_resumed_run_takes_no_other_table(
     settings = quick(density=0.6, measure="latency", epochs=2)
     first, second = small_mlp_table((1, 1, 1)), small_mlp_table((1, 9, 9))
     options: dict[str, Any] = {"out": tmp_path / "run", "device": "cpu"}
-    Trainer(small_mlp(), digits, settings, table=first, **options).open()
+    one = Trainer(small_mlp(), digits, settings, table=first, **options)
+    one.open()
+    one.folder.close()
     line = r"^table: got 'another latency table'; expected the one of .*checkpoint\.pt, or none"
     with pytest.raises(ValueError, match=line):
         Trainer(small_mlp(), digits, settings, table=second, **options)
@@ -327,3 +329,4 @@ def test_a_resumed_run_takes_no_other_table(
         assert isinstance(again.term, DensityConstraint)
         assert again.term.table is not None
         assert again.term.table.as_json() == first.as_json()
+        again.folder.close()

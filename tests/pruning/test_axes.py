@@ -30,7 +30,7 @@ def test_they_are_reckoned_removed_and_saved_together(tmp_path: Path) -> None:
     example = {"input_ids": torch.randint(64, (2, 12))}
     model: Any = decoder()
     sparsify_(model, example_inputs=example, depth=True, hidden=True)
-    constraint = DensityConstraint(model, 0.5, measure="params", example_inputs=example, steps=300)
+    constraint = DensityConstraint(model, 0.5, measure="params", example_inputs=example)
     layers = gates(model).layers
     for name in layers:
         one = layers[name].log_alpha.data

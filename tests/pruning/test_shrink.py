@@ -202,8 +202,14 @@ def test_a_training_that_shrinks(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shrink": 0, "density": 0.5}, "shrink: got 0; expected a whole number >= 1"),
-        ({"shrink": 1.5, "density": 0.5}, "shrink: got 1.5; expected a whole number >= 1"),
+        (
+            {"shrink": 0, "density": 0.5},
+            "shrink: got 0; expected a whole number >= 1 and <= 2147483647",
+        ),
+        (
+            {"shrink": 1.5, "density": 0.5},
+            "shrink: got 1.5; expected a whole number >= 1 and <= 2147483647",
+        ),
         ({"shrink": 2}, "shrink: got 2; expected a target or penalty beside it"),
         (
             {"shrink": 2, "density": 0.5, "measure": "macs"},

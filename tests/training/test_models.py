@@ -134,7 +134,7 @@ def test_the_published_bound_refuses_what_the_published_code_never_met() -> None
 def test_the_published_settings() -> None:
     wanted = {"lr": 7e-4, "gate_lr": 7e-4, "dual_lr": 1e-4, "weight_decay": 0.0}
     wanted |= {"schedule": "constant", "epochs": 200, "batch_size": 128}
-    wanted |= {"target_schedule": "constant", "settle": 0.0}
+    wanted |= {"target_schedule": "constant", "settle": 0.0, "start": 0.0}
     assert wanted == models.PUBLISHED_SETTINGS
     TrainerSettings(**models.PUBLISHED_SETTINGS)
 

@@ -24,6 +24,7 @@ from l0fast import (
     TargetSchedule,
     Trainer,
     TrainerSettings,
+    _digest,
     load_pruned,
     prune,
 )
@@ -588,7 +589,9 @@ def without(content: bytes, tmp_path: Path, **changes: Any) -> bytes:
     path.write_bytes(content)
     state = torch.load(path, weights_only=True)
     state |= changes
-    torch.save({key: value for key, value in state.items() if value is not None}, path)
+    state = {key: value for key, value in state.items() if value is not None}
+    with path.open("wb") as file:
+        _digest.write_sealed(file, lambda to: torch.save(state, to))
     changed = path.read_bytes()
     path.unlink()
     return changed
