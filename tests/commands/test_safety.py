@@ -336,6 +336,10 @@ def test_a_file_that_would_unpack_to_anything(
 # --- signals --------------------------------------------------------------------------------------
 
 
+def heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @contextlib.contextmanager
 def training(*words: str) -> Generator[subprocess.Popen[str]]:
     """A process that trains for long, once its first checkpoint is there."""
@@ -350,7 +354,15 @@ def training(*words: str) -> Generator[subprocess.Popen[str]]:
         "run",
         *words,
     ]
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stderr=-1, stdout=-1, text=True)
+    process = subprocess.Popen(
+        arguments,
+        env=ENVIRONMENT,
+        stderr=-1,
+        stdout=-1,
+        text=True,
+        # Shells start jobs in the background with Ctrl-C ignored, and that is inherited.
+        preexec_fn=None if os.name == "nt" else heed_interrupts,  # noqa: PLW1509
+    )
     try:
         end = time.monotonic() + 200
         while not Path("run", "metrics.jsonl").exists() and time.monotonic() < end:
