@@ -17,6 +17,7 @@ from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.edits import Edit, apply
 from l0fast.pruning.views import ViewPatch
 
+Differs = Callable[[str], NoReturn]
 Step = Unfused | Cut | Edit | AttributePatch | ViewPatch
 
 
@@ -39,9 +40,23 @@ def steps_of(
     return [*steps, *edits[done[0] :], *patches[done[1] :], *views[done[2] :]]
 
 
-def rebuilt(
-    model: nn.Module, steps: Sequence[Step], differs: Callable[[str], NoReturn]
-) -> nn.Module:
+def check_edit(layer: nn.Module, edit: Edit, differs: Differs) -> None:
+    """Tells what a layer, or a tensor, that an edit is for should be and is not."""
+    if not can_be_edited(layer) or kind_of(layer).__name__ != edit.kind:
+        differs(f"its {edit.name!r} is a {edit.kind}, not a {type(layer).__name__}")
+    if layer_size(layer) != edit.size:
+        sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
+        differs(f"its {edit.name!r} has {sizes}")
+
+
+def check_patch(module: nn.Module, patch: AttributePatch, differs: Differs) -> None:
+    """Tells what a module whose attribute follows a size should be and is not."""
+    value = patch.value[1]
+    if type(module).__name__ != patch.kind or dict(sizes_of(module)).get(patch.attribute) != value:
+        differs(f"its {patch.name or 'root'!r} is a {patch.kind} with {patch.attribute}={value}")
+
+
+def rebuilt(model: nn.Module, steps: Sequence[Step], differs: Differs) -> nn.Module:
     """The model after some steps, each checked first; it is changed in place.
 
     Args:
@@ -77,12 +92,7 @@ def rebuilt(
                     differs(f"its {holder!r} has more than {number} modules")
             model = cut_(model, step)
         elif isinstance(step, Edit):
-            layer = part("layer", step.name)
-            if not can_be_edited(layer) or kind_of(layer).__name__ != step.kind:
-                differs(f"its {step.name!r} is a {step.kind}, not a {type(layer).__name__}")
-            if layer_size(layer) != step.size:
-                sizes = f"{step.size} inputs and outputs, not {layer_size(layer)}"
-                differs(f"its {step.name!r} has {sizes}")
+            check_edit(part("layer", step.name), step, differs)
             model = apply(model, [step])
         elif isinstance(step, ViewPatch):
             module = part("module", step.name)
@@ -94,10 +104,6 @@ def rebuilt(
                 words = f"is another one ({_checks.one_line(error)})"
                 differs(f"the forward of its {step.name!r} {words}")
         else:
-            module, value = part("module", step.name), step.value[1]
-            sizes = dict(sizes_of(module)).get(step.attribute)
-            if type(module).__name__ != step.kind or sizes != value:
-                wanted = f"a {step.kind} with {step.attribute}={value}"
-                differs(f"its {step.name or 'root'!r} is {wanted}")
+            check_patch(part("module", step.name), step, differs)
             model = apply(model, [], [step])
     return model

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from l0fast.graph.calls import Example
-from l0fast.graph.capture import is_site, layer_size
-from l0fast.layers.dense_types import kind_of
+from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers
+from l0fast.pruning.rebuild import check_edit, check_patch
 from l0fast.pruning.shrink import Removal, remove_
 from l0fast.training.entries import Entries
 
@@ -41,19 +41,20 @@ def check_removals(entries: Entries, removals: object, model: nn.Module, example
 
 
 def _check_layers(entries: Entries, place: str, removal: Removal, model: nn.Module) -> None:
-    modules = dict(model.named_modules())
+
+    def differs(words: str) -> NoReturn:
+        entries.refuse(place, f"is of another model ({words})")
+
+    def part(name: str) -> nn.Module:
+        try:
+            return part_of(model, name)
+        except AttributeError:
+            differs(f"it has a {name!r}")
+
     for patch in removal.patches:
-        module: Any = modules.get(patch.name)
-        held = vars(module).get(patch.attribute) if module is not None else None
-        if type(module).__name__ != patch.kind or type(held) is not int or held != patch.value[1]:
-            entries.refuse(place, f"patches {patch.name!r}, which is none such")
+        check_patch(part(patch.name), patch, differs)
     for edit in removal.edits:
-        layer = modules.get(edit.name)
-        if layer is None or not is_site(layer) or kind_of(layer).__name__ != edit.kind:
-            entries.refuse(place, f"makes {edit.name!r} smaller, which is no {edit.kind}")
-        if layer_size(layer) != edit.size:
-            sizes = f"{edit.size} inputs and outputs, not {layer_size(layer)}"
-            entries.refuse(place, f"makes {edit.name!r} smaller, of {sizes}")
+        check_edit(part(edit.name), edit, differs)
         if edit.gather or edit.scatter or edit.scale:
             entries.refuse(place, f"moves the units of {edit.name!r}")
 

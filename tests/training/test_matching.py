@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import os
 import random
@@ -11,12 +13,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
-from l0fast import load_pruned
+from l0fast import load_pruned, sparsify_
 from l0fast.commands.runs import read_summary
 from l0fast.data.sets import Data
+from l0fast.graph.calls import Example
+from l0fast.pruning.shrink import plan_removal
 from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
+from l0fast.training.entries import Entries
 from l0fast.training.folder import PRUNED, SUMMARY
+from l0fast.training.removals import check_removals
 from l0fast.training.settings import BEFORE
 from tests.helpers.fuzz import replaced, unnoticed, write_checkpoint, wrong_entries
 from tests.helpers.runs import small_mlp, trainer
@@ -177,3 +184,34 @@ def test_changed_bytes_are_noticed(saved: Any, tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             found = unnoticed((out / name).read_bytes(), tmp_path / name, tries, read, same)
         assert found == [], f"{name}: {len(found)} of {tries}"
+
+
+class Scaled(nn.Module):
+    """A learned scale, which gets smaller with the units, and sizes that follow them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.scale = nn.Linear(6, 8), nn.Parameter(torch.rand(8) + 0.5)
+        self.b, self.sizes = nn.Linear(4, 3), (4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, other = (self.a(x).relu() * self.scale).split(self.sizes, 1)
+        return self.b(one * other)
+
+
+def test_removed_scales_and_sizes_are_taken_again() -> None:
+    """A removal names tensors and attributes of several sizes, too, as `prune` does."""
+    x = torch.randn(4, 6)
+    torch.manual_seed(0)
+    model = sparsify_(Scaled(), exclude="a", example_inputs=x)
+    earlier, example = copy.deepcopy(model), Example.of(x, model)
+    kept = {"b": torch.tensor([True, False, True, True])}
+    removal, _ = plan_removal(model, example, kept)
+    assert removal is not None
+    assert "scale" in [edit.name for edit in removal.edits]
+    assert [patch.value for patch in removal.patches] == [((3, 3), (4, 4))]
+    entries = Entries(Path("checkpoint.pt"))
+    check_removals(entries, [json.loads(json.dumps(removal.as_json()))], earlier, example)
+    assert (earlier.a.out_features, earlier.scale.numel(), earlier.sizes) == (6, 6, (3, 3))
+    with pytest.raises(ValueError, match=r"is of another model \(its 'root' is a Scaled with"):
+        check_removals(entries, [removal.as_json()], earlier, example)
