@@ -75,8 +75,7 @@ class Attachable(Starting):
         self._refuse_attached("step()", "none")
         watch: Watch = self.__dict__.setdefault("_watch", Watch())
         watch.look(self)
-        captured = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-        if captured and self.starting:
+        if self.starting and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{type(self).__name__}: got step() in a CUDA graph while all gates are open at "
                 "the start; expected a capture after it, or start=0"

@@ -92,12 +92,15 @@ def _shallow(model: nn.Module, values: GateValues, example: Example, cut: Cut) -
     return Shallow(small, left, structure_of(small, example), names, cut)
 
 
-def shallow(model: nn.Module, values: GateValues, example: Example, check: Check) -> Shallow:
+def shallow(
+    model: nn.Module, values: GateValues, structure: Structure, example: Example, check: Check
+) -> Shallow:
     """A gated model without its closed branches: with whole blocks taken out where that holds.
 
     Args:
         model: with gates.
         values: of all its gates.
+        structure: of it.
         example: of what it takes.
         check: whether a draft computes what the model does with these gates.
 
@@ -107,7 +110,7 @@ def shallow(model: nn.Module, values: GateValues, example: Example, check: Check
     closed = closed_in(values.layers, values.kept)
     if not closed:
         names = {name: name for name, _ in model.named_modules()}
-        return Shallow(model, values, structure_of(model, example), names, None)
+        return Shallow(model, values, structure, names, None)
     before = recipe_of(model)
     failure, done = "", (len(before.layers), len(before.attributes), len(before.views))
     plans = [plan_cut(model, closed, drop, done) for drop in (True, False)]

@@ -10,7 +10,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from l0fast.graph.sites import replace
 from l0fast.graph.tensors import ChannelTensor, part_of
 from l0fast.layers.dense_types import inner_dims, inputs_first, is_in_out, kind_of
 from l0fast.layers.rms_norm import without_channels_
+from l0fast.pruning.views import Patch
 
 _SIDES = ("input", "output")
 
@@ -267,13 +268,6 @@ def edited(
         parts["scale"] = scale(z.to(weight), channel_dim(layer))
         parts.move_to_end("scale", last=edit.scale == "output")
     return small if len(parts) == 1 else nn.Sequential(parts).train(layer.training)
-
-
-class Patch(Protocol):
-    """What makes a module follow the sizes of its layers."""
-
-    def apply(self, model: nn.Module) -> None:
-        """Carries it out on a part of the model, in place."""
 
 
 def apply(model: nn.Module, edits: list[Edit], patches: Iterable[Patch] = ()) -> nn.Module:

@@ -208,12 +208,14 @@ class _Planner:
         layer = self.values.layers.get(edit.name)
         return edit.scale is not None or isinstance(layer, GatedRMSNorm)
 
-    def full_size(self) -> tuple[list[Edit], str]:
-        """The edits of the model of full size, and what is wrong with it; "" for nothing."""
+    def full_size(self) -> tuple[list[Edit], list[Edit], str]:
+        """The edits that the model of full size has, those that it does without, and what is wrong
+        with it; "" for nothing."""
         self.sites = gated_sites(self.draft, self.values, self.trace, self.fixed)
         edits = self.edits_of(local_extents(self.sites.values()))
         needed = [edit for edit in edits if self._is_needed(edit)]
-        return needed, self.attempt(needed).failure
+        rest = [edit for edit in edits if not self._is_needed(edit)]
+        return needed, rest, self.attempt(needed).failure
 
     def fix_what_fails(self) -> None:
         """Finds the layers that cannot get smaller, each by itself, and keeps them full.
@@ -221,15 +223,13 @@ class _Planner:
         Raises:
             ValueError: not even the model of full size computes what the gated one does.
         """
-        edits = self.edits_of(local_extents(self.sites.values()))
-        base, failure = self.full_size()
+        base, rest, failure = self.full_size()
         if failure:
             _checks.refuse(
                 "model",
                 f"{type(self.draft.model).__name__}, whose gates cannot be folded ({failure})",
                 "a model that reads the weights of its layers only by calling them",
             )
-        rest = [edit for edit in edits if not self._is_needed(edit)]
         each = {edit.name: self.attempt([*base, edit]).failure for edit in rest}
         faults = {name: failure for name, failure in each.items() if failure}
         for name in faults or each:
@@ -238,7 +238,7 @@ class _Planner:
 
 def fault_of(draft: Draft, structure: Structure, check: Check) -> str:
     """What is wrong with a draft of full size, "" for nothing; arguments as in `make_plan`."""
-    return _Planner(draft, structure, check, anew=False).full_size()[1]
+    return _Planner(draft, structure, check, anew=False).full_size()[-1]
 
 
 def make_plan(draft: Draft, structure: Structure, check: Check, anew: bool = True) -> Plan:

@@ -239,7 +239,7 @@ def prune(
         kept = choose(layers, budgets, round_to, uniform=in_step)
         values = GateValues(layers, kept)
         proof = Proof(model, values, example, structure.more_in_training, structure.added)
-        found = shallow(model, values, example, proof.check)
+        found = shallow(model, values, structure, example, proof.check)
         draft = found.draft()
         plan = make_plan(draft, found.structure, proof.check)
         left = Counts.of(draft.model, example, size, widths_left(plan))
