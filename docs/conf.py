@@ -72,7 +72,6 @@ sphinx_gallery_conf = {
 html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = "l0fast"
-html_static_path = ["_static"]
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
 html_copy_source = False
