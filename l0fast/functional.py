@@ -58,10 +58,12 @@ def _named(seed: object, step: object, tensor: object) -> None:
             _word(name, value)
 
 
-def _state(device: torch.device, seed: Word | None, step: Word, tensor: Word) -> Tensor:
-    """What the kernels name their noise by: drawn from torch's generator without a seed."""
+def _state(
+    device: torch.device, seed: Word | None, step: Word, tensor: Word
+) -> autograd.NoiseName:
+    """What the kernels name their noise by: taken from torch's generator without a seed."""
     if seed is None:
-        return torch.randint(2**63 - 1, (3,), device=device)
+        return autograd.noise_name(device)
     return philox.state(seed, step, tensor, device)
 
 

@@ -6,13 +6,16 @@ and the noise is drawn again in the backward. scaled_weight has gates for rows a
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from l0fast_kernels import device_math, launch
-from l0fast_kernels.launch import ALIGNMENT, WARPS, Constants
+from l0fast_kernels.launch import ALIGNMENT, Constants, Launch, NoiseName
 
 # Elements a program: 16 a thread forward, 8 backward. Half of it costs 5 and 12 instructions an
 # element more (the key schedule and the addresses are paid once a thread), twice of it spills
@@ -21,19 +24,22 @@ FORWARD_BLOCK = 2048
 BACKWARD_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["seed", "step", "tensor", "n"])
 def gated_weight_kernel(
     weight_ptr,
     log_alpha_ptr,
     state_ptr,
     out_ptr,
     partial_ptr,
-    n,
+    seed: tl.int64,
+    step: tl.int64,
+    tensor: tl.int64,
     inverse_temperature,
     alpha_scale,
     gamma,
     width,
     open_shift,
+    n,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -44,13 +50,13 @@ def gated_weight_kernel(
     out = weight * z
     partial = sum of sigmoid(log_alpha - temperature * log(-gamma / zeta)) over the block
 
-    with u from Philox, keyed by the state's (seed, step, tensor).
+    with u from Philox, keyed by the noise's (seed, step, tensor).
     """
     block = tl.program_id(0)
     first = block.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < tl.multiple_of(n - first, ALIGNMENT)
-    seed, step, tensor = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
+    seed, step, tensor = device_math.noise_name(state_ptr, seed, step, tensor)
     weight = tl.load(weight_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
     log_alpha = tl.load(log_alpha_ptr + first + lane, mask=inside, other=float("-inf"))
 
@@ -64,7 +70,7 @@ def gated_weight_kernel(
     tl.store(partial_ptr + block, tl.sum(p, 0))
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["seed", "step", "tensor", "n"])
 def gated_weight_backward_kernel(
     dout_ptr,
     dopen_ptr,
@@ -73,12 +79,15 @@ def gated_weight_backward_kernel(
     state_ptr,
     dweight_ptr,
     dlog_alpha_ptr,
-    n,
+    seed: tl.int64,
+    step: tl.int64,
+    tensor: tl.int64,
     inverse_temperature,
     alpha_scale,
     gamma,
     width,
     open_shift,
+    n,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -93,7 +102,7 @@ def gated_weight_backward_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < tl.multiple_of(n - first, ALIGNMENT)
-    seed, step, tensor = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
+    seed, step, tensor = device_math.noise_name(state_ptr, seed, step, tensor)
     dout = tl.load(dout_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
     log_alpha = tl.load(log_alpha_ptr + first + lane, mask=inside, other=0.0)
@@ -111,15 +120,26 @@ def gated_weight_backward_kernel(
     tl.store(dlog_alpha_ptr + first + lane, dlog_alpha, mask=inside)
 
 
+@functools.lru_cache(maxsize=1024)
+def _launch(kernel: Any, block: int, n: int, vector: int) -> Launch:
+    options = {
+        "BLOCK": block,
+        "VECTOR": vector,
+        "ALIGNMENT": ALIGNMENT if n % ALIGNMENT == 0 else 1,
+        "FAST": launch.fast(),
+    }
+    return Launch(kernel, (triton.cdiv(n, block), 1), (n,), options)
+
+
 def gated_weight_forward(
-    weight: Tensor, log_alpha: Tensor, state: Tensor, c: Constants, dtype: torch.dtype
+    weight: Tensor, log_alpha: Tensor, noise: NoiseName, c: Constants, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Mask a weight by a freshly drawn gate for each element, and sum the open probabilities.
 
     Args:
         weight: float32, bfloat16 or float16, any shape.
         log_alpha: float32, of the weight's shape.
-        state: int64 [3] on the same device: seed, step, tensor.
+        noise: its name (see `launch.NoiseName`).
         c: the distribution.
         dtype: of the result; under autocast this pass is also the cast.
 
@@ -132,21 +152,9 @@ def gated_weight_forward(
     blocks = triton.cdiv(n, FORWARD_BLOCK)
     partial = launch.empty(log_alpha, (blocks,))
     if n:
-        with launch.on(weight):
-            gated_weight_kernel[(blocks,)](
-                weight,
-                log_alpha,
-                state,
-                out,
-                partial,
-                n,
-                *c,
-                BLOCK=FORWARD_BLOCK,
-                VECTOR=launch.vector(weight, out),
-                ALIGNMENT=ALIGNMENT if n % ALIGNMENT == 0 else 1,
-                FAST=launch.fast(),
-                num_warps=WARPS,
-            )
+        state, numbers = launch.named(noise)
+        run = _launch(gated_weight_kernel, FORWARD_BLOCK, n, launch.vector(weight, out))
+        run(weight, log_alpha, state, out, partial, numbers=(*numbers, *c))
     return out, partial.sum()
 
 
@@ -155,7 +163,7 @@ def gated_weight_backward(
     dopen: Tensor | None,
     weight: Tensor,
     log_alpha: Tensor,
-    state: Tensor,
+    noise: NoiseName,
     c: Constants,
 ) -> tuple[Tensor, Tensor]:
     """dweight (the weight's dtype) and dlog_alpha (float32), in one pass, of the gradients of
@@ -165,21 +173,9 @@ def gated_weight_backward(
     dlog_alpha = launch.empty(log_alpha, weight.shape)
     n = weight.numel()
     if n:
-        with launch.on(weight):
-            gated_weight_backward_kernel[(triton.cdiv(n, BACKWARD_BLOCK),)](
-                dout,
-                dopen,
-                weight,
-                log_alpha,
-                state,
-                dweight,
-                dlog_alpha,
-                n,
-                *c,
-                BLOCK=BACKWARD_BLOCK,
-                VECTOR=launch.vector(dout, weight),
-                ALIGNMENT=ALIGNMENT if n % ALIGNMENT == 0 else 1,
-                FAST=launch.fast(),
-                num_warps=WARPS,
-            )
+        state, numbers = launch.named(noise)
+        vector = launch.vector(dout, weight)
+        run = _launch(gated_weight_backward_kernel, BACKWARD_BLOCK, n, vector)
+        given = dout, dopen, weight, log_alpha, state, dweight, dlog_alpha
+        run(*given, numbers=(*numbers, *c))
     return dweight, dlog_alpha
