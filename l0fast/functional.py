@@ -58,9 +58,7 @@ def _named(seed: object, step: object, tensor: object) -> None:
             _word(name, value)
 
 
-def _state(
-    device: torch.device, seed: Word | None, step: Word, tensor: Word
-) -> autograd.NoiseName:
+def _state(device: torch.device, seed: Word | None, step: Word, tensor: Word) -> autograd.NoiseName:
     """What the kernels name their noise by: taken from torch's generator without a seed."""
     if seed is None:
         return autograd.noise_name(device)

@@ -1,4 +1,4 @@
-"""One draw of the gates of many layers whose log_alpha lie apart: nothing is copied end to end."""
+"""Gates of many layers whose log_alpha lie apart: one launch, and nothing is copied end to end."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from l0fast.autograd import direct
-from l0fast.autograd.backend import kernels_for, runs_on_triton
+from l0fast.autograd.backend import runs_on_triton
 from l0fast.autograd.noise import NoiseName
 from l0fast.maths.hard_concrete import HardConcrete
 
 
-def draws_apart(log_alphas: Sequence[Tensor]) -> bool:
-    """Whether one launch draws the gates of these tensors, which are on one device."""
-    if not (direct.is_possible() and runs_on_triton("auto", log_alphas[0])):
+def lie_apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether one launch can read these tensors where they lie."""
+    if not (direct.is_possible() and runs_on_triton("auto", tensors[0])):
         return False
     return all(
         type(one) in (Tensor, nn.Parameter) and one.dtype == torch.float32 and one.is_contiguous()
-        for one in log_alphas
+        for one in tensors
     )
 
 
@@ -64,7 +64,7 @@ class _DrawApart(torch.autograd.Function):
 def draw_apart(
     log_alphas: Sequence[Tensor], noise: NoiseName | None, distribution: HardConcrete
 ) -> tuple[Tensor, Tensor | None]:
-    """(z [N], expected_open [L]) of the tensors' gates, end to end; see `draws_apart`.
+    """(z [N], expected_open [L]) of the tensors' gates, end to end; where they `lie_apart`.
 
     With noise None they are those of evaluation, and nothing is counted.
     """

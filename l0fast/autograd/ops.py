@@ -3,8 +3,8 @@
 `l0fast::hard_concrete`, `l0fast::gated_weight` and `l0fast::scaled_weight`, each with a backward
 op. All are functions of their inputs alone: the noise is named by `state`, three int64 on the
 device (seed, step, tensor), so that torch.compile traces them once and for all steps, a checkpoint
-replays them, and the backward draws the same noise again (see `noise`). Where no kernel can run, an op computes
-the same with the reference maths (that is also how it is checked without a GPU).
+replays them, and the backward draws the same noise again (see `noise`). Where no kernel can run, an
+op computes the same with the reference maths (that is also how it is checked without a GPU).
 """
 
 from __future__ import annotations

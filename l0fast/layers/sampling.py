@@ -65,7 +65,7 @@ def _gates(
 
     Half precision is drawn in float32. Without noise nothing is counted.
     """
-    if stage != OPEN and autograd.draws_apart(log_alphas):
+    if stage != OPEN and autograd.lie_apart(log_alphas):
         noise = autograd.noise_name(log_alphas[0].device) if stage == DRAWN else None
         return autograd.draw_apart(log_alphas, noise, distribution)
     flat = torch.cat(log_alphas)
