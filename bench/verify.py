@@ -47,7 +47,6 @@ TESTS: dict[str, tuple[str, ...]] = {
         "maths/test_advance.py",
         "kernels/test_kernel_advance.py",
         "kernels/test_kernel_gate_adam.py",
-        "autograd/test_noise.py",
         "training/test_step_budget.py",
         *_BINDING,
     ),

@@ -43,15 +43,6 @@ def philox(lo, hi, step, tensor, seed_lo, seed_hi):
 
 
 @triton.jit
-def noise_name(state_ptr, seed, step, tensor):
-    """(seed, step, tensor), all int64: those at state_ptr, or the numbers where it is None."""
-    if state_ptr is not None:
-        return tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
-    else:
-        return seed.to(tl.int64), step.to(tl.int64), tensor.to(tl.int64)
-
-
-@triton.jit
 def random_words(first, seed, step, tensor, SIZE: tl.constexpr, VECTOR: tl.constexpr):
     """uint32 [SIZE]: word i % 4 of counter i // 4, for elements i = first .. first + SIZE - 1.
 

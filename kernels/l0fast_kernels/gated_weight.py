@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l0fast_kernels import device_math, launch
-from l0fast_kernels.launch import ALIGNMENT, Constants, Launch, NoiseName
+from l0fast_kernels.launch import ALIGNMENT, Constants, Launch
 
 # Elements a program: 16 a thread forward, 8 backward. Half of it costs 5 and 12 instructions an
 # element more (the key schedule and the addresses are paid once a thread), twice of it spills
@@ -24,16 +24,13 @@ FORWARD_BLOCK = 2048
 BACKWARD_BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=["seed", "step", "tensor", "n"])
+@triton.jit(do_not_specialize=["n"])
 def gated_weight_kernel(
     weight_ptr,
     log_alpha_ptr,
     state_ptr,
     out_ptr,
     partial_ptr,
-    seed: tl.int64,
-    step: tl.int64,
-    tensor: tl.int64,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -50,13 +47,13 @@ def gated_weight_kernel(
     out = weight * z
     partial = sum of sigmoid(log_alpha - temperature * log(-gamma / zeta)) over the block
 
-    with u from Philox, keyed by the noise's (seed, step, tensor).
+    with u from Philox, keyed by the state's (seed, step, tensor).
     """
     block = tl.program_id(0)
     first = block.to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < tl.multiple_of(n - first, ALIGNMENT)
-    seed, step, tensor = device_math.noise_name(state_ptr, seed, step, tensor)
+    seed, step, tensor = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
     weight = tl.load(weight_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
     log_alpha = tl.load(log_alpha_ptr + first + lane, mask=inside, other=float("-inf"))
 
@@ -70,7 +67,7 @@ def gated_weight_kernel(
     tl.store(partial_ptr + block, tl.sum(p, 0))
 
 
-@triton.jit(do_not_specialize=["seed", "step", "tensor", "n"])
+@triton.jit(do_not_specialize=["n"])
 def gated_weight_backward_kernel(
     dout_ptr,
     dopen_ptr,
@@ -79,9 +76,6 @@ def gated_weight_backward_kernel(
     state_ptr,
     dweight_ptr,
     dlog_alpha_ptr,
-    seed: tl.int64,
-    step: tl.int64,
-    tensor: tl.int64,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -102,7 +96,7 @@ def gated_weight_backward_kernel(
     first = tl.program_id(0).to(tl.int64) * BLOCK
     lane = tl.arange(0, BLOCK)
     inside = lane < tl.multiple_of(n - first, ALIGNMENT)
-    seed, step, tensor = device_math.noise_name(state_ptr, seed, step, tensor)
+    seed, step, tensor = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
     dout = tl.load(dout_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
     weight = tl.load(weight_ptr + first + lane, mask=inside, other=0.0).to(tl.float32)
     log_alpha = tl.load(log_alpha_ptr + first + lane, mask=inside, other=0.0)
@@ -132,14 +126,14 @@ def _launch(kernel: Any, block: int, n: int, vector: int) -> Launch:
 
 
 def gated_weight_forward(
-    weight: Tensor, log_alpha: Tensor, noise: NoiseName, c: Constants, dtype: torch.dtype
+    weight: Tensor, log_alpha: Tensor, state: Tensor, c: Constants, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Mask a weight by a freshly drawn gate for each element, and sum the open probabilities.
 
     Args:
         weight: float32, bfloat16 or float16, any shape.
         log_alpha: float32, of the weight's shape.
-        noise: its name (see `launch.NoiseName`).
+        state: int64 [3] on the same device: seed, step, tensor.
         c: the distribution.
         dtype: of the result; under autocast this pass is also the cast.
 
@@ -152,9 +146,8 @@ def gated_weight_forward(
     blocks = triton.cdiv(n, FORWARD_BLOCK)
     partial = launch.empty(log_alpha, (blocks,))
     if n:
-        state, numbers = launch.named(noise)
         run = _launch(gated_weight_kernel, FORWARD_BLOCK, n, launch.vector(weight, out))
-        run(weight, log_alpha, state, out, partial, numbers=(*numbers, *c))
+        run(weight, log_alpha, state, out, partial, numbers=c)
     return out, partial.sum()
 
 
@@ -163,7 +156,7 @@ def gated_weight_backward(
     dopen: Tensor | None,
     weight: Tensor,
     log_alpha: Tensor,
-    noise: NoiseName,
+    state: Tensor,
     c: Constants,
 ) -> tuple[Tensor, Tensor]:
     """dweight (the weight's dtype) and dlog_alpha (float32), in one pass, of the gradients of
@@ -173,9 +166,8 @@ def gated_weight_backward(
     dlog_alpha = launch.empty(log_alpha, weight.shape)
     n = weight.numel()
     if n:
-        state, numbers = launch.named(noise)
         vector = launch.vector(dout, weight)
         run = _launch(gated_weight_backward_kernel, BACKWARD_BLOCK, n, vector)
         given = dout, dopen, weight, log_alpha, state, dweight, dlog_alpha
-        run(*given, numbers=(*numbers, *c))
+        run(*given, numbers=c)
     return dweight, dlog_alpha

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from l0fast_kernels import device_math, launch
-from l0fast_kernels.launch import ALIGNMENT, Constants, Launch, NoiseName
+from l0fast_kernels.launch import ALIGNMENT, Constants, Launch
 
 BLOCK = 1024
 # Gates per program: whole layers of ordinary models, so that there is no second stage.
@@ -49,16 +49,13 @@ def flat_or_table(ptr, segment_start, TABLE: tl.constexpr):
         return ptr
 
 
-@triton.jit(do_not_specialize=["seed", "step", "tensor", "n"])
+@triton.jit(do_not_specialize=["n"])
 def hard_concrete_kernel(
     log_alpha_ptr,
     offset_ptr,
     state_ptr,
     z_ptr,
     open_ptr,
-    seed: tl.int64,
-    step: tl.int64,
-    tensor: tl.int64,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -76,13 +73,14 @@ def hard_concrete_kernel(
     z = clamp(s * (zeta - gamma) + gamma, 0, 1)
     expected_open = sum of sigmoid(log_alpha - temperature * log(-gamma / zeta))
 
-    with u from Philox, keyed by the noise's (seed, step, tensor); expected_open of the piece.
+    with u from Philox, keyed by the state's (seed, step, tensor); expected_open of the piece.
     Without NOISE, u = 1/2, and there is no sum.
     """
     segment_start, start, stop = piece_of_segment(offset_ptr, n, TILE)
     log_alpha_ptr = flat_or_table(log_alpha_ptr, segment_start, TABLE)
+    seed, step, tensor = n, n, n  # unless there is noise
     if NOISE:
-        seed, step, tensor = device_math.noise_name(state_ptr, seed, step, tensor)
+        seed, step, tensor = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
 
     lane = tl.arange(0, BLOCK)
     expected = tl.zeros([BLOCK], dtype=tl.float32)
@@ -107,7 +105,7 @@ def hard_concrete_kernel(
         tl.store(open_ptr + place, tl.sum(expected, 0))
 
 
-@triton.jit(do_not_specialize=["seed", "step", "tensor", "n"])
+@triton.jit(do_not_specialize=["n"])
 def hard_concrete_backward_kernel(
     log_alpha_ptr,
     dz_ptr,
@@ -115,9 +113,6 @@ def hard_concrete_backward_kernel(
     offset_ptr,
     state_ptr,
     dlog_alpha_ptr,
-    seed: tl.int64,
-    step: tl.int64,
-    tensor: tl.int64,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -139,8 +134,9 @@ def hard_concrete_backward_kernel(
     """
     segment_start, start, stop = piece_of_segment(offset_ptr, n, TILE)
     log_alpha_ptr = flat_or_table(log_alpha_ptr, segment_start, TABLE)
+    seed, step, tensor = n, n, n  # unless there is noise
     if NOISE:
-        seed, step, tensor = device_math.noise_name(state_ptr, seed, step, tensor)
+        seed, step, tensor = tl.load(state_ptr), tl.load(state_ptr + 1), tl.load(state_ptr + 2)
 
     lane = tl.arange(0, BLOCK)
     first = start // BLOCK * BLOCK
@@ -203,7 +199,7 @@ def _given(
 
 def hard_concrete_forward(
     log_alpha: Tensor | Sequence[Tensor],
-    noise: NoiseName | None,
+    state: Tensor | None,
     sizes: tuple[int, ...],
     c: Constants,
 ) -> tuple[Tensor, Tensor | None]:
@@ -211,24 +207,23 @@ def hard_concrete_forward(
 
     Args:
         log_alpha: float32 [N], or each segment's own, contiguous.
-        noise: its name (see `launch.NoiseName`); None for gates without noise.
+        state: int64 [3] on the same device: seed, step, tensor; None for gates without noise.
         sizes: the L segments' lengths, with sum N.
         c: the distribution.
 
     Returns:
         z float32 [N] and expected_open float32 [L], or None without noise.
     """
-    segments = segments_of(sizes, not isinstance(log_alpha, Tensor), noise is not None)
+    segments = segments_of(sizes, not isinstance(log_alpha, Tensor), state is not None)
     where, like, offsets = _given(log_alpha, sizes)
     z = launch.empty(like, (segments.n,))
-    if noise is None:
+    if state is None:
         if segments.n:
-            segments.forward(where, offsets, None, z, None, numbers=(0, 0, 0, *c))
+            segments.forward(where, offsets, None, z, None, numbers=c)
         return z, None
     partial = launch.empty(like, (len(sizes), segments.pieces))
     if sizes:
-        state, numbers = launch.named(noise)
-        segments.forward(where, offsets, state, z, partial, numbers=(*numbers, *c))
+        segments.forward(where, offsets, state, z, partial, numbers=c)
     return z, partial.view(len(sizes)) if segments.pieces == 1 else partial.sum(1)
 
 
@@ -236,7 +231,7 @@ def hard_concrete_backward(
     dz: Tensor | None,
     dopen: Tensor | None,
     log_alpha: Tensor | Sequence[Tensor],
-    noise: NoiseName | None,
+    state: Tensor | None,
     sizes: tuple[int, ...],
     c: Constants,
 ) -> Tensor:
@@ -244,12 +239,11 @@ def hard_concrete_backward(
 
     A gradient that is None counts as zero. The rest as in the forward.
     """
-    segments = segments_of(sizes, not isinstance(log_alpha, Tensor), noise is not None)
+    segments = segments_of(sizes, not isinstance(log_alpha, Tensor), state is not None)
     where, like, offsets = _given(log_alpha, sizes)
     dlog_alpha = launch.empty(like, (segments.n,))
     if segments.n:
         given = [None if one is None else one.contiguous() for one in (dz, dopen)]
-        state, numbers = (None, (0, 0, 0)) if noise is None else launch.named(noise)
         rest = offsets, state, dlog_alpha
-        segments.backward(where, *given, *rest, numbers=(*numbers, *c))
+        segments.backward(where, *given, *rest, numbers=c)
     return dlog_alpha

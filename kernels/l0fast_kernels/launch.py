@@ -136,15 +136,6 @@ def vector(*tensors: Tensor) -> int:
     return 8 if min(tensor.element_size() for tensor in tensors) < 4 else 4
 
 
-NoiseName = Tensor | tuple[int, int, int]
-"""What a draw's noise is named by: int64 [3] on the device (seed, step, tensor), or the numbers."""
-
-
-def named(noise: NoiseName) -> tuple[Tensor | None, tuple[int, int, int]]:
-    """What the kernels take for that: a tensor or None, and three numbers."""
-    return (noise, (0, 0, 0)) if isinstance(noise, Tensor) else (None, noise)
-
-
 @functools.lru_cache(maxsize=1024)
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)

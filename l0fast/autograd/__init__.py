@@ -12,13 +12,11 @@ from l0fast.autograd.compact import compact_weight, gated_linear, gather
 from l0fast.autograd.functions import gated_weight, hard_concrete, segment_sums
 from l0fast.autograd.gate_adam import Pull, gate_adam_, runs_at_once
 from l0fast.autograd.lagrangian import ascend_, lagrangian
-from l0fast.autograd.noise import NoiseName, noise_name
 from l0fast.autograd.ops import triton_gated_weight, triton_hard_concrete
 from l0fast.autograd.scaled_weight import scaled_weight
 from l0fast.autograd.skipping import compaction, skipping_linear
 
 __all__ = [
-    "NoiseName",
     "Pull",
     "advance_",
     "ascend_",
@@ -32,7 +30,6 @@ __all__ = [
     "hard_concrete",
     "lagrangian",
     "lie_apart",
-    "noise_name",
     "runs_at_once",
     "runs_on_triton",
     "scaled_weight",

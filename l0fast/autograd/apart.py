@@ -11,7 +11,6 @@ from torch.autograd.function import once_differentiable
 
 from l0fast.autograd import direct
 from l0fast.autograd.backend import runs_on_triton
-from l0fast.autograd.noise import NoiseName
 from l0fast.maths.hard_concrete import HardConcrete
 
 
@@ -37,24 +36,24 @@ class _DrawApart(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, noise: NoiseName | None, distribution: HardConcrete, *log_alphas: Tensor
+        ctx: Any, state: Tensor | None, distribution: HardConcrete, *log_alphas: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         kernels, constants = _constants(distribution)
         ctx.sizes = tuple([one.numel() for one in log_alphas])
-        ctx.distribution, ctx.noise, ctx.spent = distribution, noise, False
+        ctx.distribution, ctx.spent = distribution, False
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*log_alphas)
-        return kernels.hard_concrete_forward(log_alphas, noise, ctx.sizes, constants)
+        ctx.save_for_backward(state, *log_alphas)
+        return kernels.hard_concrete_forward(log_alphas, state, ctx.sizes, constants)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dz: Tensor | None, dopen: Tensor | None) -> Any:
         ctx.spent = True  # as in `functions`
-        log_alphas = ctx.saved_tensors
+        state, *log_alphas = ctx.saved_tensors
         if dz is None and dopen is None:
             return None, None, *[None] * len(log_alphas)
         kernels, constants = _constants(ctx.distribution)
-        given = dz, dopen, log_alphas, ctx.noise, ctx.sizes, constants
+        given = dz, dopen, log_alphas, state, ctx.sizes, constants
         dlog_alpha = kernels.hard_concrete_backward(*given)
         parts = dlog_alpha.split(ctx.sizes)
         shaped = [part.view(one.shape) for part, one in zip(parts, log_alphas, strict=True)]
@@ -62,10 +61,11 @@ class _DrawApart(torch.autograd.Function):
 
 
 def draw_apart(
-    log_alphas: Sequence[Tensor], noise: NoiseName | None, distribution: HardConcrete
+    log_alphas: Sequence[Tensor], state: Tensor | None, distribution: HardConcrete
 ) -> tuple[Tensor, Tensor | None]:
     """(z [N], expected_open [L]) of the tensors' gates, end to end; where they `lie_apart`.
 
-    With noise None they are those of evaluation, and nothing is counted.
+    `state` names the noise (see `ops`). With None the gates are those of evaluation, and nothing
+    is counted.
     """
-    return _DrawApart.apply(noise, distribution, *log_alphas)  # type: ignore[return-value]
+    return _DrawApart.apply(state, distribution, *log_alphas)  # type: ignore[return-value]

@@ -3,8 +3,8 @@
 `l0fast::hard_concrete`, `l0fast::gated_weight` and `l0fast::scaled_weight`, each with a backward
 op. All are functions of their inputs alone: the noise is named by `state`, three int64 on the
 device (seed, step, tensor), so that torch.compile traces them once and for all steps, a checkpoint
-replays them, and the backward draws the same noise again (see `noise`). Where no kernel can run, an
-op computes the same with the reference maths (that is also how it is checked without a GPU).
+replays them, and the backward draws the same noise again. Where no kernel can run, an op computes
+the same with the reference maths (that is also how it is checked without a GPU).
 """
 
 from __future__ import annotations
@@ -18,14 +18,13 @@ from torch import Tensor
 from l0fast.autograd import direct
 from l0fast.autograd.backend import kernels_for
 from l0fast.autograd.functions import segment_spread, segment_sums
-from l0fast.autograd.noise import NoiseName
 from l0fast.maths import gated_weight as maths
 from l0fast.maths import philox
 from l0fast.maths.hard_concrete import HardConcrete
 
 
 def triton_hard_concrete(
-    log_alpha: Tensor, state: NoiseName, sizes: tuple[int, ...], distribution: HardConcrete
+    log_alpha: Tensor, state: Tensor, sizes: tuple[int, ...], distribution: HardConcrete
 ) -> tuple[Tensor, Tensor]:
     """The checked call of `functional.hard_concrete` on the Triton backend."""
     return _draw(log_alpha, state, sizes, *_numbers(distribution))
@@ -34,7 +33,7 @@ def triton_hard_concrete(
 def triton_gated_weight(
     weight: Tensor,
     log_alpha: Tensor,
-    state: NoiseName,
+    state: Tensor,
     dim: int | None,
     distribution: HardConcrete,
 ) -> tuple[Tensor, Tensor]:
@@ -44,7 +43,7 @@ def triton_gated_weight(
     """
     dtype = _result_dtype(weight)
     if dim is None:
-        return _gated(weight, log_alpha, state, dtype, *_numbers(distribution))
+        return _gated_weight(weight, log_alpha, state, dtype, *_numbers(distribution))
     sizes = (log_alpha.numel(),)
     z, expected_open = _draw(log_alpha, state, sizes, *_numbers(distribution))
     return _scale(weight, z, dim, dtype), expected_open.view(())
@@ -66,7 +65,7 @@ def _numbers(distribution: HardConcrete) -> tuple[float, float, float]:
     return distribution.temperature, distribution.gamma, distribution.zeta
 
 
-def _noise(log_alpha: Tensor, state: NoiseName, distribution: HardConcrete) -> Tensor:
+def _noise(log_alpha: Tensor, state: Tensor, distribution: HardConcrete) -> Tensor:
     uniform = philox.uniform(log_alpha.numel(), state[0], state[1], state[2], log_alpha.device)
     return distribution.logistic_noise(uniform).view(log_alpha.shape)
 
@@ -112,7 +111,7 @@ def _hard_concrete_backward(
     return torch.zeros_like(log_alpha) if dlog_alpha is None else dlog_alpha
 
 
-@direct.op("l0fast::gated_weight")
+@torch.library.custom_op("l0fast::gated_weight", mutates_args=())
 def _gated_weight(
     weight: Tensor,
     log_alpha: Tensor,
@@ -131,7 +130,7 @@ def _gated_weight(
     return masked, distribution.open_probability(log_alpha).sum()
 
 
-@direct.op("l0fast::gated_weight_backward")
+@torch.library.custom_op("l0fast::gated_weight_backward", mutates_args=())
 def _gated_weight_backward(
     dmasked: Tensor,
     dopen: Tensor | None,
@@ -219,12 +218,7 @@ def _save(tensors: int) -> Callable[..., None]:
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: object) -> None:
         ctx.set_materialize_grads(False)
-        if isinstance(inputs[tensors - 1], Tensor):
-            ctx.save_for_backward(*inputs[:tensors])
-            ctx.numbers = ()
-        else:  # a noise by its numbers
-            ctx.save_for_backward(*inputs[: tensors - 1])
-            ctx.numbers = inputs[tensors - 1 : tensors]
+        ctx.save_for_backward(*inputs[:tensors])
         ctx.rest = inputs[tensors:]
 
     return setup_context
@@ -233,28 +227,29 @@ def _save(tensors: int) -> Callable[..., None]:
 def _hard_concrete_gradient(
     backward: Any, ctx: Any, dz: Tensor | None, dopen: Tensor | None
 ) -> Any:
+    log_alpha, state = ctx.saved_tensors
     ctx.spent = True  # as in `functions`
     dlog_alpha = None
     if dz is not None or dopen is not None:
-        dlog_alpha = backward(dz, dopen, *ctx.saved_tensors, *ctx.numbers, *ctx.rest)
+        dlog_alpha = backward(dz, dopen, log_alpha, state, *ctx.rest)
     return dlog_alpha, None, None, None, None, None
 
 
-def _gated_weight_gradient(
-    backward: Any, ctx: Any, dmasked: Tensor | None, dopen: Tensor | None
-) -> Any:
-    weight, log_alpha, state = *ctx.saved_tensors, *ctx.numbers
+def _gated_weight_gradient(ctx: Any, dmasked: Tensor | None, dopen: Tensor | None) -> Any:
+    weight, log_alpha, state = ctx.saved_tensors
     ctx.spent = True
     numbers = ctx.rest[1:]
     dweight = dlog_alpha = None
     if dmasked is not None:
-        dweight, dlog_alpha = backward(dmasked, dopen, weight, log_alpha, state, *numbers)
+        dweight, dlog_alpha = _gated_weight_backward(
+            dmasked, dopen, weight, log_alpha, state, *numbers
+        )
     elif dopen is not None:
         # Only the penalty is in use: the gates are those of one segment.
         flat, sizes = log_alpha.reshape(-1), (log_alpha.numel(),)
-        of_counts = _hard_concrete_backward.body if ctx.numbers else _hard_concrete_backward
-        dlog_alpha = of_counts(None, dopen.view(1), flat, state, sizes, *numbers)
-        dlog_alpha = dlog_alpha.view(log_alpha.shape)
+        dlog_alpha = _hard_concrete_backward(
+            None, dopen.view(1), flat, state, sizes, *numbers
+        ).view(log_alpha.shape)
     return dweight, dlog_alpha, None, None, None, None, None
 
 
@@ -266,8 +261,8 @@ def _scaled_weight_gradient(backward: Any, ctx: Any, dscaled: Tensor | None) -> 
     return *backward(dscaled, weight, z, dim), None, None
 
 
+_gated_weight.register_autograd(_gated_weight_gradient, setup_context=_save(3))
 _draw = direct.function(_hard_concrete, _hard_concrete_backward, _hard_concrete_gradient, _save(2))
-_gated = direct.function(_gated_weight, _gated_weight_backward, _gated_weight_gradient, _save(3))
 _scale = direct.function(_scaled_weight, _scaled_weight_backward, _scaled_weight_gradient, _save(2))
 
 

@@ -66,8 +66,8 @@ def _gates(
     Half precision is drawn in float32. Without noise nothing is counted.
     """
     if stage != OPEN and autograd.lie_apart(log_alphas):
-        noise = autograd.noise_name(log_alphas[0].device) if stage == DRAWN else None
-        return autograd.draw_apart(log_alphas, noise, distribution)
+        state = functional.fresh_state(log_alphas[0].device) if stage == DRAWN else None
+        return autograd.draw_apart(log_alphas, state, distribution)
     flat = torch.cat(log_alphas)
     work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
     if stage == DRAWN:

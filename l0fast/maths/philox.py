@@ -143,7 +143,7 @@ def state(
     Ints are copied to the device; of tensors of one integer nothing is read back.
     """
     name = (seed, step, tensor)
-    ints = [signed(word) for word in name if not isinstance(word, Tensor)]
+    ints = [_signed(word) for word in name if not isinstance(word, Tensor)]
     if len(ints) == len(name):
         return torch.tensor(ints, dtype=torch.int64, device=device)
     return torch.stack([_on_device(word, device) for word in name])
@@ -152,11 +152,11 @@ def state(
 def _on_device(word: Word, device: torch.device | str | None) -> Tensor:
     if isinstance(word, Tensor):
         return word.reshape(()).to(device=device, dtype=torch.int64)
-    return torch.full((), signed(word), dtype=torch.int64, device=device)
+    return torch.full((), _signed(word), dtype=torch.int64, device=device)
 
 
-def signed(word: int) -> int:
-    """Return the int64 with the word's low 64 bits."""
+def _signed(word: int) -> int:
+    """The int64 with the word's low 64 bits."""
     if -(2**63) <= word < 2**63:
         return word
     return (word + 2**63) % 2**64 - 2**63

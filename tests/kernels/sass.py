@@ -116,7 +116,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gated_weight_backward fp32, any size": ("gated_weight_backward fp32", {"ALIGNMENT": 1}),
     "gated_weight_backward fp32, no dopen": ("gated_weight_backward fp32", {"dopen_ptr": None}),
     "hard_concrete, one segment": ("hard_concrete", {"offset_ptr": None, "ALIGNMENT": 1}),
-    "hard_concrete, layers apart": ("hard_concrete", {"TABLE": True, "state_ptr": None}),
+    "hard_concrete, layers apart": ("hard_concrete", {"TABLE": True}),
     "hard_concrete, no noise": ("hard_concrete", {"NOISE": False, "open_ptr": None}),
     "hard_concrete_backward, no noise": (
         "hard_concrete_backward",
@@ -298,8 +298,7 @@ def _type(name: str, build: Build) -> str:
         return "*" + build.types.get(name, default)
     if name in build.types:
         return build.types[name]
-    whole = "n", "rows", "columns", "gates", "seed", "step", "tensor"
-    return "i64" if name in whole else "fp32"
+    return "i64" if name in ("n", "rows", "columns", "gates", "seed") else "fp32"
 
 
 def _run(*command: object) -> str:

@@ -18,13 +18,14 @@ STEPS = 3
 SIZES = [(7,), (300, 100, 784), (5, 16390)]
 
 
-def truth(
-    dtype: torch.dtype, given: dict[str, Any], pulled: bool
-) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+Found = tuple[list[Tensor], list[Tensor], Tensor | None]
+
+
+def truth(dtype: torch.dtype, given: dict[str, Any], pulled: bool) -> Found:
     """The gates, their second moments and the last violation after PyTorch's Adam."""
     gates = [one.to(dtype, copy=True).requires_grad_() for one in given["gates"]]
-    lr, *betas, eps = NUMBERS
-    adam = torch.optim.Adam(gates, lr=lr, betas=tuple(betas), eps=eps)
+    lr, beta_1, beta_2, eps = NUMBERS
+    adam = torch.optim.Adam(gates, lr=lr, betas=(beta_1, beta_2), eps=eps)
     violation = None
     for step in range(STEPS):
         grads = [torch.zeros_like(gate) for gate in gates]
@@ -33,20 +34,21 @@ def truth(
             grads = [part / given["scale"].to(dtype) for part in parts]
         if pulled:
             counts = torch.stack([DISTRIBUTION.open_probability(gate).sum() for gate in gates])
-            rest = [given[name].to(dtype) for name in ("weights", "multiplier", "target")]
             start = given["start"].to(dtype)
             falling = Falling(start, torch.tensor(float(step), dtype=dtype), 5, 3)
-            term, violation = lagrangian(counts, *rest, falling)
+            weights, multiplier = given["weights"].to(dtype), given["multiplier"].to(dtype)
+            target = given["target"].to(dtype)
+            term, violation = lagrangian(counts, weights, multiplier, target, falling)
             pulls = torch.autograd.grad(term, gates)
             grads = [one + other for one, other in zip(grads, pulls, strict=True)]
         for gate, grad in zip(gates, grads, strict=True):
             gate.grad = grad.detach()
         adam.step()
     second = [adam.state[gate]["exp_avg_sq"] for gate in gates]
-    return [gate.detach() for gate in gates], second, None if violation is None else violation
+    return [gate.detach() for gate in gates], second, violation
 
 
-def of_kernel(given: dict[str, Any], pulled: bool) -> tuple[list[Tensor], list[Tensor], Any]:
+def of_kernel(given: dict[str, Any], pulled: bool) -> Found:
     from l0fast_kernels import gate_adam_
 
     gates = [one.clone().to(DEVICE) for one in given["gates"]]
@@ -90,21 +92,19 @@ def test_steps_are_no_more_wrong_than_those_of_pytorch(sizes: tuple[int, ...], p
     pulled = parts != "grad"
     got, reference = of_kernel(given, pulled), truth(torch.float32, given, pulled)
     true = truth(torch.float64, given, pulled)
-    names = "log_alpha", "exp_avg_sq"
-    for name, some, others, wanted in zip(names, got, reference, true, strict=False):
-        for one, other, exact in zip(some, others, wanted, strict=True):
+    for place, name in enumerate(("log_alpha", "exp_avg_sq")):
+        some: Any = got[place], reference[place], true[place]
+        for one, other, exact in zip(*some, strict=True):
             # Two gradients may cancel: what is left has their roundings. Adam makes large steps of
             # small ones.
             size = exact.abs() + (1.0 if name == "log_alpha" else exact.max())
             assert_no_more_wrong(one, other, exact, magnitude=size, roundings=60, name=name)
-    assert (got[2] is None) == (not pulled)
-    if pulled:
-        assert reference[2] is not None
-        assert true[2] is not None
-        size = 1 + true[2].abs()
-        assert_no_more_wrong(
-            got[2], reference[2].detach(), true[2].detach(), magnitude=size, name="violation"
-        )
+    if not pulled:
+        assert got[2] is None
+        return
+    ends = [one[2].detach() for one in (got, reference, true) if one[2] is not None]
+    assert len(ends) == 3
+    assert_no_more_wrong(*ends, magnitude=1 + ends[2].abs(), name="violation")
 
 
 @kernel_test
