@@ -36,6 +36,24 @@ def one_minus_power(fall, exponent):
     return 1.0 - power
 
 
+@triton.jit
+def unscaled(grad_ptr, scale_ptr, place, inside):
+    """grad / scale, or grad where scale_ptr is None."""
+    grad = tl.load(grad_ptr + place, mask=inside, other=0.0)
+    if scale_ptr is not None:
+        grad = tl.div_rn(grad, tl.load(scale_ptr) + grad * 0.0)
+    return grad
+
+
+@triton.jit
+def slope(multiplier_ptr, weight_ptr, constraints, layers, CONSTRAINTS: tl.constexpr):
+    """sum over c of multiplier[c] * weight[c, l] of this program's layer l"""
+    c = tl.arange(0, CONSTRAINTS)
+    weight_ptr += c * layers + tl.program_id(1)
+    multiplier = tl.load(multiplier_ptr + c, mask=c < constraints, other=0.0)
+    return tl.sum(multiplier * tl.load(weight_ptr, mask=c < constraints, other=0.0), 0)
+
+
 @triton.jit(do_not_specialize=["constraints", "layers", "n"])
 def gate_adam_kernel(
     log_alpha_ptr,
@@ -73,12 +91,9 @@ def gate_adam_kernel(
     v = v + (g^2 - v) * (1 - beta_2)
     log_alpha -= lr / (1 - beta_1^t) * m / (sqrt(v / (1 - beta_2^t)) + eps)
 
-    with p the open probability, and t the number of this step, which is stored where COUNTS says
-    so: where one program has a whole layer. The first program also writes
-
-        violation[c] = sum over l of weight[c, l] * counts[l] - target in force[c]
+    with p the open probability, and t the number of this step, which is stored with COUNTS, where
+    one program has a whole layer. The first program also writes the violation (see `violations`).
     """
-    layer = tl.program_id(1)
     segment_start, start, stop = piece_of_segment(offset_ptr, n, TILE)
     log_alpha_ptr = flat_or_table(log_alpha_ptr, segment_start, True)
     exp_avg_ptr = flat_or_table(exp_avg_ptr, segment_start, True)
@@ -87,31 +102,22 @@ def gate_adam_kernel(
     step = tl.load(step_ptr) + 1.0
     step_size = lr / one_minus_power(fall_1, step.to(tl.int64)).to(tl.float32)
     root = tl.sqrt_rn(one_minus_power(fall_2, step.to(tl.int64)).to(tl.float32))
-    slope = 0.0
+    pull = 0.0
     if counts_ptr is not None:
-        c = tl.arange(0, CONSTRAINTS)
-        multiplier = tl.load(multiplier_ptr + c, mask=c < constraints, other=0.0)
-        weight = tl.load(weight_ptr + c * layers + layer, mask=c < constraints, other=0.0)
-        slope = tl.sum(multiplier * weight, 0)
-
-    lane = tl.arange(0, BLOCK)
-    first = start
+        pull = slope(multiplier_ptr, weight_ptr, constraints, layers, CONSTRAINTS)
+    lane, first = tl.arange(0, BLOCK), start
     while first < stop:
-        inside = lane < stop - first
-        place = first + lane
+        place, inside = first + lane, lane < stop - first
         log_alpha = tl.load(log_alpha_ptr + place, mask=inside, other=0.0)
         g = tl.zeros([BLOCK], dtype=tl.float32)
         if grad_ptr is not None:
-            g += tl.load(grad_ptr + place, mask=inside, other=0.0)
-            if scale_ptr is not None:
-                g = tl.div_rn(g, tl.load(scale_ptr) + g * 0.0)
+            g += unscaled(grad_ptr, scale_ptr, place, inside)
         if counts_ptr is not None:
             p = device_math.open_probability(log_alpha, open_shift)
-            g += device_math.open_probability_backward(slope, p)
+            g += device_math.open_probability_backward(pull, p)
         m = tl.load(exp_avg_ptr + place, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq_ptr + place, mask=inside, other=0.0)
-        m += (g - m) * fall_1
-        v += (g * g - v) * fall_2
+        m, v = m + (g - m) * fall_1, v + (g * g - v) * fall_2
         tl.store(exp_avg_ptr + place, m, mask=inside)
         tl.store(exp_avg_sq_ptr + place, v, mask=inside)
         log_alpha -= step_size * m / (tl.sqrt_rn(v) / root + eps)
@@ -121,7 +127,7 @@ def gate_adam_kernel(
         tl.debug_barrier()  # every thread has read it
         tl.store(step_ptr, step)
     if counts_ptr is not None:  # noqa: SIM102  # known when it is compiled
-        if layer + tl.program_id(0) == 0:
+        if tl.program_id(1) + tl.program_id(0) == 0:
             c = tl.arange(0, CONSTRAINTS)
             found = violations(
                 counts_ptr,

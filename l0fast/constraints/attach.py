@@ -80,13 +80,12 @@ class Attachable(Starting):
         self._refuse_attached("step()", "none")
         watch: Watch = self.__dict__.setdefault("_watch", Watch())
         watch.look(self)
-        if self.starting and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{type(self).__name__}: got step() in a CUDA graph while all gates are open at "
-                "the start; expected a capture after it, or start=0"
-            )
+        self.refuse_capture("step()")
         self.advance_()
         self.count_()
+
+    def count_(self) -> bool:
+        return super().count_() if self.attachment is None else self.attachment.count_()
 
     def lags(self) -> list[float]:
         """How far each density is above its target in force; a penalty has none."""

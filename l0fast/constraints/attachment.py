@@ -25,6 +25,7 @@ from l0fast.constraints.at_once import moved_at_once
 from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
 from l0fast.constraints.processes import averaged, mark_partial, own_part
+from l0fast.constraints.start import Starting
 from l0fast.gating.param_groups import default_gate_lr
 from l0fast.layers.draw import DRAWN
 
@@ -152,17 +153,29 @@ class Attachment:
         skipped: Any = getattr(optimizer, "found_inf", None)
         if skipped is not None and bool(skipped):
             return
-        self.taken += 1
+        captured = self.term.refuse_capture("optimizer.step()")
         if not self.term.starting:
             if self.term.learns:
                 self._move(grads, getattr(optimizer, "grad_scale", None))
             self.term.advance_()
-        self.term.count_()
-        if self.taken == self.last and not self.term.settled:
-            self.term.settle(self._adam.adam)
+        if not captured:  # else nothing is done yet
+            self.count_()
         gates = self.gates()
         self._adam.show_in(optimizer, gates)
         self._versions = [gate._version for gate in gates]
+
+    def count_(self) -> bool:
+        """Counts a step of the optimizer, on the host, and settles the gates when it is time; true
+        if gates are another thing from here on.
+
+        A captured step does not have it: call the constraint's `count_` after each replay.
+        """
+        self.taken += 1
+        changed = Starting.count_(self.term)
+        if self.taken == self.last and not self.term.settled:
+            self.term.settle(self._adam.adam)
+            changed = True
+        return changed
 
     def _move(self, grads: Sequence[Tensor | None], scale: Tensor | None) -> None:
         """One step of Adam on the gates, by the loss's gradient and the constraint's."""

@@ -54,6 +54,16 @@ class Starting(Asking):
             self.handle.set_stage(OPEN if steps else DRAWN)
         self.begin_()
 
+    def refuse_capture(self, what: str) -> bool:
+        """Whether a CUDA graph is being captured; refuses one of a step with all gates open."""
+        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        if captured and self.starting:
+            raise RuntimeError(
+                f"{type(self).__name__}: got {what} in a CUDA graph while all gates are open at "
+                "the start; expected a capture after it, or start=0"
+            )
+        return captured
+
     def _counted(self) -> list[Any]:
         return list(self.parts())
 
@@ -68,7 +78,7 @@ class Starting(Asking):
         `spread_`). It returns whether they were.
 
         A captured step does not have it: call it after each replay, and capture anew where it
-        returns True.
+        returns True. Attached, it counts each step of the optimizer, and the gates settle in it.
         """
         if not self.starting:
             return False

@@ -164,7 +164,7 @@ def test_magnitude_pruning_has_none() -> None:
 
 def test_a_captured_step_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     loop = Loop()
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match=r"got step\(\) in a CUDA graph .* or start=0"):
         loop.constraint.step()

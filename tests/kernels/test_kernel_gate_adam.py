@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from l0fast import DensityConstraint, autograd, param_groups, sparsify_
 from l0fast.maths.lagrangian import Falling, lagrangian
 from tests.helpers.interpreter import DEVICE, kernel_test
 from tests.helpers.tolerance import assert_no_more_wrong
@@ -126,3 +128,45 @@ def test_bias_corrections_are_exact_early_and_late(fall: float) -> None:
             [gate], moments, torch.ones_like(gate), None, (0.05, 0.9, 1 - fall, 1e-12), 0.0, None
         )
         torch.testing.assert_close(gate.cpu(), torch.full((3,), -0.05), rtol=3e-6, atol=0.0)
+
+
+@kernel_test
+@pytest.mark.filterwarnings(
+    "ignore:settle. the expected density", "ignore:attach. 20 steps are few"
+)
+def test_an_attached_training_uses_the_kernels_and_is_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Drawn, under targets that come down, and settled; the draws are the reference's in both."""
+    import l0fast_kernels
+
+    calls: list[str] = []
+    for name in ("gate_adam_", "advance_"):
+        run = getattr(l0fast_kernels, name)
+        monkeypatch.setattr(
+            l0fast_kernels,
+            name,
+            lambda *given, name=name, run=run: (calls.append(name), run(*given))[1],
+        )
+    monkeypatch.setattr(autograd, "lie_apart", lambda tensors: False)
+    found: list[list[Tensor]] = []
+    for with_kernels in (False, True):
+        for room in ("lagrangian", "apart"):
+            module: Any = importlib.import_module(f"l0fast.autograd.{room}")
+            monkeypatch.setattr(module, "runs_on_triton", lambda *_, on=with_kernels: on)
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).to(DEVICE)
+        sparsify_(model)
+        sgd = torch.optim.SGD(param_groups(model, lr=1e-2))
+        constraint = DensityConstraint(model, 0.6, steps=20)
+        constraint.attach(sgd, start=0, settle=0.25)
+        for _ in range(20):
+            model(torch.randn(3, 6, device=DEVICE)).square().sum().backward()
+            sgd.step()
+            sgd.zero_grad()
+        state: Any = sgd.state_dict()["l0fast"]
+        moments = [one[name] for one in state["gates"].values() for name in sorted(one)]
+        found.append([*model.state_dict().values(), *constraint.buffers(), *moments])
+        assert constraint.settled
+        assert calls == ["gate_adam_", "advance_"] * (20 * with_kernels)
+    torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-5)

@@ -85,12 +85,14 @@ def test_a_constraint_uses_the_kernels_and_finds_the_same(monkeypatch: pytest.Mo
             l0fast_kernels, name, lambda *given: (calls.append(name), run(*given))[1]
         )
 
-    for name in ("lagrangian_forward", "lagrangian_backward", "ascend_"):
+    names = ["lagrangian_forward", "lagrangian_backward", "advance_"]
+    for name in names:
         spy(name)
     found: list[list[Any]] = []
     for with_kernels in (False, True):
-        module: Any = importlib.import_module("l0fast.autograd.lagrangian")
-        monkeypatch.setattr(module, "runs_on_triton", lambda *_, on=with_kernels: on)
+        for room in ("lagrangian", "apart"):
+            module: Any = importlib.import_module(f"l0fast.autograd.{room}")
+            monkeypatch.setattr(module, "runs_on_triton", lambda *_, on=with_kernels: on)
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).to(DEVICE)
         sparsify_(model)
@@ -103,7 +105,7 @@ def test_a_constraint_uses_the_kernels_and_finds_the_same(monkeypatch: pytest.Mo
         state = constraint.multiplier, constraint.violation, constraint.restarts
         grads = [p.grad for n, p in model.named_parameters() if n.endswith("log_alpha")]
         found.append([term.detach(), *state, *grads])
-        assert calls == (["lagrangian_forward", "lagrangian_backward", "ascend_"] * with_kernels)
+        assert calls == names * with_kernels
         term = constraint()
         constraint.step()
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):

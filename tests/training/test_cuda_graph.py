@@ -142,13 +142,13 @@ def test_a_step_that_reads_is_found(data: Data, monkeypatch: pytest.MonkeyPatch)
     Stand(monkeypatch)
     graphed = trainer(data, skip=False)
     term: Any = graphed.term
-    ascend = term.ascend_
+    advance = term.advance_
 
     def reading() -> None:
-        ascend()
+        advance()
         term.target.fill_(float(term.multiplier.sum().item() * 0 + 0.4))
 
-    term.ascend_ = reading
+    term.advance_ = reading
     with pytest.raises(AssertionError, match="_local_scalar_dense"):
         graphed.fit()
 
