@@ -20,31 +20,38 @@ SIZES = [(1, 1), (1, 3), (1, 5000), (3, 54), (17, 130), (300, 40)]
 
 
 @kernel_test
+@pytest.mark.parametrize("taken", [None, 0, 3, 12])
 @pytest.mark.parametrize(("constraints", "layers"), SIZES)
 def test_the_term_is_no_more_wrong_than_the_reference(
-    constraints: int, layers: int, monkeypatch: pytest.MonkeyPatch
+    constraints: int, layers: int, taken: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from l0fast_kernels import lagrangian_backward, lagrangian_forward, launch
 
     counts, weights = torch.rand(layers), torch.rand(constraints, layers)
-    multiplier, target = torch.rand(2, constraints)
+    multiplier, target, start = torch.rand(3, constraints)
     dterm = torch.tensor(-1.5)
+
+    def falling(like: torch.Tensor) -> maths.Falling | None:
+        if taken is None:
+            return None
+        return maths.Falling(start.to(like), torch.tensor(float(taken)).to(like), 11, 3)
+
+    given = counts, weights, multiplier, target
+    a, b, c, d = (one.to(DEVICE) for one in given)
     with guarded(launch, monkeypatch):
-        term, violation = lagrangian_forward(
-            *(one.to(DEVICE) for one in (counts, weights, multiplier, target))
-        )
-        dcounts = lagrangian_backward(*(one.to(DEVICE) for one in (dterm, weights, multiplier)))
+        term, violation = lagrangian_forward(a, b, c, d, falling(d))
+        dcounts = lagrangian_backward(dterm.to(DEVICE), b, c)
     assert_written(term, violation, dcounts)
-    expected = maths.lagrangian(counts, weights, multiplier, target)
-    given = [one.double() for one in (counts, weights, multiplier, target)]
-    true = maths.lagrangian(*given)
-    size = given[1] @ given[0] + given[3]
+    expected = maths.lagrangian(*given, falling(target))
+    given = counts.double(), weights.double(), multiplier.double(), target.double()
+    true = maths.lagrangian(*given, falling(given[3]))
+    size = given[1] @ given[0] + given[3] + start.double()
     for got, reference, truth, magnitude, name in (
         (violation, expected[1], true[1], size, "violation"),
         (term, expected[0], true[0], given[2] @ size, "term"),
     ):
         assert_no_more_wrong(got.cpu(), reference, truth, magnitude=magnitude, name=name)
-    truth = maths.lagrangian_backward(dterm.double(), *given[1:3])
+    truth = maths.lagrangian_backward(dterm.double(), given[1], given[2])
     reference = maths.lagrangian_backward(dterm, weights, multiplier)
     roundings = 4 + constraints / 16  # the interpreter adds up a tile's rows one after the other
     assert_no_more_wrong(
