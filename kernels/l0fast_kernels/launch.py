@@ -30,6 +30,7 @@ class Constants(NamedTuple):
     open_shift: float  # -temperature * log2(-gamma / zeta)
 
 
+@functools.lru_cache(maxsize=64)
 def constants(temperature: float, gamma: float, zeta: float) -> Constants:
     """The kernels' constants of a distribution; logarithms and exponentials there are base 2."""
     return Constants(
