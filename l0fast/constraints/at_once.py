@@ -9,6 +9,7 @@ from torch import Tensor
 
 from l0fast.autograd import runs_at_once
 from l0fast.constraints.gate_adam import GateAdam
+from l0fast.constraints.processes import mesh_of
 
 
 def moved_at_once(
@@ -38,6 +39,8 @@ def moved_at_once(
     if any(one.gate_index is not None or one.distribution != of for one in layers):
         return False
     if not all(gate.requires_grad for gate in gates):
+        return False
+    if mesh_of(term.handle.layers) is not None:  # gradients are averaged first
         return False
     pull = None
     if not term.settled:
