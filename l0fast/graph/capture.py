@@ -272,4 +272,5 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     unread = {name for node, name in calls.items() if node not in read}
     nodes = list(program.graph.nodes)
     held = channel_tensors(whole, nodes, held_at, inputs, lambda module: id(module) in sites)
-    return Trace(nodes, calls, callers, inputs, read_outside, unread, held)
+    tensors = {node: held_at[node.name] for node in nodes if node.name in held_at}
+    return Trace(nodes, calls, callers, inputs, read_outside, unread, held, tensors)

@@ -245,19 +245,19 @@ class Liveness:
                 must be there, if only as zeros.
         """
         walk, present = self.walk, self.present(rigid)
-        stops = {name: list(reasons) for name, reasons in walk.stops.items()}
+        written: dict[str, dict[str, Node]] = {}  # layer -> op -> node that is told a size
         for node, labels in self._rigid(rigid):
             for name in walk.makers(labels):
-                if op_name(node) not in stops[name]:
-                    stops[name].append(op_name(node))
+                written.setdefault(name, {}).setdefault(op_name(node), node)
         result = local_extents(walk.sites.values())
         for name, extent in result.items():
             if not walk.trace.counts[name]:
                 continue
             units = walk.inputs[name]
-            extent.source, extent.stops = walk.sources[name], stops[name]
-            if units is not None and not extent.source:
-                extent.source = walk.reasons(units.labels)
+            extent.source = walk.sources[name] or (walk.reasons(units.labels) if units else "")
+            extent.stops = [walk.in_words(node) for node in written.get(name, {}).values()]
+            if not extent.stops and name in walk.made:
+                extent.stops = [walk.reasons(walk.made[name]) or walk.tied_by(walk.made[name])]
             if not walk.sites[name].fixed:
                 self._fit(extent, walk.sites[name], present)
         if self.training is not None:

@@ -134,7 +134,7 @@ def test_what_is_written_into_a_part_is_no_longer_zero(
     [
         (lambda net, x: net.b(net.a(x).roll(1, -1)), "aten::roll"),
         (lambda net, x: net.b(net.a(x) + net.a.bias), "aten::add"),
-        (lambda net, x: net.b(net.a(x)) + net.a(x).sum(), "aten::sum"),
+        (lambda net, x: net.b(net.a(x)) + net.a(x).sum(), "aten::add"),
         (lambda net, x: torch.cat([net.b(net.a(x)), x], 1), ""),
     ],
 )
@@ -180,7 +180,7 @@ def test_a_reader_that_is_called_on_what_must_stay_reads_everything() -> None:
 
     found = look(forward, b={"reads": [1]}, a={"writes": [1, 2]})
     assert found["a"].leaves.all()
-    assert "'b', called 2 times" in found["a"].stops
+    assert found["a"].stops[0].startswith("aten::sort")
     assert found["b"].arrives.all()
     assert units(found["b"].columns) == [1]
 
@@ -215,7 +215,7 @@ def test_a_written_size_needs_the_units_but_not_their_values() -> None:
     assert units(found["a"].rows) == [3]  # the others are zeros that nobody looks at
     assert units(found["b"].columns) == [3]
     assert found["b"].arrives.all()
-    assert found["a"].stops == ["aten::reshape"]
+    assert [stop.partition(" ")[0] for stop in found["a"].stops] == ["aten::reshape"]
 
 
 def test_a_sum_ties_what_it_adds() -> None:
