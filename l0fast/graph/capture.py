@@ -14,7 +14,7 @@ from l0fast.graph.calls import Example
 from l0fast.graph.computed import own_weights
 from l0fast.graph.exporting import LOCK, plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
-from l0fast.graph.tensors import ChannelTensor, channel_tensors
+from l0fast.graph.tensors import ChannelTensor, channel_tensors, sized_by_attributes
 from l0fast.graph.trace import Trace
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out
 from l0fast.layers.rms_norm import GatedRMSNorm, StandIn, form_of
@@ -273,4 +273,5 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     nodes = list(program.graph.nodes)
     held = channel_tensors(whole, nodes, held_at, inputs, lambda module: id(module) in sites)
     tensors = {node: held_at[node.name] for node in nodes if node.name in held_at}
-    return Trace(nodes, calls, callers, inputs, read_outside, unread, held, tensors)
+    filled = sized_by_attributes({node: modules[callers[node]] for node in nodes})
+    return Trace(nodes, calls, callers, inputs, read_outside, unread, held, tensors, filled)

@@ -120,8 +120,8 @@ class Liveness:
     def _read(self, node: Node) -> Tensor:
         """The units that a node reads."""
         if node not in self._known:
-            parts = (u.labels for source in node.all_input_nodes for u in self.walk.units(source))
-            found = (narrowed(part).unique() for part in parts)
+            of = (self.walk.units(one) for one in node.all_input_nodes or [node])
+            found = (narrowed(units.labels).unique() for parts in of for units in parts)
             self._known[node] = torch.cat([torch.tensor([STAYS]), *found])
         return self._known[node]
 
@@ -137,9 +137,10 @@ class Liveness:
         ]
 
     def _is_rigid(self, node: Node) -> bool:
-        if self.walk.trace.callers[node] in self.walk.sites:  # a layer knows its size
+        trace = self.walk.trace
+        if trace.callers[node] in self.walk.sites:  # a layer knows its size
             return False
-        return op_name(node) in RIGID and node not in self.walk.trace.calls
+        return node in trace.filled or (op_name(node) in RIGID and node not in trace.calls)
 
     def _sized(self, node: Node) -> list[Units]:
         """The units of what a node reads and gives, in the shapes that it is told."""

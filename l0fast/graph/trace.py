@@ -33,6 +33,8 @@ class Trace:
     """Node -> the tensor with a number for each channel that it stands for."""
     tensors: dict[Node, str] = field(default_factory=dict)
     """Node -> the name of the parameter or buffer that it stands for."""
+    filled: dict[Node, int] = field(default_factory=dict)
+    """Node that fills a new tensor -> the dimension along which an attribute tells its size."""
     parts: tuple[str, ...] = ()
     """The modules whose graphs these are, each for itself; () for the whole model's."""
     counts: Counter[str] = field(init=False)
@@ -68,5 +70,6 @@ class Trace:
             set().union(*(trace.unread for trace in traces)),
             {node: name for trace in traces for node, name in trace.held.items()},
             {node: name for trace in traces for node, name in trace.tensors.items()},
+            {node: dim for trace in traces for node, dim in trace.filled.items()},
             tuple(parts),
         )

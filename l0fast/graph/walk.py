@@ -20,9 +20,10 @@ from l0fast.graph.capture import Trace, input_place, is_carrier, is_channelwise
 from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
+from l0fast.graph.overwritten import overwritten
 from l0fast.graph.sites import UNREAD, Site, is_held
 from l0fast.graph.tied import Tied
-from l0fast.graph.units import STAYS, Units, grids_of, in_all, narrowed, unknown
+from l0fast.graph.units import STAYS, Units, grids_of, in_all, unknown
 from l0fast.layers.dense_types import inner_dims
 
 
@@ -54,6 +55,11 @@ class Walk(Tied):
         for site in filter(is_held, self.sites.values()):
             self.outputs[site.name] = torch.arange(total, total + len(site.writes))
             total += len(site.writes)
+        self._filled: dict[Node, Tensor] = {}
+        """Node that fills a new tensor -> the units along its dimension that an attribute tells."""
+        for node, dim in trace.filled.items():
+            self._filled[node] = torch.arange(total, total + node.meta["val"].shape[dim])
+            total += len(self._filled[node])
         makers.append(torch.full((total - first_held,), -1))
         super().__init__(list(self.sites), torch.cat(makers), first_held, trace.callers)
         self.untold = frozenset(untold)
@@ -143,6 +149,10 @@ class Walk(Tied):
         elif node.op == "output":
             for source in node.all_input_nodes:
                 self._pin_node(source, "the model's output")
+        elif node in self._filled:
+            nothing, dim = unknown(node.meta["val"].shape), self.trace.filled[node]
+            labels = self._filled[node].view(-1, *[1] * (nothing.labels.dim() - 1 - dim))
+            self.values[node] = replace(nothing, labels=labels.expand(nothing.labels.shape))
         elif node.op == "call_function":
             self._op(node)
         elif self.trace.held.get(node) in self.sites:
@@ -247,7 +257,17 @@ class Walk(Tied):
         if not any(map(self.of_layers, self.units(node))):
             self.lost[node] = self._lost(node)
         if writes_in_place(node):  # other views of the same memory no longer hold what they did
-            self._written[node] = self._changed(node, units, after)
+            source = sources[0]
+            aside = len(source.users) > 1 or not (
+                source in self.trace.calls or op_name(source) == "aten::cat"
+            )
+            self._written[node] = overwritten(
+                units[source],
+                after,
+                lambda zeros: self._follow(node, {**units, source: zeros})[0],
+                aside,
+                len(self._maker),
+            )
 
     def _follow(self, node: Node, units: dict[Node, Any]) -> tuple[Any, str]:
         """What the rule of an op makes of units, None where they end; and how the rule fails."""
@@ -258,26 +278,6 @@ class Walk(Tied):
             return rule(node, units, self), ""
         except Exception as failure:  # a form of the op that the rule does not know
             return None, f", whose rule fails ({_checks.one_line(failure)})"
-
-    def _changed(self, node: Node, units: dict[Node, Units], after: Units) -> tuple[Tensor, Tensor]:
-        """The units whose zeros, and those whose constants, an op has written over."""
-        source = node.all_input_nodes[0]
-        before = units[source]
-        labels, was, now = torch.broadcast_tensors(
-            *(narrowed(values) for values in (before.labels, before.constant, after.constant))
-        )
-        tainted = labels[(was == 0) & (now != 0)]
-        restless = labels[(was == was) & (now != was) & self._seen_elsewhere(source)]
-        if bool((labels == STAYS).any()):  # perhaps a view of what was followed
-            zeros = replace(before, constant=was.new_zeros(()).expand(before.labels.shape))
-            zero, _ = self._follow(node, {**units, source: zeros})
-            if zero is None or bool((narrowed(zero.constant) != 0).any()):
-                tainted = torch.arange(len(self._maker))
-        return tainted, restless
-
-    def _seen_elsewhere(self, node: Node) -> bool:
-        """Whether what is written into a node may be read by another way than from the writer."""
-        return len(node.users) > 1 or not (node in self.trace.calls or op_name(node) == "aten::cat")
 
     def _lost(self, node: Node) -> str:
         """Why an op gives no unit."""

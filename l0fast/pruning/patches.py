@@ -137,6 +137,8 @@ class _Release:
         self.patches: list[Patch] = []
         self.reasons: dict[str, str] = {}
         self._last: set[str] = set()
+        trace = live.walk.trace
+        self._filling = list(dict.fromkeys(trace.callers[node] for node in trace.filled))
         self._hopeless: set[type[nn.Module]] = set()
 
     def kind(self, name: str) -> type[nn.Module]:
@@ -152,6 +154,8 @@ class _Release:
         """The patches with which a group can be free, beside those that are; or None, and where
         failures were noticed."""
         live, places = self._live, list[str]()
+        # What others are free to do, they do now: a tensor that they fill is read by this group.
+        group = [*group, *(n for n in self._filling if n in self.free and n not in group)]
         rigid = [name for name in self.rigid if name not in group]
         others = [patch for patch in self.patches if patch.name not in group]
         extents, present = live.extents(rigid), live.present(rigid)
