@@ -160,7 +160,7 @@ class Tied:
     def reasons(self, labels: Tensor) -> str:
         """Why those of some units that must stay do."""
         pinned = labels[self.classes[labels] == self.classes[STAYS]]
-        alone = "units that only go with others, which must stay" if len(pinned) else ""
+        alone = "some of it comes from no layer that could get smaller" if len(pinned) else ""
         return self._told(self.pins, pinned) or self._told(self.stops, pinned) or alone
 
     def tied_by(self, labels: Tensor) -> str:

@@ -8,7 +8,7 @@ from itertools import islice, product
 from torch import Tensor, nn
 
 from l0fast.graph.liveness import Extent, Liveness
-from l0fast.graph.views import views_of
+from l0fast.graph.views import parts_in, sizes_in, views_of
 from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.called import Calls
 from l0fast.pruning.outcome import Outcome
@@ -39,7 +39,7 @@ def _choices(
     """Attribute -> for each module that may need it, the patches that would do."""
     for name in names:
         module = model.get_submodule(name)
-        sizes = [*sorted(live.sizes(name, present)), *sorted(live.parts(name, present))]
+        sizes = [*sorted(sizes_in(live, name, present)), *sorted(parts_in(live, name, present))]
         for key, value in sizes_of(module):
             fits = [
                 AttributePatch(name, type(module).__name__, key, (after, size))
