@@ -235,6 +235,16 @@ class Liveness:
             self._fit_training(self.training, result, present)
         return result
 
+    def divided_by(self, classes: Collection[int]) -> str:
+        """The first op that views, splits or slices units of some classes, in words."""
+        sought = torch.tensor(sorted(classes))
+        found = (
+            self.walk.in_words(node)
+            for node, labels in self.rigid(None)
+            if bool(torch.isin(self.walk.classes[labels], sought).any())
+        )
+        return next(found, "views of tensors that hold others, too")
+
     def _sliced(self, name: str, present: Tensor) -> list[Node]:
         """The op that needs units of a layer, which nobody reads, since they lie in a slice with
         others of several layers; if they do."""

@@ -100,6 +100,7 @@ def test_what_has_no_gates_says_why() -> None:
     assert list(reasons(*zoo("densenet"))) == ["features.conv0"]
     found = reasons(*zoo("shufflenet"))
     assert "no unit that it reads can vanish alone" in found["stage2.1.branch2.0"]
+    assert "divided by aten::" in found["stage2.1.branch2.0"]
     found = reasons(*zoo("gpt2"))
     assert found["lm_head"] == "it shares its weight with 'wte'"
     assert found["h.0.attn.c_attn"].startswith("it reads aten::embedding in 'wte' (zoo.py:")

@@ -93,7 +93,7 @@ def _run(files: list[Path]) -> dict[str, list[str]]:
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=600,
+                timeout=300 * len(files),
             )
             said = f"exit code {done.returncode} and no report:\n{done.stdout}{done.stderr}"
         except subprocess.TimeoutExpired:
