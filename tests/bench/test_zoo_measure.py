@@ -152,6 +152,7 @@ def test_rows_of_another_commit_stay_and_are_told_apart(
 ) -> None:
     names = list(LISTED)[:3]
     equal: dict[str, Any] = {"error_float64": 0.0, "error_float32": 0.0}
+    equal |= dict.fromkeys(("weights", "params", "macs"), (1, 1))
     rows = [zoo.Result(name, 0, commit="abc", gates=1, **equal) for name in names]
     for keep, expected in ((True, [7, 1, 1]), (False, [7])):
         (tmp_path / "zoo.json").write_text(as_json(rows, {}), encoding="utf-8")
