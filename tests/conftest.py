@@ -17,6 +17,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import pytest
 import torch
 
+from tests.helpers import once
+
 if TYPE_CHECKING:  # a GPU machine that runs only the kernels' tests need not load it
     from matplotlib.figure import Figure
 
@@ -75,6 +77,13 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     poison(request.node.get_closest_marker("unpoisoned") is None)
     yield
     poison(True)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_by_processes(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is made once for a run lies where all of pytest-xdist's processes find it."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        once.shared = tmp_path_factory.getbasetemp().parent
 
 
 @pytest.fixture(autouse=True)

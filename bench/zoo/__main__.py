@@ -16,6 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bench import ROOT, environment, report
@@ -40,6 +41,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=300.0, help="seconds for each model")
     parser.add_argument("--untimed", action="store_true", help="leave latencies out")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "zoo")
+    parser.add_argument("--keep", action="store_true", help="keep the rows of other commits, too")
     parser.add_argument("--list", action="store_true", help="only say which models there are")
     arguments = parser.parse_args(argv)
     listed = HELD_OUT if arguments.held_out else tuple(ZOO)
@@ -58,15 +60,21 @@ def _fits(model: str, names: Sequence[str]) -> bool:
     return not names or any(model == name or model.startswith(f"{name}/") for name in names)
 
 
-def _measured(path: Path, commit: str, seed: int) -> dict[str, Result]:
-    """What an earlier run from the same commit left."""
-    if not path.is_file() or commit == "unknown" or commit.endswith("-dirty"):
+def _measured(path: Path, commit: str, arguments: argparse.Namespace) -> dict[str, Result]:
+    """What an earlier run left: from the same commit, or of models that are not asked for now."""
+    if not path.is_file():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found["about"]["commit"] != commit:
-        return {}
-    rows = [Result(**row) for row in found["rows"]]
-    return {row.name: row for row in rows if row.seed == seed and not row.failure}
+    rows = [Result(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]
+    clean = commit != "unknown" and not commit.endswith("-dirty")
+    return {
+        row.name: row
+        for row in rows
+        if row.seed == arguments.seed
+        and (
+            (clean and row.commit == commit and not row.failure)
+            or (arguments.keep and row.name not in arguments.models)
+        )
+    }
 
 
 def _one(name: str, arguments: argparse.Namespace) -> Result:
@@ -123,15 +131,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     words += [f"--seed={arguments.seed}"] if arguments.seed else []
     words += ["--held-out"] if arguments.held_out else []
     words += ["--untimed"] if arguments.untimed else []
+    words += ["--keep"] if arguments.keep else []
     about = report.facts(shlex.join(words), 1, tested=False) | {
         library: report.version(library) for library in LIBRARIES
     }
     out, stem = arguments.out, "held_out" if arguments.held_out else "zoo"
     out.mkdir(parents=True, exist_ok=True)
-    rows = _measured(out / f"{stem}.json", str(about["commit"]), arguments.seed)
+    rows = _measured(out / f"{stem}.json", str(about["commit"]), arguments)
     for name in names:
         if name not in rows:
-            rows[name] = _one(name, arguments)
+            rows[name] = replace(_one(name, arguments), commit=str(about["commit"]))
         print(f"{name}: {_says(rows[name])}", flush=True)
         order = HELD_OUT if arguments.held_out else tuple(ZOO)
         done = [rows[known] for known in dict.fromkeys([*order, *rows]) if known in rows]

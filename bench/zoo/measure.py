@@ -54,6 +54,8 @@ class Result:
     name: str
     seed: int
     failure: str = ""
+    commit: str = ""
+    """Of the code that was measured."""
     gating_seconds: float = 0.0
     """Of `sparsify_`."""
     seconds: float = 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import Counter
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 
 from bench.report import Facts, significant
@@ -65,6 +65,29 @@ def _cells(row: Result) -> tuple[str, ...]:
     )
 
 
+def _alike(reasons: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
+    """(the first of some reasons that differ in names and numbers alone, the layers of all)."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for why, names in reasons.items():
+        kind = re.sub(r"'[^']*'|\d+", "", why)
+        found.setdefault(kind, (why, []))[1].extend(names)
+    return list(found.values())
+
+
+def _named(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _earlier(rows: Sequence[Result], about: Facts) -> list[str]:
+    """The rows that other commits measured."""
+    of: dict[str, list[str]] = {}
+    for row in rows:
+        if row.commit != about["commit"]:
+            of.setdefault(row.commit or "an earlier commit", []).append(row.name)
+    return [f"\nMeasured at {commit}: {', '.join(names)}." for commit, names in of.items()]
+
+
 def markdown(rows: Sequence[Result], about: Facts, title: str) -> str:
     """The table, with what it holds for, and what stopped the models with dead weights left."""
     cells = [HEAD, *map(_cells, rows)]
@@ -78,6 +101,7 @@ def markdown(rows: Sequence[Result], about: Facts, title: str) -> str:
         f"{versions}, {about['cpu']}, one thread.",
         "",
         EXPLAINED,
+        *_earlier(rows, about),
         "",
         table[0],
         f"|{' --- |' * len(filled)}",
@@ -89,19 +113,21 @@ def markdown(rows: Sequence[Result], about: Facts, title: str) -> str:
         "",
     ]
     for row in rows:
-        reasons = [*row.not_removed.items()]
         if row.failure or row.gone == row.dead:
             continue
         lines.append(f"- {row.name}: {row.dead - row.gone:,} of {row.dead:,}")
-        lines += [f"  - {', '.join(names)}: {why}" for why, names in reasons]
+        lines += [f"  - {_named(names)}: {why}" for why, names in _alike(row.not_removed)]
         lines += [f"  - {note}" for note in row.notes]
-    lines += ["", "## Layers without gates", "", "How many, and why; which is in zoo.json.", ""]
+    lines += [
+        "",
+        "## Layers without gates",
+        "",
+        "How many, and why of the first; all in the JSON.",
+        "",
+    ]
     for row in (row for row in rows if row.without_gates):
-        counts = Counter[str]()
-        for why, names in row.without_gates.items():
-            others = "what it reads is also read by "
-            counts[f"{others}other layers" if why.startswith(others) else why] += len(names)
-        lines += [f"- {row.name}", *(f"  - {n}: {why}" for why, n in counts.most_common(6))]
+        found = sorted(_alike(row.without_gates), key=lambda pair: -len(pair[1]))
+        lines += [f"- {row.name}", *(f"  - {len(names)}: {why}" for why, names in found)]
     return "\n".join(lines) + "\n"
 
 

@@ -162,8 +162,7 @@ class _Streams:
         if bool((classes == walk.classes[STAYS]).any()):
             return f"what it reads must stay: {walk.reasons(units.labels)}"
         if len(classes.unique()) < len(classes):
-            stops = {reason: 0 for one in walk.makers(units.labels) for reason in walk.stops[one]}
-            return f"the channels that it reads can only go together: {', '.join(stops)}"
+            return f"the channels that it reads can only go together: {walk.tied_by(units.labels)}"
         return ""
 
     def _refuse_read(self, shut: Walk, vectors: Mapping[str, Tensor]) -> None:

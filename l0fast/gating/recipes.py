@@ -238,7 +238,8 @@ class _Recipe:
             return Choice("", f"what it reads is also read by {', '.join(others)}")
         gated = set[int]().union(*(self.reads[name] for name in names))
         if images and not all(map(self._vanishes, gated)):
-            return Choice("", "no unit that it reads can vanish alone: they are split or shuffled")
+            by = Liveness(self.walk).divided_by(gated)
+            return Choice("", f"no unit that it reads can vanish alone: they are divided by {by}")
         shared = names[0] if names[0] != site.name else ""
         same = "the same" if alike else "some of the same"
         reason = f"the gates of {shared!r}, which reads {same}" if shared else ""

@@ -14,7 +14,7 @@ from l0fast.graph.calls import Example
 from l0fast.graph.computed import own_weights
 from l0fast.graph.exporting import LOCK, plain, quietly, read_nodes, without_validation
 from l0fast.graph.nodes import argument, op_name
-from l0fast.graph.tensors import ChannelTensor, channel_tensors
+from l0fast.graph.tensors import ChannelTensor, channel_tensors, sized_by_attributes
 from l0fast.graph.trace import Trace
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out
 from l0fast.layers.rms_norm import GatedRMSNorm, StandIn, form_of
@@ -272,4 +272,6 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     unread = {name for node, name in calls.items() if node not in read}
     nodes = list(program.graph.nodes)
     held = channel_tensors(whole, nodes, held_at, inputs, lambda module: id(module) in sites)
-    return Trace(nodes, calls, callers, inputs, read_outside, unread, held)
+    tensors = {node: held_at[node.name] for node in nodes if node.name in held_at}
+    filled = sized_by_attributes({node: modules[callers[node]] for node in nodes})
+    return Trace(nodes, calls, callers, inputs, read_outside, unread, held, tensors, filled)

@@ -16,10 +16,9 @@ from torch.fx import Node
 
 from l0fast.graph.capture import is_carrier
 from l0fast.graph.channels import RIGID
-from l0fast.graph.mixing import in_groups
 from l0fast.graph.nodes import op_name
 from l0fast.graph.sites import Site, is_held
-from l0fast.graph.units import STAYS, Units, narrowed
+from l0fast.graph.units import STAYS, Units, grids_of, narrowed
 from l0fast.graph.walk import Walk
 
 
@@ -120,12 +119,12 @@ class Liveness:
     def _read(self, node: Node) -> Tensor:
         """The units that a node reads."""
         if node not in self._known:
-            parts = (u.labels for source in node.all_input_nodes for u in self.walk.units(source))
-            found = (narrowed(part).unique() for part in parts)
+            of = (self.walk.units(one) for one in node.all_input_nodes or [node])
+            found = (narrowed(units.labels).unique() for parts in of for units in parts)
             self._known[node] = torch.cat([torch.tensor([STAYS]), *found])
         return self._known[node]
 
-    def _rigid(self, modules: Collection[str] | None) -> list[tuple[Node, Tensor]]:
+    def rigid(self, modules: Collection[str] | None) -> list[tuple[Node, Tensor]]:
         """The nodes of some modules (None: of all) that may have sizes written out; their units."""
         trace = self.walk.trace
         whole = [module for module in self.whole if modules is not None and module in modules]
@@ -137,16 +136,10 @@ class Liveness:
         ]
 
     def _is_rigid(self, node: Node) -> bool:
-        if self.walk.trace.callers[node] in self.walk.sites:  # a layer knows its size
+        trace = self.walk.trace
+        if trace.callers[node] in self.walk.sites:  # a layer knows its size
             return False
-        return op_name(node) in RIGID and node not in self.walk.trace.calls
-
-    def _sized(self, node: Node) -> list[Units]:
-        """The units of what a node reads and gives, in the shapes that it is told."""
-        found = [units for one in (node, *node.all_input_nodes) for units in self.walk.units(one)]
-        if op_name(node) == "aten::group_norm":
-            found.append(in_groups(node, found[0]))
-        return found
+        return node in trace.filled or (op_name(node) in RIGID and node not in trace.calls)
 
     def _at_border(self, node: Node, module: str) -> bool:
         """Whether a node reads what enters or leaves a module, or is of its own forward."""
@@ -175,7 +168,7 @@ class Liveness:
     def viewed(self, rigid: Collection[str]) -> Tensor:
         """bool, by class of units: some modules view, split or slice it."""
         viewed = torch.zeros_like(self.live)
-        for _, labels in self._rigid(rigid):
+        for _, labels in self.rigid(rigid):
             viewed[self.walk.classes[labels]] = True
         return viewed
 
@@ -209,33 +202,10 @@ class Liveness:
         return list(
             dict.fromkeys(
                 self.walk.trace.callers[node]
-                for node, labels in self._rigid(None)
+                for node, labels in self.rigid(None)
                 if not bool(present[classes[labels]].all())
             )
         )
-
-    def sizes(self, module: str, present: Tensor) -> set[tuple[int, int]]:
-        """(before, after) of the sizes that change in what a module views, splits or slices."""
-        found: set[tuple[int, int]] = set()
-        for node, _ in self._rigid([module]):
-            for units in self._sized(node):
-                for dim, size in enumerate(units.labels.shape):
-                    left = self.left(units, present, dim)
-                    if left < size:
-                        found.add((size, left))
-        return found
-
-    def parts(self, module: str, present: Tensor) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(before, after) of the sizes of all parts, where a module splits and some change."""
-        found: set[tuple[tuple[int, ...], tuple[int, ...]]] = set()
-        for node, _ in self._rigid([module]):
-            parts = self.walk.units(node)
-            for dim in range(parts[0].labels.dim()) if len(parts) > 1 else ():
-                before = tuple(units.labels.shape[dim] for units in parts)
-                after = tuple(self.left(units, present, dim) for units in parts)
-                if after != before:
-                    found.add((before, after))
-        return found
 
     def extents(self, rigid: Collection[str] = ()) -> dict[str, Extent]:
         """What each layer physically needs, with gathers and scatters only where they must be.
@@ -245,24 +215,47 @@ class Liveness:
                 must be there, if only as zeros.
         """
         walk, present = self.walk, self.present(rigid)
-        stops = {name: list(reasons) for name, reasons in walk.stops.items()}
-        for node, labels in self._rigid(rigid):
+        written: dict[str, dict[str, Node]] = {}  # layer -> op -> node that is told a size
+        for node, labels in self.rigid(rigid):
             for name in walk.makers(labels):
-                if op_name(node) not in stops[name]:
-                    stops[name].append(op_name(node))
+                written.setdefault(name, {}).setdefault(op_name(node), node)
         result = local_extents(walk.sites.values())
         for name, extent in result.items():
             if not walk.trace.counts[name]:
                 continue
             units = walk.inputs[name]
-            extent.source, extent.stops = walk.sources[name], stops[name]
-            if units is not None and not extent.source:
-                extent.source = walk.reasons(units.labels)
+            extent.source = walk.sources[name] or (walk.reasons(units.labels) if units else "")
+            told = list(written.get(name, {}).values()) or self._sliced(name, present)
+            extent.stops = list(map(walk.in_words, told))
+            if not told and name in walk.made:
+                extent.stops = [walk.reasons(walk.made[name]) or walk.tied_by(walk.made[name])]
             if not walk.sites[name].fixed:
                 self._fit(extent, walk.sites[name], present)
         if self.training is not None:
             self._fit_training(self.training, result, present)
         return result
+
+    def divided_by(self, classes: Collection[int]) -> str:
+        """The first op that views, splits or slices units of some classes, in words."""
+        sought = torch.tensor(sorted(classes))
+        found = (
+            self.walk.in_words(node)
+            for node, labels in self.rigid(None)
+            if bool(torch.isin(self.walk.classes[labels], sought).any())
+        )
+        return next(found, "views of tensors that hold others, too")
+
+    def _sliced(self, name: str, present: Tensor) -> list[Node]:
+        """The op that needs units of a layer, which nobody reads, since they lie in a slice with
+        others of several layers; if they do."""
+        walk = self.walk
+        made = walk.classes[walk.made[name]] if name in walk.made else torch.arange(0)
+        unread = made[present[made] & ~self.live[made]]
+        for node, _ in self.rigid(None) if len(unread) else ():
+            grids = grids_of(walk.units(node), walk.classes)
+            if any(bool(torch.isin(unread, grid).any()) for grid in grids):
+                return [node]
+        return []
 
     def _fit_training(self, training: Walk, result: dict[str, Extent], present: Tensor) -> None:
         """Takes the inputs that are gone from the layers that run in training alone."""

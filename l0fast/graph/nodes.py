@@ -24,9 +24,10 @@ def op_name(node: Node) -> str:
     return getattr(node.target, "__name__", str(node.target))
 
 
-def op_in_words(node: Node) -> str:
-    """The op of a node with the line of code that calls it, where that is known."""
-    name = op_name(node)
+def op_in_words(node: Node, module: str = "") -> str:
+    """The op of a node, the module in whose forward it is, and the line of code that calls it,
+    where these are known."""
+    name = op_name(node) + (f" in {module!r}" if module else "")
     calls = re.findall(r'File "([^"]+)", line (\d+).*\n\s*(.*)', node.meta.get("stack_trace") or "")
     for path, line, code in reversed(calls):
         if f"{os.sep}torch{os.sep}" not in path:

@@ -1,6 +1,7 @@
 """Parameters and buffers with a number for each channel that a module holds beside its layers: a
 learned scale or shift, the numbers of a frozen batch norm, a table of relative positions with a
-column for each head. They get smaller with the channels."""
+column for each head. They get smaller with the channels. So do tensors of one number that a module
+makes as wide as an attribute says."""
 
 from __future__ import annotations
 
@@ -11,10 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from l0fast.graph.nodes import op_name, writes_in_place
+from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 
 KEEPS_ZEROS = {f"aten::{name}" for name in ("mul", "mul_")}
 """Ops on a tensor and a factor that leave zeros zeros, whatever the factor is."""
+
+
+FILLS = {f"aten::{name}" for name in ("zeros", "ones", "full", "new_zeros", "new_ones", "new_full")}
+"""Ops that fill a new tensor with one number."""
 
 
 def _is_per_channel(tensor: object) -> bool:
@@ -155,6 +160,25 @@ def channel_tensors(
             continue
         if node.users and not any(map(writes_in_place, node.users)):
             found[node] = held_at[node.name]
+    return found
+
+
+def sized_by_attributes(makers: Mapping[Node, nn.Module]) -> dict[Node, int]:
+    """The nodes that fill a new tensor with one number -> the dimension along which an attribute of
+    the module says how long it is: the first such, that of the examples last.
+
+    Args:
+        makers: node of an exported graph -> the module in whose forward it is.
+    """
+    found: dict[Node, int] = {}
+    for node, module in makers.items():
+        shape = shape_of(node)
+        if op_name(node) not in FILLS or not shape or any(map(writes_in_place, node.users)):
+            continue
+        told = {value for value in vars(module).values() if type(value) is int and value > 1}
+        dims = [dim for dim in (*range(1, len(shape)), 0) if shape[dim] in told]
+        if dims:
+            found[node] = dims[0]
     return found
 
 

@@ -1,14 +1,25 @@
-"""Which units can only vanish together, and whose they are: what the rules write down."""
+"""Which units can only vanish together, whose they are, and why: what the rules write down."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
+from l0fast.graph.nodes import op_in_words, op_name
 from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS, Units, narrowed
+
+Reasons = dict[str, dict[str, Node | None]]
+"""Layer -> reason -> the node of the op where it first arose, None where it says all by itself."""
+
+
+def _kind(reason: str) -> str:
+    """A reason without the names in it: of each kind, one is told."""
+    return re.sub("'[^']*'", "", reason).partition(" (")[0]
 
 
 class Tied:
@@ -18,17 +29,34 @@ class Tied:
         names: of the layers.
         maker: unit -> the number of the layer that makes it, -1 for none.
         first_held: the first unit of tensors that belong to no layer: they come last.
+        callers: node -> the module in whose forward it is.
     """
 
     classes: Tensor
     """Unit -> the class of units with which it exists or does not: the least of them."""
 
-    def __init__(self, names: list[str], maker: Tensor, first_held: int) -> None:
+    def __init__(
+        self, names: list[str], maker: Tensor, first_held: int, callers: Mapping[Node, str]
+    ) -> None:
         self._names, self._maker, self.first_held = names, maker, first_held
-        self.stops: dict[str, list[str]] = {name: [] for name in names}
-        """Layer -> why some of its units cannot vanish alone."""
+        self._callers = callers
+        self.stops: Reasons = {name: {} for name in names}
+        """Why some units of a layer cannot vanish alone."""
+        self.pins: Reasons = {name: {} for name in names}
+        """Those of the reasons by which units were tied to what must stay."""
+        self.at: Node | None = None
+        """The node that is followed."""
+        self._said: dict[Node, str] = {}
+        """Node -> its op in words."""
         self._parent = torch.arange(len(maker))
         """Units form trees: a parent is a lesser unit of the class, or the unit itself."""
+
+    def own(self) -> None:
+        """Makes what it writes down from now on its own: of a copy, after copy.copy."""
+        self._parent = self._parent.clone()
+        self.stops, self.pins = (
+            {name: dict(reasons) for name, reasons in of.items()} for of in (self.stops, self.pins)
+        )
 
     def tie(self, first: Tensor, second: Tensor, reason: str) -> None:
         first, second = torch.broadcast_tensors(narrowed(first), narrowed(second))
@@ -36,9 +64,12 @@ class Tied:
         if not bool(apart.any()):
             return
         pairs = torch.stack([first[apart], second[apart]])
+        at = self.at if self.at is not None and op_name(self.at) == reason else None
         for name in self.makers(pairs):
-            if reason not in self.stops[name]:
-                self.stops[name].append(reason)
+            self.stops[name].setdefault(reason, at)
+        stay = self._roots(pairs) == STAYS
+        for name in self.makers(pairs[~stay & stay.any(0)]):
+            self.pins[name].setdefault(reason, at)
         while pairs.numel():
             roots = self._roots(pairs)
             self._parent[pairs] = roots  # the next search is short
@@ -120,13 +151,32 @@ class Tied:
         shared[least[other[self._maker]]] = True
         return labels[~shared[least[labels]]]
 
+    def in_words(self, node: Node) -> str:
+        """The op of a node, with its module and its line of code."""
+        if node not in self._said:
+            self._said[node] = op_in_words(node, self._callers.get(node, ""))
+        return self._said[node]
+
     def reasons(self, labels: Tensor) -> str:
         """Why those of some units that must stay do."""
         pinned = labels[self.classes[labels] == self.classes[STAYS]]
-        alone = "units that only go with others, which must stay" if len(pinned) else ""
-        return self.tied_by(pinned) or alone
+        alone = "some of it comes from no layer that could get smaller" if len(pinned) else ""
+        return self._told(self.pins, pinned) or self._told(self.stops, pinned) or alone
 
     def tied_by(self, labels: Tensor) -> str:
         """What keeps some units from vanishing alone."""
-        stops = [reason for name in self.makers(labels) for reason in self.stops[name]]
-        return ", ".join(dict.fromkeys(stops))
+        return self._told(self.stops, labels)
+
+    def _told(self, reasons: Reasons, labels: Tensor) -> str:
+        """Reasons of the layers that make some units: of each kind the first, with its place."""
+        found: dict[str, dict[str, Node | None]] = {}
+        for name in self.makers(labels):
+            for reason, node in reasons[name].items():
+                found.setdefault(_kind(reason), {}).setdefault(reason, node)
+        return ", ".join(self._first(of) for of in found.values())
+
+    def _first(self, reasons: dict[str, Node | None]) -> str:
+        """The first of some reasons of one kind, and how many more there are."""
+        reason, node = next(iter(reasons.items()))
+        more = f" and {len(reasons) - 1} more" if len(reasons) > 1 else ""
+        return (reason if node is None else self.in_words(node)) + more

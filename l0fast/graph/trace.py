@@ -31,6 +31,10 @@ class Trace:
     """Layers that run, and whose output reaches no output of the model."""
     held: dict[Node, str] = field(default_factory=dict)
     """Node -> the tensor with a number for each channel that it stands for."""
+    tensors: dict[Node, str] = field(default_factory=dict)
+    """Node -> the name of the parameter or buffer that it stands for."""
+    filled: dict[Node, int] = field(default_factory=dict)
+    """Node that fills a new tensor -> the dimension along which an attribute tells its size."""
     parts: tuple[str, ...] = ()
     """The modules whose graphs these are, each for itself; () for the whole model's."""
     counts: Counter[str] = field(init=False)
@@ -46,6 +50,13 @@ class Trace:
         """How often each layer is called."""
         return Counter(self.calls.values())
 
+    def in_words(self, node: Node) -> str:
+        """What a node is that no op computes."""
+        if node in self.inputs:
+            return f"the model's input {node.name!r}"
+        name = self.tensors.get(node)
+        return "a constant" if name is None else f"{name!r}, a tensor of the model"
+
     @classmethod
     def of_parts(cls, parts: Mapping[str, Trace]) -> Trace:
         """The graphs of several modules, by name, as one."""
@@ -58,5 +69,7 @@ class Trace:
             set().union(*(trace.read_outside for trace in traces)),
             set().union(*(trace.unread for trace in traces)),
             {node: name for trace in traces for node, name in trace.held.items()},
+            {node: name for trace in traces for node, name in trace.tensors.items()},
+            {node: dim for trace in traces for node, dim in trace.filled.items()},
             tuple(parts),
         )

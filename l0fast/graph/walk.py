@@ -19,10 +19,11 @@ from l0fast import _checks
 from l0fast.graph.capture import Trace, input_place, is_carrier, is_channelwise
 from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
-from l0fast.graph.nodes import op_in_words, op_name, shape_of, writes_in_place
+from l0fast.graph.nodes import op_name, shape_of, writes_in_place
+from l0fast.graph.overwritten import overwritten
 from l0fast.graph.sites import UNREAD, Site, is_held
 from l0fast.graph.tied import Tied
-from l0fast.graph.units import STAYS, Units, grids_of, in_all, narrowed, unknown
+from l0fast.graph.units import STAYS, Units, grids_of, in_all, unknown
 from l0fast.layers.dense_types import inner_dims
 
 
@@ -54,8 +55,13 @@ class Walk(Tied):
         for site in filter(is_held, self.sites.values()):
             self.outputs[site.name] = torch.arange(total, total + len(site.writes))
             total += len(site.writes)
+        self._filled: dict[Node, Tensor] = {}
+        """Node that fills a new tensor -> the units along its dimension that an attribute tells."""
+        for node, dim in trace.filled.items():
+            self._filled[node] = torch.arange(total, total + node.meta["val"].shape[dim])
+            total += len(self._filled[node])
         makers.append(torch.full((total - first_held,), -1))
-        super().__init__(list(self.sites), torch.cat(makers), first_held)
+        super().__init__(list(self.sites), torch.cat(makers), first_held, trace.callers)
         self.untold = frozenset(untold)
         """Carriers of whose constants nothing is known."""
         self.values: dict[Node, Any] = {}
@@ -86,14 +92,13 @@ class Walk(Tied):
         """
         walk = copy.copy(self)
         walk.untold = self.untold if untold is None else frozenset(untold)
-        walk._parent = self._parent.clone()
+        walk.own()
         walk.sites = {
             name: replace(site, writes=writes[name]) if name in writes else site
             for name, site in self.sites.items()
         }
         for kept in ("values", "lost", "inputs", "outputs", "sources", "_arrive", "_written"):
             setattr(walk, kept, dict(getattr(self, kept)))
-        walk.stops = {name: list(reasons) for name, reasons in self.stops.items()}
         changed: set[Node] = set()
         others = walk.untold ^ self.untold
         for node in self.trace.nodes:
@@ -138,18 +143,22 @@ class Walk(Tied):
     # --- the walk -----------------------------------------------------------------------------
 
     def _visit(self, node: Node) -> None:
+        self.at = node
         if node in self.trace.calls:
             self._call(node, self.sites[self.trace.calls[node]])
         elif node.op == "output":
             for source in node.all_input_nodes:
                 self._pin_node(source, "the model's output")
+        elif node in self._filled:
+            nothing, dim = unknown(node.meta["val"].shape), self.trace.filled[node]
+            labels = self._filled[node].view(-1, *[1] * (nothing.labels.dim() - 1 - dim))
+            self.values[node] = replace(nothing, labels=labels.expand(nothing.labels.shape))
         elif node.op == "call_function":
             self._op(node)
         elif self.trace.held.get(node) in self.sites:
             self._hold(node, self.sites[self.trace.held[node]])
         else:
-            known = node in self.trace.inputs
-            self._lose(node, f"the model's input {node.name!r}" if known else "a constant")
+            self._lose(node, self.trace.in_words(node))
 
     def units(self, node: Node) -> list[Units]:
         """The units of what a node gives: a tensor, or several."""
@@ -182,15 +191,16 @@ class Walk(Tied):
     def _call(self, node: Node, site: Site) -> None:
         """A layer's own call: reads the units of its input, makes others or passes them on."""
         source: Any = node.args[input_place(site.layer)]
-        embeds = isinstance(site.layer, nn.Embedding)  # indices, which are no units
         inner, shape, made = inner_dims(site.layer) or 0, shape_of(source), shape_of(node)
         units, lost = None, self.lost.get(source, "")
-        if shape is not None and source in self.values and not embeds:
+        if shape and source in self.values and not isinstance(site.layer, nn.Embedding):
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
             units = self.values[source].along(dim)
             if units is None or self.is_held(units.labels):
-                lost = "a constant" if units else f"{site.name!r}, along another dimension"
-                self._pin_node(source, lost)
+                lost = self.lost.get(source) or self.trace.in_words(source)
+                for name in self.makers(self.values[source].labels)[:1]:
+                    lost = f"{name!r}, whose units do not lie along dimension {dim} alone"
+                self._pin_node(source, f"{site.name!r}, along another dimension")
                 units = None
             else:  # what the model itself puts there is no constant that closed gates leave
                 own = units.labels >= self.first_held
@@ -232,14 +242,14 @@ class Walk(Tied):
             return
         if not sources or any(s not in self.values for s in sources):
             for source in sources:
-                self._pin_node(source, op_in_words(node))
-            return self._lose(node, name)
+                self._pin_node(source, name)
+            return self._lose(node, self.in_words(node))
         units = {source: self.values[source] for source in sources}
-        after, stuck = self._follow(node, units)
+        after, failure = self._follow(node, units)
         if after is None:
             for source in sources:
-                self._pin_node(source, stuck)
-            self._lose(node, stuck)
+                self._pin_node(source, f"{self.in_words(node)}{failure}" if failure else name)
+            self._lose(node, f"{self.in_words(node)}{failure}")
             if writes_in_place(node):
                 self._written[node] = torch.arange(len(self._maker)), torch.arange(0)
             return
@@ -247,46 +257,36 @@ class Walk(Tied):
         if not any(map(self.of_layers, self.units(node))):
             self.lost[node] = self._lost(node)
         if writes_in_place(node):  # other views of the same memory no longer hold what they did
-            self._written[node] = self._changed(node, units, after)
+            source = sources[0]
+            aside = len(source.users) > 1 or not (
+                source in self.trace.calls or op_name(source) == "aten::cat"
+            )
+            self._written[node] = overwritten(
+                units[source],
+                after,
+                lambda zeros: self._follow(node, {**units, source: zeros})[0],
+                aside,
+                len(self._maker),
+            )
 
     def _follow(self, node: Node, units: dict[Node, Any]) -> tuple[Any, str]:
-        """What the rule of an op makes of units; or None, and why they end there."""
-        followed = any(part.followed for source in units for part in self.units(source))
-        rule, name = rule_for(node), op_in_words(node) if followed else op_name(node)
+        """What the rule of an op makes of units, None where they end; and how the rule fails."""
+        rule = rule_for(node)
         if rule is None or not all(isinstance(value, Units) for value in units.values()):
-            return None, name
+            return None, ""
         try:
-            return rule(node, units, self), name
+            return rule(node, units, self), ""
         except Exception as failure:  # a form of the op that the rule does not know
-            return None, f"{name}, whose rule fails ({_checks.one_line(failure)})"
-
-    def _changed(self, node: Node, units: dict[Node, Units], after: Units) -> tuple[Tensor, Tensor]:
-        """The units whose zeros, and those whose constants, an op has written over."""
-        source = node.all_input_nodes[0]
-        before = units[source]
-        labels, was, now = torch.broadcast_tensors(
-            *(narrowed(values) for values in (before.labels, before.constant, after.constant))
-        )
-        tainted = labels[(was == 0) & (now != 0)]
-        restless = labels[(was == was) & (now != was) & self._seen_elsewhere(source)]
-        if bool((labels == STAYS).any()):  # perhaps a view of what was followed
-            zeros = replace(before, constant=was.new_zeros(()).expand(before.labels.shape))
-            zero, _ = self._follow(node, {**units, source: zeros})
-            if zero is None or bool((narrowed(zero.constant) != 0).any()):
-                tainted = torch.arange(len(self._maker))
-        return tainted, restless
-
-    def _seen_elsewhere(self, node: Node) -> bool:
-        """Whether what is written into a node may be read by another way than from the writer."""
-        return len(node.users) > 1 or not (node in self.trace.calls or op_name(node) == "aten::cat")
+            return None, f", whose rule fails ({_checks.one_line(failure)})"
 
     def _lost(self, node: Node) -> str:
         """Why an op gives no unit."""
         sources = node.all_input_nodes
         reasons = [self.lost[source] for source in sources if source in self.lost]
         if not any(self.of_layers(part) for source in sources for part in self.units(source)):
-            return next(iter(reasons), op_name(node))
-        return next((why for why in reasons if why.startswith("aten::")), op_in_words(node))
+            return reasons[0] if reasons else self.in_words(node)
+        others = ", with ".join([self.in_words(node), *reasons[:1]])
+        return next((why for why in reasons if why.startswith("aten::")), others)
 
     def _item(self, node: Node) -> None:
         source: Any = node.args[0]

@@ -8,7 +8,7 @@ from itertools import islice, product
 from torch import Tensor, nn
 
 from l0fast.graph.liveness import Extent, Liveness
-from l0fast.graph.views import views_of
+from l0fast.graph.views import parts_in, sizes_in, views_of
 from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.called import Calls
 from l0fast.pruning.outcome import Outcome
@@ -39,7 +39,7 @@ def _choices(
     """Attribute -> for each module that may need it, the patches that would do."""
     for name in names:
         module = model.get_submodule(name)
-        sizes = [*sorted(live.sizes(name, present)), *sorted(live.parts(name, present))]
+        sizes = [*sorted(sizes_in(live, name, present)), *sorted(parts_in(live, name, present))]
         for key, value in sizes_of(module):
             fits = [
                 AttributePatch(name, type(module).__name__, key, (after, size))
@@ -137,6 +137,8 @@ class _Release:
         self.patches: list[Patch] = []
         self.reasons: dict[str, str] = {}
         self._last: set[str] = set()
+        trace = live.walk.trace
+        self._filling = list(dict.fromkeys(trace.callers[node] for node in trace.filled))
         self._hopeless: set[type[nn.Module]] = set()
 
     def kind(self, name: str) -> type[nn.Module]:
@@ -152,6 +154,8 @@ class _Release:
         """The patches with which a group can be free, beside those that are; or None, and where
         failures were noticed."""
         live, places = self._live, list[str]()
+        # What others are free to do, they do now: a tensor that they fill is read by this group.
+        group = [*group, *(n for n in self._filling if n in self.free and n not in group)]
         rigid = [name for name in self.rigid if name not in group]
         others = [patch for patch in self.patches if patch.name not in group]
         extents, present = live.extents(rigid), live.present(rigid)

@@ -21,6 +21,7 @@ from bench.zoo.held_out import HELD_OUT
 from bench.zoo.models import ZOO as LISTED
 from bench.zoo.models import Entry
 from bench.zoo.names import LIBRARIES, check, entry_of
+from bench.zoo.table import as_json
 from l0fast import prune
 from l0fast.graph.calls import Example
 from tests import ROOT
@@ -144,6 +145,23 @@ def test_the_command_writes_a_table_and_tells_what_is_missing(tmp_path: Path) ->
     assert "timm is not installed (pip install .[zoo])" in done.stdout
     assert "timm/resnet10t | timm is not installed" in (tmp_path / "zoo.md").read_text()
     assert (tmp_path / "zoo.csv").read_text().count("\n") > 10
+
+
+def test_rows_of_another_commit_stay_and_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = list(LISTED)[:3]
+    equal: dict[str, Any] = {"error_float64": 0.0, "error_float32": 0.0}
+    equal |= dict.fromkeys(("weights", "params", "macs"), (1, 1))
+    rows = [zoo.Result(name, 0, commit="abc", gates=1, **equal) for name in names]
+    for keep, expected in ((True, [7, 1, 1]), (False, [7])):
+        (tmp_path / "zoo.json").write_text(as_json(rows, {}), encoding="utf-8")
+        monkeypatch.setattr(command, "_one", lambda name, _: zoo.Result(name, 0, gates=7, **equal))
+        command.main([names[0], "--out", str(tmp_path), *(["--keep"] if keep else [])])
+        found = json.loads((tmp_path / "zoo.json").read_text(encoding="utf-8"))["rows"]
+        assert [row["gates"] for row in found] == expected
+        told = f"Measured at abc: {', '.join(names[1:])}."
+        assert (told in (tmp_path / "zoo.md").read_text(encoding="utf-8")) == keep
 
 
 @pytest.mark.parametrize(

@@ -100,9 +100,10 @@ def test_what_has_no_gates_says_why() -> None:
     assert list(reasons(*zoo("densenet"))) == ["features.conv0"]
     found = reasons(*zoo("shufflenet"))
     assert "no unit that it reads can vanish alone" in found["stage2.1.branch2.0"]
+    assert "divided by aten::" in found["stage2.1.branch2.0"]
     found = reasons(*zoo("gpt2"))
     assert found["lm_head"] == "it shares its weight with 'wte'"
-    assert found["h.0.attn.c_attn"] == "it reads aten::embedding"
+    assert found["h.0.attn.c_attn"].startswith("it reads aten::embedding in 'wte' (zoo.py:")
     found = reasons(*zoo("convnext"))
     assert "aten::layer_norm" in found["features.1.0.block.3"]
     found = reasons(*zoo("vit"))

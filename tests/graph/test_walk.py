@@ -156,7 +156,7 @@ def test_tensors_take_memory_only_where_they_vary(name: str) -> None:
 def test_a_class_is_its_least_unit(seed: int) -> None:
     torch.manual_seed(seed)
     size = 200
-    tied = Tied(["a", "b"], torch.arange(size) % 3 - 1, size)
+    tied = Tied(["a", "b"], torch.arange(size) % 3 - 1, size, {})
     expected = list(range(size))
     for number in (1, 5, 40, 3, 20):
         pairs = torch.randint(0, size, (2, number))
@@ -171,12 +171,24 @@ def test_a_class_is_its_least_unit(seed: int) -> None:
 
 
 def test_who_makes_what_is_tied_is_told_why() -> None:
-    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]), 5)
+    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]), 5, {})
     tied.tie(torch.tensor([1, 3]), torch.tensor([2, 3]), "first")
     tied.pin(torch.tensor([0, 4]), "second")
     tied.pin(torch.tensor([4]), "second")
-    assert tied.stops == {"a": ["first"], "b": [], "c": ["second"]}
+    assert [list(reasons) for reasons in tied.stops.values()] == [["first"], [], ["second"]]
+    assert [list(reasons) for reasons in tied.pins.values()] == [[], [], ["second"]]
     assert tied._least().tolist() == [0, 1, 1, 3, 0]
+
+
+def test_of_reasons_alike_the_first_is_told_and_what_pins_counts_most() -> None:
+    tied = Tied(["a", "b", "c"], torch.tensor([-1, 0, 0, 1, 2]), 5, {})
+    for first, second, name in ((1, 2, "x"), (2, 3, "y"), (3, 4, "z")):
+        tied.tie(torch.tensor([first]), torch.tensor([second]), f"the groups of {name!r}")
+    labels = torch.tensor([1, 2])
+    assert tied.tied_by(labels) == "the groups of 'x' and 1 more"
+    tied.pin(torch.tensor([2]), "the model's output")
+    tied.classes = tied._least()
+    assert tied.reasons(labels) == "the model's output"
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,12 @@
 """Where a kernel's tests run: on the GPU if there is one, else in Triton's interpreter.
 
 Triton decides at its import whether kernels are compiled or interpreted, so the interpreter needs
-a process of its own. Without a GPU the ``kernel_test``s of a file therefore run together in a child
-with TRITON_INTERPRET=1, and each reports here how it fared there.
+a process of its own. Without a GPU all ``kernel_test``s therefore run together in a child with
+TRITON_INTERPRET=1, and each reports here how it fared there.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import inspect
 import os
@@ -23,6 +22,7 @@ import pytest
 import torch
 
 from tests import ROOT
+from tests.helpers.once import once_a_run
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -57,9 +57,10 @@ def kernel_test(test: TestFunction) -> TestFunction:
             test(**arguments)
             return
         try:
-            kind, text = outcomes(file)[request.node.name]
+            kind, text = outcomes()[f"{file.stem}::{request.node.name}"]
         except KeyError:
-            pytest.fail(f"{file.name} in the interpreter: {request.node.name} was not run")
+            said = outcomes().get(f"{file.stem}::", ["", f"{request.node.name} was not run"])[1]
+            pytest.fail(f"{file.name} in the interpreter: {said}")
         if kind == "skipped":
             pytest.skip(text)
         if kind != "passed":
@@ -73,33 +74,44 @@ def kernel_test(test: TestFunction) -> TestFunction:
 
 
 @functools.cache
-def outcomes(file: Path) -> dict[str, tuple[str, str]]:
-    """What each kernel test of a file did in the interpreter: (kind, text), by the test's name."""
+def outcomes() -> dict[str, list[str]]:
+    """What each kernel test did in the interpreter: [kind, text], by its file and name."""
+    return once_a_run("interpreter", lambda: _run(sorted(_kernel_tests)))
+
+
+def _run(files: list[Path]) -> dict[str, list[str]]:
+    """Runs the kernel tests of some files; if they take their process along, file by file."""
+    names = [name for file in files for name in _kernel_tests[file]]
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         try:
             done = subprocess.run(
-                [*command, f"--junitxml={report}", "-k", " or ".join(_kernel_tests[file]), file],
+                [*command, f"--junitxml={report}", "-k", " or ".join(names), *files],
                 cwd=ROOT,
                 env={**os.environ, "TRITON_INTERPRET": "1"},
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=600,
+                timeout=300 * len(files),
             )
+            said = f"exit code {done.returncode} and no report:\n{done.stdout}{done.stderr}"
         except subprocess.TimeoutExpired:
-            return collections.defaultdict(lambda: ("failed", "it did not return"))
-        if not report.is_file():
-            # A kernel that writes out of bounds may take its process along.
-            text = f"exit code {done.returncode} and no report:\n{done.stdout}{done.stderr}"
-            return collections.defaultdict(lambda: ("failed", text))
-        root = ElementTree.parse(report).getroot()
-    found: dict[str, tuple[str, str]] = {}
-    for case in root.iter("testcase"):
+            said = "it did not return"
+        cases = (
+            list(ElementTree.parse(report).getroot().iter("testcase")) if report.is_file() else []
+        )
+    found: dict[str, list[str]] = {}
+    for case in cases:
         kind, text = "passed", ""
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
                 kind, text = child.tag, child.text or child.get("message", "")
-        found[case.get("name", "")] = (kind, text)
-    return found
+        module = case.get("classname", "").rpartition(".")[2]
+        found[f"{module}::{case.get('name', '')}"] = [kind, text]
+    if cases:
+        return found
+    # A kernel that writes out of bounds may take its process along.
+    if len(files) > 1:
+        return dict(pair for file in files for pair in _run([file]).items())
+    return {f"{files[0].stem}::": ["failed", said]}

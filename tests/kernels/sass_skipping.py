@@ -97,7 +97,8 @@ def builds(architecture: int) -> dict[str, Callable[[], Build]]:
         dict.fromkeys(("z_ptr", "column_index_ptr", "column_count_ptr"))
     )
     made["unpack"] = _unpack
-    made["compaction"] = _compaction
+    if architecture == 90:
+        made["compaction"] = _compaction
     made[GATHERING] = _gathering
     return made
 

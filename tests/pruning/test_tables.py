@@ -64,6 +64,22 @@ class Stack(nn.Module):
         return self.head(x)
 
 
+class Masked(nn.Module):
+    """A bias of zeros, as wide as an attribute says, takes the mask, as across T5's halves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.layers, self.head = nn.ModuleList([Attention(), Attention()]), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.where(x.mean(2) > 1, -9.0, 0.0)[:, None, None]
+        bias = torch.zeros((1, self.heads, x.shape[1], x.shape[1]), dtype=x.dtype) + mask
+        for layer in self.layers:
+            x = layer(x, bias)
+        return self.head(x)
+
+
 class Told(Stack):
     """The rows are picked by what the model is given."""
 
@@ -97,6 +113,17 @@ def test_heads_go_with_their_columns(build: type[nn.Module], tmp_path: Path) -> 
     save_pruned(small, tmp_path / "small.safetensors")
     again = load_pruned(lambda: build().double(), tmp_path / "small.safetensors").eval()
     assert torch.equal(again(X), small(X))
+
+
+def test_heads_go_with_a_tensor_as_wide_as_an_attribute_says() -> None:
+    model = half_closed(Masked(), X, **options())
+    assert len(own_gates(gated_layers(model))) == 1  # one tensor is added to both
+    small: Any = prune(model, X)
+    assert_merged(small)
+    assert_same(small, model, X)
+    assert_same(small, model, torch.randn(3, 9, 8, dtype=torch.float64))
+    assert small.heads == 2
+    assert [layer.qkv.out_features for layer in small.layers] == [12, 12]
 
 
 def test_what_a_table_costs_is_reckoned() -> None:
