@@ -25,12 +25,23 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(add: Add) -> None:
-    add("--dataset", default="digits", help=f"{', '.join(sets.DATASETS)}; default: digits")
+    add(
+        "--dataset",
+        default="digits",
+        help=f"{', '.join(sets.DATASETS)}; or the path of a folder of images, or of a .npz or .pt "
+        "with arrays inputs and targets (or train_inputs, train_targets, test_inputs, "
+        "test_targets); default: digits",
+    )
+    add(
+        "--task",
+        help="what the targets are for: classification, regression or multilabel; default: by "
+        "their kind (whole numbers, floating numbers, booleans)",
+    )
     add(
         "--data-root",
         metavar="DIR",
-        help="torchvision data, or an imagefolder with train/ and val/ (or test/); default: "
-        f"{DATA_ROOT_VARIABLE}",
+        help="torchvision data, or an imagefolder with train/ and val/ (or test/), or with a "
+        f"folder for each class; default: {DATA_ROOT_VARIABLE}",
     )
     add(
         "--image-size",
@@ -38,10 +49,17 @@ def _add_data(add: Add) -> None:
         help="resize and crop the images of an imagefolder to N x N; default: as they are",
     )
     add(
+        "--workers",
+        metavar="N",
+        help="processes that load the images of an imagefolder; default: one for each CPU core; 0: "
+        "none beside the training",
+    )
+    add(
         "--augment",
         default=DEFAULTS.augment,
         help="random changes of training images: none (the default), crop (shifts by up to an "
-        "eighth of a side) or crop-flip (mirror images, too)",
+        "eighth of a side), crop-flip (mirror images, too), or of an imagefolder "
+        "resized-crop-flip (a random part of the image, at --image-size)",
     )
     add(
         "--validation-fraction",

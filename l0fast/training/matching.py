@@ -42,6 +42,7 @@ class Run:
         steps_per_epoch: of its data.
         validation: whether it has a validation split.
         lrs: learning rates of the optimizer's groups in the first step.
+        trained: whether the metric is of the training examples, too.
     """
 
     state: RunState
@@ -49,6 +50,7 @@ class Run:
     steps_per_epoch: int
     validation: bool
     lrs: Sequence[float]
+    trained: bool = True
 
     def check(self, checkpoint: Checkpoint, path: Path) -> None:
         """Refuses a checkpoint of another run, or one that this run cannot have written.
@@ -68,6 +70,8 @@ class Run:
             gated_layers(self.state.model),
             term.names if isinstance(term, DensityConstraint) else (),
             self.validation,
+            self.state.metric,
+            self.trained,
         )
         rows.check(entries, checkpoint)
         model, optimizer = self._as_removed(entries, checkpoint)
@@ -146,7 +150,7 @@ class Run:
 
     def _check_best(self, entries: Entries, checkpoint: Checkpoint, model: nn.Module) -> None:
         best: Any = checkpoint.best
-        found = best_epoch(checkpoint.history, self.settings)
+        found = best_epoch(checkpoint.history, self.settings, self.state.metric)
         entries.equal("best.epoch", None if best is None else best["epoch"], found)
         if best is None:
             return

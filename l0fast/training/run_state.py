@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from l0fast._metrics import ERROR, validation_key
 from l0fast.graph.computed import copied
 from l0fast.training.checkpoint import Checkpoint, rng_state
 from l0fast.training.method import Term
-from l0fast.training.metrics import VALIDATION, Row
+from l0fast.training.metrics import Row
 from l0fast.training.shrinking import Shrinking
 
 
@@ -28,6 +29,8 @@ class RunState:
     """The constraint or penalty, with its multipliers; None for a dense training."""
     shrinking: Shrinking | None = None
     """None where the model keeps its size."""
+    metric: str = ERROR
+    """The name of what is reported of each split."""
     epoch: int = 0
     """Number of finished epochs."""
     step: int = 0
@@ -92,12 +95,12 @@ class RunState:
             self.term.open_(0)  # its units are told apart already
 
     def keep_if_best(self) -> None:
-        """Keeps a copy of the model if it meets its targets, with the lowest validation error."""
+        """Keeps a copy of the model if it meets its targets, with the lowest validation metric."""
         row = self.history[-1]
         if not row.get("feasible", True):
             return
-        best = self.best and self.history[self.best["epoch"] - 1]
-        if best is None or row[VALIDATION] <= best[VALIDATION]:
+        best, name = self.best and self.history[self.best["epoch"] - 1], validation_key(self.metric)
+        if best is None or row[name] <= best[name]:
             state = {name: value.clone() for name, value in self.model.state_dict().items()}
             self.best = {"epoch": self.epoch, "model": state}
 

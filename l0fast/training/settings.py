@@ -16,6 +16,7 @@ from l0fast.layers.options import GATES
 from l0fast.measures import amounts
 from l0fast.measures.measure import MEASURES
 
+KINDS = ("classification", "regression", "multilabel")
 METHODS = ("l0", "magnitude", "magnitude-one-shot")
 MAX_SEED = 2**32 - 1
 MOST = 2**31 - 1
@@ -37,8 +38,13 @@ class TrainerSettings:
         gates: where the gates sit, as in `sparsify_`, if the trainer puts them in.
         penalty: coefficient of the penalised method.
         penalty_per_example: `penalty` is in the unit of Louizos et al. (see `L0Penalty`).
+        task: what the targets of the examples are, unless the `Trainer` has a loss of its own:
+            "classification" (cross-entropy; reported is the error in percent), "regression" (the
+            mean squared error) or "multilabel" (binary cross-entropy of each label; reported is the
+            share of labels that are wrong, in percent).
         epochs: passes over the training examples, >= 1.
-        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
+        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller. A DataLoader
+            has its own.
         seed: of the order of the examples; torch.manual_seed governs all other random numbers.
         lr: Adam's learning rate for the weights.
         gate_lr: Adam's learning rate for the gates; None: by the number of steps (see
@@ -85,6 +91,7 @@ class TrainerSettings:
     gates: str = "auto"
     penalty: float | None = None
     penalty_per_example: bool = False
+    task: str = "classification"
     epochs: int = 20
     batch_size: int = 128
     seed: int = 0
@@ -118,6 +125,7 @@ class TrainerSettings:
         _checks.one_of("measure", self.measure, MEASURES)
         _checks.one_of("method", self.method, METHODS)
         _checks.one_of("gates", self.gates, ("auto", *GATES))
+        _checks.one_of("task", self.task, KINDS)
         _checks.one_of("augment", self.augment, AUGMENTS)
         _checks.one_of("dual", self.dual, tuple(DUALS))
         _checks.one_of("target_schedule", self.target_schedule, ("constant", *POWERS))
@@ -217,6 +225,7 @@ BEFORE: dict[str, Any] = {
     "start": 0.0,
     "settle": 0.0,
     "augment": "none",
+    "task": "classification",
 }
 """What earlier versions did. Their summaries and checkpoints do not name these settings."""
 
