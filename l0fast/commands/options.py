@@ -177,6 +177,26 @@ def _add_optimisation(add: Add) -> None:
     add("--batch-size", metavar="N", help="default: 64 for digits, else 128")
     add("--lr", metavar="LR", help="learning rate of the weights")
     add("--gate-lr", metavar="LR", help="learning rate of the gates")
+    add(
+        "--warmup",
+        metavar="E",
+        help="epochs, or a part of one, over which the learning rate of the weights rises",
+    )
+    add("--precision", default=DEFAULTS.precision, help="fp32 (the default), bf16 or fp16")
+    add(
+        "--accumulate",
+        metavar="N",
+        help="compute the batch of a step in N parts, one after the other, with less memory",
+    )
+    add("--clip-grad-norm", metavar="G", help="the most that the norm of the gradient may be")
+    add("--ema", metavar="D", help="prune a moving average of the weights, with this decay")
+    add(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the forward of a step by torch.compile; default backend: inductor",
+    )
     add("--weight-decay", metavar="W", help="decoupled weight decay of the weights")
     add("--seed", default=DEFAULTS.seed, metavar="N")
     add(

@@ -111,9 +111,10 @@ def chosen_numbers(args: argparse.Namespace) -> dict[str, Any]:
     numbers = (
         *("epochs", "batch_size", "lr", "gate_lr", "dual_lr"),
         *("start", "target_warmup", "settle", "weight_decay"),
+        *("accumulate", "clip_grad_norm", "warmup", "ema"),
     )
     for name in numbers:
-        kind = int if name in ("epochs", "batch_size") else float
+        kind = int if name in ("epochs", "batch_size", "accumulate") else float
         value = number(name, getattr(args, name), kind)
         if value is not None:
             chosen[name] = value
@@ -145,6 +146,8 @@ def settings(args: argparse.Namespace, layers: list[str], task: str) -> TrainerS
         restarts=not args.no_restarts,
         select=args.select,
         # Images are changed as they are loaded.
+        precision=args.precision,
+        compile=args.compile,
         augment="none" if dataset(args)[0] == sets.IMAGES else args.augment,
         task=task,
         dual=args.dual,

@@ -22,7 +22,7 @@ CHECKPOINT = "checkpoint.pt"
 FORMAT = 2
 """With a digest of the file behind it; checkpoints of format 1 have none."""
 EARLIER = 1
-OPTIONAL = {"cuda_rng", "best", "removals", "idle", "threads"}
+OPTIONAL = {"cuda_rng", "best", "removals", "idle", "threads", "average", "scaler"}
 """Entries that not every run has."""
 WHOLE = "a whole checkpoint of this project"
 
@@ -83,6 +83,10 @@ class Checkpoint:
     """With `shrink`: for how many epochs each gate left has seldom been open."""
     best: dict[str, Any] | None = None
     """With `select="best"`: "epoch" and "model" (a state dict) of the best epoch so far."""
+    average: dict[str, Any] | None = None
+    """With `ema`: the averages of weights and buffers, by name."""
+    scaler: dict[str, Any] | None = None
+    """With fp16: the state of the loss's scale."""
     threads: int | None = None
     """CPU threads of the run: with another number, sums are rounded otherwise."""
 
@@ -90,7 +94,7 @@ class Checkpoint:
     def selected(self) -> tuple[int, dict[str, Any]]:
         """The epoch whose model the run would prune, and the state of that model."""
         if self.best is None:
-            return self.epoch, self.model
+            return self.epoch, self.model | (self.average or {})
         return self.best["epoch"], self.best["model"]
 
     @property

@@ -89,6 +89,8 @@ class Rows:
             names += OF_CONSTRAINTS
         if self.constraints and settings.method == "l0":
             names += OF_MULTIPLIERS
+        if settings.precision == "fp16":
+            names.append("skipped_steps")
         return names if settings.shrink is None else [*names, "params"]
 
     def _check_value(self, entries: Entries, place: str, key: str, value: Any) -> None:
@@ -109,8 +111,8 @@ class Rows:
                 entries.real(f"{place}.{name}", number, -math.inf if signed else 0.0)
         elif key in ("feasible", "settled"):
             entries.kind(place, value, bool)
-        elif key == "params":
-            entries.whole(place, value, 1)
+        elif key in ("params", "skipped_steps"):
+            entries.whole(place, value, 1 if key == "params" else 0)
         elif key == "measure":
             entries.equal(place, value, self.settings.measure)
         elif key == "collapsed":

@@ -81,6 +81,8 @@ class Run:
         self._check_best(entries, checkpoint, model)
         self._check_term(entries, checkpoint)
         self._check_optimizer(entries, checkpoint.optimizer, optimizer, checkpoint.step)
+        self._check_average(entries, checkpoint, model)
+        self._check_scaler(entries, checkpoint.scaler)
         self._check_generators(entries, checkpoint)
 
     def check_start(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -240,6 +242,31 @@ class Run:
         wanted = rates_at(self.lrs, self.settings, step - 1, total)[number]
         if abs(lr - wanted) > NEAR * self.lrs[number]:
             entries.refuse(f"{place}.lr", f"is {lr:g}, not {wanted:g}")
+
+    def _check_average(self, entries: Entries, checkpoint: Checkpoint, model: nn.Module) -> None:
+        average, saved = self.state.average, checkpoint.average
+        if average is None or saved is None:
+            entries.equal("average", saved is not None, average is not None)
+            return
+        like: Mapping[str, Any] = dict(model.named_parameters()) | dict(model.named_buffers())
+        names = average.names() if checkpoint.step else ()
+        entries.names("average", saved, names)
+        for name in names:
+            low = 0.0 if name.endswith("running_var") else -math.inf
+            entries.tensor(f"average.{name}", saved[name], like[name].detach(), low)
+
+    def _check_scaler(self, entries: Entries, saved: Any) -> None:
+        scaler = self.state.scaler
+        if scaler is None or saved is None:
+            entries.equal("scaler", saved is not None, scaler is not None)
+            return
+        own = scaler.state_dict()
+        entries.names("scaler", saved, own)
+        for name, value in own.items():
+            if name in ("scale", "_growth_tracker"):
+                entries.real(f"scaler.{name}", saved[name], 0.0)
+            else:
+                entries.equal(f"scaler.{name}", saved[name], value)
 
     def _check_generators(self, entries: Entries, checkpoint: Checkpoint) -> None:
         entries.generator("rng", checkpoint.rng, torch.device("cpu"))

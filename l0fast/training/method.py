@@ -119,7 +119,12 @@ def rates_at(
     first: Sequence[float], settings: TrainerSettings, step: int, steps: int
 ) -> list[float]:
     """The learning rate of each group in step number `step` of `steps`; `first` are those of the
-    first step. That of the gates, the second group, stays: they are decided while it would fall."""
+    first step, but for the warm-up. That of the gates, the second group, stays: they are decided
+    while it would fall."""
+    rising = round(settings.warmup * steps / settings.epochs)
+    if step < rising:
+        return [first[0] * (step + 1) / rising, *first[1:]]
     if settings.schedule == "constant":
         return list(first)
-    return [first[0] * 0.5 * (1 + math.cos(math.pi * step / steps)), *first[1:]]
+    share = (step - rising) / (steps - rising)
+    return [first[0] * 0.5 * (1 + math.cos(math.pi * share)), *first[1:]]

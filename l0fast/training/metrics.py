@@ -19,6 +19,7 @@ from l0fast.layers.handle import gates
 from l0fast.measures.density import density
 from l0fast.training.batches import Batches
 from l0fast.training.method import Term
+from l0fast.training.precision import Precision
 from l0fast.training.task import Task
 
 Row = dict[str, Any]
@@ -47,17 +48,20 @@ class Evaluation:
     task: Task
     validation: Batches | None
     test: Batches
+    precision: Precision
 
     def validated(self, model: nn.Module, epoch: int) -> Row:
         """The metric of the examples held out, by its key; nothing without such examples."""
         if self.validation is None:
             return {}
-        found = self.task.mean(model, self.validation.whole(epoch))
+        with self.precision.forward():
+            found = self.task.mean(model, self.validation.whole(epoch))
         return {validation_key(self.task.metric): found}
 
     def tested(self, model: nn.Module, epoch: int) -> Row:
         """The metric of the test examples, by its key."""
-        return {held_key(self.task.metric): self.task.mean(model, self.test.whole(epoch))}
+        with self.precision.forward():
+            return {held_key(self.task.metric): self.task.mean(model, self.test.whole(epoch))}
 
 
 def measure(model: nn.Module, evaluation: Evaluation, epoch: int, term: Term | None) -> Row:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from l0fast import _checks
 from l0fast._metrics import train_key
 from l0fast.training.batches import Batches, size_of
 from l0fast.training.cuda_graph import Steps, set_learning_rates
 from l0fast.training.method import rates_at
 from l0fast.training.metrics import Row
+from l0fast.training.precision import Precision, steps_of
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.task import Task, total
@@ -24,6 +29,7 @@ class Stepping:
         task: what is minimised.
         train: what it is trained on.
         settings: of the run.
+        precision: of a forward.
 
     Attributes:
         base_lrs: the learning rate of each of the optimizer's groups, before its schedule.
@@ -31,9 +37,16 @@ class Stepping:
     """
 
     def __init__(
-        self, state: RunState, task: Task, train: Batches, settings: TrainerSettings
+        self,
+        state: RunState,
+        task: Task,
+        train: Batches,
+        settings: TrainerSettings,
+        precision: Precision,
     ) -> None:
         self._state, self._task, self._train, self._settings = state, task, train, settings
+        self._precision = precision
+        self._forward = compiled(state.model, settings.compile)
         self._total_steps = len(train) * settings.epochs
         self.base_lrs = [group["lr"] for group in state.optimizer.param_groups]
         self.graph = Steps(
@@ -42,14 +55,21 @@ class Stepping:
             state.optimizer,
             settings.batch_size,
             settings.cuda_graph,
-            "batches are streamed" if train.streamed else None,
+            self._no_graph(),
         )
         self._loss_sum = torch.zeros((), device=state.device)
         self._metric_sum = torch.zeros((), dtype=torch.float64, device=state.device)
 
+    def _no_graph(self) -> str | None:
+        """Why no step can be a CUDA graph, whatever the model."""
+        if self._train.streamed:
+            return "batches are streamed"
+        return None if self._precision.scaler is None else "fp16 scales its loss step by step"
+
     def epoch(self) -> Row:
         """One pass over the training examples; the sums stay on the device until its end."""
         state, count = self._state, 0
+        before = state.step - steps_of(state.optimizer)
         self._loss_sum.zero_()
         self._metric_sum.zero_()
         state.model.train()
@@ -60,24 +80,72 @@ class Stepping:
                 self.graph(item)  # _take_step, or its CUDA graph
                 count += size_of(item)
                 state.step += 1
+                if state.average is not None:
+                    state.average.update()
                 if state.term is not None and state.term.count_():
                     self.graph.renew()
         row: Row = {"loss": float(self._loss_sum) / count}
         if self._task.of_training:
             row[train_key(self._task.metric)] = self._task.scale * float(self._metric_sum) / count
+        if self._precision.scaler is not None:
+            row["skipped_steps"] = state.step - steps_of(state.optimizer) - before
         return row
 
     def _take_step(self, item: Any) -> None:
-        """One step on a batch (see `Batches.batch`); nothing is read back."""
+        """One step on a batch (see `Batches.batch`); nothing is read back.
+
+        The multipliers move even where a scaler has skipped the weights' step: what they see, the
+        density, is known all the same.
+        """
         state, batch = self._state, self._train.batch(item)
-        loss, values = self._task.step(state.model, batch)
-        objective = loss if state.term is None else loss + state.term()
-        objective.backward()
-        state.optimizer.step()
+        size = size_of(batch)
+        for part, last in parts_of(batch, self._settings.accumulate):
+            here = size_of(part)
+            with self._precision.forward():
+                loss, values = self._task.step(self._forward, part)
+            objective = loss if here == size else loss * (here / size)
+            if last and state.term is not None:
+                objective = objective + state.term()
+            self._precision.backward(objective)
+            self._loss_sum += loss.detach() * here
+            if values is not None:
+                self._metric_sum += total(values, here)
+        self._precision.step(state.optimizer, self._settings.clip_grad_norm)
         state.optimizer.zero_grad()
         if state.term is not None:
             state.term.advance_()
-        size = size_of(batch)
-        self._loss_sum += loss.detach() * size
-        if values is not None:
-            self._metric_sum += total(values, size)
+
+
+def parts_of(batch: Any, parts: int) -> Iterator[tuple[Any, bool]]:
+    """(part of the batch, whether it is the last): as even as they can be, none empty."""
+    size = size_of(batch)
+    parts = min(parts, size)
+    if parts == 1:
+        yield batch, True
+        return
+    bounds = [number * size // parts for number in range(parts + 1)]
+
+    def cut(rows: slice) -> Callable[[Any], Any]:
+        def of(leaf: Any) -> Any:
+            whole = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
+            return leaf[rows] if whole else leaf
+
+        return of
+
+    for number in range(parts):
+        rows = slice(bounds[number], bounds[number + 1])
+        yield tree_map(cut(rows), batch), number == parts - 1
+
+
+def compiled(model: nn.Module, backend: str | None) -> Any:
+    """What a step calls: the model, or torch.compile's form of it.
+
+    Each shape has code of its own, so that a resumed run computes what it would have computed.
+    """
+    if backend is None:
+        return model
+    try:
+        return torch.compile(model, backend=backend, dynamic=False)
+    except Exception as error:
+        words = "a backend of torch.compile, such as 'inductor'"
+        _checks.refuse("compile", backend, f"{words} ({_checks.one_line(error)})")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import nn
 from l0fast._metrics import held_key, validation_key
 from l0fast.constraints.stall import last_messages
 from l0fast.measures.flops import count_macs, count_params
-from l0fast.pruning.report import Report
-from l0fast.training.metrics import Row
+from l0fast.pruning.prune import prune
+from l0fast.pruning.report import Report, required_report
+from l0fast.training.metrics import Evaluation, Row
+from l0fast.training.precision import Precision
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 
@@ -35,7 +37,7 @@ def summarise(
         settings: of the run.
         state: after the last epoch.
         epoch: the one whose model is the result.
-        outcome: of that model, by `outcome_of_pruned` or `outcome_of_dense`.
+        outcome: of that model, by `result_of`.
         cuda_graph: whether steps were captured, in words.
     """
     held, validation = held_key(state.metric), validation_key(state.metric)
@@ -67,6 +69,23 @@ def _asked(settings: TrainerSettings) -> Summary:
         "method": settings.method,
         "penalty": settings.penalty,
     }
+
+
+def result_of(
+    state: RunState, settings: TrainerSettings, evaluation: Evaluation, example_inputs: Any
+) -> tuple[int, nn.Module | None, Summary]:
+    """(the epoch whose model is the result, that model pruned, its outcome), after the last epoch;
+    None without gates. The pruned model is evaluated in float32."""
+    epoch, model = state.selected()
+    if state.term is None:
+        key = held_key(state.metric)
+        tested = {key: state.history[epoch - 1][key]}
+        return epoch, None, outcome_of_dense(model, example_inputs, tested)
+    pruned = prune(model, example_inputs, state.term)
+    tested = replace(evaluation, precision=Precision("fp32", state.device)).tested(pruned, epoch)
+    report = required_report(pruned)
+    outcome = outcome_of_pruned(report, settings, state.history, epoch, tested)
+    return epoch, pruned, outcome
 
 
 def outcome_of_pruned(

@@ -14,15 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from l0fast._metrics import held_key
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
-from l0fast.pruning.prune import prune
-from l0fast.pruning.report import required_report
 from l0fast.training.arguments import check_arguments, example_of, json_facts
+from l0fast.training.average import Average
 from l0fast.training.batches import place
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import check_asked
@@ -31,11 +29,12 @@ from l0fast.training.matching import Run
 from l0fast.training.method import make_optimizer, make_term
 from l0fast.training.metrics import Evaluation, Row, check_finite, measure, stall_metrics
 from l0fast.training.placement import usable_device
+from l0fast.training.precision import Precision
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.shrinking import make_shrinking
 from l0fast.training.stepping import Stepping
-from l0fast.training.summary import Summary, outcome_of_dense, outcome_of_pruned, summarise
+from l0fast.training.summary import Summary, result_of, summarise
 from l0fast.training.task import LossFn, MetricFn, make_task
 from l0fast.training.tensorboard import scalar_writer
 
@@ -106,7 +105,8 @@ class Trainer:
             self._run_identity["metric"] = self.task.metric
         self.folder = RunFolder(out)
         train, validation, test = place(data, settings, self.device)
-        self.evaluation = Evaluation(self.task, validation, test)
+        precision = Precision(settings.precision, self.device)
+        self.evaluation = Evaluation(self.task, validation, test, precision)
         self.example_inputs = example_of(train, example_inputs, self.device)
         self.steps_per_epoch = len(train)
         self.total_steps = self.steps_per_epoch * settings.epochs
@@ -127,9 +127,16 @@ class Trainer:
         self.optimizer = make_optimizer(model, settings, self.total_steps)
         shrinking = make_shrinking(model, self.optimizer, settings, self.example_inputs)
         self.state = RunState(
-            self.device, model, self.optimizer, self.term, shrinking, self.task.metric
+            self.device,
+            model,
+            self.optimizer,
+            self.term,
+            shrinking,
+            self.task.metric,
+            None if settings.ema is None else Average(model, settings.ema),
+            precision.scaler,
         )
-        self._stepping = Stepping(self.state, self.task, train, settings)
+        self._stepping = Stepping(self.state, self.task, train, settings, precision)
         self.pruned: nn.Module | None = None
         self._opened = self._another_follows = False
         self._unsettled: Checkpoint | None = None
@@ -179,12 +186,13 @@ class Trainer:
         trained = self._stepping.epoch()
         check_finite(self.model, trained["loss"], state.epoch + 1)
         state.epoch += 1
-        measured = measure(self.model, self.evaluation, state.epoch, self.term)
-        row = {"epoch": state.epoch, **trained, **measured}
-        state.history.append(row)
+        with state.evaluated():
+            measured = measure(self.model, self.evaluation, state.epoch, self.term)
+            row = {"epoch": state.epoch, **trained, **measured}
+            state.history.append(row)
+            if settings.may_select(state.epoch):
+                state.keep_if_best()
         row |= stall_metrics(self.term, self.history, settings.epochs, self._stepping.base_lrs[-1])
-        if settings.may_select(state.epoch):
-            state.keep_if_best()
         if state.shrinking is not None:
             if not (self._another_follows and row["settled"]):
                 state.shrinking.remove_idle()
@@ -207,16 +215,10 @@ class Trainer:
 
     def _finish(self) -> Summary:
         """Prunes the selected model, writes what a finished run leaves, returns the summary."""
-        epoch, model = self.state.selected()
-        if self.term is None:
-            key = held_key(self.task.metric)
-            tested = {key: self.history[epoch - 1][key]}
-            outcome = outcome_of_dense(model, self.example_inputs, tested)
-        else:
-            self.pruned = prune(model, self.example_inputs, self.term)
-            tested = self.evaluation.tested(self.pruned, epoch)
-            report = required_report(self.pruned)
-            outcome = outcome_of_pruned(report, self.settings, self.history, epoch, tested)
+        with self.state.evaluated():
+            epoch, self.pruned, outcome = result_of(
+                self.state, self.settings, self.evaluation, self.example_inputs
+            )
         graph = self._stepping.graph.status
         summary = summarise(self.identity, self.settings, self.state, epoch, outcome, graph)
         self.folder.write_results(self.pruned, self.term, self.history, summary)

@@ -30,7 +30,7 @@ def test_a_checkpoint_holds_all_of_it(tmp_path: Path) -> None:
         "history": [{"epoch": 1}, {"epoch": 2}],
         "best": {"epoch": 1, "model": {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}},
     }
-    objects = {"device", "model", "optimizer", "term", "shrinking"}
+    objects = {"device", "model", "optimizer", "term", "shrinking", "metric", "average", "scaler"}
     assert {field.name for field in fields(RunState)} == values.keys() | objects
     one, other = made(**values), made()
     one.model(torch.ones(4, 3)).sum().backward()

@@ -60,7 +60,8 @@ class Drawing(Dataset[Any]):
 
 
 def loader(split: Split, **options: Any) -> DataLoader[Any]:
-    return DataLoader(TensorDataset(*split), **{"batch_size": 100} | options)
+    chosen: dict[str, Any] = {"batch_size": 100} | options
+    return DataLoader(TensorDataset(*split), **chosen)
 
 
 def interrupted(make: Any, folder: Path, **options: Any) -> None:
