@@ -58,11 +58,12 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch, epoch: int, *arguments: str) 
 def test_photographs_are_streamed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained by a worker, killed, resumed bit for bit, pruned again from the checkpoint."""
+    """Trained in bf16, loaded by a worker, killed, resumed bit for bit, pruned again from the checkpoint."""
     photographs(Path("photos"))
     words = ["train", "--dataset", "photos", "--model", "lenet5", "--widths", "6-8-16", *FAST]
     words += ["--image-size", "16", "--augment", "resized-crop-flip", "--workers", "1"]
     words += ["--density", "0.5", "--measure", "macs", "--epochs", "4", "--lr", "0.01"]
+    words += ["--precision", "bf16", "--ema", "0.7", "--warmup", "0.5", "--accumulate", "2"]
     assert run(*words, "--out", "whole") == 0
     stopped_after(monkeypatch, 2, *words, "--out", "again")
     torch.manual_seed(99)
@@ -70,6 +71,7 @@ def test_photographs_are_streamed(
     assert_same_run(Path("again"), Path("whole"))
     summary = json.loads(Path("whole", SUMMARY).read_text())
     wanted = {"dataset": "imagefolder", "in_shape": [3, 16, 16], "num_classes": 2}
+    assert summary["settings"]["precision"] == "bf16"
     assert summary.items() >= (wanted | {"image_augment": "resized-crop-flip"}).items()
     assert summary["feasible"] is True
     assert summary["test_error_percent"] < 30
