@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def compare(args: argparse.Namespace) -> int:
     """Trains what is not done yet, and writes the table."""
     values.check(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _checks.refuse("compare", "several processes", "one, or `l0fast train` on several")
     every = plan(args)
     chosen = runs.select(every, args.only)
     out = Path(args.out)

@@ -21,6 +21,7 @@ from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.handle import gated_layers
 from l0fast.measures.latency import LatencyTable
 from l0fast.training import models
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import MAX_SEED, TrainerSettings
 from l0fast.training.trainer import Trainer
 
@@ -131,7 +132,9 @@ def set_up(args: argparse.Namespace) -> Setup:
     path = args.latency_table
     table = None if path is None else LatencyTable.load(path, "latency_table")
     loading = _loading(args, kind)
-    data = sets.load(kind, data_root, fraction, seed, loading, args.task)
+    data = Ranks.here().in_turn(
+        lambda: sets.load(kind, data_root, fraction, seed, loading, args.task)
+    )
     if in_colour:
         data = sets.in_colour(data)
     widths = values.widths(args.widths) or values.default_widths(args.model)
@@ -144,7 +147,8 @@ def _loading(args: argparse.Namespace, kind: str) -> Loading:
     if workers is not None and kind != sets.IMAGES:
         _checks.refuse("workers", workers, f"none: {kind} is in memory")
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        workers = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     cuda = torch.cuda.is_available() if args.device is None else "cuda" in args.device
     return Loading(
         batch_size=_checks.whole("batch_size", values.chosen_numbers(args)["batch_size"]),

@@ -10,12 +10,14 @@ from typing import Any
 from l0fast import _checks
 from l0fast._metrics import held_key, in_words, metric_of, number
 from l0fast.commands import values
+from l0fast.commands.processes import joined
 from l0fast.commands.progress import collapse, run
 from l0fast.commands.setup import set_up
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.frontier import FRONTIER, format_frontier, frontier
 from l0fast.training.frontier import PLOT as FRONTIER_PLOT
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import WITHOUT_GATES, TrainerSettings
 from l0fast.training.trainer import Trainer
 
@@ -34,6 +36,11 @@ def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
 
 def train(args: argparse.Namespace) -> int:
     """Trains, prunes, writes all into --out, and says what it came to."""
+    with joined(args) as ranks:
+        return _train(args, ranks)
+
+
+def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     if args.density is not None and "," in args.density:
         return _frontier(args)
     setup = set_up(args)
@@ -44,13 +51,14 @@ def train(args: argparse.Namespace) -> int:
     summary = run(trainer, args.quiet)
     if args.compare_dense and settings.gated:
         baseline = setup.trainer(_dense(settings), out / "dense")
-        baseline.open((out / "dense" / CHECKPOINT).exists())
+        baseline.open(ranks.of_first((out / "dense" / CHECKPOINT).exists))
         dense = run(baseline, args.quiet)
         held = held_key(trainer.task.metric)
         summary[f"dense_{held}"] = dense[held]
         summary["dense_seconds"] = dense["seconds"]
         trainer.write_summary(summary)
-    _result(summary, out, trainer)
+    if ranks.first:
+        _result(summary, out, trainer)
     return 0
 
 

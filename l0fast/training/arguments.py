@@ -13,8 +13,10 @@ from torch.utils._pytree import tree_map
 from l0fast import _checks
 from l0fast.data.sets import SPLITS, Data, check_split
 from l0fast.measures.latency import LatencyTable
-from l0fast.training.batches import Batches, are_images, check_stream, placed
+from l0fast.training.batches import Batches, are_images, placed
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
+from l0fast.training.streams import check_stream
 
 
 def check_arguments(
@@ -45,6 +47,8 @@ def check_arguments(
             check_stream(title, split)
     if settings.select == "best" and data.validation is None:
         _checks.refuse("select", settings.select, "'last' without a validation split")
+    if settings.shrink is not None and Ranks.here().size > 1:
+        _checks.refuse("shrink", settings.shrink, "None on several processes")
     if settings.augment != "none":
         streamed = not isinstance(data.train, tuple)
         what = "a stream" if streamed else f"inputs {list(data.train[0].shape)}"

@@ -29,6 +29,7 @@ from l0fast.pruning.draft import opened
 from l0fast.pruning.stopwatch import whole_seconds
 from l0fast.training.arguments import example_of
 from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.summary import Summary
 from l0fast.training.task import LossFn, MetricFn
@@ -88,6 +89,8 @@ def frontier(
     targets = _checked_targets(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
+    if Ranks.here().size > 1:
+        _checks.refuse("targets", targets, "one at a time on several processes")
     folder = None if out is None else Path(out)
     places = [None if folder is None else folder / folder_name(target) for target in targets]
     for place in filter(None, places):

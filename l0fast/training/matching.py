@@ -62,8 +62,9 @@ class Run:
         entries.whole("epoch", checkpoint.epoch, 0, settings.epochs)
         entries.equal("step", checkpoint.step, checkpoint.epoch * self.steps_per_epoch)
         entries.real("seconds", checkpoint.seconds, 0.0)
-        if checkpoint.threads is not None:
-            entries.whole("threads", checkpoint.threads, 1)
+        for name in ("threads", "ranks"):
+            if getattr(checkpoint, name) is not None:
+                entries.whole(name, getattr(checkpoint, name), 1)
         term = self.state.term
         rows = Rows(
             settings,

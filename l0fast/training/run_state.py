@@ -16,6 +16,7 @@ from l0fast.training.average import Average
 from l0fast.training.checkpoint import Checkpoint, rng_state
 from l0fast.training.method import Term
 from l0fast.training.metrics import Row
+from l0fast.training.ranks import Ranks
 from l0fast.training.shrinking import Shrinking
 
 
@@ -67,6 +68,7 @@ class RunState:
             average=None if self.average is None else self.average.state_dict(),
             scaler=None if self.scaler is None else self.scaler.state_dict(),
             threads=torch.get_num_threads(),
+            ranks=size if (size := Ranks.here().size) > 1 else None,
             **({} if self.shrinking is None else self.shrinking.as_entries()),
             **rng_state(self.device),
         )

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch import nn
 
 from l0fast import _checks
 from l0fast._metrics import train_key
-from l0fast.training.batches import Batches, size_of
+from l0fast.training.batches import Batches, rows_of, size_of
 from l0fast.training.cuda_graph import Steps, set_learning_rates
 from l0fast.training.method import rates_at
 from l0fast.training.metrics import Row
 from l0fast.training.precision import Precision, steps_of
+from l0fast.training.ranks import Ranks
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.task import Task, total
@@ -46,7 +47,9 @@ class Stepping:
     ) -> None:
         self._state, self._task, self._train, self._settings = state, task, train, settings
         self._precision = precision
-        self._forward = compiled(state.model, settings.compile)
+        self._ranks = Ranks.here()
+        model = compiled(state.model, settings.compile)
+        self._forward = self._ranks.parallel(model, state.device)
         self._total_steps = len(train) * settings.epochs
         self.base_lrs = [group["lr"] for group in state.optimizer.param_groups]
         self.graph = Steps(
@@ -62,6 +65,8 @@ class Stepping:
 
     def _no_graph(self) -> str | None:
         """Why no step can be a CUDA graph, whatever the model."""
+        if self._ranks.size > 1:
+            return "several processes average their gradients"
         if self._train.streamed:
             return "batches are streamed"
         return None if self._precision.scaler is None else "fp16 scales its loss step by step"
@@ -78,15 +83,23 @@ class Stepping:
                 lrs = rates_at(self.base_lrs, self._settings, state.step, self._total_steps)
                 set_learning_rates(state.optimizer, lrs)
                 self.graph(item)  # _take_step, or its CUDA graph
-                count += size_of(item)
+                size = self._train.size(item)
+                count += size
                 state.step += 1
+                if size % self._ranks.size:  # what else is drawn may have other sizes
+                    self._ranks.same_noise_(state.device)
                 if state.average is not None:
                     state.average.update()
                 if state.term is not None and state.term.count_():
                     self.graph.renew()
-        row: Row = {"loss": float(self._loss_sum) / count}
+        sums = [float(self._loss_sum), float(self._metric_sum)]
+        loss, metric = self._ranks.summed(sums, state.device)
+        row: Row = {"loss": loss / count}
         if self._task.of_training:
-            row[train_key(self._task.metric)] = self._task.scale * float(self._metric_sum) / count
+            row[train_key(self._task.metric)] = self._task.scale * metric / count
+        self._ranks.same_tensors_(list(state.model.buffers()))
+        if state.average is not None:
+            self._ranks.same_tensors_(list(state.average.state_dict().values()))
         if self._precision.scaler is not None:
             row["skipped_steps"] = state.step - steps_of(state.optimizer) - before
         return row
@@ -97,18 +110,22 @@ class Stepping:
         The multipliers move even where a scaler has skipped the weights' step: what they see, the
         density, is known all the same.
         """
-        state, batch = self._state, self._train.batch(item)
-        size = size_of(batch)
-        for part, last in parts_of(batch, self._settings.accumulate):
-            here = size_of(part)
-            with self._precision.forward():
-                loss, values = self._task.step(self._forward, part)
-            objective = loss if here == size else loss * (here / size)
-            if last and state.term is not None:
-                objective = objective + state.term()
-            self._precision.backward(objective)
+        state, ranks, size = self._state, self._ranks, self._train.size(item)
+        counts = ranks.count(size) > 0
+        for part, last in parts_of(self._train.batch(item), self._settings.accumulate):
+            here = size_of(part) if counts else 0
+            alone = ranks.size > 1 and not last
+            with self._forward.no_sync() if alone else nullcontext():
+                with self._precision.forward():
+                    loss, values = self._task.step(self._forward, part)
+                # The mean over all processes is that over all examples of the batch.
+                weight = here * ranks.size / size
+                objective = loss if weight == 1 else loss * weight
+                if last and state.term is not None:
+                    objective = objective + state.term()
+                self._precision.backward(objective)
             self._loss_sum += loss.detach() * here
-            if values is not None:
+            if values is not None and counts:
                 self._metric_sum += total(values, here)
         self._precision.step(state.optimizer, self._settings.clip_grad_norm)
         state.optimizer.zero_grad()
@@ -123,18 +140,9 @@ def parts_of(batch: Any, parts: int) -> Iterator[tuple[Any, bool]]:
     if parts == 1:
         yield batch, True
         return
-    bounds = [number * size // parts for number in range(parts + 1)]
-
-    def cut(rows: slice) -> Callable[[Any], Any]:
-        def of(leaf: Any) -> Any:
-            whole = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
-            return leaf[rows] if whole else leaf
-
-        return of
-
     for number in range(parts):
-        rows = slice(bounds[number], bounds[number + 1])
-        yield tree_map(cut(rows), batch), number == parts - 1
+        rows = slice(number * size // parts, (number + 1) * size // parts)
+        yield rows_of(batch, rows), number == parts - 1
 
 
 def compiled(model: nn.Module, backend: str | None) -> Any:

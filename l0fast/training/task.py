@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._metrics import ERROR
 from l0fast.training.batches import size_of
+from l0fast.training.ranks import Ranks
 
 LossFn = Callable[[Any, Any], Tensor]
 """(model, batch) -> 0-d: the mean over the examples of the batch."""
@@ -47,13 +48,14 @@ class Task:
     """Whether `step` gives the metric."""
 
     def mean(self, model: nn.Module, batches: Iterable[Any]) -> float:
-        """The metric over all examples; puts the model into evaluation mode."""
-        found, count = self.sum(model, batches)
+        """The metric over all examples, of all processes; puts the model into evaluation mode."""
+        device = next(model.parameters()).device
+        found, count = Ranks.here().summed(self._sum(model, batches), device)
         return self.scale * found / count
 
     @torch.no_grad()
-    def sum(self, model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
-        """The sum of the values over all examples, unscaled, and how many there are."""
+    def _sum(self, model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
+        """The sum of the values over the examples of this process, unscaled, and their number."""
         model.eval()
         sums: list[Tensor] = []
         count = 0

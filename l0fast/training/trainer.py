@@ -21,15 +21,15 @@ from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.arguments import check_arguments, example_of, json_facts
 from l0fast.training.average import Average
-from l0fast.training.batches import place
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import check_asked
 from l0fast.training.folder import RunFolder
 from l0fast.training.matching import Run
 from l0fast.training.method import make_optimizer, make_term
 from l0fast.training.metrics import Evaluation, Row, check_finite, measure, stall_metrics
-from l0fast.training.placement import usable_device
+from l0fast.training.placement import place, usable_device
 from l0fast.training.precision import Precision
+from l0fast.training.ranks import Ranks
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.shrinking import make_shrinking
@@ -47,8 +47,9 @@ class Trainer:
     for bit, as a run that was never interrupted.
 
     Args:
-        model: trained in place. If the settings ask for gates and it has none, `sparsify_` gives it
-            some.
+        model: trained in place, on all processes of torch.distributed, if it is set up (see the
+            guide of several processes). If the settings ask for gates and it has none, `sparsify_`
+            gives it some.
         data: train, validation and test splits (see `l0fast.data.sets.Data`). A `Split` lies on
             the device as a whole; a DataLoader, or what else gives batches each time it is
             iterated, is streamed. Each epoch of a stream has random numbers of its own, by (seed,
@@ -61,9 +62,9 @@ class Trainer:
             `settings.task`, or the loss where `loss_fn` is given.
         example_inputs: as in `sparsify_`; by default the inputs of one training example, which
             are a batch's first part.
-        out: folder for checkpoint.pt, metrics.jsonl, summary.json, dynamics.png and
-            pruned.safetensors, and for tensorboard/ where TensorBoard is installed; None writes
-            nothing.
+        out: folder, seen by all processes, for checkpoint.pt, metrics.jsonl, summary.json,
+            dynamics.png and pruned.safetensors, and for tensorboard/ where TensorBoard is
+            installed; None writes nothing.
         identity: facts about model and data ("dataset", "model", ...). They head the summary, and a
             checkpoint is resumed only by a run that has the same.
         device: where to train; CUDA if there is one, else the CPU.
@@ -103,7 +104,8 @@ class Trainer:
         self._run_identity = {**self.identity, **asdict(settings)}
         if loss_fn or metric:
             self._run_identity["metric"] = self.task.metric
-        self.folder = RunFolder(out)
+        self.ranks = Ranks.here()
+        self.folder = RunFolder(out if self.ranks.first else None)
         train, validation, test = place(data, settings, self.device)
         precision = Precision(settings.precision, self.device)
         self.evaluation = Evaluation(self.task, validation, test, precision)
@@ -117,7 +119,10 @@ class Trainer:
             where, skip = settings.gates, settings.skip
             sparsify_(model, gates=where, example_inputs=self.example_inputs, skip=skip)
         if settings.measure == "latency":
-            table = self.folder.latency_table(table, self._run_identity, self.device)
+            given = table
+            table = self.ranks.of_first(
+                lambda: self.folder.latency_table(given, self._run_identity, self.device)
+            )
         if settings.gated:
             gates(model).forget_constraints()  # only the settings' targets hold
         self.model = model
@@ -242,7 +247,7 @@ class Trainer:
                 kept, and closed gates are not removed.
         """
         self._another_follows = another_follows
-        path = self.folder.open(resume)
+        path = self.ranks.of_first(lambda: self.folder.open(resume))
         try:
             self._go_on_from(path, start_from)
         except BaseException:
@@ -256,7 +261,7 @@ class Trainer:
             checkpoint = Checkpoint.read(path, self.device)
             checkpoint.refuse_other_run(path, self._run_identity)
             self._as_asked.check(checkpoint, path)
-            checkpoint.warn_of_threads()
+            checkpoint.warn_of_rounding()
             self.state.load_(checkpoint, path)
             self.folder.write_metrics(self.history)  # a kill may have left them an epoch behind
             return

@@ -58,7 +58,7 @@ def stopped_after(monkeypatch: pytest.MonkeyPatch, epoch: int, *arguments: str) 
 def test_photographs_are_streamed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Trained in bf16, loaded by a worker, killed, resumed bit for bit, pruned again from the checkpoint."""
+    """Trained in bf16, killed, resumed bit for bit, pruned again from the checkpoint."""
     photographs(Path("photos"))
     words = ["train", "--dataset", "photos", "--model", "lenet5", "--widths", "6-8-16", *FAST]
     words += ["--image-size", "16", "--augment", "resized-crop-flip", "--workers", "1"]
