@@ -127,6 +127,10 @@ class Stepping:
             self._loss_sum += loss.detach() * here
             if values is not None and counts:
                 self._metric_sum += total(values, here)
+        if ranks.size > 1 and state.term is not None and state.term.starting:
+            # DDP gives open gates a gradient of 0, which would count in Adam's moments.
+            for gate in state.term.handle.parameters():
+                gate.grad = None
         self._precision.step(state.optimizer, self._settings.clip_grad_norm)
         state.optimizer.zero_grad()
         if state.term is not None:

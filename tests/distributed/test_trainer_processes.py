@@ -84,9 +84,8 @@ def fit(model: Any, data: Data, out: Path, stop_at: int = 0, **changes: Any) -> 
 def runs(folder: Path) -> None:
     """What one process and two both do."""
     data = few()
-    fit(plain, data, folder / "tensors")
-    fit(plain, streams(data), folder / "streams")
-    fit(plain, data, folder / "in parts", accumulate=3, augment="crop", start=0.9, settle=0)
+    fit(plain, data, folder / "tensors", augment="crop")
+    fit(plain, streams(data), folder / "streams", accumulate=3, start=0.6, settle=0.3)
 
 
 def process(rank: int, out: str) -> None:
@@ -99,22 +98,21 @@ def process(rank: int, out: str) -> None:
     normed = streams(data._replace(train=train), workers=1)
     for name, stop_at in (("whole", 0), ("again", 1), ("again", 0)):
         fit(Normed, normed, folder / name, stop_at, **every)
-    words: list[str] = []
-    for what, changes in (("again", {"density": 0.4}), ("new", {"shrink": 1})):
+    for what, changes in (("file", {"density": None}), ("new", {"shrink": 1})):
         try:
             fit(plain, data, folder / what, **changes)
         except ValueError as error:
-            words.append(str(error))
-    torch.save(words, folder / f"{rank}.pt")
+            (folder / f"{what}-{rank}.txt").write_text(str(error))
     dist.destroy_process_group()
 
 
 def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
     runs(tmp_path / "one")
     torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
-    for name in ("tensors", "streams", "in parts"):
+    for name in ("tensors", "streams"):
         one, two = (state(tmp_path / number / name) for number in ("one", "two"))
-        torch.testing.assert_close(two["model"], one["model"], rtol=5e-3, atol=2e-3, msg=name)
+        torch.testing.assert_close(two["model"], one["model"], rtol=1e-4, atol=1e-5, msg=name)
         rows = [row["history"] for row in (one, two)]
         for first, second in zip(*rows, strict=True):
             assert second["loss"] == pytest.approx(first["loss"], rel=1e-3), name
@@ -126,12 +124,13 @@ def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
         assert two["ranks"] == 2
         assert one["epoch"] == two["epoch"] == 3
     assert_same_run(tmp_path / "again", tmp_path / "whole")
-    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    assert first == second
-    assert first[0].startswith("density: got 0.4; expected 0.5, as in the checkpoint")
-    assert first[1] == "shrink: got 1; expected None on several processes"
+    for rank in range(2):
+        other, shrunk = ((tmp_path / f"{what}-{rank}.txt").read_text() for what in ("file", "new"))
+        assert other.startswith("out: got ")
+        assert other.endswith("expected a folder")
+        assert shrunk.startswith("shrink: got 1; expected ")
     with pytest.warns(UserWarning, match=r"^processes: got 1; the run began with 2: its results"):
-        fit(plain, few(), tmp_path / "two" / "tensors")
+        fit(plain, few(), tmp_path / "two" / "tensors", augment="crop")
 
 
 def test_the_command_by_torchrun(tmp_path: Path) -> None:
@@ -148,8 +147,7 @@ def test_the_command_by_torchrun(tmp_path: Path) -> None:
         said[name] = done.stdout.replace(str(tmp_path / name), "")
     assert said["one"].count("pruned model") == said["two"].count("pruned model") == 1
     one, two = (state(tmp_path / name) for name in ("one", "two"))
-    # Adam makes steps of one size of the smallest gradients, whatever their rounding.
-    torch.testing.assert_close(two["model"], one["model"], rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(two["model"], one["model"], rtol=1e-3, atol=1e-4)
     summaries = [json.loads((tmp_path / name / SUMMARY).read_text()) for name in ("one", "two")]
     assert summaries[0]["architecture"] == summaries[1]["architecture"]
     assert summaries[1]["feasible"] is True
