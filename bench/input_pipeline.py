@@ -28,7 +28,7 @@ from torchvision.transforms import v2
 
 from bench import ROOT
 from l0fast.data import imagefolder
-from l0fast.training.batches import Streamed
+from l0fast.training.streams import Streamed
 
 OUT = ROOT / "bench" / "results" / "input_pipeline" / "input_pipeline.md"
 SIDE, SIZE, BATCH = 256, 224, 64

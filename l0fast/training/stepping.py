@@ -74,7 +74,7 @@ class Stepping:
     def epoch(self) -> Row:
         """One pass over the training examples; the sums stay on the device until its end."""
         state, count = self._state, 0
-        before = state.step - steps_of(state.optimizer)
+        first, before = state.step, self._steps_of_adam()
         self._loss_sum.zero_()
         self._metric_sum.zero_()
         state.model.train()
@@ -101,8 +101,12 @@ class Stepping:
         if state.average is not None:
             self._ranks.same_tensors_(list(state.average.state_dict().values()))
         if self._precision.scaler is not None:
-            row["skipped_steps"] = state.step - steps_of(state.optimizer) - before
+            row["skipped_steps"] = state.step - first - (self._steps_of_adam() - before)
         return row
+
+    def _steps_of_adam(self) -> int:
+        """How many steps the weights have taken; a scaler skips some."""
+        return 0 if self._precision.scaler is None else steps_of(self._state.optimizer)
 
     def _take_step(self, item: Any) -> None:
         """One step on a batch (see `Batches.batch`); nothing is read back.

@@ -98,7 +98,8 @@ def process(rank: int, out: str) -> None:
     normed = streams(data._replace(train=train), workers=1)
     for name, stop_at in (("whole", 0), ("again", 1), ("again", 0)):
         fit(Normed, normed, folder / name, stop_at, **every)
-    for what, changes in (("file", {"density": None}), ("new", {"shrink": 1})):
+    refused: dict[str, dict[str, Any]] = {"file": {"density": None}, "new": {"shrink": 1}}
+    for what, changes in refused.items():
         try:
             fit(plain, data, folder / what, **changes)
         except ValueError as error:

@@ -206,14 +206,14 @@ def test_the_average_is_evaluated_and_pruned(few: Data, tmp_path: Path) -> None:
     model's own; the model that goes on training is not touched."""
     one = trainer(few, tmp_path, Normed, ema=0.7)
     gates = [layer.log_alpha for layer in gated_layers(one.model).values()]
-    expected: dict[str, Tensor] = {}
+    expected: dict[str, Any] = {}
     update = one.state.average.update  # type: ignore[union-attr]
 
     def follow() -> None:
         for name, value in one.model.state_dict().items():
             if value.is_floating_point() and "log_alpha" not in name:
                 old = expected.get(name, value.double())
-                expected[name] = 0.7 * old + 0.3 * value.double()
+                expected[name] = 0.7 * old + value.double() * 0.3
         update()
 
     one.state.average.update = follow  # type: ignore[union-attr, method-assign]
