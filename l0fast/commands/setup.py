@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ class Setup:
     @property
     def in_shape(self) -> tuple[int, ...]:
         """Of one example."""
-        return sets.example_shape(self.data)
+        return tuple(self.example.shape[1:])
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -67,10 +68,10 @@ class Setup:
             identity |= {"image_size": self.loading.image_size, AUGMENT: args.augment}
         return identity
 
-    @property
+    @cached_property
     def example(self) -> Tensor:
-        """Of zeros, as the model takes it."""
-        return torch.zeros(1, *self.in_shape)
+        """[1, ...]: what the model takes."""
+        return sets.example_of(self.data)
 
     def build(self, gated: bool) -> nn.Module:
         """The model, from the seed anew; only the published recipe puts gates in here."""
@@ -102,6 +103,7 @@ class Setup:
             self.data,
             settings,
             out=out,
+            example_inputs=self.example,
             identity=self.identity,
             device=self.args.device,
             table=self.table if settings.gated else None,

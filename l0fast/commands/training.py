@@ -75,6 +75,7 @@ def _frontier(args: argparse.Namespace) -> int:
         setup.data,
         settings,
         targets,
+        example_inputs=setup.example,
         out=out,
         identity=setup.identity,
         device=args.device,

@@ -113,12 +113,12 @@ def _digits() -> tuple[Split, Split]:
     )
 
 
-def example_shape(data: Data) -> tuple[int, ...]:
-    """Of the inputs of one example."""
-    if isinstance(data.test, Split):
-        return tuple(data.test.inputs.shape[1:])
-    inputs, _ = data.test.dataset[0]
-    return tuple(inputs.shape)
+def example_of(data: Data) -> Tensor:
+    """[1, ...]: the inputs of one example."""
+    if isinstance(data.train, Split):
+        return data.train.inputs[:1]
+    inputs, _ = data.test.dataset[0]  # those of the training are changed at random
+    return inputs[None]
 
 
 def load(

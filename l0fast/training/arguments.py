@@ -73,17 +73,23 @@ def json_facts(identity: Mapping[str, Any] | None) -> dict[str, Any]:
         _checks.refuse("identity", identity, "facts that JSON can hold", TypeError)
 
 
-def example_of(batches: Batches, given: Any, device: torch.device, most: int = 1) -> Any:
-    """What the model's forward takes: as given, on the device, or of at most so many examples.
+def inputs_of(batch: Any) -> Tensor | None:
+    """What a batch begins with, if that is a tensor."""
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    return first if isinstance(first, Tensor) else None
+
+
+def example_of(batches: Batches, given: Any, device: torch.device) -> Any:
+    """What the model's forward takes: as given, on the device, or of one training example.
 
     Raises:
         ValueError: nothing is given, and a batch does not begin with inputs.
     """
     if given is not None:
         return tree_map(lambda leaf: placed(leaf, device), given)
-    batch = batches.first(most)
-    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-    if not isinstance(first, Tensor):
+    batch = batches.first(1)
+    inputs = inputs_of(batch)
+    if inputs is None:
         expected = f"what the model takes, as batches are {type(batch).__name__}s without it"
         _checks.refuse("example_inputs", None, expected)
-    return first
+    return inputs

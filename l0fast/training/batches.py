@@ -65,8 +65,6 @@ class Batches(Protocol):
 
     examples: int | None
     """How many there are; None where that is not known."""
-    images: bool
-    """Whether the first tensor of a batch is [N, channels, height, width]."""
     streamed: bool
     """Whether each batch lies at another place in memory."""
 
@@ -104,7 +102,6 @@ class InMemory:
     def __init__(self, split: Split, settings: TrainerSettings, device: torch.device) -> None:
         self.split = Split(placed(split.inputs, device), placed(split.targets, device))
         self.examples: int | None = len(split.targets)
-        self.images = are_images(split.inputs)
         self._size, self._seed = settings.batch_size, settings.seed
         self._augment, self._device = settings.augment, device
         self._ranks = Ranks.here()

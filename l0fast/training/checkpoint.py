@@ -54,6 +54,9 @@ def _check_kinds(entries: Entries, state: dict[str, Any]) -> None:
                 LatencyTable.from_json(extra["latency"])
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 entries.refuse("latency table", f"is damaged ({_checks.one_line(error)})")
+    for name in ("average", "scaler"):
+        if state.get(name) is not None:
+            entries.names(name, state[name])
     best = state.get("best")
     if best is not None:
         entries.names("best", best, ("epoch", "model"))

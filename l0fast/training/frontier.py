@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast import _checks, _metrics
 from l0fast._files import write_atomically, write_text
@@ -27,7 +27,7 @@ from l0fast.measures.measure import Measure
 from l0fast.plots.frontier import plot_frontier
 from l0fast.pruning.draft import opened
 from l0fast.pruning.stopwatch import whole_seconds
-from l0fast.training.arguments import example_of
+from l0fast.training.arguments import inputs_of
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
@@ -117,7 +117,7 @@ def frontier(
         start = trainer.next_start()
         assert trainer.pruned is not None
         pruned.append(trainer.pruned)
-    _time(rows, dense, pruned, _timed(trainer, example_inputs))
+    _time(rows, dense, pruned, _timed(trainer))
     if folder is not None:
         write_text(folder / FRONTIER, json.dumps(rows, indent=2) + "\n")
         write_atomically(folder / PLOT, lambda path: plot_frontier(rows, path))
@@ -132,9 +132,13 @@ def folder_name(target: Asked) -> str:
     return f"density-{short if float(short) == target else target}"
 
 
-def _timed(trainer: Trainer, given: Any) -> Any:
-    """What a forward is timed on."""
-    return example_of(trainer.evaluation.test, given, trainer.device, LATENCY_BATCH)
+def _timed(trainer: Trainer) -> Any:
+    """What a forward is timed on: test examples, if batches begin with what the model takes."""
+    example = trainer.example_inputs
+    inputs = inputs_of(trainer.evaluation.test.first(LATENCY_BATCH))
+    if inputs is None or not isinstance(example, Tensor):
+        return example
+    return inputs if inputs.shape[1:] == example.shape[1:] else example
 
 
 def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], examples: Any) -> None:

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from l0fast import _checks
-from l0fast.training.batches import are_images, placed, rows_of, seed_of, size_of
+from l0fast.training.batches import placed, rows_of, seed_of, size_of
 from l0fast.training.ranks import Ranks
 
 
@@ -42,8 +41,6 @@ class Streamed:
         self._mine = of_rank(name, stream, self._ranks)
         self.examples = _length(getattr(stream, "dataset", None))
         self._first: Any = None
-        leaf = next((x for x in tree_leaves(self.first(1)) if isinstance(x, Tensor)), None)
-        self.images = leaf is not None and are_images(leaf)
 
     def __len__(self) -> int:
         return len(self._stream)  # type: ignore[arg-type]

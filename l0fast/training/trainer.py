@@ -16,11 +16,13 @@ from torch import nn
 
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
+from l0fast.graph.compare import tensors_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.arguments import check_arguments, example_of, json_facts
 from l0fast.training.average import Average
+from l0fast.training.batches import are_images
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import check_asked
 from l0fast.training.folder import RunFolder
@@ -113,7 +115,7 @@ class Trainer:
         self.steps_per_epoch = len(train)
         self.total_steps = self.steps_per_epoch * settings.epochs
         model.to(self.device)
-        if train.images:
+        if any(are_images(leaf) for leaf in tensors_of(self.example_inputs)):
             model.to(memory_format=torch.channels_last)
         if settings.gated and not gated_layers(model):
             where, skip = settings.gates, settings.skip

@@ -25,7 +25,7 @@ def test_the_task_is_told_by_the_targets(tmp_path: Path, task: str, suffix: str)
     path = str(tmp_path / f"table{suffix}")
     arrays = {"inputs": X, "targets": TARGETS[task]}
     if suffix == ".npz":
-        np.savez(path, **arrays)
+        np.savez(path, inputs=X, targets=TARGETS[task])
     else:
         torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
     loaded = sets.load("arrays", path, 0.25)
@@ -49,8 +49,14 @@ def test_the_task_is_told_by_the_targets(tmp_path: Path, task: str, suffix: str)
 def test_a_test_of_its_own_and_another_task(tmp_path: Path) -> None:
     path = str(tmp_path / "table.npz")
     labels = TARGETS["multilabel"].astype(np.int32)
-    parts = {"train_inputs": X[:15], "train_targets": labels[:15]}
-    np.savez(path, **parts, test_inputs=X[15:], test_targets=labels[15:])
+    train, test = (X[:15], labels[:15]), (X[15:], labels[15:])
+    np.savez(
+        path,
+        train_inputs=train[0],
+        train_targets=train[1],
+        test_inputs=test[0],
+        test_targets=test[1],
+    )
     loaded = sets.load("arrays", path)
     assert (loaded.task, len(loaded.train.targets), loaded.validation) == ("multilabel", 15, None)
     assert torch.equal(loaded.test.inputs, torch.from_numpy(X[15:]).float())
