@@ -64,7 +64,7 @@ def loader(split: Split, **options: Any) -> DataLoader[Any]:
 
 
 def interrupted(make: Any, folder: Path, **options: Any) -> Trainer:
-    """A run that is stopped after its second epoch and resumed ends as one that is not, and that."""
+    """A run that is stopped after its second epoch and resumed ends as another: the whole one."""
     whole: Trainer = make(folder / "whole", **options)
     whole.fit()
 
