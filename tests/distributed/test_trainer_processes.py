@@ -85,7 +85,7 @@ def fit(model: Any, data: Data, out: Path, stop_at: int = 0, **changes: Any) -> 
 def runs(folder: Path) -> None:
     """What one process and two both do."""
     data = few()
-    fit(plain, streams(data), folder / "streams", accumulate=3)
+    fit(plain, streams(data), folder / "streams")
 
 
 def process(rank: int, out: str) -> None:
@@ -127,7 +127,7 @@ def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
         assert other.endswith("expected a folder")
         assert shrunk.startswith("shrink: got 1; expected ")
     with pytest.warns(UserWarning, match=r"^processes: got 1; the run began with 2: its results"):
-        fit(plain, streams(few()), tmp_path / "two" / "streams", accumulate=3)
+        fit(plain, streams(few()), tmp_path / "two" / "streams")
 
 
 @pytest.mark.usefixtures("a_folder_of_its_own", "one_thread")
