@@ -43,7 +43,7 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
     if named in sets.DATASETS:
         return named, args.data_root
     if kind == sets.ARRAYS and not named.endswith(SUFFIXES):
-        known = ", ".join(sets.DATASETS)
+        known = ", ".join(map(repr, sets.DATASETS))
         _checks.refuse("dataset", named, f"one of {known}, a folder of images, or a .npz or .pt")
     if args.data_root is not None:
         _checks.refuse("data_root", args.data_root, f"none beside --dataset {named}")

@@ -124,7 +124,7 @@ def test_a_table_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
 def test_bad_words(capsys: pytest.CaptureFixture[str]) -> None:
     Path("folder").mkdir()
     for words, message in (
-        (("--dataset", "no.csv"), "dataset: got 'no.csv'; expected one of digits, mnist"),
+        (("--dataset", "no.csv"), "dataset: got 'no.csv'; expected one of 'digits', 'mnist'"),
         (("--dataset", "no.npz"), "dataset: got 'no.npz'; expected a file .npz or .pt"),
         (("--dataset", "folder"), "data_root: got 'folder'; expected a folder with train/"),
         (("--dataset", "folder", "--data-root", "x"), "data_root: got 'x'; expected none beside"),
