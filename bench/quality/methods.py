@@ -13,8 +13,8 @@ from bench.quality.tasks import LENGTHS, TASKS, load
 from l0fast import Trainer, TrainerSettings, prune
 from l0fast.data.formats import Split
 from l0fast.data.sets import Data
-from l0fast.training.metrics import error_percent
 from l0fast.training.models import PUBLISHED_SETTINGS, sparsify_published_
+from l0fast.training.task import TASKS as KINDS
 
 MEASURE = "params"
 DENSE, SCRATCH, DEFAULT, PUBLISHED = (
@@ -33,6 +33,7 @@ MAGNITUDE = {
 METHODS = (DENSE, SCRATCH, *MAGNITUDE, *PENALISED, PUBLISHED, DEFAULT)
 FEW = 100
 """Test images that the trainer looks at between epochs: the errors are measured at the end."""
+EVALUATED_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ def _fitted(run: Run, model: nn.Module, data: Data) -> Trainer:
     return trainer
 
 
+def _error(model: nn.Module, split: Split) -> float:
+    """In percent; the model is put into evaluation mode."""
+    batches = zip(*(part.split(EVALUATED_AT_ONCE) for part in split), strict=True)
+    return KINDS["classification"].mean(model, batches)
+
+
 def _row(run: Run, model: nn.Module, data: Data, dense_params: int) -> dict[str, Any]:
     """What came out; a layer through which nothing passes is a failure."""
     assert data.validation is not None
@@ -79,8 +86,8 @@ def _row(run: Run, model: nn.Module, data: Data, dense_params: int) -> dict[str,
     return {
         **vars(run),
         "epochs": run.epochs,
-        "validation": round(error_percent(model, data.validation), 4),
-        "test": round(error_percent(model, data.test), 4),
+        "validation": round(_error(model, data.validation), 4),
+        "test": round(_error(model, data.test), 4),
         "params": round(params / dense_params, 5),
         "shape": None if report is None else report.architecture,
         "collapsed": [] if report is None else list(report.collapsed),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from l0fast._files import locked, write_text
 from l0fast.commands import options, runs, values
 from l0fast.commands.options import DEFAULTS
 from l0fast.commands.runs import Run
+from l0fast.data.sets import CLASSES
 from l0fast.training.results import aggregate, markdown_table, text_table
 from l0fast.training.settings import WITHOUT_GATES
 
@@ -50,6 +52,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def compare(args: argparse.Namespace) -> int:
     """Trains what is not done yet, and writes the table."""
     values.check(args)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _checks.refuse("compare", "several processes", "one, or `l0fast train` on several")
     every = plan(args)
     chosen = runs.select(every, args.only)
     out = Path(args.out)
@@ -59,7 +63,7 @@ def compare(args: argparse.Namespace) -> int:
         return [aggregate(name, some) for name, some in runs.by_row(every, done).items()]
 
     def write() -> None:
-        title = f"# {args.model} on {args.dataset}\n"
+        title = f"# {args.model} on {values.dataset(args)[0]}\n"
         with locked(out):  # other processes train other runs of this table, and write it, too
             done.update(runs.finished(every, out))
             write_text(out / TABLE, f"{title}\n{markdown_table(rows())}")
@@ -105,5 +109,5 @@ def plan(args: argparse.Namespace) -> list[Run]:
             every.append(Run(name, runs.words(**shared | given | {"seed": seed, "resume": True})))
     for run in every:
         values.check(run.args)
-        values.settings(run.args, [])
+        values.settings(run.args, [], args.task or CLASSES)
     return every

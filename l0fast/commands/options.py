@@ -25,12 +25,23 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data(add: Add) -> None:
-    add("--dataset", default="digits", help=f"{', '.join(sets.DATASETS)}; default: digits")
+    add(
+        "--dataset",
+        default="digits",
+        help=f"{', '.join(sets.DATASETS)}; or the path of a folder of images, or of a .npz or .pt "
+        "with arrays inputs and targets (or train_inputs, train_targets, test_inputs, "
+        "test_targets); default: digits",
+    )
+    add(
+        "--task",
+        help="what the targets are for: classification, regression or multilabel; default: by "
+        "their kind (whole numbers, floating numbers, booleans)",
+    )
     add(
         "--data-root",
         metavar="DIR",
-        help="torchvision data, or an imagefolder with train/ and val/ (or test/); default: "
-        f"{DATA_ROOT_VARIABLE}",
+        help="torchvision data, or an imagefolder with train/ and val/ (or test/), or with a "
+        f"folder for each class; default: {DATA_ROOT_VARIABLE}",
     )
     add(
         "--image-size",
@@ -38,10 +49,17 @@ def _add_data(add: Add) -> None:
         help="resize and crop the images of an imagefolder to N x N; default: as they are",
     )
     add(
+        "--workers",
+        metavar="N",
+        help="processes that load the images of an imagefolder; default: one for each CPU core; 0: "
+        "none beside the training",
+    )
+    add(
         "--augment",
         default=DEFAULTS.augment,
         help="random changes of training images: none (the default), crop (shifts by up to an "
-        "eighth of a side) or crop-flip (mirror images, too)",
+        "eighth of a side), crop-flip (mirror images, too), or of an imagefolder "
+        "resized-crop-flip (a random part of the image, at --image-size)",
     )
     add(
         "--validation-fraction",
@@ -159,6 +177,26 @@ def _add_optimisation(add: Add) -> None:
     add("--batch-size", metavar="N", help="default: 64 for digits, else 128")
     add("--lr", metavar="LR", help="learning rate of the weights")
     add("--gate-lr", metavar="LR", help="learning rate of the gates")
+    add(
+        "--warmup",
+        metavar="E",
+        help="epochs, or a part of one, over which the learning rate of the weights rises",
+    )
+    add("--precision", default=DEFAULTS.precision, help="fp32 (the default), bf16 or fp16")
+    add(
+        "--accumulate",
+        metavar="N",
+        help="compute the batch of a step in N parts, one after the other, with less memory",
+    )
+    add("--clip-grad-norm", metavar="G", help="the most that the norm of the gradient may be")
+    add("--ema", metavar="D", help="prune a moving average of the weights, with this decay")
+    add(
+        "--compile",
+        nargs="?",
+        const="inductor",
+        metavar="BACKEND",
+        help="compile the forward of a step by torch.compile; default backend: inductor",
+    )
     add("--weight-decay", metavar="W", help="decoupled weight decay of the weights")
     add("--seed", default=DEFAULTS.seed, metavar="N")
     add(

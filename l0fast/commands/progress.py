@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from l0fast._metrics import held_key, in_words
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.training.settings import TrainerSettings
@@ -46,7 +47,9 @@ def run(trainer: Trainer, quiet: bool) -> dict[str, Any]:
                 tell(row, "a collapse", collapse(row["collapsed"], trainer))
             for name, words in row.get("stalls", {}).items():
                 tell(row, f"a stall of {name}", words)
-            words = [f"loss {row['loss']:.4f}", f"test error {row['test_error_percent']:.2f}%"]
+            metric = trainer.task.metric
+            tested = in_words(metric, row[held_key(metric)]).replace(" %", "%")
+            words = [f"loss {row['loss']:.4f}", f"test {tested}"]
             if "expected_density" in row:
                 words.append(f"density {row['expected_density']:.4f}")
             if "lambda" in row:

@@ -31,6 +31,7 @@ from l0fast.training.histories import Rows
 from l0fast.training.matching import check_model
 from l0fast.training.removals import check_removals
 from l0fast.training.settings import BEFORE, TrainerSettings
+from l0fast.training.task import TASKS
 
 LARGEST = 2**16
 """The most that a side of an example, or the number of classes, is believed to be."""
@@ -54,7 +55,7 @@ def _settings(entries: Entries, identity: dict[str, Any]) -> TrainerSettings:
         entries.refuse("identity", f"has no {min(missing)!r}: `l0fast train` did not write it")
     for name in ("dataset", "model", "recipe"):
         entries.kind(f"identity.{name}", identity[name], str)
-    if identity["recipe"] not in values.RECIPES or identity["dataset"] not in sets.DATASETS:
+    if identity["recipe"] not in values.RECIPES or identity["dataset"] not in sets.KINDS:
         entries.refuse("identity", "names an unknown data set or recipe")
     known = {one.name for one in fields(TrainerSettings)}
     saved = {name: value for name, value in (BEFORE | identity).items() if name in known}
@@ -74,8 +75,6 @@ def _sizes(entries: Entries, identity: dict[str, Any]) -> tuple[tuple[int, ...],
     entries.kind("identity.in_shape", shape, list)
     for size in (*shape, classes):
         entries.whole("identity.in_shape and num_classes", size, 1, LARGEST)
-    if len(shape) != 3:
-        entries.refuse("identity.in_shape", f"has {len(shape)} numbers, not 3")
     return tuple(shape), classes
 
 
@@ -103,7 +102,7 @@ def _rebuilt(path: Path, named: str | None) -> Trained:
     widths = identity["widths"]
     if widths is not None:
         entries.kind("identity.widths", widths, list)
-    if models.from_torchvision(name):
+    if models.from_torchvision(name) and len(in_shape) == 3:
         in_shape = (sets.COLOURS, *in_shape[1:])
     model = models.build(name, in_shape, num_classes, widths)
     example = torch.zeros(1, *in_shape)
@@ -114,7 +113,8 @@ def _rebuilt(path: Path, named: str | None) -> Trained:
     groups = checkpoint.term.get("_extra_state", {}).get("groups", [])
     entries.kind("term._extra_state.groups", groups, list)
     constraints = [group[0] for group in groups if isinstance(group, list) and group]
-    Rows(settings, gated_layers(model), constraints, None).check(entries, checkpoint)
+    metric = TASKS[settings.task].metric
+    Rows(settings, gated_layers(model), constraints, None, metric).check(entries, checkpoint)
     if checkpoint.removals is not None:
         check_removals(entries, checkpoint.removals, model, Example.of(example))
     checkpoint.refuse_other_model(path, model)

@@ -15,7 +15,8 @@ from l0fast._digest import KEY, check_json
 from l0fast._files import read_text
 from l0fast.commands import options, values
 from l0fast.commands.progress import run as run_trainer
-from l0fast.commands.setup import set_up
+from l0fast.commands.setup import AUGMENT, set_up
+from l0fast.data.sets import CLASSES, IMAGES
 from l0fast.training.folder import SUMMARY
 from l0fast.training.results import is_summary
 from l0fast.training.settings import BEFORE, MAX_SEED
@@ -52,10 +53,16 @@ class Run:
         than the summary, unless `BEFORE` has them; how a target is met, where a run has none.
         """
         args = self.args
-        facts = {name: getattr(args, name) for name in ("dataset", "model", "recipe", "pretrained")}
+        kind = values.dataset(args)[0]
+        facts = {name: getattr(args, name) for name in ("model", "recipe", "pretrained")}
+        facts["dataset"] = kind
         facts["widths"] = values.widths(args.widths) or values.default_widths(args.model)
         facts["validation_fraction"] = values.validation_fraction(args)
-        settings = asdict(values.settings(args, []))
+        if kind == IMAGES:
+            facts[AUGMENT] = args.augment
+            facts["image_size"] = values.number("image_size", args.image_size, int)
+        task = args.task or summary.get("settings", {}).get("task", CLASSES)
+        settings = asdict(values.settings(args, [], task))
         unused = {"skip"} if settings["penalty"] is None else {"skip", *OF_TARGETS}
         saved = BEFORE | summary.get("settings", {})
         return "settings" in summary and all(

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._extras import require
 from l0fast.commands import values
 from l0fast.data import sets
+from l0fast.data.imagefolder import Loading
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
 from l0fast.layers.handle import gated_layers
 from l0fast.measures.latency import LatencyTable
 from l0fast.training import models
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import MAX_SEED, TrainerSettings
 from l0fast.training.trainer import Trainer
 
 MAX_THREADS = 2**16
+MAX_WORKERS = 2**10
+AUGMENT = "image_augment"
+"""What the identity of a run calls the random changes of images that are streamed."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +37,9 @@ class Setup:
     """What the command was asked to train."""
 
     args: argparse.Namespace
+    dataset: str
     data: Data
+    loading: Loading
     widths: list[int] | None
     seed: int
     validation_fraction: float
@@ -39,47 +48,53 @@ class Setup:
     @property
     def in_shape(self) -> tuple[int, ...]:
         """Of one example."""
-        return tuple(self.data.train.inputs.shape[1:])
+        return tuple(self.example.shape[1:])
 
     @property
     def identity(self) -> dict[str, Any]:
         """Facts about model and data, see `Trainer`."""
         args = self.args
         identity: dict[str, Any] = {
-            "dataset": args.dataset,
+            "dataset": self.dataset,
             "model": args.model,
             "widths": self.widths,
             "recipe": args.recipe,
             "validation_fraction": self.validation_fraction,
             "pretrained": args.pretrained,
         }
-        if args.dataset not in sets.FIXED:
+        if self.dataset not in sets.FIXED:
             identity |= {"in_shape": list(self.in_shape), "num_classes": self.data.num_classes}
+        if self.dataset == sets.IMAGES:
+            identity |= {"image_size": self.loading.image_size, AUGMENT: args.augment}
         return identity
+
+    @cached_property
+    def example(self) -> Tensor:
+        """[1, ...]: what the model takes."""
+        return sets.example_of(self.data)
 
     def build(self, gated: bool) -> nn.Module:
         """The model, from the seed anew; only the published recipe puts gates in here."""
         args = self.args
         torch.manual_seed(self.seed)
-        model = models.build(args.model, self.in_shape, self.data.num_classes, self.widths)
+        outputs = self.data.num_classes
+        assert outputs is not None
+        model = models.build(args.model, self.in_shape, outputs, self.widths)
         if args.pretrained is not None:
             models.load_pretrained_(model, Path(args.pretrained))
         if gated and args.recipe == "published":
-            example = self.data.train.inputs[:1]
-            models.sparsify_published_(model, example, values.SWITCH[args.skip])
+            models.sparsify_published_(model, self.example, values.SWITCH[args.skip])
         return model
 
     def settings(self) -> TrainerSettings:
         """How to train."""
         layers: list[str] = []
         if self.args.layer_density is not None:  # a single number stands for each of them
-            example = self.data.train.inputs[:1]
+            where, example = self.args.gates, self.example
             layers = list(
-                gated_layers(
-                    sparsify_(self.build(False), gates=self.args.gates, example_inputs=example)
-                )
+                gated_layers(sparsify_(self.build(False), gates=where, example_inputs=example))
             )
-        return values.settings(self.args, layers)
+        return values.settings(self.args, layers, self.data.task)
 
     def trainer(self, settings: TrainerSettings, out: Path) -> Trainer:
         """A new trainer, which has written nothing yet."""
@@ -88,6 +103,7 @@ class Setup:
             self.data,
             settings,
             out=out,
+            example_inputs=self.example,
             identity=self.identity,
             device=self.args.device,
             table=self.table if settings.gated else None,
@@ -101,7 +117,8 @@ def set_up(args: argparse.Namespace) -> Setup:
         ValueError, TypeError: a word that stands for nothing.
     """
     values.check(args)
-    require("train", "matplotlib", "tqdm", *(["sklearn"] if args.dataset == "digits" else []))
+    kind, data_root = values.dataset(args)
+    require("train", "matplotlib", "tqdm", *(["sklearn"] if kind == "digits" else []))
     in_colour = models.from_torchvision(args.model)
     if args.threads is not None:
         threads = _checks.whole(
@@ -116,9 +133,29 @@ def set_up(args: argparse.Namespace) -> Setup:
         _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
     path = args.latency_table
     table = None if path is None else LatencyTable.load(path, "latency_table")
-    image_size = values.number("image_size", args.image_size, int)
-    dataset = sets.load(args.dataset, args.data_root, fraction, seed, image_size)
+    loading = _loading(args, kind)
+    data = Ranks.here().in_turn(
+        lambda: sets.load(kind, data_root, fraction, seed, loading, args.task)
+    )
     if in_colour:
-        dataset = sets.in_colour(dataset)
+        data = sets.in_colour(data)
     widths = values.widths(args.widths) or values.default_widths(args.model)
-    return Setup(args, dataset, widths, seed, fraction, table)
+    return Setup(args, kind, data, loading, widths, seed, fraction, table)
+
+
+def _loading(args: argparse.Namespace, kind: str) -> Loading:
+    """How images become batches."""
+    workers = values.number("workers", args.workers, int)
+    if workers is not None and kind != sets.IMAGES:
+        _checks.refuse("workers", workers, f"none: {kind} is in memory")
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        workers = max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    cuda = torch.cuda.is_available() if args.device is None else "cuda" in args.device
+    return Loading(
+        batch_size=_checks.whole("batch_size", values.chosen_numbers(args)["batch_size"]),
+        image_size=values.number("image_size", args.image_size, int),
+        augment=args.augment,
+        workers=_checks.whole("workers", workers, 0, MAX_WORKERS),
+        pin_memory=cuda,
+    )

@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
+from l0fast._metrics import held_key, in_words, metric_of, number
+from l0fast.commands import values
+from l0fast.commands.processes import joined
 from l0fast.commands.progress import collapse, run
 from l0fast.commands.setup import set_up
-from l0fast.commands.values import target
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import METRICS, PLOT, PRUNED, SUMMARY
 from l0fast.training.frontier import FRONTIER, format_frontier, frontier
 from l0fast.training.frontier import PLOT as FRONTIER_PLOT
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import WITHOUT_GATES, TrainerSettings
 from l0fast.training.trainer import Trainer
 
@@ -28,11 +31,16 @@ def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
         measure = "density" if settings.measure == "gates" else settings.measure
         kind = f"{method}{measure}-{args.density or args.layer_density}".replace(" ", "")
     model = args.model.replace(":", ".")
-    return Path("runs") / f"{args.dataset}-{model}-{kind}-seed-{settings.seed}"
+    return Path("runs") / f"{values.dataset(args)[0]}-{model}-{kind}-seed-{settings.seed}"
 
 
 def train(args: argparse.Namespace) -> int:
     """Trains, prunes, writes all into --out, and says what it came to."""
+    with joined(args) as ranks:
+        return _train(args, ranks)
+
+
+def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     if args.density is not None and "," in args.density:
         return _frontier(args)
     setup = set_up(args)
@@ -43,12 +51,14 @@ def train(args: argparse.Namespace) -> int:
     summary = run(trainer, args.quiet)
     if args.compare_dense and settings.gated:
         baseline = setup.trainer(_dense(settings), out / "dense")
-        baseline.open((out / "dense" / CHECKPOINT).exists())
+        baseline.open(ranks.of_first((out / "dense" / CHECKPOINT).exists))
         dense = run(baseline, args.quiet)
-        summary["dense_test_error_percent"] = dense["test_error_percent"]
+        held = held_key(trainer.task.metric)
+        summary[f"dense_{held}"] = dense[held]
         summary["dense_seconds"] = dense["seconds"]
         trainer.write_summary(summary)
-    _result(summary, out, trainer)
+    if ranks.first:
+        _result(summary, out, trainer)
     return 0
 
 
@@ -56,7 +66,7 @@ def _frontier(args: argparse.Namespace) -> int:
     """Trains to several targets, one after the other."""
     if args.compare_dense:
         _checks.refuse("compare_dense", True, "one --density beside it")
-    targets = [target(part.strip()) for part in args.density.split(",")]
+    targets = [values.target(part.strip()) for part in args.density.split(",")]
     setup = set_up(argparse.Namespace(**vars(args) | {"density": targets[0]}))
     settings = setup.settings()
     out = Path(args.out) if args.out else _default_out(args, settings)
@@ -65,6 +75,7 @@ def _frontier(args: argparse.Namespace) -> int:
         setup.data,
         settings,
         targets,
+        example_inputs=setup.example,
         out=out,
         identity=setup.identity,
         device=args.device,
@@ -84,10 +95,11 @@ def _dense(settings: TrainerSettings) -> TrainerSettings:
 
 def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
     """What the run came to, on standard output."""
-    error = f"{summary['test_error_percent']:.2f} %"
-    dense = summary.get("dense_test_error_percent")
+    metric = metric_of(summary)
+    error = f"test {in_words(metric, summary[held_key(metric)])}"
+    dense = summary.get(f"dense_{held_key(metric)}")
     if trainer.pruned is None:
-        print(f"dense model: test error {error}, {summary['params']:,} parameters")
+        print(f"dense model: {error}, {summary['params']:,} parameters")
     else:
         if summary["feasible"] is not None:
             words = "within" if summary["feasible"] else "OVER"
@@ -102,8 +114,8 @@ def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
         if summary["reopened"]:
             names = ", ".join(summary["reopened"])
             print(f"reopened: all gates of {names} were closed until the gates were decided")
-        beside = "" if dense is None else f" (dense: {dense:.2f} %)"
-        print(f"pruned model {summary['architecture']}: test error {error}{beside}")
+        beside = "" if dense is None else f" (dense: {number(metric, dense)})"
+        print(f"pruned model {summary['architecture']}: {error}{beside}")
         for unit in ("params", "macs"):
             small, full = summary[unit], summary[f"dense_{unit}"]
             print(f"  {unit:<6} {small:>9,} of {full:>9,} ({100 * small / full:.1f} %)")

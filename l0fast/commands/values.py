@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
 from l0fast.data import sets
+from l0fast.data.arrays import SUFFIXES
 from l0fast.measures.amounts import Asked
 from l0fast.training import models
+from l0fast.training.settings import KINDS as TASKS
 from l0fast.training.settings import TrainerSettings
 
 RECIPES = ("default", "published")
 SWITCH: dict[str, str | bool] = {"auto": "auto", "on": True, "off": False}
 DATASET_SETTINGS: dict[str, dict[str, Any]] = {
-    **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in sets.DATASETS},
+    **{name: {"epochs": 30, "batch_size": 128, "lr": 1e-3} for name in sets.KINDS},
     "digits": {"epochs": 100, "batch_size": 64, "lr": 3e-3},
 }
 """Defaults by data set."""
@@ -25,9 +28,26 @@ def check(args: argparse.Namespace) -> None:
     _checks.one_of("recipe", args.recipe, RECIPES)
     _checks.one_of("skip", args.skip, tuple(SWITCH))
     _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
-    _checks.one_of("dataset", args.dataset, sets.DATASETS)
+    dataset(args)
+    if args.task is not None:
+        _checks.one_of("task", args.task, TASKS)
     if args.latency_table is not None and args.measure != "latency":
         _checks.refuse("latency_table", args.latency_table, "--measure latency beside it")
+
+
+def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
+    """(kind of data set, its root): a folder of images and a file of arrays may be named as they
+    are."""
+    named = args.dataset
+    kind = sets.IMAGES if Path(named).is_dir() else sets.ARRAYS
+    if named in sets.DATASETS:
+        return named, args.data_root
+    if kind == sets.ARRAYS and not named.endswith(SUFFIXES):
+        known = ", ".join(map(repr, sets.DATASETS))
+        _checks.refuse("dataset", named, f"one of {known}, a folder of images, or a .npz or .pt")
+    if args.data_root is not None:
+        _checks.refuse("data_root", args.data_root, f"none beside --dataset {named}")
+    return kind, named
 
 
 def number(name: str, text: Any, kind: type = float) -> Any:
@@ -83,20 +103,28 @@ def layer_densities(text: str | None, layers: list[str]) -> dict[str, Asked] | N
     return targets
 
 
-def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
-    """The settings that the options ask for; `layers` as in `layer_densities`."""
-    chosen: dict[str, Any] = dict(DATASET_SETTINGS[args.dataset])
+def chosen_numbers(args: argparse.Namespace) -> dict[str, Any]:
+    """The settings that are numbers, where they are named or are the data set's or the recipe's."""
+    chosen: dict[str, Any] = dict(DATASET_SETTINGS[dataset(args)[0]])
     if args.recipe == "published":
         chosen.update(models.PUBLISHED_SETTINGS)
     numbers = (
         *("epochs", "batch_size", "lr", "gate_lr", "dual_lr"),
         *("start", "target_warmup", "settle", "weight_decay"),
+        *("accumulate", "clip_grad_norm", "warmup", "ema"),
     )
     for name in numbers:
-        kind = int if name in ("epochs", "batch_size") else float
+        kind = int if name in ("epochs", "batch_size", "accumulate") else float
         value = number(name, getattr(args, name), kind)
         if value is not None:
             chosen[name] = value
+    return chosen
+
+
+def settings(args: argparse.Namespace, layers: list[str], task: str) -> TrainerSettings:
+    """The settings that the options ask for; `layers` as in `layer_densities`, `task` of the
+    data."""
+    chosen = chosen_numbers(args)
     if args.target_schedule is not None:
         chosen["target_schedule"] = args.target_schedule
     density = None if args.density is None else target(args.density)
@@ -117,7 +145,11 @@ def settings(args: argparse.Namespace, layers: list[str]) -> TrainerSettings:
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
         select=args.select,
-        augment=args.augment,
+        # Images are changed as they are loaded.
+        precision=args.precision,
+        compile=args.compile,
+        augment="none" if dataset(args)[0] == sets.IMAGES else args.augment,
+        task=task,
         dual=args.dual,
         dual_first=args.dual_first,
         skip=SWITCH[args.skip],

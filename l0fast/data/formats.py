@@ -1,4 +1,4 @@
-"""The files of torchvision's MNIST, FashionMNIST, CIFAR-10, CIFAR-100 and ImageFolder, as tensors.
+"""The files of torchvision's MNIST, FashionMNIST, CIFAR-10 and CIFAR-100, as tensors.
 
 They are read without writing into their folder; torchvision's own classes download and list.
 """
@@ -11,6 +11,7 @@ import os
 import pickle
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,14 +31,32 @@ CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 }
-IMAGENET_STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 class Split(NamedTuple):
-    """Examples: inputs [N, channels, height, width] float32, and targets [N] int64."""
+    """Examples: inputs [N, ...] float32 (images: [N, channels, height, width]), and targets: [N]
+    int64 classes, or [N, K] float32 numbers or labels."""
 
     inputs: Tensor
     targets: Tensor
+
+
+def held_out(
+    examples: int | Sequence[int], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """(what is kept, what is held out): a share of some indices, drawn by `seed`.
+
+    Raises:
+        ValueError: nothing would be kept.
+    """
+    indices = range(examples) if isinstance(examples, int) else examples
+    count = len(indices)
+    held = round(fraction * count)
+    if held == count:
+        _checks.refuse("validation_fraction", fraction, f"less than all of the {count} examples")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    kept = order[held:].sort().values.tolist()
+    return [indices[i] for i in kept], [indices[i] for i in order[:held].tolist()]
 
 
 def _idx(raw: Path, name: str) -> Tensor:
@@ -77,7 +96,7 @@ def _normalised(images: Tensor, statistics: tuple[tuple[float, ...], ...]) -> Te
     return images.to(torch.float32).div_(255).sub_(mean).div_(std)
 
 
-def _root(root: str | None, wanted: str) -> Path:
+def root_of(root: str | None, wanted: str) -> Path:
     """The data folder: the one named, else the variable's."""
     root = root or os.environ.get(DATA_ROOT_VARIABLE)
     if root is None:
@@ -102,7 +121,7 @@ def _download(kind: str, root: Path, wanted: str) -> None:
 def mnist(dataset: str, data_root: str | None) -> tuple[Split, Split]:
     kind = {"mnist": "MNIST", "fashionmnist": "FashionMNIST"}[dataset]
     wanted = f"a torchvision data folder that holds {kind}"
-    root = _root(data_root, wanted)
+    root = root_of(data_root, wanted)
     raw = root / kind / "raw"
     names = [f"{part}-{kind}" for part in ("train", "t10k") for kind in MNIST_KINDS]
     if not all((raw / name).is_file() or (raw / f"{name}.gz").is_file() for name in names):
@@ -160,7 +179,7 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
 def cifar(dataset: str, data_root: str | None) -> tuple[Split, Split]:
     kind = dataset.upper()
     wanted = f"a torchvision data folder that holds {kind}"
-    root = _root(data_root, wanted)
+    root = root_of(data_root, wanted)
     folder, train, test = {
         "cifar10": (
             "cifar-10-batches-py",
@@ -177,46 +196,3 @@ def cifar(dataset: str, data_root: str | None) -> tuple[Split, Split]:
         images, targets = (torch.cat(part) for part in zip(*parts, strict=True))
         splits.append(Split(_normalised(images, CIFAR_STATISTICS[dataset]), targets))
     return splits[0], splits[1]
-
-
-def imagefolder(data_root: str | None, image_size: int | None) -> tuple[Split, Split, int]:
-    require("train", "torchvision")
-    from torchvision import transforms
-    from torchvision.datasets import ImageFolder
-
-    wanted = "a folder with train/ and val/ (or test/), each with a folder of images for each class"
-    root = _root(data_root, wanted)
-    held = "test" if (root / "test").is_dir() else "val"
-    steps: list[Any] = [transforms.PILToTensor()]
-    if image_size is not None:
-        steps = [transforms.Resize(image_size), transforms.CenterCrop(image_size), *steps]
-    transform = transforms.Compose(steps)
-    try:
-        folders = [ImageFolder(str(root / part)) for part in ("train", held)]
-    except OSError as error:
-        _checks.refuse("data_root", str(root), f"{wanted} ({' '.join(str(error).split())})")
-    classes = folders[0].classes
-    if folders[1].classes != classes:
-        odd = min({*classes} ^ {*folders[1].classes})
-        _checks.refuse("data_root", str(root), f"the same classes in both ({odd!r} is in one only)")
-    splits: list[Split] = []
-    size: torch.Size | None = None
-    for folder in folders:
-        images: list[Tensor] = []
-        for path, _ in folder.samples:
-            if not Path(path).is_file():  # a FIFO would block
-                _checks.refuse("data_root", path, "an image (it is no regular file)")
-            try:
-                image: Tensor = transform(folder.loader(path))
-            except Exception as error:  # a damaged image, or one that would fill the memory
-                _checks.refuse("data_root", path, f"an image ({_checks.one_line(error)})")
-            size = size or image.shape
-            if image.shape != size:
-                sizes = ["x".join(map(str, shape[1:])) for shape in (image.shape, size)]
-                _checks.refuse(
-                    "image_size", None, f"a number: {path} is {sizes[0]}, not {sizes[1]}"
-                )
-            images.append(image)
-        inputs = _normalised(torch.stack(images), IMAGENET_STATISTICS)
-        splits.append(Split(inputs, torch.tensor(folder.targets, dtype=torch.int64)))
-    return splits[0], splits[1], len(classes)

@@ -1,22 +1,26 @@
-"""The data sets of the command, each whole, as tensors: digits (embedded in scikit-learn), and
-those that torchvision knows.
+"""The data sets of the command: digits (embedded in scikit-learn), those that torchvision knows,
+and the user's own.
 
-A data set has to fit into memory, and onto the device, as float32.
+Folders of images are streamed. Every other data set has to fit into memory, and onto the device, as
+float32.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from l0fast import _checks
 from l0fast._extras import require
-from l0fast.data import formats
+from l0fast.data import arrays, formats, imagefolder
 from l0fast.data.formats import Split
+from l0fast.data.imagefolder import Loading
 
 COLOURS = 3
+CLASSES = "classification"
+SPLITS = ("train", "validation", "test")
 DIGITS_TEST = 360
 FIXED = {
     "digits": ((1, 8, 8), 10),
@@ -26,51 +30,71 @@ FIXED = {
     "cifar100": ((3, 32, 32), 100),
 }
 """Data set -> (shape of an example, number of classes), where neither depends on the files."""
-DATASETS = (*FIXED, "imagefolder")
+IMAGES, ARRAYS = "imagefolder", "arrays"
+DATASETS = (*FIXED, IMAGES)
+KINDS = (*DATASETS, ARRAYS)
+"""What a data set may be; one of ARRAYS is named by its file."""
 
 
 class Data(NamedTuple):
-    """A data set: to train on, to select by (None where nothing is held out), to report."""
+    """A data set: to train on, to select by (None where nothing is held out), to report.
 
-    train: Split
-    validation: Split | None
-    test: Split
-    num_classes: int
+    Each is a `Split`, whose tensors are held as a whole, or streams: a DataLoader, or anything else
+    that has a length and gives batches each time it is iterated.
+    """
+
+    train: Any
+    validation: Any
+    test: Any
+    num_classes: int | None = None
+    """Outputs of the model: classes, labels or numbers of an example; None where nobody asks."""
+    task: str = CLASSES
+    """What the targets are for, as in `TrainerSettings`."""
 
 
-def check_data(data: Data) -> None:
-    """Refuses splits that no classifier could be trained or tested on.
+def check_split(name: str, split: Any, task: str | None, num_classes: int | None) -> None:
+    """Refuses a split of tensors that no model could be trained or tested on.
+
+    Args:
+        name: of the split, for messages.
+        split: it should be inputs and targets.
+        task: as in `TrainerSettings`; None where the targets may be anything.
+        num_classes: as in `Data`.
 
     Raises:
-        ValueError, TypeError: the first thing that is wrong, by its name in `data`.
+        ValueError, TypeError: the first thing that is wrong.
     """
-    for name in ("train", "validation", "test"):
-        split: Split | None = getattr(data, name)
-        if split is None and name == "validation":
-            continue
-        if not (isinstance(split, tuple) and all(isinstance(part, Tensor) for part in split)):
-            _checks.refuse(f"data.{name}", split, "inputs and targets as tensors", TypeError)
-        inputs, targets = split
-        shape, dtype = tuple(targets.shape), targets.dtype
-        if dtype != torch.int64 or len(shape) != 1 or not 0 < len(targets) == len(inputs):
-            expected = f"int64 and one for each of the {len(inputs)} inputs, at least one"
-            _checks.refuse(f"data.{name}.targets", f"{dtype} of shape {shape}", expected)
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= data.num_classes:
-            expected = f"classes from 0 to {data.num_classes - 1}"
-            _checks.refuse(f"data.{name}.targets", f"{low} to {high}", expected)
-        if not bool(torch.isfinite(inputs).all()):
-            _checks.refuse(f"data.{name}.inputs", "NaN or infinity", "finite numbers")
+    if not (isinstance(split, tuple) and all(isinstance(part, Tensor) for part in split)):
+        _checks.refuse(name, split, "inputs and targets as tensors", TypeError)
+    inputs, targets = split
+    name, shape, dtype = f"{name}.targets", tuple(targets.shape), targets.dtype
+    whole = task == "classification"
+    fits = dtype == torch.int64 and len(shape) == 1 if whole else dtype.is_floating_point
+    if not (fits or task is None) or not 0 < len(targets) == len(inputs):
+        kind = "tensors" if task is None else "int64" if whole else "floating"
+        expected = f"{kind} and one for each of the {len(inputs)} inputs, at least one"
+        _checks.refuse(name, f"{dtype} of shape {shape}", expected)
+    low, high = (0, 0) if task is None else (targets.min().item(), targets.max().item())
+    if whole and num_classes is not None and (low < 0 or high >= num_classes):
+        _checks.refuse(name, f"{low} to {high}", f"classes from 0 to {num_classes - 1}")
+    if task == "multilabel" and (low < 0 or high > 1):
+        _checks.refuse(name, f"{low} to {high}", "numbers from 0 to 1, one for each label")
+    for what, tensor in (("inputs", inputs), ("targets", targets)):
+        if not bool(torch.isfinite(tensor).all()):
+            wrong = name.replace("targets", what)
+            _checks.refuse(wrong, "NaN or infinity", "finite numbers")
 
 
 def in_colour(data: Data) -> Data:
-    """The data with three equal channels in place of one, which torchvision's models take."""
+    """The data with three equal channels in place of one, which torchvision's models take; streams
+    have them already."""
 
-    def three(split: Split) -> Split:
+    def three(split: Any) -> Any:
+        if not isinstance(split, Split) or split.inputs.dim() != 4:
+            return split
         return Split(split.inputs.expand(-1, COLOURS, -1, -1), split.targets)
 
-    validation = None if data.validation is None else three(data.validation)
-    return Data(three(data.train), validation, three(data.test), data.num_classes)
+    return data._replace(**{name: three(getattr(data, name)) for name in SPLITS})
 
 
 def _digits() -> tuple[Split, Split]:
@@ -89,29 +113,38 @@ def _digits() -> tuple[Split, Split]:
     )
 
 
+def example_of(data: Data) -> Tensor:
+    """[1, ...]: the inputs of one example."""
+    if isinstance(data.train, Split):
+        return data.train.inputs[:1]
+    inputs, _ = data.test.dataset[0]  # those of the training are changed at random
+    return inputs[None]
+
+
 def load(
     dataset: str,
     data_root: str | None = None,
     validation_fraction: float = 0.0,
     seed: int = 0,
-    image_size: int | None = None,
+    loading: Loading | None = None,
+    task: str | None = None,
 ) -> Data:
-    """A data set, normalised, with a validation split taken from its training examples.
+    """A data set, with a validation split taken from its training examples.
 
     Args:
-        dataset: "digits", "mnist", "fashionmnist", "cifar10", "cifar100" or "imagefolder".
-        data_root: torchvision's root folder; L0FAST_DATA_ROOT by default; digits needs none.
-            For "imagefolder" the one that holds train/ and test/ (or else val/).
+        dataset: one of KINDS.
+        data_root: torchvision's root folder; L0FAST_DATA_ROOT by default; digits needs none. Of
+            "imagefolder" and "arrays" the folder or file itself (see their modules).
         validation_fraction: of the training examples, in [0, 1), held out at random.
         seed: of that choice.
-        image_size: for "imagefolder": the shorter side of every image is resized to it, and the
-            centre cropped to a square; None takes images that are all of one size as they are.
+        loading: how the images of an "imagefolder" become batches.
+        task: as in `TrainerSettings`; None: what the targets are for.
 
     Raises:
         ValueError: an unknown data set, data that is not there or does not fit together, or a
             fraction out of range.
     """
-    _checks.one_of("dataset", dataset, DATASETS)
+    _checks.one_of("dataset", dataset, KINDS)
     _checks.number(
         "validation_fraction",
         validation_fraction,
@@ -120,30 +153,30 @@ def load(
         high=1.0,
         open_high=True,
     )
-    if image_size is not None:
-        _checks.whole("image_size", image_size)
-        if dataset != "imagefolder":
-            _checks.refuse("image_size", image_size, f"none: {dataset} has a size of its own")
-    if dataset == "imagefolder":
-        train, test, num_classes = formats.imagefolder(data_root, image_size)
+    if dataset != ARRAYS and task not in (None, CLASSES):
+        _checks.refuse("task", task, f"{CLASSES!r}, as the targets of {dataset} are")
+    loading = loading or Loading()
+    if loading.image_size is not None:
+        _checks.whole("image_size", loading.image_size)
+        if dataset != IMAGES:
+            _checks.refuse(
+                "image_size", loading.image_size, f"none: {dataset} has a size of its own"
+            )
+    if dataset == IMAGES:
+        return Data(*imagefolder.load(data_root, loading, validation_fraction, seed))
+    if dataset == ARRAYS:
+        train, test, num_classes, task = arrays.load(str(data_root), task)
     else:
-        num_classes = FIXED[dataset][1]
+        num_classes, task = FIXED[dataset][1], CLASSES
         if dataset == "digits":
             train, test = _digits()
         elif dataset in formats.MNIST_STATISTICS:
             train, test = formats.mnist(dataset, data_root)
         else:
             train, test = formats.cifar(dataset, data_root)
-    count = len(train.targets)
-    held = round(validation_fraction * count)
-    if held == count:
-        _checks.refuse(
-            "validation_fraction", validation_fraction, f"less than all of the {count} examples"
-        )
+    kept, held = formats.held_out(len(train.targets), validation_fraction, seed)
     validation = None
     if held:
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
-        kept = order[held:].sort().values
-        validation = Split(train.inputs[order[:held]], train.targets[order[:held]])
+        validation = Split(train.inputs[held], train.targets[held])
         train = Split(train.inputs[kept], train.targets[kept])
-    return Data(train, validation, test, num_classes)
+    return Data(train, validation, test, num_classes, task)

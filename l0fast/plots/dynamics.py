@@ -6,6 +6,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from l0fast._metrics import (
+    held_key,
+    in_words,
+    metric_of,
+    number,
+    title,
+    train_key,
+    validation_key,
+)
+
 # Okabe and Ito's palette: told apart with any kind of colour vision; line styles say it again.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
@@ -64,7 +74,8 @@ def _title(summary: Mapping[str, Any]) -> str:
     parts = [head, f"seed {summary['seed']}"]
     if summary.get("architecture"):
         parts.append(f"pruned to {summary['architecture']}")
-    parts.append(f"test error {summary['test_error_percent']:.2f} %")
+    metric = metric_of(summary)
+    parts.append(f"test {in_words(metric, summary[held_key(metric)])}")
     return ", ".join(parts)
 
 
@@ -201,11 +212,12 @@ def _multipliers(axis: Any, history: Rows) -> None:
 
 
 def _errors(axis: Any, history: Rows, summary: Mapping[str, Any], gated: bool) -> None:
-    axis.set_title("error (%)")
+    metric = metric_of(summary)
+    axis.set_title(title(metric))
     curves = (
-        ("train_error_percent", "train\n(gates sampled)" if gated else "train", GREEN, ":"),
-        ("validation_error_percent", "validation", ORANGE, "--"),
-        ("test_error_percent", "test", BLUE, "-"),
+        (train_key(metric), "train\n(gates sampled)" if gated else "train", GREEN, ":"),
+        (validation_key(metric), "validation", ORANGE, "--"),
+        (held_key(metric), "test", BLUE, "-"),
     )
     values: list[float] = []
     for key, label, color, style in curves:
@@ -214,12 +226,12 @@ def _errors(axis: Any, history: Rows, summary: Mapping[str, Any], gated: bool) -
             _curve(axis, history, one, color=color, ls=style, label=label)
             values += one
     if gated:
-        error = summary["test_error_percent"]
-        _result(axis, history, error, f"test, pruned:\n{error:.2f} %")
+        error = summary[held_key(metric)]
+        _result(axis, history, error, f"test, pruned:\n{number(metric, error)}")
         values.append(error)
     if min(values) > 0 and max(values) > 8 * min(values):
         logarithmic(axis)
-    else:
+    elif min(values) >= 0:
         axis.set_ylim(bottom=0)
 
 

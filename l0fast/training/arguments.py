@@ -6,30 +6,55 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from l0fast import _checks
-from l0fast.data.sets import Data, check_data
+from l0fast.data.sets import SPLITS, Data, check_split
 from l0fast.measures.latency import LatencyTable
+from l0fast.training.batches import Batches, are_images, placed
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
+from l0fast.training.streams import check_stream
 
 
 def check_arguments(
-    model: object, data: Data, settings: TrainerSettings, table: LatencyTable | None
+    model: object,
+    data: Data,
+    settings: TrainerSettings,
+    table: LatencyTable | None,
+    own_loss: bool = False,
 ) -> None:
     """Refuses a model that is no module, bad data, and settings that do not fit data or table.
+
+    Args:
+        model, data, settings, table: as of `Trainer`.
+        own_loss: whether the loss is the user's, of batches that only they know.
 
     Raises:
         ValueError, TypeError: with the first argument that is wrong.
     """
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
-    check_data(data)
+    for name in SPLITS:
+        split, title = getattr(data, name), f"data.{name}"
+        if split is None and name == "validation":
+            continue
+        if isinstance(split, tuple):
+            check_split(title, split, None if own_loss else settings.task, data.num_classes)
+        else:
+            check_stream(title, split)
     if settings.select == "best" and data.validation is None:
         _checks.refuse("select", settings.select, "'last' without a validation split")
-    if settings.augment != "none" and data.train.inputs.dim() != 4:
-        shape = list(data.train.inputs.shape)
-        _checks.refuse("augment", settings.augment, f"'none' for inputs {shape}: no images")
+    if settings.shrink is not None and Ranks.here().size > 1:
+        _checks.refuse("shrink", settings.shrink, "None on several processes")
+    if settings.augment != "none":
+        streamed = not isinstance(data.train, tuple)
+        what = "a stream" if streamed else f"inputs {list(data.train[0].shape)}"
+        if streamed or not are_images(data.train[0]):
+            why = "change the images in it" if streamed else "no images"
+            _checks.refuse("augment", settings.augment, f"'none' for {what}: {why}")
     if not (table is None or isinstance(table, LatencyTable)):
         _checks.refuse("table", table, "a LatencyTable or None", TypeError)
     if table is not None and settings.measure != "latency":
@@ -46,3 +71,25 @@ def json_facts(identity: Mapping[str, Any] | None) -> dict[str, Any]:
         return json.loads(json.dumps(dict(identity or {})))
     except TypeError:
         _checks.refuse("identity", identity, "facts that JSON can hold", TypeError)
+
+
+def inputs_of(batch: Any) -> Tensor | None:
+    """What a batch begins with, if that is a tensor."""
+    first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    return first if isinstance(first, Tensor) else None
+
+
+def example_of(batches: Batches, given: Any, device: torch.device) -> Any:
+    """What the model's forward takes: as given, on the device, or of one training example.
+
+    Raises:
+        ValueError: nothing is given, and a batch does not begin with inputs.
+    """
+    if given is not None:
+        return tree_map(lambda leaf: placed(leaf, device), given)
+    batch = batches.first(1)
+    inputs = inputs_of(batch)
+    if inputs is None:
+        expected = f"what the model takes, as batches are {type(batch).__name__}s without it"
+        _checks.refuse("example_inputs", None, expected)
+    return inputs

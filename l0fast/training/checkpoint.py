@@ -16,13 +16,14 @@ from l0fast._digest import check_sealed, write_sealed
 from l0fast._files import open_regular, write_atomically
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.entries import Entries
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import BEFORE
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 2
 """With a digest of the file behind it; checkpoints of format 1 have none."""
 EARLIER = 1
-OPTIONAL = {"cuda_rng", "best", "removals", "idle", "threads"}
+OPTIONAL = {"cuda_rng", "best", "removals", "idle", "threads", "average", "scaler", "ranks"}
 """Entries that not every run has."""
 WHOLE = "a whole checkpoint of this project"
 
@@ -53,6 +54,9 @@ def _check_kinds(entries: Entries, state: dict[str, Any]) -> None:
                 LatencyTable.from_json(extra["latency"])
             except (ValueError, TypeError, LookupError, AttributeError) as error:
                 entries.refuse("latency table", f"is damaged ({_checks.one_line(error)})")
+    for name in ("average", "scaler"):
+        if state.get(name) is not None:
+            entries.names(name, state[name])
     best = state.get("best")
     if best is not None:
         entries.names("best", best, ("epoch", "model"))
@@ -83,14 +87,20 @@ class Checkpoint:
     """With `shrink`: for how many epochs each gate left has seldom been open."""
     best: dict[str, Any] | None = None
     """With `select="best"`: "epoch" and "model" (a state dict) of the best epoch so far."""
+    average: dict[str, Any] | None = None
+    """With `ema`: the averages of weights and buffers, by name."""
+    scaler: dict[str, Any] | None = None
+    """With fp16: the state of the loss's scale."""
     threads: int | None = None
     """CPU threads of the run: with another number, sums are rounded otherwise."""
+    ranks: int | None = None
+    """Processes of the run, if there are several: the same holds for them."""
 
     @property
     def selected(self) -> tuple[int, dict[str, Any]]:
         """The epoch whose model the run would prune, and the state of that model."""
         if self.best is None:
-            return self.epoch, self.model
+            return self.epoch, self.model | (self.average or {})
         return self.best["epoch"], self.best["model"]
 
     @property
@@ -188,12 +198,17 @@ class Checkpoint:
             if mine != saved:
                 _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
 
-    def warn_of_threads(self) -> None:
-        """Warns where a run goes on with another number of CPU threads."""
+    def warn_of_rounding(self) -> None:
+        """Warns where a run goes on with another number of CPU threads, or of processes."""
         now = torch.get_num_threads()
-        if self.threads not in (None, now):
-            words = f"threads: got {now}; the run began with {self.threads}"
-            warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=4)
+        pairs = (
+            ("threads", now, self.threads or now),
+            ("processes", Ranks.here().size, self.ranks or 1),
+        )
+        for name, got, before in pairs:
+            if got != before:
+                words = f"{name}: got {got}; the run began with {before}"
+                warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=4)
 
     def restore_rng(self, device: torch.device) -> None:
         """Sets torch's generators to where the run had them."""

@@ -22,7 +22,7 @@ ORDINARY = 3
 """Steps to run before a capture: they choose algorithms, make tables and fill the optimizer's
 state."""
 
-Step = Callable[[Tensor], None]
+Step = Callable[[Any], None]
 
 
 def why_not(model: nn.Module, device: torch.device) -> str | None:
@@ -101,12 +101,14 @@ class Steps:
     """Takes the steps of a training, as a CUDA graph if possible; call it within `running()`.
 
     Args:
-        step: takes the positions of its examples. It must add what it counts to the same tensors
+        step: takes the positions of its examples (or what else stands for a batch, where there is
+            no graph). It must add what it counts to the same tensors
             each time, and leave no gradients.
         model: the one that `step` trains.
         optimizer: the one that `step` uses; it is made capturable if a graph is possible.
         size: of the batches to capture.
         asked: "auto", True (a capture that fails is refused) or False.
+        prevented: what makes a graph impossible from the start, in words.
 
     Attributes:
         failure: why there is no graph, in words; "" if one is possible so far.
@@ -123,6 +125,7 @@ class Steps:
         optimizer: torch.optim.Optimizer,
         size: int,
         asked: str | bool = "auto",
+        prevented: str | None = None,
     ) -> None:
         self._step, self._optimizer, self._size, self._asked = step, optimizer, size, asked
         self.failure, self.captures = "", 0
@@ -130,7 +133,7 @@ class Steps:
         self._static_index: Tensor | None = None
         self._drop_graph()
         self._device: torch.device = optimizer.param_groups[0]["params"][0].device
-        reason = "cuda_graph=False" if asked is False else why_not(model, self._device)
+        reason = "cuda_graph=False" if asked is False else prevented or why_not(model, self._device)
         if reason is not None:
             self._give_up(reason)
 
@@ -187,8 +190,8 @@ class Steps:
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
 
-    def __call__(self, index: Tensor) -> None:
-        if len(index) != self._size or self.failure:
+    def __call__(self, index: Any) -> None:
+        if self.failure or len(index) != self._size:
             self._step(index)
             return
         if self._replay is None and self._ordinary < ORDINARY:

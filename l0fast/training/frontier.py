@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks
+from l0fast import _checks, _metrics
 from l0fast._files import write_atomically, write_text
 from l0fast._tables import aligned
 from l0fast.constraints.constraint import DensityConstraint
@@ -27,9 +27,12 @@ from l0fast.measures.measure import Measure
 from l0fast.plots.frontier import plot_frontier
 from l0fast.pruning.draft import opened
 from l0fast.pruning.stopwatch import whole_seconds
+from l0fast.training.arguments import inputs_of
 from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.summary import Summary
+from l0fast.training.task import LossFn, MetricFn
 from l0fast.training.trainer import Trainer
 
 FRONTIER = "frontier.json"
@@ -44,6 +47,9 @@ def frontier(
     settings: TrainerSettings,
     targets: Sequence[Asked],
     *,
+    loss_fn: LossFn | None = None,
+    metric: MetricFn | None = None,
+    example_inputs: Any = None,
     out: str | Path | None = None,
     identity: Mapping[str, Any] | None = None,
     device: str | torch.device | None = None,
@@ -62,8 +68,8 @@ def frontier(
     bit for bit but for the times of a forward, which are measured again.
 
     Args:
-        model, data, out, identity, device, table: as of `Trainer`; the model is trained in place.
-            Without a table, the first target's serves all.
+        model, data, loss_fn, metric, example_inputs, out, identity, device, table: as of `Trainer`;
+            the model is trained in place. Without a table, the first target's serves all.
         settings: for each target, whose density takes the place of theirs.
         targets: of the whole model by `settings.measure`, falling: densities, or amounts such as
             "100k params".
@@ -83,6 +89,8 @@ def frontier(
     targets = _checked_targets(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
+    if Ranks.here().size > 1:
+        _checks.refuse("targets", targets, "one at a time on several processes")
     folder = None if out is None else Path(out)
     places = [None if folder is None else folder / folder_name(target) for target in targets]
     for place in filter(None, places):
@@ -91,6 +99,7 @@ def frontier(
     # A model that comes with gates has plain layers where it is timed as the dense one.
     dense = opened(model) if gated_layers(model) else copied(model)
     options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
+    options |= {"loss_fn": loss_fn, "metric": metric, "example_inputs": example_inputs}
     first = replace(settings, density=targets[0])
     trainer = Trainer(model, data, first, out=places[0], **options)
     assert isinstance(trainer.term, DensityConstraint)
@@ -108,7 +117,7 @@ def frontier(
         start = trainer.next_start()
         assert trainer.pruned is not None
         pruned.append(trainer.pruned)
-    _time(rows, dense, pruned, trainer.data.test.inputs[:LATENCY_BATCH])
+    _time(rows, dense, pruned, _timed(trainer))
     if folder is not None:
         write_text(folder / FRONTIER, json.dumps(rows, indent=2) + "\n")
         write_atomically(folder / PLOT, lambda path: plot_frontier(rows, path))
@@ -123,9 +132,18 @@ def folder_name(target: Asked) -> str:
     return f"density-{short if float(short) == target else target}"
 
 
-def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], examples: Tensor) -> None:
+def _timed(trainer: Trainer) -> Any:
+    """What a forward is timed on: test examples, if batches begin with what the model takes."""
+    example = trainer.example_inputs
+    inputs = inputs_of(trainer.evaluation.test.first(LATENCY_BATCH))
+    if inputs is None or not isinstance(example, Tensor):
+        return example
+    return inputs if inputs.shape[1:] == example.shape[1:] else example
+
+
+def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], examples: Any) -> None:
     """Adds to each row the milliseconds of its pruned model and of the dense one."""
-    dense.to(examples.device)
+    dense.to(next(pruned[0].parameters()).device)
     dense_seconds, *seconds = whole_seconds([dense, *pruned], Example.of(examples))
     for row, each in zip(rows, seconds, strict=True):
         row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * dense_seconds
@@ -155,14 +173,16 @@ def _refuse_rising(targets: Sequence[Asked], term: DensityConstraint) -> None:
 
 def format_frontier(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of a frontier as a table."""
-    head = ("target", "measure", "test error %", "density", "params", "MACs", "ms", "pruned to")
+    metric = _metrics.metric_of(rows[0])
+    tested = f"test {_metrics.title(metric)}".replace("(%)", "%")
+    head = ("target", "measure", tested, "density", "params", "MACs", "ms", "pruned to")
     lines: list[tuple[str, ...]] = [head]
     for row in rows:
         lines.append(
             (
                 named(row["target_density"]),
                 row["measure"],
-                f"{row['test_error_percent']:.2f}",
+                _metrics.number(metric, row[_metrics.held_key(metric)]).removesuffix(" %"),
                 f"{row['realised_density']:.4f}",
                 f"{row['params']:,} ({100 * row['params_fraction']:.1f} %)",
                 f"{row['macs']:,} ({100 * row['macs_fraction']:.1f} %)",

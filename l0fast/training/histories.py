@@ -7,12 +7,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from l0fast._metrics import ERROR, PERCENT, held_key, train_key, validation_key
 from l0fast.training.checkpoint import EARLIER, Checkpoint
 from l0fast.training.entries import Entries
-from l0fast.training.metrics import VALIDATION, Row
+from l0fast.training.metrics import Row
 from l0fast.training.settings import TrainerSettings
 
-OF_ALL = ("epoch", "loss", "train_error_percent", "test_error_percent")
+OF_ALL = ("epoch", "loss")
 OF_GATES = ("expected_density", "realised_density", "layers", "settled", "collapsed")
 OF_CONSTRAINTS = ("density", "measure", "feasible")
 OF_MULTIPLIERS = ("aim", "lambda", "restarts", "stalls")
@@ -20,12 +21,13 @@ ROUNDED = 1.0 + 1e-3
 """The most that a share may be: sums of float32 may be a little over 1."""
 
 
-def best_epoch(history: Sequence[Row], settings: TrainerSettings) -> int | None:
+def best_epoch(history: Sequence[Row], settings: TrainerSettings, metric: str) -> int | None:
     """The epoch that `RunState.keep_if_best` has kept, by the rows of the epochs."""
     best: Row | None = None
+    name = validation_key(metric)
     for row in history:
         may = settings.may_select(row["epoch"]) and row.get("feasible", True)
-        if may and (best is None or row[VALIDATION] <= best[VALIDATION]):
+        if may and (best is None or row[name] <= best[name]):
             best = row
     return None if best is None else best["epoch"]
 
@@ -39,12 +41,16 @@ class Rows:
         layers: names of its gated layers.
         constraints: names of its constraints.
         validation: whether it has a validation split; None where that is not known.
+        metric: what is reported of each split.
+        trained: whether it is of the training examples, too.
     """
 
     settings: TrainerSettings
     layers: Collection[str]
     constraints: Collection[str]
     validation: bool | None
+    metric: str = ERROR
+    trained: bool = True
 
     def check(self, entries: Entries, checkpoint: Checkpoint) -> None:
         """Refuses rows that are not those of `checkpoint.epoch` epochs of such a run."""
@@ -59,7 +65,7 @@ class Rows:
             known = self._names(row)
             if checkpoint.format != EARLIER:
                 entries.names(place, row, known)
-            for key in (*OF_ALL, *(["expected_density", "collapsed"] if self.layers else [])):
+            for key in (*self._of_all, *(["expected_density", "collapsed"] if self.layers else [])):
                 if key not in row:
                     entries.refuse(place, f"has no {key!r}")
             entries.equal(f"{place}.epoch", row["epoch"], number)
@@ -67,25 +73,35 @@ class Rows:
                 if key in row:
                     self._check_value(entries, f"{place}.{key}", key, row[key])
 
+    @property
+    def _of_all(self) -> list[str]:
+        train = [train_key(self.metric)] if self.trained else []
+        return [*OF_ALL, *train, held_key(self.metric)]
+
     def _names(self, row: dict[str, Any]) -> list[str]:
         settings = self.settings
-        names = [*OF_ALL]
-        if self.validation or (self.validation is None and VALIDATION in row):
-            names.append(VALIDATION)
+        names, validation = self._of_all, validation_key(self.metric)
+        if self.validation or (self.validation is None and validation in row):
+            names.append(validation)
         if settings.gated:
             names += OF_GATES
         if self.constraints:
             names += OF_CONSTRAINTS
         if self.constraints and settings.method == "l0":
             names += OF_MULTIPLIERS
+        if settings.precision == "fp16":
+            names.append("skipped_steps")
         return names if settings.shrink is None else [*names, "params"]
 
     def _check_value(self, entries: Entries, place: str, key: str, value: Any) -> None:
         """What one metric may be."""
+        keys = [key_of(self.metric) for key_of in (train_key, held_key, validation_key)]
         if key == "loss":
-            entries.real(place, value, 0.0)
-        elif key in ("train_error_percent", "test_error_percent", VALIDATION):
+            entries.real(place, value, 0.0 if self.trained else -math.inf)
+        elif key in keys and self.metric.endswith(PERCENT):
             entries.real(place, value, 0.0, 100.0)
+        elif key in keys:
+            entries.real(place, value)
         elif key in ("expected_density", "realised_density"):
             entries.real(place, value, 0.0, ROUNDED)
         elif key in ("density", "aim", "lambda", "restarts"):
@@ -95,8 +111,8 @@ class Rows:
                 entries.real(f"{place}.{name}", number, -math.inf if signed else 0.0)
         elif key in ("feasible", "settled"):
             entries.kind(place, value, bool)
-        elif key == "params":
-            entries.whole(place, value, 1)
+        elif key in ("params", "skipped_steps"):
+            entries.whole(place, value, 1 if key == "params" else 0)
         elif key == "measure":
             entries.equal(place, value, self.settings.measure)
         elif key == "collapsed":

@@ -42,6 +42,7 @@ class Run:
         steps_per_epoch: of its data.
         validation: whether it has a validation split.
         lrs: learning rates of the optimizer's groups in the first step.
+        trained: whether the metric is of the training examples, too.
     """
 
     state: RunState
@@ -49,6 +50,7 @@ class Run:
     steps_per_epoch: int
     validation: bool
     lrs: Sequence[float]
+    trained: bool = True
 
     def check(self, checkpoint: Checkpoint, path: Path) -> None:
         """Refuses a checkpoint of another run, or one that this run cannot have written.
@@ -60,14 +62,17 @@ class Run:
         entries.whole("epoch", checkpoint.epoch, 0, settings.epochs)
         entries.equal("step", checkpoint.step, checkpoint.epoch * self.steps_per_epoch)
         entries.real("seconds", checkpoint.seconds, 0.0)
-        if checkpoint.threads is not None:
-            entries.whole("threads", checkpoint.threads, 1)
+        for name in ("threads", "ranks"):
+            if getattr(checkpoint, name) is not None:
+                entries.whole(name, getattr(checkpoint, name), 1)
         term = self.state.term
         rows = Rows(
             settings,
             gated_layers(self.state.model),
             term.names if isinstance(term, DensityConstraint) else (),
             self.validation,
+            self.state.metric,
+            self.trained,
         )
         rows.check(entries, checkpoint)
         model, optimizer = self._as_removed(entries, checkpoint)
@@ -77,6 +82,8 @@ class Run:
         self._check_best(entries, checkpoint, model)
         self._check_term(entries, checkpoint)
         self._check_optimizer(entries, checkpoint.optimizer, optimizer, checkpoint.step)
+        self._check_average(entries, checkpoint, model)
+        self._check_scaler(entries, checkpoint.scaler)
         self._check_generators(entries, checkpoint)
 
     def check_start(self, checkpoint: Checkpoint, path: Path) -> None:
@@ -146,7 +153,7 @@ class Run:
 
     def _check_best(self, entries: Entries, checkpoint: Checkpoint, model: nn.Module) -> None:
         best: Any = checkpoint.best
-        found = best_epoch(checkpoint.history, self.settings)
+        found = best_epoch(checkpoint.history, self.settings, self.state.metric)
         entries.equal("best.epoch", None if best is None else best["epoch"], found)
         if best is None:
             return
@@ -236,6 +243,31 @@ class Run:
         wanted = rates_at(self.lrs, self.settings, step - 1, total)[number]
         if abs(lr - wanted) > NEAR * self.lrs[number]:
             entries.refuse(f"{place}.lr", f"is {lr:g}, not {wanted:g}")
+
+    def _check_average(self, entries: Entries, checkpoint: Checkpoint, model: nn.Module) -> None:
+        average, saved = self.state.average, checkpoint.average
+        if average is None or saved is None:
+            entries.equal("average", saved is not None, average is not None)
+            return
+        like: Mapping[str, Any] = dict(model.named_parameters()) | dict(model.named_buffers())
+        names = average.names() if checkpoint.step else ()
+        entries.names("average", saved, names)
+        for name in names:
+            low = 0.0 if name.endswith("running_var") else -math.inf
+            entries.tensor(f"average.{name}", saved[name], like[name].detach(), low)
+
+    def _check_scaler(self, entries: Entries, saved: Any) -> None:
+        scaler = self.state.scaler
+        if scaler is None or saved is None:
+            entries.equal("scaler", saved is not None, scaler is not None)
+            return
+        own = scaler.state_dict()
+        entries.names("scaler", saved, own)
+        for name, value in own.items():
+            if name in ("scale", "_growth_tracker"):
+                entries.real(f"scaler.{name}", saved[name], 0.0)
+            else:
+                entries.equal(f"scaler.{name}", saved[name], value)
 
     def _check_generators(self, entries: Entries, checkpoint: Checkpoint) -> None:
         entries.generator("rng", checkpoint.rng, torch.device("cpu"))

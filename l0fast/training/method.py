@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from l0fast import _checks
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.defaults import default_dual_lr
 from l0fast.constraints.dual import DUALS, Dual
@@ -31,7 +32,7 @@ def make_term(
     model: nn.Module,
     settings: TrainerSettings,
     steps: int,
-    examples: int,
+    examples: int | None,
     example_inputs: Any,
     table: LatencyTable | None = None,
 ) -> Term | None:
@@ -41,12 +42,15 @@ def make_term(
         model: with gates, unless the training is dense.
         settings: of the run.
         steps: of the whole run.
-        examples: number of training examples.
+        examples: number of training examples, or None if a stream does not tell.
         example_inputs: as in `sparsify_`.
         table: the latency table, where latency was measured before.
     """
     if settings.penalty is not None:
         per_example = examples if settings.penalty_per_example else None
+        if settings.penalty_per_example and examples is None:
+            expected = "False: the number of training examples is not known"
+            _checks.refuse("penalty_per_example", True, expected)
         penalty = L0Penalty(model, settings.penalty, per_example)
         penalty.open_(start_steps(settings.start, steps))
         return penalty
@@ -115,7 +119,12 @@ def rates_at(
     first: Sequence[float], settings: TrainerSettings, step: int, steps: int
 ) -> list[float]:
     """The learning rate of each group in step number `step` of `steps`; `first` are those of the
-    first step. That of the gates, the second group, stays: they are decided while it would fall."""
+    first step, but for the warm-up. That of the gates, the second group, stays: they are decided
+    while it would fall."""
+    rising = round(settings.warmup * steps / settings.epochs)
+    if step < rising:
+        return [first[0] * (step + 1) / rising, *first[1:]]
     if settings.schedule == "constant":
         return list(first)
-    return [first[0] * 0.5 * (1 + math.cos(math.pi * step / steps)), *first[1:]]
+    share = (step - rising) / (steps - rising)
+    return [first[0] * 0.5 * (1 + math.cos(math.pi * share)), *first[1:]]

@@ -4,39 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from l0fast import _checks
+from l0fast._metrics import held_key, validation_key
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.stall import find_stalls
-from l0fast.data.sets import Data, Split
 from l0fast.layers.handle import gates
 from l0fast.measures.density import density
+from l0fast.training.batches import Batches
 from l0fast.training.method import Term
-
-EVALUATION_BATCH = 1000
-VALIDATION = "validation_error_percent"
+from l0fast.training.precision import Precision
+from l0fast.training.task import Task
 
 Row = dict[str, Any]
 """The metrics of one epoch: a line of metrics.jsonl."""
-
-
-def error_percent(model: nn.Module, split: Split) -> float:
-    """The share of examples that the model gets wrong, in percent; puts it into evaluation mode."""
-    model.eval()
-    wrong = 0
-    with torch.no_grad():
-        for x, y in zip(
-            split.inputs.split(EVALUATION_BATCH),
-            split.targets.split(EVALUATION_BATCH),
-            strict=True,
-        ):
-            wrong += int((model(x).argmax(1) != y).sum())
-    return 100 * wrong / len(split.targets)
 
 
 def check_finite(model: nn.Module, loss: float, epoch: int) -> None:
@@ -54,12 +41,32 @@ def check_finite(model: nn.Module, loss: float, epoch: int) -> None:
     _checks.refuse(f"{name} (epoch {epoch})", got, expected)
 
 
-def measure(model: nn.Module, data: Data, term: Term | None) -> Row:
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model is evaluated by, after an epoch."""
+
+    task: Task
+    validation: Batches | None
+    test: Batches
+    precision: Precision
+
+    def validated(self, model: nn.Module, epoch: int) -> Row:
+        """The metric of the examples held out, by its key; nothing without such examples."""
+        if self.validation is None:
+            return {}
+        with self.precision.forward():
+            found = self.task.mean(model, self.validation.whole(epoch))
+        return {validation_key(self.task.metric): found}
+
+    def tested(self, model: nn.Module, epoch: int) -> Row:
+        """The metric of the test examples, by its key."""
+        with self.precision.forward():
+            return {held_key(self.task.metric): self.task.mean(model, self.test.whole(epoch))}
+
+
+def measure(model: nn.Module, evaluation: Evaluation, epoch: int, term: Term | None) -> Row:
     """The metrics of a model as it is now: its errors, its gates, and where constraints stand."""
-    row: Row = {}
-    if data.validation is not None:
-        row[VALIDATION] = error_percent(model, data.validation)
-    row["test_error_percent"] = error_percent(model, data.test)
+    row = {**evaluation.validated(model, epoch), **evaluation.tested(model, epoch)}
     if term is not None:
         row |= _gate_metrics(model)
     if isinstance(term, DensityConstraint):

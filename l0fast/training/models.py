@@ -151,7 +151,7 @@ def build(
     Args:
         name: "mlp", "lenet5", the name of one of torchvision's classifiers, or
             "package.module:callable"; the callable gets num_classes if it takes that argument.
-        in_shape: (channels, height, width) of one example.
+        in_shape: of one example; (channels, height, width) of an image.
         num_classes: outputs.
         widths: of the hidden layers. The MLP has any number of them (300-100 by default), LeNet
             two convolutions and one hidden layer (20-50-500). Other models take no widths.
@@ -168,10 +168,11 @@ def build(
     if not all(isinstance(width, int) and width >= 1 for width in widths):
         _checks.refuse("widths", widths, "whole numbers >= 1")
     if name == "mlp":
-        channels, height, width = in_shape
-        return mlp(channels * height * width, num_classes, widths)
+        return mlp(math.prod(in_shape), num_classes, widths)
     if len(widths) != 3:
         _checks.refuse("widths", widths, "three numbers for lenet5: conv, conv, hidden")
+    if len(in_shape) != 3:
+        _checks.refuse("model", name, f"another for examples of shape {tuple(in_shape)}: no images")
     return lenet5(in_shape, num_classes, widths)
 
 

@@ -1,12 +1,16 @@
-"""The device of a run, and its data and model on that device."""
+"""The device of a run, and the batches of its data on that device."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import nn
 
 from l0fast import _checks
-from l0fast.data.sets import Data, Split
+from l0fast.data.sets import SPLITS, Data, Split
+from l0fast.training.batches import Batches, InMemory
+from l0fast.training.settings import TrainerSettings
+from l0fast.training.streams import Streamed
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -23,26 +27,17 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         _checks.refuse("device", str(wanted), f"a device of this machine ({reason})")
 
 
-def place_data(data: Data, device: torch.device) -> Data:
-    """All splits on the device, images with channels last in memory."""
-    validation = None if data.validation is None else _place_split(data.validation, device)
-    train, test = _place_split(data.train, device), _place_split(data.test, device)
-    return Data(train, validation, test, data.num_classes)
+def make_batches(name: str, split: Any, settings: TrainerSettings, device: torch.device) -> Batches:
+    """The batches of a split on that device; `name` is for messages."""
+    if isinstance(split, tuple):
+        return InMemory(Split(*split), settings, device)
+    return Streamed(name, split, settings.seed, device)
 
 
-def place_model_(model: nn.Module, data: Data, device: torch.device) -> None:
-    """Moves the model to the device, in place, in the memory format of the data."""
-    model.to(device)
-    if _are_images(data.train):
-        model.to(memory_format=torch.channels_last)
-
-
-def _place_split(split: Split, device: torch.device) -> Split:
-    # Convolutions and pooling run about twice as fast on a CPU with channels last.
-    layout = torch.channels_last if _are_images(split) else torch.contiguous_format
-    return Split(split.inputs.to(device, memory_format=layout), split.targets.to(device))
-
-
-def _are_images(split: Split) -> bool:
-    """Whether the inputs are [N, channels, height, width]."""
-    return split.inputs.dim() == 4
+def place(data: Data, settings: TrainerSettings, device: torch.device) -> Any:
+    """(train, validation or None, test): the batches of all splits."""
+    splits = {name: getattr(data, name) for name in SPLITS}
+    return [
+        None if split is None else make_batches(f"data.{name}", split, settings, device)
+        for name, split in splits.items()
+    ]

@@ -7,26 +7,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from l0fast._metrics import ERROR, PERCENT, held_key, metric_of, title
 from l0fast._tables import aligned
 
 Row = dict[str, Any]
 
-HEAD = (
-    "run",
-    "asked",
-    "seeds",
-    "test error %",
-    "best %",
-    "density",
-    "params",
-    "MACs",
-    "pruned to",
-    "within",
-    "seconds",
-)
-
-
-NUMBERS = ("test_error_percent", "best_test_error_percent", "params_fraction", "macs_fraction")
+SHARES = ("params_fraction", "macs_fraction")
 ASKED = ("penalty", "target_density", "target_layer_density")
 
 
@@ -35,7 +21,8 @@ def is_summary(summary: object) -> bool:
     if not isinstance(summary, dict):
         return False
     get = summary.get
-    numbers: list[Any] = [get(name) for name in (*NUMBERS, "seconds")]
+    held = held_key(str(metric_of(summary)))
+    numbers: list[Any] = [get(name) for name in (held, f"best_{held}", *SHARES, "seconds")]
     numbers += [get(n) for n in ("penalty", "realised_density") if get(n) is not None]
     targets = get("target_layer_density") or {}
     widths = get("architecture")
@@ -74,12 +61,14 @@ def aggregate(name: str, summaries: Sequence[Mapping[str, Any]]) -> Row:
         summaries: of its finished runs, one for each seed, as summary.json has them.
 
     Returns:
-        name, asked, seeds; test_error_percent and deviation (of the pruned models),
-        best_test_error_percent (the lowest of all seeds and epochs); density, params, macs (mean
+        name, asked, seeds; metric (its name), test_METRIC and deviation (of the pruned models),
+        best_test_METRIC (the lowest of all seeds and epochs); density, params, macs (mean
         fractions that the pruned models have), architecture (mean widths), within (how many meet
         their target; None without one), seconds (mean).
     """
-    errors = [summary["test_error_percent"] for summary in summaries]
+    metric = metric_of(summaries[0])
+    held = held_key(metric)
+    errors = [summary[held] for summary in summaries]
     feasible = [s["feasible"] for s in summaries if s["feasible"] is not None]
     widths = [s["architecture"].split("-") for s in summaries if s["architecture"]]
     densities = [s["realised_density"] for s in summaries if s.get("realised_density") is not None]
@@ -87,9 +76,10 @@ def aggregate(name: str, summaries: Sequence[Mapping[str, Any]]) -> Row:
         "name": name,
         "asked": _asked(summaries[0]),
         "seeds": len(summaries),
-        "test_error_percent": mean(errors),
+        "metric": metric,
+        held: mean(errors),
         "deviation": deviation(errors),
-        "best_test_error_percent": min(s["best_test_error_percent"] for s in summaries),
+        f"best_{held}": min(s[f"best_{held}"] for s in summaries),
         "density": mean(densities) if densities else None,
         "params": mean([s["params_fraction"] for s in summaries]),
         "macs": mean([s["macs_fraction"] for s in summaries]),
@@ -120,40 +110,63 @@ def _asked(summary: Mapping[str, Any]) -> str:
     return f"{100 * summary['target_density']:.4g} %{of}"
 
 
+def head(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """What the columns of a table of these rows are called."""
+    metric = metric_of(rows[0]) if rows else ERROR
+    percent = metric.endswith(PERCENT)
+    return (
+        "run",
+        "asked",
+        "seeds",
+        f"test {title(metric)}".replace("(%)", "%"),
+        "best %" if percent else "best",
+        "density",
+        "params",
+        "MACs",
+        "pruned to",
+        "within",
+        "seconds",
+    )
+
+
 def cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    """The cells of a row, in the order of HEAD; a cell without a value is empty."""
+    """The cells of a row, in the order of `head`; a cell without a value is empty."""
+    metric = metric_of(row)
+    held = held_key(metric)
+    form = "{:.2f}" if metric.endswith(PERCENT) else "{:.4g}"
 
     def share(name: str) -> str:
         return "" if row.get(name) is None else f"{100 * row[name]:.1f} %"
 
-    def number(name: str, digits: int) -> str:
-        return "" if row.get(name) is None else f"{row[name]:.{digits}f}"
+    def number(name: str, form: str) -> str:
+        return "" if row.get(name) is None else form.format(row[name])
 
-    error = number("test_error_percent", 2)
+    error = number(held, form)
     if row.get("deviation") is not None:
-        error += f" ± {row['deviation']:.2f}"
+        error += f" ± {form.format(row['deviation'])}"
     within = "" if row.get("within") is None else f"{row['within']} of {row['seeds']}"
     return (
         str(row["name"]),
         row.get("asked", ""),
         str(row.get("seeds", "")),
         error,
-        number("best_test_error_percent", 2),
+        number(f"best_{held}", form),
         share("density"),
         share("params"),
         share("macs"),
         row.get("architecture", ""),
         within,
-        number("seconds", 0),
+        number("seconds", "{:.0f}"),
     )
 
 
 def text_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows, aligned."""
-    return "\n".join(aligned([HEAD, *map(cells, rows)], left=2))
+    return "\n".join(aligned([head(rows), *map(cells, rows)], left=2))
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = [HEAD, tuple("---" for _ in HEAD), *map(cells, rows)]
+    names = head(rows)
+    lines = [names, tuple("---" for _ in names), *map(cells, rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

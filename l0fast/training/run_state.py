@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from l0fast._metrics import ERROR, validation_key
 from l0fast.graph.computed import copied
+from l0fast.training.average import Average
 from l0fast.training.checkpoint import Checkpoint, rng_state
 from l0fast.training.method import Term
-from l0fast.training.metrics import VALIDATION, Row
+from l0fast.training.metrics import Row
+from l0fast.training.ranks import Ranks
 from l0fast.training.shrinking import Shrinking
 
 
@@ -28,6 +32,12 @@ class RunState:
     """The constraint or penalty, with its multipliers; None for a dense training."""
     shrinking: Shrinking | None = None
     """None where the model keeps its size."""
+    metric: str = ERROR
+    """The name of what is reported of each split."""
+    average: Average | None = None
+    """Of the weights: the model that is evaluated and pruned; None: the weights themselves."""
+    scaler: Any = None
+    """torch's GradScaler, with fp16."""
     epoch: int = 0
     """Number of finished epochs."""
     step: int = 0
@@ -55,7 +65,10 @@ class RunState:
             optimizer=self.optimizer.state_dict(),
             term=None if self.term is None else self.term.state_dict(),
             best=self.best,
+            average=None if self.average is None else self.average.state_dict(),
+            scaler=None if self.scaler is None else self.scaler.state_dict(),
             threads=torch.get_num_threads(),
+            ranks=size if (size := Ranks.here().size) > 1 else None,
             **({} if self.shrinking is None else self.shrinking.as_entries()),
             **rng_state(self.device),
         )
@@ -78,6 +91,10 @@ class RunState:
         self.epoch, self.step = checkpoint.epoch, checkpoint.step
         self.seconds, self.history = checkpoint.seconds, checkpoint.history
         self.best = checkpoint.best
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.average or {})
+        if self.scaler is not None:
+            self.scaler.load_state_dict(checkpoint.scaler or {})
         checkpoint.restore_rng(self.device)
 
     def start_from_(self, checkpoint: Checkpoint) -> None:
@@ -92,14 +109,19 @@ class RunState:
             self.term.open_(0)  # its units are told apart already
 
     def keep_if_best(self) -> None:
-        """Keeps a copy of the model if it meets its targets, with the lowest validation error."""
+        """Keeps a copy of the model if it meets its targets, with the lowest validation metric."""
         row = self.history[-1]
         if not row.get("feasible", True):
             return
-        best = self.best and self.history[self.best["epoch"] - 1]
-        if best is None or row[VALIDATION] <= best[VALIDATION]:
+        best, name = self.best and self.history[self.best["epoch"] - 1], validation_key(self.metric)
+        if best is None or row[name] <= best[name]:
             state = {name: value.clone() for name, value in self.model.state_dict().items()}
             self.best = {"epoch": self.epoch, "model": state}
+
+    def evaluated(self) -> AbstractContextManager[object]:
+        """Within it the model is the one to evaluate and to prune: of averaged weights, if asked
+        for."""
+        return nullcontext() if self.average is None else self.average.in_force()
 
     def selected(self) -> tuple[int, nn.Module]:
         """The epoch whose model is the run's result, and that model: the best one, or the last."""

@@ -15,7 +15,9 @@ from l0fast.data.augment import AUGMENTS
 from l0fast.layers.options import GATES
 from l0fast.measures import amounts
 from l0fast.measures.measure import MEASURES
+from l0fast.training.precision import DTYPES
 
+KINDS = ("classification", "regression", "multilabel")
 METHODS = ("l0", "magnitude", "magnitude-one-shot")
 MAX_SEED = 2**32 - 1
 MOST = 2**31 - 1
@@ -37,8 +39,13 @@ class TrainerSettings:
         gates: where the gates sit, as in `sparsify_`, if the trainer puts them in.
         penalty: coefficient of the penalised method.
         penalty_per_example: `penalty` is in the unit of Louizos et al. (see `L0Penalty`).
+        task: what the targets of the examples are, unless the `Trainer` has a loss of its own:
+            "classification" (cross-entropy; reported is the error in percent), "regression" (the
+            mean squared error) or "multilabel" (binary cross-entropy of each label; reported is the
+            share of labels that are wrong, in percent).
         epochs: passes over the training examples, >= 1.
-        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller.
+        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller. A DataLoader
+            has its own.
         seed: of the order of the examples; torch.manual_seed governs all other random numbers.
         lr: Adam's learning rate for the weights.
         gate_lr: Adam's learning rate for the gates; None: by the number of steps (see
@@ -62,6 +69,20 @@ class TrainerSettings:
             have no such epochs.
         augment: random changes of training images: "none", "crop" (each is shifted by up to an
             eighth of its side, a pixel at least) or "crop-flip" (and half of them mirrored).
+        precision: of a training step: "fp32", or by autocast "bf16" or "fp16" (with a scaled loss).
+            Weights, gates and multipliers stay in float32. The model is evaluated in it after each
+            epoch, but the pruned one in float32.
+        accumulate: in how many parts the batch of a step is computed, one after the other, >= 1:
+            the same training with less memory. Each part draws its gates; the constraint's term and
+            the multipliers' step come once.
+        clip_grad_norm: the most that the norm of the weights' gradient may be, > 0; None: any.
+            That of the gates is not clipped.
+        warmup: epochs, or a part of one, over which the learning rate of the weights rises to `lr`
+            from nothing, before its schedule; >= 0, and less than `epochs`.
+        ema: the decay of an exponential moving average of the weights, in [0, 1), which is
+            evaluated and pruned in their place (see `l0fast.training.average`); None: no average.
+        compile: the backend of torch.compile for a step's forward, such as "inductor"; None does
+            not compile.
         weight_decay: decoupled, of the weights.
         schedule: of the weights' learning rate: "cosine" (it falls to 0 over the training) or
             "constant". That of the gates stays.
@@ -85,6 +106,7 @@ class TrainerSettings:
     gates: str = "auto"
     penalty: float | None = None
     penalty_per_example: bool = False
+    task: str = "classification"
     epochs: int = 20
     batch_size: int = 128
     seed: int = 0
@@ -99,6 +121,12 @@ class TrainerSettings:
     target_warmup: float = WARMUP
     settle: float = 0.1
     augment: str = "none"
+    precision: str = "fp32"
+    accumulate: int = 1
+    clip_grad_norm: float | None = None
+    warmup: float = 0.0
+    ema: float | None = None
+    compile: str | None = None
     weight_decay: float = 0.1
     schedule: str = "cosine"
     select: str = "last"
@@ -118,6 +146,11 @@ class TrainerSettings:
         _checks.one_of("measure", self.measure, MEASURES)
         _checks.one_of("method", self.method, METHODS)
         _checks.one_of("gates", self.gates, ("auto", *GATES))
+        _checks.one_of("task", self.task, KINDS)
+        _checks.one_of("precision", self.precision, tuple(DTYPES))
+        if not (self.compile is None or isinstance(self.compile, str)):
+            expected = "a backend of torch.compile, such as 'inductor', or None"
+            _checks.refuse("compile", self.compile, expected, TypeError)
         _checks.one_of("augment", self.augment, AUGMENTS)
         _checks.one_of("dual", self.dual, tuple(DUALS))
         _checks.one_of("target_schedule", self.target_schedule, ("constant", *POWERS))
@@ -145,6 +178,11 @@ class TrainerSettings:
             _checks.refuse("shrink", self.shrink, "measure='gates' beside it")
         if self.select == "best":
             _checks.refuse("shrink", self.shrink, "select='last': earlier models are larger")
+        for name in ("ema", "compile"):
+            if getattr(self, name) is not None:
+                _checks.refuse(
+                    "shrink", self.shrink, f"no {name}, which needs one size of the model"
+                )
 
     def _checked_targets(self) -> dict[str, Any]:
         """The densities that are asked for."""
@@ -169,6 +207,7 @@ class TrainerSettings:
         checked: dict[str, Any] = {
             "epochs": _checks.whole("epochs", self.epochs, 1, MOST),
             "batch_size": _checks.whole("batch_size", self.batch_size, 1, MOST),
+            "accumulate": _checks.whole("accumulate", self.accumulate, 1, MOST),
             "seed": _checks.whole("seed", self.seed, 0, MAX_SEED),
             "shrink": None
             if self.shrink is None
@@ -188,6 +227,16 @@ class TrainerSettings:
         for name in ("start", "settle"):
             value = getattr(self, name)
             checked[name] = _checks.number(name, value, expected, open_high=True, **options)
+        expected = "a number of epochs >= 0, less than all of them"
+        last: dict[str, Any] = {"low": 0.0, "high": float(self.epochs), "open_high": True}
+        checked["warmup"] = _checks.number("warmup", self.warmup, expected, **last)
+        if self.clip_grad_norm is not None:
+            name, expected = "clip_grad_norm", "a number > 0, or None"
+            clip = _checks.number(name, self.clip_grad_norm, expected, low=0.0, open_low=True)
+            checked[name] = clip
+        if self.ema is not None:
+            expected = "a decay in [0, 1), or None"
+            checked["ema"] = _checks.number("ema", self.ema, expected, open_high=True, **options)
         if self.start + self.settle >= 1:
             _checks.refuse("start + settle", self.start + self.settle, "less than 1")
         return checked
@@ -217,6 +266,13 @@ BEFORE: dict[str, Any] = {
     "start": 0.0,
     "settle": 0.0,
     "augment": "none",
+    "task": "classification",
+    "precision": "fp32",
+    "accumulate": 1,
+    "clip_grad_norm": None,
+    "warmup": 0.0,
+    "ema": None,
+    "compile": None,
 }
 """What earlier versions did. Their summaries and checkpoints do not name these settings."""
 

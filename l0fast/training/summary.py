@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from l0fast._metrics import held_key, validation_key
 from l0fast.constraints.stall import last_messages
 from l0fast.measures.flops import count_macs, count_params
-from l0fast.pruning.report import Report
-from l0fast.training.metrics import VALIDATION, Row
+from l0fast.pruning.prune import prune
+from l0fast.pruning.report import Report, required_report
+from l0fast.training.metrics import Evaluation, Row
+from l0fast.training.precision import Precision
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 
@@ -34,16 +37,18 @@ def summarise(
         settings: of the run.
         state: after the last epoch.
         epoch: the one whose model is the result.
-        outcome: of that model, by `outcome_of_pruned` or `outcome_of_dense`.
+        outcome: of that model, by `result_of`.
         cuda_graph: whether steps were captured, in words.
     """
+    held, validation = held_key(state.metric), validation_key(state.metric)
     return {
         **identity,
         **_asked(settings),
         **outcome,
-        "best_test_error_percent": min(row["test_error_percent"] for row in state.history),
+        f"best_{held}": min(row[held] for row in state.history),
         "selected_epoch": epoch,
-        VALIDATION: state.history[epoch - 1].get(VALIDATION),
+        validation: state.history[epoch - 1].get(validation),
+        "metric": state.metric,
         "stalls": last_messages(state.history),
         "seconds": round(state.seconds, 3),
         "settings": asdict(settings),
@@ -66,12 +71,29 @@ def _asked(settings: TrainerSettings) -> Summary:
     }
 
 
+def result_of(
+    state: RunState, settings: TrainerSettings, evaluation: Evaluation, example_inputs: Any
+) -> tuple[int, nn.Module | None, Summary]:
+    """(the epoch whose model is the result, that model pruned, its outcome), after the last epoch;
+    None without gates. The pruned model is evaluated in float32."""
+    epoch, model = state.selected()
+    if state.term is None:
+        key = held_key(state.metric)
+        tested = {key: state.history[epoch - 1][key]}
+        return epoch, None, outcome_of_dense(model, example_inputs, tested)
+    pruned = prune(model, example_inputs, state.term)
+    tested = replace(evaluation, precision=Precision("fp32", state.device)).tested(pruned, epoch)
+    report = required_report(pruned)
+    outcome = outcome_of_pruned(report, settings, state.history, epoch, tested)
+    return epoch, pruned, outcome
+
+
 def outcome_of_pruned(
     report: Report,
     settings: TrainerSettings,
     history: list[Row],
     epoch: int,
-    test_error: float,
+    tested: Mapping[str, float],
 ) -> Summary:
     """The outcome of a run with gates: size and error of its pruned model.
 
@@ -79,7 +101,7 @@ def outcome_of_pruned(
         report: what `prune` reported.
         settings, history: of the run.
         epoch: the one whose model was pruned.
-        test_error: of the pruned model, in percent.
+        tested: the metric of the pruned model, by its key.
     """
     before_settling = history[min(epoch, settings.settles_at) - 1]
     groups = report.groups.values()
@@ -91,21 +113,21 @@ def outcome_of_pruned(
         "collapsed": report.collapsed,
         "reopened": [name for name in before_settling["collapsed"] if name not in report.collapsed],
         "architecture": report.architecture,
-        "test_error_percent": test_error,
+        **tested,
         "feasible": feasible if settings.penalty is None else None,
         **_sizes(report.params, report.macs),
         **_memory_and_latency(report),
     }
 
 
-def outcome_of_dense(model: nn.Module, example_inputs: Any, last: Row) -> Summary:
-    """The outcome of a dense training; `last` is the row of metrics of its model."""
+def outcome_of_dense(model: nn.Module, example_inputs: Any, tested: Mapping[str, float]) -> Summary:
+    """The outcome of a dense training; `tested` as in `outcome_of_pruned`."""
     params = count_params(model)
     macs = count_macs(model, example_inputs)[""]
     return {
         "expected_density": None,
         "architecture": None,
-        "test_error_percent": last["test_error_percent"],
+        **tested,
         "feasible": None,
         **_sizes([params, params], [macs, macs]),
     }

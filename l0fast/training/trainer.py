@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -13,47 +12,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
-from l0fast.data.augment import augmented
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
+from l0fast.graph.compare import tensors_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
-from l0fast.pruning.prune import prune
-from l0fast.pruning.report import required_report
-from l0fast.training.arguments import check_arguments, json_facts
+from l0fast.training.arguments import check_arguments, example_of, json_facts
+from l0fast.training.average import Average
+from l0fast.training.batches import are_images
 from l0fast.training.checkpoint import Checkpoint
-from l0fast.training.cuda_graph import Steps, check_asked, set_learning_rates
+from l0fast.training.cuda_graph import check_asked
 from l0fast.training.folder import RunFolder
 from l0fast.training.matching import Run
-from l0fast.training.method import make_optimizer, make_term, rates_at
-from l0fast.training.metrics import Row, check_finite, error_percent, measure, stall_metrics
-from l0fast.training.placement import place_data, place_model_, usable_device
+from l0fast.training.method import make_optimizer, make_term
+from l0fast.training.metrics import Evaluation, Row, check_finite, measure, stall_metrics
+from l0fast.training.placement import place, usable_device
+from l0fast.training.precision import Precision
+from l0fast.training.ranks import Ranks
 from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.shrinking import make_shrinking
-from l0fast.training.summary import Summary, outcome_of_dense, outcome_of_pruned, summarise
+from l0fast.training.stepping import Stepping
+from l0fast.training.summary import Summary, result_of, summarise
+from l0fast.training.task import LossFn, MetricFn, make_task
 from l0fast.training.tensorboard import scalar_writer
 
 
 class Trainer:
     """Trains a model under its constraint, with checkpoints, and prunes it at the end.
 
-    The data lie on the device as a whole; nothing is read back during an epoch. A checkpoint is
-    written after each epoch; `fit(resume=True)` goes on from it and ends with the same weights,
-    multipliers and metrics, bit for bit, as a run that was never interrupted.
+    Nothing is read back from the device during an epoch. A checkpoint is written after each epoch;
+    `fit(resume=True)` goes on from it and ends with the same weights, multipliers and metrics, bit
+    for bit, as a run that was never interrupted.
 
     Args:
-        model: any classifier, trained in place. If the settings ask for gates and it has none,
-            `sparsify_` gives it some.
-        data: train, validation and test splits (see `l0fast.data.sets`).
+        model: trained in place, on all processes of torch.distributed, if it is set up (see the
+            guide of several processes). If the settings ask for gates and it has none, `sparsify_`
+            gives it some.
+        data: train, validation and test splits (see `l0fast.data.sets.Data`). A `Split` lies on
+            the device as a whole; a DataLoader, or what else gives batches each time it is
+            iterated, is streamed. Each epoch of a stream has random numbers of its own, by (seed,
+            epoch) alone.
         settings: how to train.
-        out: folder for checkpoint.pt, metrics.jsonl, summary.json, dynamics.png and
-            pruned.safetensors, and for tensorboard/ where TensorBoard is installed; None writes
-            nothing.
+        loss_fn: (model, batch) -> the mean loss of the batch, 0-d. By default that of
+            `settings.task`, of batches (inputs, targets).
+        metric: (model, batch) -> a number for each example, or their mean, 0-d; lower is better.
+            Its name is that of the function: `mae` is `test_mae` in the metrics. By default that of
+            `settings.task`, or the loss where `loss_fn` is given.
+        example_inputs: as in `sparsify_`; by default the inputs of one training example, which
+            are a batch's first part.
+        out: folder, seen by all processes, for checkpoint.pt, metrics.jsonl, summary.json,
+            dynamics.png and pruned.safetensors, and for tensorboard/ where TensorBoard is
+            installed; None writes nothing.
         identity: facts about model and data ("dataset", "model", ...). They head the summary, and a
             checkpoint is resumed only by a run that has the same.
         device: where to train; CUDA if there is one, else the CPU.
@@ -76,44 +89,61 @@ class Trainer:
         model: nn.Module,
         data: Data,
         settings: TrainerSettings,
+        loss_fn: LossFn | None = None,
+        metric: MetricFn | None = None,
         *,
+        example_inputs: Any = None,
         out: str | Path | None = None,
         identity: Mapping[str, Any] | None = None,
         device: str | torch.device | None = None,
         table: LatencyTable | None = None,
     ) -> None:
-        check_arguments(model, data, settings, table)
+        check_arguments(model, data, settings, table, loss_fn is not None)
+        self.task = make_task(settings.task, loss_fn, metric)
         self.device = usable_device(device)
         check_asked(settings.cuda_graph, self.device)
         self.settings, self.identity = settings, json_facts(identity)
         self._run_identity = {**self.identity, **asdict(settings)}
-        self.folder = RunFolder(out)
-        self.data = place_data(data, self.device)
-        self.example_inputs = self.data.train.inputs[:1]
-        examples = len(data.train.targets)
-        self.steps_per_epoch = math.ceil(examples / settings.batch_size)
+        if loss_fn or metric:
+            self._run_identity["metric"] = self.task.metric
+        self.ranks = Ranks.here()
+        self.folder = RunFolder(out if self.ranks.first else None)
+        train, validation, test = place(data, settings, self.device)
+        precision = Precision(settings.precision, self.device)
+        self.evaluation = Evaluation(self.task, validation, test, precision)
+        self.example_inputs = example_of(train, example_inputs, self.device)
+        self.steps_per_epoch = len(train)
         self.total_steps = self.steps_per_epoch * settings.epochs
-        place_model_(model, data, self.device)
+        model.to(self.device)
+        if any(are_images(leaf) for leaf in tensors_of(self.example_inputs)):
+            model.to(memory_format=torch.channels_last)
         if settings.gated and not gated_layers(model):
             where, skip = settings.gates, settings.skip
             sparsify_(model, gates=where, example_inputs=self.example_inputs, skip=skip)
         if settings.measure == "latency":
-            table = self.folder.latency_table(table, self._run_identity, self.device)
+            given = table
+            table = self.ranks.of_first(
+                lambda: self.folder.latency_table(given, self._run_identity, self.device)
+            )
         if settings.gated:
             gates(model).forget_constraints()  # only the settings' targets hold
         self.model = model
         self.term = make_term(
-            model, settings, self.total_steps, examples, self.example_inputs, table
+            model, settings, self.total_steps, train.examples, self.example_inputs, table
         )
         self.optimizer = make_optimizer(model, settings, self.total_steps)
-        self._base_lrs = [group["lr"] for group in self.optimizer.param_groups]
-        self._steps = Steps(
-            self._take_step, model, self.optimizer, settings.batch_size, settings.cuda_graph
-        )
-        self._loss_sum = torch.zeros((), device=self.device)
-        self._errors = torch.zeros((), dtype=torch.int64, device=self.device)
         shrinking = make_shrinking(model, self.optimizer, settings, self.example_inputs)
-        self.state = RunState(self.device, model, self.optimizer, self.term, shrinking)
+        self.state = RunState(
+            self.device,
+            model,
+            self.optimizer,
+            self.term,
+            shrinking,
+            self.task.metric,
+            None if settings.ema is None else Average(model, settings.ema),
+            precision.scaler,
+        )
+        self._stepping = Stepping(self.state, self.task, train, settings, precision)
         self.pruned: nn.Module | None = None
         self._opened = self._another_follows = False
         self._unsettled: Checkpoint | None = None
@@ -160,14 +190,16 @@ class Trainer:
         state, settings, started = self.state, self.settings, time.perf_counter()
         if state.epoch == settings.settles_at:
             self._settle()
-        trained = self._train_epoch()
+        trained = self._stepping.epoch()
         check_finite(self.model, trained["loss"], state.epoch + 1)
         state.epoch += 1
-        row = {"epoch": state.epoch, **trained, **measure(self.model, self.data, self.term)}
-        state.history.append(row)
-        row |= stall_metrics(self.term, self.history, settings.epochs, self._base_lrs[-1])
-        if settings.may_select(state.epoch):
-            state.keep_if_best()
+        with state.evaluated():
+            measured = measure(self.model, self.evaluation, state.epoch, self.term)
+            row = {"epoch": state.epoch, **trained, **measured}
+            state.history.append(row)
+            if settings.may_select(state.epoch):
+                state.keep_if_best()
+        row |= stall_metrics(self.term, self.history, settings.epochs, self._stepping.base_lrs[-1])
         if state.shrinking is not None:
             if not (self._another_follows and row["settled"]):
                 state.shrinking.remove_idle()
@@ -188,54 +220,13 @@ class Trainer:
         if self.state.shrinking is not None and not self._another_follows:
             self.state.shrinking.remove_closed()
 
-    def _train_epoch(self) -> Row:
-        """One pass over the training examples; the sums stay on the device until its end."""
-        size, count = self.settings.batch_size, len(self.data.train.targets)
-        # The order depends on (seed, epoch) alone, so a resumed run sees the same.
-        generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(count, generator=generator).to(self.device)
-        self._loss_sum.zero_()
-        self._errors.zero_()
-        self.model.train()
-        with self._steps.running():
-            for start in range(0, count, size):
-                lrs = rates_at(self._base_lrs, self.settings, self.state.step, self.total_steps)
-                set_learning_rates(self.optimizer, lrs)
-                self._steps(order[start : start + size])  # _take_step, or its CUDA graph
-                self.state.step += 1
-                if self.term is not None and self.term.count_():
-                    self._steps.renew()
-        return {
-            "loss": float(self._loss_sum) / count,
-            "train_error_percent": 100 * int(self._errors) / count,
-        }
-
-    def _take_step(self, index: Tensor) -> None:
-        """One step on the training examples at `index`; nothing is read back."""
-        x = augmented(self.data.train.inputs, index, self.settings.augment)
-        y = self.data.train.targets.index_select(0, index)
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, y)
-        objective = loss if self.term is None else loss + self.term()
-        objective.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.term is not None:
-            self.term.advance_()
-        self._loss_sum += loss.detach() * len(index)
-        self._errors += (logits.detach().argmax(1) != y).sum()
-
     def _finish(self) -> Summary:
         """Prunes the selected model, writes what a finished run leaves, returns the summary."""
-        epoch, model = self.state.selected()
-        if self.term is None:
-            outcome = outcome_of_dense(model, self.example_inputs, self.history[epoch - 1])
-        else:
-            self.pruned = prune(model, self.example_inputs, self.term)
-            error = error_percent(self.pruned, self.data.test)
-            report = required_report(self.pruned)
-            outcome = outcome_of_pruned(report, self.settings, self.history, epoch, error)
-        graph = self._steps.status
+        with self.state.evaluated():
+            epoch, self.pruned, outcome = result_of(
+                self.state, self.settings, self.evaluation, self.example_inputs
+            )
+        graph = self._stepping.graph.status
         summary = summarise(self.identity, self.settings, self.state, epoch, outcome, graph)
         self.folder.write_results(self.pruned, self.term, self.history, summary)
         return summary
@@ -258,7 +249,7 @@ class Trainer:
                 kept, and closed gates are not removed.
         """
         self._another_follows = another_follows
-        path = self.folder.open(resume)
+        path = self.ranks.of_first(lambda: self.folder.open(resume))
         try:
             self._go_on_from(path, start_from)
         except BaseException:
@@ -272,7 +263,7 @@ class Trainer:
             checkpoint = Checkpoint.read(path, self.device)
             checkpoint.refuse_other_run(path, self._run_identity)
             self._as_asked.check(checkpoint, path)
-            checkpoint.warn_of_threads()
+            checkpoint.warn_of_rounding()
             self.state.load_(checkpoint, path)
             self.folder.write_metrics(self.history)  # a kill may have left them an epoch behind
             return
@@ -288,8 +279,14 @@ class Trainer:
     @property
     def _as_asked(self) -> Run:
         """What a checkpoint must fit."""
-        validation = self.data.validation is not None
-        return Run(self.state, self.settings, self.steps_per_epoch, validation, self._base_lrs)
+        return Run(
+            self.state,
+            self.settings,
+            self.steps_per_epoch,
+            self.evaluation.validation is not None,
+            self._stepping.base_lrs,
+            self.task.of_training,
+        )
 
     def checkpoint(self) -> Checkpoint:
         """The state of the run as it is; its tensors are the model's own."""

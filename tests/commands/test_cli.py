@@ -20,6 +20,7 @@ from l0fast.data import sets
 from l0fast.training import models
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import FILES, LATENCY, METRICS, PLOT, PRUNED, SUMMARY
+from l0fast.training.stepping import Stepping
 from l0fast.training.tensorboard import TENSORBOARD
 from tests import ROOT
 from tests.helpers.command import refused, run, tree
@@ -222,7 +223,7 @@ def test_an_interrupt_is_no_traceback(
     def interrupt(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
+    monkeypatch.setattr(Stepping, "epoch", interrupt)
     assert run(*FAST, "--quiet", "--density", "0.5") == 130
     error = capsys.readouterr().err
     assert "--resume" in error

@@ -20,12 +20,12 @@ from typing import Any
 import pytest
 import torch
 
-from l0fast import Trainer
 from l0fast._files import FolderLock, locked
 from l0fast.commands import runs
 from l0fast.commands.shell import answer
 from l0fast.training.checkpoint import CHECKPOINT
 from l0fast.training.folder import PRUNED, SUMMARY
+from l0fast.training.stepping import Stepping
 from tests import ROOT
 from tests.helpers.command import refused, run
 from tests.helpers.fuzz import replaced, write_checkpoint
@@ -398,7 +398,7 @@ def test_a_command_without_resume_promises_none(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("l0fast.commands.pruning._rebuilt", interrupt)
-    monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
+    monkeypatch.setattr(Stepping, "epoch", interrupt)
     assert run("report", "x") == 130
     assert capsys.readouterr().err == "l0fast report: interrupted\n"
     assert run(*COMPARE) == 130

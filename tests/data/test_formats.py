@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from l0fast.data import formats, sets
+from l0fast.data import formats, imagefolder, sets
 from tests.helpers.images import idx, tiny_imagefolder
 
 CIFAR = {
@@ -133,21 +133,87 @@ def test_imagefolder(tmp_path: Path, held: str) -> None:
     tiny_imagefolder(tmp_path, held)
     loaded = sets.load("imagefolder", str(tmp_path))
     assert loaded.num_classes == 2
-    assert loaded.train.targets.tolist() == loaded.test.targets.tolist() == [0, 0, 1, 1]
-    assert loaded.train.inputs.shape == loaded.test.inputs.shape == (4, 3, 6, 8)
-    for split, first in ((loaded.train, 0), (loaded.test, 4)):
-        pixels = torch.tensor([[30 * (first + i), 255, i % 2] for i in range(4)])
+    assert loaded.validation is None
+    for loader, first in ((loaded.train, 0), (loaded.test, 4)):
+        (batch,) = loader
+        inputs, targets = batch
+        assert inputs.shape == (4, 3, 6, 8)
+        order = targets * 2 + (inputs[:, 2, 0, 0] > inputs[:, 2, 0, 0].mean())
+        assert sorted(order.tolist()) == [0, 1, 2, 3]
+        pixels = torch.tensor([[30 * (first + int(i)), 255, int(i) % 2] for i in order])
         wanted = normalised(pixels[:, :, None, None], (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         torch.testing.assert_close(
-            split.inputs.double(), wanted.expand(-1, -1, 6, 8), rtol=1e-6, atol=1e-6
+            inputs.double(), wanted.expand(-1, -1, 6, 8), rtol=1e-6, atol=1e-6
+        )
+
+
+def test_a_folder_of_classes_is_divided(tmp_path: Path) -> None:
+    """A fifth is the test, the same for every seed; of the rest a share is held out."""
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            colour = (10 * number, 100 if name == "cat" else 0, 0)
+            Image.new("RGB", (4, 4), colour).save(tmp_path / name / f"{number}.png")
+
+    def images(loader: Any) -> set[tuple[float, ...]]:
+        return {tuple(x[:, 0, 0].tolist()) for inputs, _ in loader for x in inputs}
+
+    first, second = (
+        sets.load("imagefolder", str(tmp_path), 0.25, seed, imagefolder.Loading(batch_size=3))
+        for seed in (0, 1)
+    )
+    parts = [images(first[place]) for place in range(3)]
+    assert [len(part) for part in parts] == [12, 4, 4]
+    assert len(set.union(*parts)) == 20
+    assert images(second.test) == parts[2]
+    assert images(second.validation) != parts[1]
+
+
+def test_augmented_images_of_a_folder(tmp_path: Path) -> None:
+    """Training images change from epoch to epoch, test images do not; a crop repeats the border."""
+    ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, :, None], (16, 16, 3))
+    for part in ("train", "val"):
+        (tmp_path / part / "a").mkdir(parents=True)
+        Image.fromarray(np.ascontiguousarray(ramp)).save(tmp_path / part / "a" / "0.png")
+
+    def rows(split: Any) -> set[tuple[int, ...]]:
+        """The first rows of pixels seen in some epochs."""
+        seen: set[tuple[int, ...]] = set()
+        for _ in range(40):
+            ((x, _),) = split
+            pixels = (x[0, 0] * 0.229 + 0.485) * 255
+            assert x.shape == (1, 3, 16, 16)
+            seen.add(tuple(pixels[0].round().int().tolist()))
+        return seen
+
+    plain = tuple(range(16))
+    shifts = {tuple(min(max(i + s, 0), 15) for i in range(16)) for s in (-2, -1, 0, 1, 2)}
+    for augment in imagefolder.IMAGE_AUGMENTS:
+        loading = imagefolder.Loading(image_size=16, augment=augment)
+        loaded = sets.load("imagefolder", str(tmp_path), loading=loading)
+        assert rows(loaded.test) == {plain}
+        seen = rows(loaded.train)
+        if augment == "none":
+            assert seen == {plain}
+        elif augment == "crop":
+            assert seen == shifts
+        elif augment == "crop-flip":
+            assert seen == shifts | {row[::-1] for row in shifts}
+        else:
+            assert len(seen) > 20
+    with pytest.raises(ValueError, match=r"^augment: got 'resized-crop-flip'; expected an image_s"):
+        sets.load(
+            "imagefolder", str(tmp_path), loading=imagefolder.Loading(augment="resized-crop-flip")
         )
 
 
 def test_images_of_several_sizes_need_one(tmp_path: Path) -> None:
     tiny_imagefolder(tmp_path, sizes=((8, 6), (5, 9)))
-    with pytest.raises(ValueError, match=r"^image_size: got None; expected a number: .*1\.png is"):
-        sets.load("imagefolder", str(tmp_path))
-    assert sets.load("imagefolder", str(tmp_path), image_size=4).train.inputs.shape == (4, 3, 4, 4)
+    with pytest.raises(ValueError, match=r"^image_size: got None; expected a number: images are "):
+        list(sets.load("imagefolder", str(tmp_path)).train)
+    loading = imagefolder.Loading(image_size=4)
+    ((inputs, _),) = sets.load("imagefolder", str(tmp_path), loading=loading).train
+    assert inputs.shape == (4, 3, 4, 4)
 
 
 def add_a_class(root: Path) -> None:
@@ -171,7 +237,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, mess
     tiny_imagefolder(tmp_path)
     damage(tmp_path)
     with pytest.raises(ValueError, match=r"^data_root: got .*; expected") as caught:
-        sets.load("imagefolder", str(tmp_path))
+        list(sets.load("imagefolder", str(tmp_path)).train)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -195,9 +261,9 @@ def test_no_root(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_an_imagefolder_has_an_image_size() -> None:
     with pytest.raises(ValueError, match=r"^image_size: got 16; expected none: digits has a size"):
-        sets.load("digits", image_size=16)
+        sets.load("digits", loading=imagefolder.Loading(image_size=16))
     with pytest.raises(ValueError, match=r"^image_size: got 0; expected a whole number >= 1"):
-        sets.load("imagefolder", image_size=0)
+        sets.load("imagefolder", loading=imagefolder.Loading(image_size=0))
 
 
 def test_in_colour() -> None:

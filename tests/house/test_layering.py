@@ -16,6 +16,7 @@ LEVELS: dict[str, int] = {
     "_digest": 0,
     "_extras": 0,
     "_files": 0,
+    "_metrics": 0,
     "_tables": 0,
     "maths": 1,
     "autograd": 2,

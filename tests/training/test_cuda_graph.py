@@ -71,7 +71,7 @@ def test_a_replayed_step_is_the_step(
     # Tensor learning rates are float32: so are those of the plain run's kernels in the end.
     for got, expected in zip(weights(graphed), weights(plain), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
-    assert stand.captured == graphed._steps.captures == 1
+    assert stand.captured == graphed._stepping.graph.captures == 1
     # The first epoch's first steps, and each epoch's last, which is smaller, are ordinary.
     assert stand.replayed == 2 * 9 - ORDINARY
     assert summary["cuda_graph"] == "captured"
@@ -111,8 +111,8 @@ def test_a_captured_run_is_the_ordinary_one(
     for captures in (True, False):
         one = trainer(data, skip=False, **changes)
         if not captures:
-            one._steps._ordinary = -(10**6)
-            monkeypatch.setattr(one._steps, "renew", lambda: None)
+            one._stepping.graph._ordinary = -(10**6)
+            monkeypatch.setattr(one._stepping.graph, "renew", lambda: None)
         one.fit()
         runs.append(one)
     assert stand.captured == 1 + ("settle" in changes) + ("start" in changes)
@@ -172,13 +172,13 @@ def test_an_interrupted_run_ends_the_same(
     second = trainer(data, tmp_path / "run", skip=False)
     second.fit(resume=True)
     same(second, whole)
-    assert second._steps.captures == 1
+    assert second._stepping.graph.captures == 1
 
 
 def test_learning_rates_reach_a_graph_in_place(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     Stand(monkeypatch)
     graphed = trainer(data, skip=False)
-    with graphed._steps.running():
+    with graphed._stepping.graph.running():
         held = [group["lr"] for group in graphed.optimizer.param_groups]
         cuda_graph.set_learning_rates(graphed.optimizer, [0.5, 0.25])
     assert [group["lr"] for group in graphed.optimizer.param_groups] == held
@@ -194,9 +194,9 @@ def test_what_was_replaced_is_captured_again(
     index = torch.arange(BATCH)
 
     def steps(count: int) -> None:
-        with graphed._steps.running():
+        with graphed._stepping.graph.running():
             for _ in range(count):
-                graphed._steps(index)
+                graphed._stepping.graph(index)
 
     steps(ORDINARY + 2)
     steps(2)
@@ -321,11 +321,11 @@ def test_where_there_is_no_graph(data: Data, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_trainer_says_why_and_refuses_what_cannot_be(data: Data) -> None:
-    assert trainer(data)._steps.status == "the model is on the device 'cpu'"
-    assert trainer(data, cuda_graph=False)._steps.status == "cuda_graph=False"
+    assert trainer(data)._stepping.graph.status == "the model is on the device 'cpu'"
+    assert trainer(data, cuda_graph=False)._stepping.graph.status == "cuda_graph=False"
     with pytest.MonkeyPatch.context() as patch:
         Stand(patch)
-        assert trainer(data, skip=False)._steps.status == "too few whole batches"
+        assert trainer(data, skip=False)._stepping.graph.status == "too few whole batches"
     model = build("mlp", (1, 8, 8), 10, (12,))
     settings = dataclasses.replace(SETTINGS, cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: got True; expected 'auto' or False on the"):
@@ -343,10 +343,10 @@ def test_graphed_and_ordinary_training_are_equal_on_the_chip(data: Data, skip: b
     for capture in (True, False):
         one = trainer(data, device="cuda", skip=skip, cuda_graph=True)
         if not capture:
-            one._steps._ordinary = -(10**6)  # never: the same stream and kinds of tensors
+            one._stepping.graph._ordinary = -(10**6)  # never: the same stream and kinds of tensors
         one.fit()
         runs.append(one)
-    assert [one._steps.captures for one in runs] == [1, 0]
+    assert [one._stepping.graph.captures for one in runs] == [1, 0]
     same(*runs)
 
 
@@ -357,9 +357,9 @@ def test_each_replay_draws_fresh_gates_on_the_chip(data: Data) -> None:
     index = torch.arange(BATCH, device="cuda")
     layer: Any = one.model.get_submodule("fc1")
     drawn: list[Tensor] = []
-    with one._steps.running():
+    with one._stepping.graph.running():
         for step in range(ORDINARY + 4):
-            one._steps(index)
+            one._stepping.graph(index)
             if step >= ORDINARY:
                 drawn.append(of_latest(layer).detach().clone())
     assert len({tuple(z.tolist()) for z in drawn}) == len(drawn)
@@ -372,7 +372,7 @@ def test_a_capture_that_fails_on_the_chip_trains_on(data: Data) -> None:
     runs: list[Trainer] = []
     for fails in (True, False):
         one = trainer(data, device="cuda", skip=False)
-        inner = one._steps._step
+        inner = one._stepping.graph._step
 
         def step(index: Tensor, one: Trainer = one, inner: Any = inner) -> None:
             inner(index)
@@ -380,13 +380,13 @@ def test_a_capture_that_fails_on_the_chip_trains_on(data: Data) -> None:
                 one._loss_sum.item()
 
         if fails:
-            one._steps._step = step
+            one._stepping.graph._step = step
         else:
-            one._steps._ordinary = -(10**6)
+            one._stepping.graph._ordinary = -(10**6)
         one.fit()
         runs.append(one)
-    assert runs[0]._steps.captures == 0
-    assert runs[0]._steps.failure
+    assert runs[0]._stepping.graph.captures == 0
+    assert runs[0]._stepping.graph.failure
     same(*runs)
 
 
@@ -400,11 +400,11 @@ def test_every_kind_of_training_on_the_chip(changes: dict[str, Any], data: Data)
     for capture in (True, False):
         one = trainer(data, device="cuda", skip=False, **changes)
         if not capture:
-            one._steps._ordinary = -(10**6)
+            one._stepping.graph._ordinary = -(10**6)
         one.fit()
         runs.append(one)
     captured = 0 if "method" in changes else 1 + (changes.get("settle", 0) > 0)
-    assert [one._steps.captures for one in runs] == [captured, 0]
+    assert [one._stepping.graph.captures for one in runs] == [captured, 0]
     same(*runs)
 
 
@@ -423,5 +423,5 @@ def test_a_model_that_shrinks_frees_the_graph_of_before_on_the_chip(
         used.append(torch.cuda.memory_reserved())
 
     one.fit(on_epoch=measure)
-    assert one._steps.captures > 1
+    assert one._stepping.graph.captures > 1
     assert max(used[1:]) <= 2 * used[0]

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from l0fast.training.checkpoint import Checkpoint
-from l0fast.training.metrics import VALIDATION
 from l0fast.training.run_state import RunState
 
 CPU = torch.device("cpu")
@@ -31,7 +30,7 @@ def test_a_checkpoint_holds_all_of_it(tmp_path: Path) -> None:
         "history": [{"epoch": 1}, {"epoch": 2}],
         "best": {"epoch": 1, "model": {"weight": torch.ones(2, 3), "bias": torch.zeros(2)}},
     }
-    objects = {"device", "model", "optimizer", "term", "shrinking"}
+    objects = {"device", "model", "optimizer", "term", "shrinking", "metric", "average", "scaler"}
     assert {field.name for field in fields(RunState)} == values.keys() | objects
     one, other = made(**values), made()
     one.model(torch.ones(4, 3)).sum().backward()
@@ -74,7 +73,8 @@ def test_the_selected_model(rows: list[tuple[bool | None, float]], epoch: int) -
             for parameter in state.model.parameters():
                 parameter.fill_(number)
         state.epoch = number
-        row = {VALIDATION: error} if feasible is None else {VALIDATION: error, "feasible": feasible}
+        row: dict[str, Any] = {"validation_error_percent": error}
+        row |= {} if feasible is None else {"feasible": feasible}
         state.history.append(row)
         state.keep_if_best()
     found, model = state.selected()

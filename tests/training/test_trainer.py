@@ -56,7 +56,7 @@ SUMMARY_OF = {
         "expected_density", "architecture", "test_error_percent", "best_test_error_percent",
         "validation_error_percent", "selected_epoch", "feasible", "params", "dense_params",
         "stalls", "params_fraction", "macs", "dense_macs", "macs_fraction", "seconds", "settings",
-        "device", "torch", "cuda_graph",
+        "device", "torch", "cuda_graph", "metric",
     },
     "gated": {
         "realised_density", "forced", "collapsed", "reopened",

@@ -1,0 +1,102 @@
+"""A data set of the user's own, as arrays in one file: .npz of NumPy, or .pt of torch.save."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from l0fast import _checks
+from l0fast.data.formats import Split, held_out
+
+SUFFIXES = (".npz", ".pt")
+TESTED = 0.2
+"""The share of the examples that is the test where the file does not say."""
+WHOLE = {"inputs", "targets"}
+APART = {"train_inputs", "train_targets", "test_inputs", "test_targets"}
+WANTED = f"a file .npz or .pt with the arrays {', '.join(sorted(WHOLE))}, or with {sorted(APART)}"
+
+
+def load(path: str, task: str | None) -> tuple[Split, Split, int, str]:
+    """(train, test, number of outputs, task).
+
+    The inputs are taken as they are, as float32. Without a test of its own, a fifth of the examples
+    is the test, the same one for every seed.
+
+    Args:
+        path: of the file.
+        task: as in `TrainerSettings`; None: by the targets. Floating targets are a regression,
+            booleans (or a matrix of 0 and 1) labels, other whole numbers classes.
+
+    Raises:
+        ValueError: the file is none of these, or its arrays do not fit together or to the task.
+    """
+    found = _read(path)
+    if found.keys() == WHOLE:
+        inputs, targets = found["inputs"], found["targets"]
+        _refuse_lengths(path, "", inputs, targets)
+        kept, tested = (torch.tensor(part) for part in held_out(len(inputs), TESTED, 0))
+        parts = {
+            "train": (inputs[kept], targets[kept]),
+            "test": (inputs[tested], targets[tested]),
+        }
+    elif found.keys() == APART:
+        parts = {n: (found[f"{n}_inputs"], found[f"{n}_targets"]) for n in ("train", "test")}
+        for name, (inputs, targets) in parts.items():
+            _refuse_lengths(path, f"{name}_", inputs, targets)
+    else:
+        _refuse(path, f"this one has {sorted(found)}")
+    every = torch.cat([targets for _, targets in parts.values()])
+    task = task or _task_of(every)
+    outputs = 1 + int(every.max()) if task == "classification" else math.prod(every.shape[1:])
+    train, test = (_split(path, task, *part) for part in parts.values())
+    return train, test, outputs, task
+
+
+def _refuse(path: str, problem: str) -> NoReturn:
+    _checks.refuse("dataset", path, f"{WANTED} ({problem})")
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    """Name -> array of a file; nothing in it is run."""
+    if not Path(path).is_file():
+        _refuse(path, "there is no such file")
+    try:
+        if path.endswith(".npz"):
+            with np.load(path, allow_pickle=False) as file:
+                return {name: torch.from_numpy(file[name]) for name in file.files}
+        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a damaged file leads to
+        _refuse(path, _checks.one_line(error))
+    if not isinstance(found, dict) or not all(isinstance(one, Tensor) for one in found.values()):
+        _refuse(path, f"this one holds a {type(found).__name__} that is not of tensors")
+    return found
+
+
+def _refuse_lengths(path: str, name: str, inputs: Tensor, targets: Tensor) -> None:
+    if inputs.dim() < 2 or targets.dim() < 1 or not 0 < len(inputs) == len(targets):
+        shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
+        _refuse(path, f"its {name}inputs and {name}targets are {shapes}")
+
+
+def _task_of(targets: Tensor) -> str:
+    """What targets of this kind are for."""
+    if targets.is_floating_point():
+        return "regression"
+    labels = targets.dtype == torch.bool or (targets.dim() > 1 and bool((targets >> 1 == 0).all()))
+    return "multilabel" if labels else "classification"
+
+
+def _split(path: str, task: str, inputs: Tensor, targets: Tensor) -> Split:
+    """Inputs as float32, targets as the task has them."""
+    inputs = inputs.to(torch.float32)
+    if task != "classification":
+        return Split(inputs, targets.to(torch.float32).reshape(len(targets), -1))
+    if targets.is_floating_point() or targets.dim() > 1:
+        kind = f"{targets.dtype} of shape {tuple(targets.shape)}"
+        _refuse(path, f"its targets are {kind}, which are no classes; name a --task")
+    return Split(inputs, targets.to(torch.int64))

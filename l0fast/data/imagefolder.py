@@ -1,0 +1,174 @@
+"""A folder of images, by torchvision's ImageFolder, as streams: an image is read and decoded when
+its batch is due, by DataLoader's workers. Nothing is held as a whole."""
+
+from __future__ import annotations
+
+import copy
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Subset, default_collate
+
+from l0fast import _checks
+from l0fast._extras import require
+from l0fast.data.augment import AUGMENTS, padding
+from l0fast.data.formats import held_out, root_of
+
+RESIZED = "resized-crop-flip"
+IMAGE_AUGMENTS = (*AUGMENTS, RESIZED)
+STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Mean and standard deviation of ImageNet's channels, which pretrained models expect."""
+TESTED = 0.2
+"""The share of the images that is the test where no folder is named so."""
+WANTED = "a folder with train/ and val/ (or test/), or of a folder of images for each class"
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How images become batches.
+
+    Args:
+        batch_size: examples a batch.
+        image_size: height and width of what the model sees; None takes images that are all of one
+            size as they are.
+        augment: random changes of training images: "none", "crop" or "crop-flip" (as for tensors,
+            see `l0fast.data.augment`), or "resized-crop-flip", a random part of the image at
+            image_size and half of them mirrored.
+        workers: processes that load; 0 loads in this one.
+        pin_memory: whether batches lie in pinned memory, from where a GPU copies them by itself.
+    """
+
+    batch_size: int = 128
+    image_size: int | None = None
+    augment: str = "none"
+    workers: int = 0
+    pin_memory: bool = False
+
+
+def load(
+    data_root: str | None, loading: Loading, validation_fraction: float, seed: int
+) -> tuple[Any, Any, Any, int]:
+    """(train, validation or None, test, number of classes); the splits are DataLoaders.
+
+    Args:
+        data_root: the folder; L0FAST_DATA_ROOT by default.
+        loading: how its images become batches.
+        validation_fraction, seed: as of `l0fast.data.sets.load`.
+
+    Raises:
+        ValueError: it is no such folder, its parts do not fit, or an option is out of range.
+    """
+    require("train", "torchvision")
+    _checks.one_of("augment", loading.augment, IMAGE_AUGMENTS)
+    if loading.augment == RESIZED and loading.image_size is None:
+        _checks.refuse("augment", RESIZED, "an image_size beside it")
+    root = root_of(data_root, WANTED)
+    if any((root / name).is_dir() for name in ("train", "val", "test")):
+        train, test = _folder(root / "train"), _folder(_held(root))
+        _refuse_other_classes(root, train.classes, test.classes)
+        kept: Sequence[int] = range(len(train))
+        tested: Sequence[int] = range(len(test))
+    else:
+        train = test = _folder(root)
+        kept, tested = held_out(len(train), TESTED, 0)
+    kept, validated = held_out(kept, validation_fraction, seed)
+    size = loading.image_size or _size_of_first(test, tested)
+    plain, changed = _transform(size, loading, "none"), _transform(size, loading, loading.augment)
+    loaders = [
+        _loader(_with(train, changed, kept), loading, shuffle=True),
+        _loader(_with(train, plain, validated), loading) if validated else None,
+        _loader(_with(test, plain, tested), loading),
+    ]
+    return (*loaders, len(train.classes))  # type: ignore[return-value]
+
+
+def _held(root: Path) -> Path:
+    return root / ("test" if (root / "test").is_dir() else "val")
+
+
+def _folder(path: Path) -> Any:
+    from torchvision.datasets import ImageFolder
+
+    try:
+        return ImageFolder(str(path), loader=_image)
+    except OSError as error:
+        _checks.refuse("data_root", str(path), f"{WANTED} ({' '.join(str(error).split())})")
+
+
+def _refuse_other_classes(root: Path, first: list[str], second: list[str]) -> None:
+    if first != second:
+        odd = min({*first} ^ {*second})
+        _checks.refuse("data_root", str(root), f"the same classes in both ({odd!r} is in one only)")
+
+
+def _image(path: str) -> Any:
+    """The image in a file, in colour."""
+    from torchvision.datasets.folder import default_loader
+
+    if not Path(path).is_file():  # a FIFO would block
+        _checks.refuse("data_root", path, "an image (it is no regular file)")
+    try:
+        return default_loader(path)
+    except Exception as error:  # a damaged image, or one that would fill the memory
+        _checks.refuse("data_root", path, f"an image ({_checks.one_line(error)})")
+
+
+def _size_of_first(folder: Any, indices: Sequence[int]) -> tuple[int, int]:
+    """(height, width) of the first image."""
+    width, height = _image(folder.samples[indices[0]][0]).size
+    return height, width
+
+
+def _transform(size: int | tuple[int, int], loading: Loading, augment: str) -> Any:
+    """What makes an image [3, height, width] float32, by torchvision's transforms."""
+    from torchvision.transforms import v2
+
+    steps: list[Any] = []
+    if augment == RESIZED:
+        steps.append(v2.RandomResizedCrop(size))
+    elif loading.image_size is not None:
+        steps += [v2.Resize(size), v2.CenterCrop(size)]
+    if augment in ("crop", "crop-flip"):
+        height, width = (size, size) if isinstance(size, int) else size
+        pads = [padding(width), padding(height)]
+        steps.append(v2.RandomCrop((height, width), pads, padding_mode="edge"))
+    if augment in ("crop-flip", RESIZED):
+        steps.append(v2.RandomHorizontalFlip())
+    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(*STATISTICS)]
+    return v2.Compose(steps)
+
+
+def _with(folder: Any, transform: Any, indices: Sequence[int]) -> Subset[Any]:
+    """Some images of a folder, which is not listed again."""
+    folder = copy.copy(folder)
+    folder.transform = transform
+    return Subset(folder, indices)
+
+
+def _loader(images: Subset[Any], loading: Loading, shuffle: bool = False) -> DataLoader[Any]:
+    return DataLoader(
+        images,
+        loading.batch_size,
+        shuffle,
+        num_workers=loading.workers,
+        pin_memory=loading.pin_memory,
+        collate_fn=_collated,
+        worker_init_fn=_begin_worker,
+    )
+
+
+def _collated(examples: list[Any]) -> Any:
+    """The batch of some examples, which must be of one size."""
+    sizes = sorted({"x".join(map(str, image.shape[1:])) for image, _ in examples})
+    if len(sizes) > 1:
+        _checks.refuse("image_size", None, f"a number: images are {' and '.join(sizes[:2])}")
+    return default_collate(examples)
+
+
+def _begin_worker(_number: int) -> None:
+    """A worker ends at once when it is asked to; its parent tells the user."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,0 +1,136 @@
+"""What the batches of a split are, and those of tensors that lie on the device as a whole.
+
+An epoch depends on (seed, epoch) alone, so that a resumed run sees what it would have seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from l0fast.data.augment import augmented
+from l0fast.data.sets import Split
+from l0fast.training.ranks import Ranks
+from l0fast.training.settings import TrainerSettings
+
+EVALUATION_BATCH = 1000
+STRIDE = 1_000_003
+"""Between the seeds of the epochs of two runs."""
+
+
+def size_of(batch: Any) -> int:
+    """The number of examples in a batch: the length of its first tensor."""
+    return len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()))
+
+
+def rows_of(batch: Any, rows: slice) -> Any:
+    """A part of a batch: those rows of each tensor that has one for each example."""
+    size = size_of(batch)
+
+    def of(leaf: Any) -> Any:
+        whole = isinstance(leaf, Tensor) and leaf.dim() and len(leaf) == size
+        return leaf[rows] if whole else leaf
+
+    return tree_map(of, batch)
+
+
+def are_images(tensor: Tensor) -> bool:
+    """Whether a tensor is [N, channels, height, width]."""
+    return tensor.dim() == 4
+
+
+def placed(tensor: Any, device: torch.device) -> Any:
+    """A tensor on the device, images with channels last in memory; what is no tensor as it is.
+
+    A copy from pinned memory does not wait.
+    """
+    if not isinstance(tensor, Tensor):
+        return tensor
+    # Convolutions and pooling run about twice as fast on a CPU with channels last.
+    layout = torch.channels_last if are_images(tensor) else torch.contiguous_format
+    return tensor.to(device, memory_format=layout, non_blocking=True)
+
+
+def seed_of(seed: int, epoch: int) -> int:
+    return seed * STRIDE + epoch
+
+
+class Batches(Protocol):
+    """The batches of one split."""
+
+    examples: int | None
+    """How many there are; None where that is not known."""
+    streamed: bool
+    """Whether each batch lies at another place in memory."""
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        ...
+
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """What stands for each batch of an epoch in training; `batch` makes it one."""
+        ...
+
+    def size(self, item: Any) -> int:
+        """The examples of that batch, of all processes."""
+        ...
+
+    def batch(self, item: Any) -> Any:
+        """This process's rows of the batch, on the device (see `Ranks.rows`)."""
+        ...
+
+    def whole(self, epoch: int) -> Iterator[Any]:
+        """This process's share of all examples, in batches on the device, for evaluation after
+        that epoch."""
+        ...
+
+    def first(self, most: int) -> Any:
+        """A batch of at most so many examples."""
+        ...
+
+
+class InMemory:
+    """A split whose tensors lie on the device as a whole."""
+
+    streamed = False
+
+    def __init__(self, split: Split, settings: TrainerSettings, device: torch.device) -> None:
+        self.split = Split(placed(split.inputs, device), placed(split.targets, device))
+        self.examples: int | None = len(split.targets)
+        self._size, self._seed = settings.batch_size, settings.seed
+        self._augment, self._device = settings.augment, device
+        self._ranks = Ranks.here()
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.split.targets) / self._size)
+
+    def epoch(self, epoch: int) -> Iterator[Tensor]:
+        """The positions of the examples of each batch."""
+        generator = torch.Generator().manual_seed(seed_of(self._seed, epoch))
+        order = torch.randperm(len(self.split.targets), generator=generator).to(self._device)
+        return iter(order.split(self._size))
+
+    def size(self, item: Tensor) -> int:
+        """The number of positions."""
+        return len(item)
+
+    def batch(self, item: Tensor) -> Any:
+        """(inputs, targets) at those positions; nothing is read back."""
+        rows = self._ranks.rows(len(item))
+        inputs = augmented(self.split.inputs, item, self._augment, rows)
+        return inputs, self.split.targets.index_select(0, item[rows])
+
+    def whole(self, epoch: int) -> Iterator[Any]:
+        """(inputs, targets), in their order."""
+        mine = self._ranks.share(len(self.split.targets))
+        inputs, targets = (part[mine].split(EVALUATION_BATCH) for part in self.split)
+        return zip(inputs, targets, strict=True) if mine.start < mine.stop else iter(())
+
+    def first(self, most: int) -> Any:
+        """(inputs, targets)."""
+        return self.split.inputs[:most], self.split.targets[:most]

@@ -1,0 +1,143 @@
+"""What a training minimises, and what it reports of a split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from l0fast import _checks
+from l0fast._metrics import ERROR
+from l0fast.training.batches import size_of
+from l0fast.training.ranks import Ranks
+
+LossFn = Callable[[Any, Any], Tensor]
+"""(model, batch) -> 0-d: the mean over the examples of the batch."""
+MetricFn = Callable[[Any, Any], Tensor]
+"""(model, batch) -> a number for each example, [N] or more, or their mean, 0-d."""
+
+
+def total(values: Tensor, size: int) -> Tensor:
+    """0-d: the sum over the examples of a batch, of a number for each or of their mean."""
+    if values.dim() == 0:
+        return values * size
+    return values.sum() if values.dim() == 1 else values.flatten(1).float().mean(1).sum()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a training minimises, and what it reports of a split.
+
+    Args:
+        metric: the name of what is reported: lower is better.
+        step: (model, batch) -> the loss of the batch, 0-d, and the metric of its examples, or None
+            where that would take another forward.
+        values: (model, batch) -> the metric of its examples.
+        scale: of the metric: 100 where the values are shares and the metric is in percent.
+    """
+
+    metric: str
+    step: Callable[[Any, Any], tuple[Tensor, Tensor | None]]
+    values: MetricFn
+    scale: float = 1.0
+    of_training: bool = False
+    """Whether `step` gives the metric."""
+
+    def mean(self, model: nn.Module, batches: Iterable[Any]) -> float:
+        """The metric over all examples, of all processes; puts the model into evaluation mode."""
+        device = next(model.parameters()).device
+        found, count = Ranks.here().summed(self._sum(model, batches), device)
+        return self.scale * found / count
+
+    @torch.no_grad()
+    def _sum(self, model: nn.Module, batches: Iterable[Any]) -> tuple[float, int]:
+        """The sum of the values over the examples of this process, unscaled, and their number."""
+        model.eval()
+        sums: list[Tensor] = []
+        count = 0
+        for batch in batches:
+            size = size_of(batch)
+            sums.append(total(self.values(model, batch), size))
+            count += size
+        return sum(torch.stack(sums).tolist()) if sums else 0.0, count
+
+
+def _supervised(
+    metric: str,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    values: Callable[[Tensor, Tensor], Tensor],
+    scale: float = 1.0,
+) -> Task:
+    """The task of batches (inputs, targets), by functions of (outputs, targets)."""
+
+    def step(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
+        inputs, targets = batch
+        outputs = model(inputs)
+        return loss(outputs, targets), values(outputs.detach(), targets)
+
+    def of(model: Any, batch: Any) -> Tensor:
+        inputs, targets = batch
+        return values(model(inputs), targets)
+
+    return Task(metric, step, of, scale, of_training=True)
+
+
+def _checked(outputs: Tensor, targets: Tensor) -> None:
+    """Refuses targets of another shape than the outputs, which would be broadcast."""
+    if outputs.shape != targets.shape:
+        expected = f"shape {tuple(outputs.shape)}, that of the model's outputs"
+        _checks.refuse("targets", f"shape {tuple(targets.shape)}", expected)
+
+
+def _mean_squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    _checked(outputs, targets)
+    return F.mse_loss(outputs, targets)
+
+
+def _cross_entropies(outputs: Tensor, targets: Tensor) -> Tensor:
+    _checked(outputs, targets)
+    return F.binary_cross_entropy_with_logits(outputs, targets)
+
+
+def _squared(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs - targets).square()
+
+
+def _wrong_labels(outputs: Tensor, targets: Tensor) -> Tensor:
+    return (outputs > 0) != (targets > 0.5)
+
+
+TASKS: dict[str, Task] = {
+    "classification": _supervised(
+        ERROR, F.cross_entropy, lambda outputs, targets: outputs.argmax(1) != targets, 100
+    ),
+    "regression": _supervised("squared_error", _mean_squared, _squared),
+    "multilabel": _supervised("label_error_percent", _cross_entropies, _wrong_labels, 100),
+}
+
+
+def make_task(name: str, loss_fn: LossFn | None, metric: MetricFn | None) -> Task:
+    """The task of that name, or one of the user's own functions.
+
+    Args:
+        name: of `TASKS`; what it minimises unless `loss_fn` is given.
+        loss_fn, metric: as of `Trainer`.
+
+    Raises:
+        ValueError, TypeError: what cannot be called, or a metric whose name makes no key.
+    """
+    for label, function in (("loss_fn", loss_fn), ("metric", metric)):
+        if function is not None and not callable(function):
+            _checks.refuse(label, function, "a function of (model, batch), or None", TypeError)
+    known = TASKS[name]
+    if loss_fn is None and metric is None:
+        return known
+    key = "loss" if metric is None else getattr(metric, "__name__", type(metric).__name__)
+    if not key.isidentifier():
+        _checks.refuse("metric", key, "a function with a name of its own, no lambda")
+    loss: LossFn = loss_fn or (lambda model, batch: known.step(model, batch)[0])
+    return Task(key, lambda model, batch: (loss(model, batch), None), metric or loss)

@@ -1,0 +1,268 @@
+"""Losses, metrics and batches of the user's own: tensors, DataLoaders, anything iterable."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+
+from l0fast import Trainer, TrainerSettings
+from l0fast.data.sets import Data, Split
+from l0fast.training.batches import STRIDE
+from l0fast.training.folder import METRICS, SUMMARY
+from tests.helpers.runs import quick, small_mlp
+from tests.helpers.same_run import Stop, assert_same, assert_same_run, state
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS: dict[str, Any] = {"density": 0.5, "epochs": 4, "batch_size": 100, "target_warmup": 0.2}
+
+
+class InOrder(Sampler[int]):
+    """The order that the trainer gives to tensors; `set_epoch` says of which epoch."""
+
+    def __init__(self, count: int) -> None:
+        self.count, self.epoch = count, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.epoch + 0 * STRIDE)
+        return iter(torch.randperm(self.count, generator=generator).tolist())
+
+    def __len__(self) -> int:
+        return self.count
+
+
+class Drawing(Dataset[Any]):
+    """Examples that are changed by every generator there is."""
+
+    def __init__(self, split: Split) -> None:
+        self.split = split
+
+    def __len__(self) -> int:
+        return len(self.split.targets)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        noise = float(torch.rand(()) + random.random() + np.random.rand())
+        return self.split.inputs[index] + 0.1 * noise, self.split.targets[index]
+
+
+def loader(split: Split, **options: Any) -> DataLoader[Any]:
+    chosen: dict[str, Any] = {"batch_size": 100} | options
+    return DataLoader(TensorDataset(*split), **chosen)
+
+
+def interrupted(make: Any, folder: Path, **options: Any) -> Trainer:
+    """A run that is stopped after its second epoch and resumed ends as another: the whole one."""
+    whole: Trainer = make(folder / "whole", **options)
+    whole.fit()
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 2:
+            raise Stop("stopped")
+
+    with pytest.raises(Stop, match="stopped"):
+        make(folder / "out", **options).fit(on_epoch=stop)
+    torch.manual_seed(99)  # another process draws something else
+    random.seed(99)
+    np.random.seed(99)
+    make(folder / "out", **options).fit(resume=True)
+    assert_same_run(folder / "out", folder / "whole")
+    return whole
+
+
+# --- where batches come from ---------------------------------------------------------------------
+
+
+def test_a_loader_takes_the_training_of_the_tensors(digits: Data, tmp_path: Path) -> None:
+    """The same batches in the same order: the same weights, gates, multipliers and metrics."""
+    streamed = Data(
+        loader(digits.train, sampler=InOrder(len(digits.train.targets))),
+        loader(digits.validation, batch_size=7),
+        [(digits.test.inputs, digits.test.targets)],
+    )
+    for name, data in (("tensors", digits), ("streams", streamed)):
+        Trainer(small_mlp(), data, quick(**SETTINGS), out=tmp_path / name, device="cpu").fit()
+    one, other = state(tmp_path / "tensors"), state(tmp_path / "streams")
+    assert_same(other["model"], one["model"])
+    assert_same(other["term"], one["term"])
+    texts = [(tmp_path / name / METRICS).read_text() for name in ("tensors", "streams")]
+    for first, second in zip(*(map(json.loads, text.splitlines()) for text in texts), strict=True):
+        assert first == second
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_stream_draws_what_it_would_have(
+    digits: Data, tmp_path: Path, workers: int
+) -> None:
+    few = Split(digits.train.inputs[:300], digits.train.targets[:300])
+    orders: list[Tensor] = []
+
+    def make(out: Path, **_: Any) -> Trainer:
+        torch.manual_seed(0)
+        options: dict[str, Any] = {"batch_size": 100, "shuffle": True, "num_workers": workers}
+        options["generator"] = torch.Generator().manual_seed(len(orders)) if workers else None
+        train, test = DataLoader(Drawing(few), **options), loader(digits.test)
+        one = Trainer(small_mlp(), Data(train, None, test), quick(**SETTINGS), out=out)
+        one.model.register_forward_pre_hook(
+            lambda model, inputs: orders.append(inputs[0]) if model.training else None
+        )
+        return one
+
+    interrupted(make, tmp_path)
+    epochs = [torch.cat(orders[3 * n : 3 * n + 3]) for n in range(4)]
+    assert len({float(epoch.double().sum()) for epoch in epochs}) == 4  # another noise in each
+
+
+def test_what_is_no_stream_is_refused(digits: Data, tmp_path: Path) -> None:
+    good = loader(digits.test)
+    persistent = loader(digits.train, num_workers=1, persistent_workers=True)
+    sized = type("Sized", (), {"__iter__": lambda _: iter(good), "__len__": lambda _: 9})()
+    for train, error, message in (
+        (iter(good), TypeError, "data.train: got '_SingleProcessDataLoaderIter'; expected a Split"),
+        ((x for x in good), TypeError, "data.train: got 'generator'; expected a Split, or"),
+        (filter(None, good), TypeError, "data.train: got 'filter'; expected a Split, or batches"),
+        ({}, ValueError, "data.train: got 'dict'; expected a length: its number of batches"),
+        (persistent, ValueError, "data.train.persistent_workers: got True; expected False: work"),
+        (3, TypeError, "data.train: got 'int'; expected a Split, or batches that can be"),
+    ):
+        with pytest.raises(error, match="expected") as caught:
+            Trainer(small_mlp(), Data(train, None, good), quick(), out=tmp_path / "x")
+        assert str(caught.value).startswith(message)
+    with pytest.raises(ValueError, match=r"^augment: got 'crop'; expected 'none' for a stream"):
+        Trainer(small_mlp(), Data(good, None, good), quick(augment="crop"))
+    with pytest.raises(ValueError, match=r"^data.train: got '4 batches'; expected 9, as its leng"):
+        Trainer(small_mlp(), Data(sized, None, good), quick(), device="cpu").fit()
+    assert not (tmp_path / "x").exists()
+
+
+# --- what is minimised ---------------------------------------------------------------------------
+
+
+def numbers(digits: Data) -> Data:
+    """The first pixels' sums and means, to be told from the images."""
+
+    def split(one: Split) -> Split:
+        pixels = one.inputs.flatten(1)
+        return Split(one.inputs, torch.stack([pixels[:, 2:5].sum(1), pixels.mean(1)], 1))
+
+    return Data(split(digits.train), None, split(digits.test), 2, "regression")
+
+
+def model_of(outputs: int) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, outputs))
+
+
+def test_regression_and_labels(digits: Data, tmp_path: Path) -> None:
+    """Learned under the constraint, with metrics by their names, resumed bit for bit."""
+    labels = digits._replace(
+        train=Split(digits.train.inputs, F.one_hot(digits.train.targets, 10).float()),
+        test=Split(digits.test.inputs, F.one_hot(digits.test.targets, 10).float()),
+        validation=None,
+    )
+    for task, data, outputs, metric in (
+        ("regression", numbers(digits), 2, "squared_error"),
+        ("multilabel", labels, 10, "label_error_percent"),
+    ):
+
+        def make(out: Path, task: str, data: Data, outputs: int) -> Trainer:
+            torch.manual_seed(0)
+            chosen = quick(**SETTINGS, task=task)
+            return Trainer(model_of(outputs), data, chosen, out=out, device="cpu")
+
+        one = interrupted(make, tmp_path / task, task=task, data=data, outputs=outputs)
+        summary = json.loads((tmp_path / task / "whole" / SUMMARY).read_text())
+        assert summary["metric"] == metric
+        assert summary["feasible"] is True
+        first, last = one.history[0], one.history[-1]
+        assert last["loss"] < 0.7 * first["loss"]
+        assert last[f"test_{metric}"] < first[f"test_{metric}"]
+        with torch.no_grad():
+            out = one.pruned.eval()(data.test.inputs)  # type: ignore[union-attr]
+        if task == "regression":
+            wanted = float(F.mse_loss(out, data.test.targets))
+            assert first["loss"] == pytest.approx(first[f"train_{metric}"], rel=1e-5)
+        else:
+            wanted = 100 * float(((out > 0) != (data.test.targets > 0.5)).double().mean())
+        assert summary[f"test_{metric}"] == pytest.approx(wanted, rel=1e-5)
+        assert "test_error_percent" not in summary
+
+
+def test_the_users_own_loss_and_metric(digits: Data, tmp_path: Path) -> None:
+    """Batches are dicts, the loss is of a reconstruction, the metric has its function's name."""
+
+    def batches(split: Split) -> list[dict[str, Tensor]]:
+        return [{"pixels": x.flatten(1)} for x in split.inputs.split(100)]
+
+    def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return F.mse_loss(model(batch["pixels"]), batch["pixels"])
+
+    def worst_pixel(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return (model(batch["pixels"]) - batch["pixels"]).abs().amax(1)
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 64))
+
+    data = Data(batches(digits.train), batches(digits.validation), batches(digits.test))
+    example = torch.zeros(1, 64)
+
+    def make(out: Path, **options: Any) -> Trainer:
+        torch.manual_seed(0)
+        chosen = quick(**SETTINGS, select="best")
+        options = {"example_inputs": example, "out": out, "device": "cpu"} | options
+        return Trainer(build(), data, chosen, loss_fn, **options)
+
+    one = interrupted(make, tmp_path, metric=worst_pixel)
+    summary = json.loads((tmp_path / "whole" / SUMMARY).read_text())
+    x = digits.test.inputs.flatten(1)
+    with torch.no_grad():
+        wanted = (one.pruned.eval()(x) - x).abs().amax(1).mean()  # type: ignore[union-attr]
+    assert summary["test_worst_pixel"] == pytest.approx(float(wanted), rel=1e-5)
+    assert {"epoch", "loss", "validation_worst_pixel", "test_worst_pixel"} < one.history[0].keys()
+    assert "train_worst_pixel" not in one.history[0]
+    chosen = min(one.history[-1:], key=lambda row: row["validation_worst_pixel"])
+    assert summary["selected_epoch"] == chosen["epoch"]
+    # Without a metric the loss is what is reported.
+    plain = make(tmp_path / "c")
+    summary = plain.fit()
+    assert summary["metric"] == "loss"
+    with torch.no_grad():
+        wanted = F.mse_loss(plain.pruned.eval()(x), x)  # type: ignore[union-attr]
+    assert summary["test_loss"] == pytest.approx(float(wanted), rel=1e-4)
+    with pytest.raises(ValueError, match=r"^metric: got 'loss'; expected 'worst_pixel', as in"):
+        make(tmp_path / "whole").fit(resume=True)
+    with pytest.raises(ValueError, match=r"^example_inputs: got None; expected what the model"):
+        make(tmp_path / "d", example_inputs=None)
+    with pytest.raises(ValueError, match=r"^metric: got '<lambda>'; expected a function with a n"):
+        make(tmp_path / "d", metric=lambda _model, _batch: torch.zeros(()))
+    with pytest.raises(TypeError, match=r"^metric: got 3; expected a function of \(model, batch\)"):
+        make(tmp_path / "d", metric=3)
+    assert not (tmp_path / "d").exists()
+
+
+def test_targets_that_do_not_fit_the_task(digits: Data) -> None:
+    for task, outputs, message in (
+        ("regression", 2, "targets: got 'shape (32, 1)'; expected shape (32, 2), that of the mod"),
+        ("multilabel", 2, "data.train.targets: got '-"),
+    ):
+        targets = numbers(digits).train.targets[:, :1] - 5
+        split = Split(digits.train.inputs, targets)
+        data, settings = Data(split, None, split), quick(task=task)
+        with pytest.raises(ValueError, match="expected") as caught:
+            Trainer(model_of(outputs), data, settings, device="cpu").fit()
+        assert str(caught.value).startswith(message)
+    with pytest.raises(ValueError, match=r"^task: got 'sorting'; expected one of 'classification'"):
+        TrainerSettings(task="sorting")
