@@ -9,12 +9,14 @@ from torch import Tensor
 
 from l0fast.graph.branches import Branch, branch_of
 from l0fast.graph.capture import is_carrier, layer_size
+from l0fast.graph.fewer import mixture_of
 from l0fast.graph.liveness import Liveness, last_to_go
 from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 from l0fast.graph.ways import Ways, smallest
 from l0fast.layers.branch import BranchGate
+from l0fast.layers.experts import ExpertGate, Mixture
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, own_gates
 
@@ -40,6 +42,7 @@ class GateDependencies:
         scaled: layers whose gates are a factor on their units.
         live: what the units' readers need; None if each layer is planned by itself.
         rigid: modules in whose forward sizes are written out, see `Liveness.extents`.
+        by_token: of what is done for each token: other experts do what a closed one did.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class GateDependencies:
         scaled: Collection[str],
         live: Liveness | None,
         rigid: Collection[str],
+        by_token: bool = False,
     ) -> None:
         owners = gate_owners(layers)
         self.always = sum(layers[name].log_alpha.numel() for name in own_gates(layers))
@@ -66,6 +70,11 @@ class GateDependencies:
             )
         self.branches: list[tuple[int, Branch]] = []
         """The gates on branches, and what they are on."""
+        self.experts: list[tuple[Tensor, Mixture]] = []
+        """The gates on experts, and what they are on."""
+        self._routed: dict[str, tuple[Tensor, int]] = {}
+        """Router that is a layer -> [out] the gates of what it picks, and how many stay."""
+        self._by_token = by_token
         start = 0
         gates: dict[str, Tensor] = {}
         for name, layer in layers.items():
@@ -75,6 +84,11 @@ class GateDependencies:
             own = gates[owners[name]]
             if isinstance(layer, BranchGate):
                 self.branches.append((int(own), branch_of(name, layer)))
+            if isinstance(layer, ExpertGate):
+                mixture = mixture_of(name, layer)
+                self.experts.append((own, mixture))
+                if mixture.path(mixture.router) in sites:
+                    self._routed[mixture.path(mixture.router)] = own, mixture.least
             if name in sites and name not in scaled:
                 sides = self.reads if layer.gates == "input" else self.writes
                 sides[name] = layer.spread(own)
@@ -100,8 +114,22 @@ class GateDependencies:
             self._follow(live.walk)
 
     def around(self, name: str) -> list[int]:
-        """The gates of the branches that a module is in."""
-        return [gate for gate, branch in self.branches if branch.holds(name)]
+        """The gates of the branches and experts that a module is in."""
+        found = [gate for gate, branch in self.branches if branch.holds(name)]
+        for own, mixture in self.experts:
+            place, _, _ = name.removeprefix(mixture.expert("")).partition(".")
+            if self.goes(mixture) and name.startswith(mixture.expert("")) and place.isdigit():
+                found.append(int(own[int(place)]))
+        return found
+
+    def goes(self, mixture: Mixture) -> bool:
+        """Whether all of an expert goes with it, a module of its own."""
+        return mixture.is_list and (mixture.every or not self._by_token)
+
+    def shared(self, mixture: Mixture) -> list[str]:
+        """The modules, other than layers, that have a part for each expert."""
+        held = [mixture.router] if mixture.is_list else [mixture.experts, mixture.router]
+        return [name for one in held if (name := mixture.path(one)) not in self._routed]
 
     def gates_around(self, name: str) -> Tensor:
         """[D] the same, filled up with `always`: a layer is there while they are open."""
@@ -257,7 +285,7 @@ class GateDependencies:
         for name in names:
             classes = self.classes[name]
             stays.append(classes == STAYS)
-            own.append(self.writes[name])
+            own.append(self._routed[name][0] if name in self._routed else self.writes[name])
             if name in self.carriers:  # they pass on what is there
                 stays[-1] = stays[-1] | self.viewed[classes]
                 own[-1] = torch.full_like(classes, self.always)
@@ -291,6 +319,8 @@ class GateDependencies:
 
     def least(self, name: str) -> int:
         """How many outputs a layer keeps in any case: one, with those that only go with it."""
+        if name in self._routed:
+            return self._routed[name][1]
         if bool((self.writes[name] < self.always).any()):
             return 1
         return self._last.get(name) or smallest(self.classes[name])

@@ -35,7 +35,8 @@ class Footprint(Measure):
     with p = 1 where there is no gate, and the rest of the model added as it is. A batch norm, and
     a convolution in groups, have as many outputs as are read behind them. Ways to several readers
     count as independent. Products of matrices, such as attention's, cost in proportion to the
-    units of their result, counted like outputs. A branch counts by p(its gate). Memory is outputs *
+    units of their result, counted like outputs. A branch, or an expert,
+    counts by p(its gate); a router that picks experts makes each token work as much as before. Memory is outputs *
     positions of each layer; latency is read off a table, at (inputs, outputs). With gates that are
     all open or closed these are the pruned model's own counts.
 
@@ -81,7 +82,8 @@ class Footprint(Measure):
         live = tried.live
         counted = self.measure in ("macs", "memory")
         self.products = products(live.walk) if counted and live is not None else []
-        for name, tensor in (self._units(tried.dependencies) | self._sizes(tried)).items():
+        needs = tried.dependencies if self.measure == "params" else tried.by_token
+        for name, tensor in (self._units(needs) | self._sizes(tried)).items():
             self.register_buffer(name, tensor, persistent=False)
         self.totals = self.left(tried.dense)
         sums = [
@@ -150,7 +152,7 @@ class Footprint(Measure):
             if tried.sites[name].bound and id(weight) in counted:
                 cost[name] -= weight.numel()
             counted.add(id(weight))
-        return cost
+        return cost | tried.shares.get(self.measure, {})
 
     def _sizes(self, tried: Trial) -> dict[str, Tensor]:
         """What a pair of units, and one more output, of each layer costs; what a unit of each
