@@ -35,7 +35,7 @@ LEAST = 200
 """Characters of a docstring that is taken."""
 HELD_OUT = 20
 """One file in so many is for the test."""
-LENGTH, BATCH = 96, 16
+LENGTH, BATCH = 64, 16
 LR, FINE = 2e-3, 1e-3
 """Learning rates of the dense training, and of what follows."""
 DENSE, ALL, UNITS, MAGNITUDE = "dense", "all axes", "heads and FFN", "magnitude"
@@ -266,8 +266,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=96, help="the hidden width")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--target", type=float, default=0.5, help="share of the parameters")
-    parser.add_argument("--dense-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=450, help="of each method")
+    parser.add_argument("--dense-steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=300, help="of each method")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
     parser.add_argument("--threads", type=int, default=1)
