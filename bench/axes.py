@@ -2,9 +2,9 @@
 
 A LLaMA of bytes is trained on the docstrings of SciPy and scikit-learn. From there each method has
 as many steps to bring it to the target: the gates of all axes (depth, hidden width, heads, FFN),
-those of heads and FFN, and magnitude pruning of heads and FFN. The dense model trains on, too. What
-comes out is the loss on held-out files, and the latency, measured in turn. `results.json` in `--out`
-has a row for each that is done; what is there is not done again.
+those of heads and FFN, and magnitude pruning of heads and FFN. The dense model trains on, too.
+What comes out is the loss on held-out files, and the latency, measured in turn. `results.json` in
+`--out` has a row for each that is done; what is there is not done again.
 """
 
 from __future__ import annotations
@@ -155,8 +155,8 @@ def fine_tuned(
 
 
 def latency(models: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
-    """Median milliseconds of a forward of one text, and the median ratio to the dense model's in the
-    same round."""
+    """Median milliseconds of a forward of one text, and the median ratio to the dense model's in
+    the same round."""
     tokens = torch.arange(LATENCY_LENGTH)[None]
 
     def call(model: Any) -> Any:
@@ -179,13 +179,14 @@ def latency(models: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
 def table(rows: Sequence[dict[str, Any]], about: report.Facts) -> str:
     """The results as a page of Markdown."""
     lines = [
-        "| seed | method | parameters | loss | perplexity of a byte | layers | latency, ms | of dense |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| seed | method | parameters | loss | perplexity | layers | hidden | ms | of dense |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
         lines.append(
             f"| {row['seed']} | {TITLE[row['method']]} | {row['params']:,} | {row['loss']:.4f} | "
-            f"{math.exp(row['loss']):.3f} | {row['layers']} | {row['ms']:.1f} | {row['ratio']:.2f} |"
+            f"{math.exp(row['loss']):.3f} | {row['layers']} | {row['hidden']} | {row['ms']:.1f} | "
+            f"{row['ratio']:.2f} |"
         )
     facts = ", ".join(f"{key}: {value}" for key, value in about.items())
     return "\n".join([*lines, "", facts, ""])

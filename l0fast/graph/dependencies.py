@@ -9,14 +9,13 @@ from torch import Tensor
 
 from l0fast.graph.branches import Branch, branch_of
 from l0fast.graph.capture import is_carrier, layer_size
-from l0fast.graph.fewer import mixture_of
 from l0fast.graph.liveness import Liveness, last_to_go
+from l0fast.graph.routed import Routed
 from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
 from l0fast.graph.ways import Ways, smallest
 from l0fast.layers.branch import BranchGate
-from l0fast.layers.experts import ExpertGate, Mixture
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gate_owners, own_gates
 
@@ -37,12 +36,11 @@ class GateDependencies:
     """Which gates each input and output of a model's layers depends on.
 
     Args:
-        layers: those with gates on units.
+        layers: those whose gates are not on single weights.
         sites: of the model.
         scaled: layers whose gates are a factor on their units.
         live: what the units' readers need; None if each layer is planned by itself.
-        rigid: modules in whose forward sizes are written out, see `Liveness.extents`.
-        by_token: of what is done for each token: other experts do what a closed one did.
+        rigid, by_token: see `Liveness.extents` and `Routed`.
     """
 
     def __init__(
@@ -65,16 +63,11 @@ class GateDependencies:
         """Layer -> [out] its own gates."""
         self.carriers = {name for name, site in sites.items() if is_carrier(site.layer)}
         for name, site in sites.items():
-            self.reads[name], self.writes[name] = (
-                torch.full((units,), self.always) for units in layer_size(site.layer)
-            )
+            sides = (torch.full((units,), self.always) for units in layer_size(site.layer))
+            self.reads[name], self.writes[name] = sides
         self.branches: list[tuple[int, Branch]] = []
         """The gates on branches, and what they are on."""
-        self.experts: list[tuple[Tensor, Mixture]] = []
-        """The gates on experts, and what they are on."""
-        self._routed: dict[str, tuple[Tensor, int]] = {}
-        """Router that is a layer -> [out] the gates of what it picks, and how many stay."""
-        self._by_token = by_token
+        self.experts = Routed(sites, by_token)
         start = 0
         gates: dict[str, Tensor] = {}
         for name, layer in layers.items():
@@ -84,11 +77,7 @@ class GateDependencies:
             own = gates[owners[name]]
             if isinstance(layer, BranchGate):
                 self.branches.append((int(own), branch_of(name, layer)))
-            if isinstance(layer, ExpertGate):
-                mixture = mixture_of(name, layer)
-                self.experts.append((own, mixture))
-                if mixture.path(mixture.router) in sites:
-                    self._routed[mixture.path(mixture.router)] = own, mixture.least
+            self.experts.add(name, layer, own)
             if name in sites and name not in scaled:
                 sides = self.reads if layer.gates == "input" else self.writes
                 sides[name] = layer.spread(own)
@@ -115,21 +104,7 @@ class GateDependencies:
 
     def around(self, name: str) -> list[int]:
         """The gates of the branches and experts that a module is in."""
-        found = [gate for gate, branch in self.branches if branch.holds(name)]
-        for own, mixture in self.experts:
-            place, _, _ = name.removeprefix(mixture.expert("")).partition(".")
-            if self.goes(mixture) and name.startswith(mixture.expert("")) and place.isdigit():
-                found.append(int(own[int(place)]))
-        return found
-
-    def goes(self, mixture: Mixture) -> bool:
-        """Whether all of an expert goes with it, a module of its own."""
-        return mixture.is_list and (mixture.every or not self._by_token)
-
-    def shared(self, mixture: Mixture) -> list[str]:
-        """The modules, other than layers, that have a part for each expert."""
-        held = [mixture.router] if mixture.is_list else [mixture.experts, mixture.router]
-        return [name for one in held if (name := mixture.path(one)) not in self._routed]
+        return [g for g, one in self.branches if one.holds(name)] + self.experts.around(name)
 
     def gates_around(self, name: str) -> Tensor:
         """[D] the same, filled up with `always`: a layer is there while they are open."""
@@ -285,7 +260,7 @@ class GateDependencies:
         for name in names:
             classes = self.classes[name]
             stays.append(classes == STAYS)
-            own.append(self._routed[name][0] if name in self._routed else self.writes[name])
+            own.append(self.experts.routers.get(name, (self.writes[name],))[0])
             if name in self.carriers:  # they pass on what is there
                 stays[-1] = stays[-1] | self.viewed[classes]
                 own[-1] = torch.full_like(classes, self.always)
@@ -319,8 +294,7 @@ class GateDependencies:
 
     def least(self, name: str) -> int:
         """How many outputs a layer keeps in any case: one, with those that only go with it."""
-        if name in self._routed:
-            return self._routed[name][1]
-        if bool((self.writes[name] < self.always).any()):
-            return 1
-        return self._last.get(name) or smallest(self.classes[name])
+        if name in self.experts.routers:
+            return self.experts.routers[name][1]
+        own = bool((self.writes[name] < self.always).any())
+        return 1 if own else self._last.get(name) or smallest(self.classes[name])

@@ -75,9 +75,7 @@ def _watched(model: nn.Module, example: Example) -> _Watch:
         handles.append(
             module.register_forward_pre_hook(lambda *_, name=name: watch.enter(name), prepend=True)
         )
-        handles.append(
-            module.register_forward_hook(lambda *a, name=name: watch.leave(name, a[-1]))
-        )
+        handles.append(module.register_forward_hook(lambda *a, name=name: watch.leave(name, a[-1])))
     try:
         with own_randomness(model), evaluating(model), watch:
             example.copy().call(model)
@@ -141,7 +139,9 @@ def mixtures_of(model: nn.Module, example: Example) -> tuple[list[Mixture], dict
         around, routers = experts if not is_list else experts.rpartition(".")[0], list[str]()
         for _ in range(HEIGHT):
             calls = _routers(model, around, experts, number) if around in first else []
-            starts = [place for name, place in first.items() if f"{name}.".startswith(f"{experts}.")]
+            starts = [
+                place for name, place in first.items() if f"{name}.".startswith(f"{experts}.")
+            ]
             routers = [
                 name
                 for name in calls

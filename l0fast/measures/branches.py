@@ -1,6 +1,6 @@
-"""What a model has in its residual branches and experts beside layers and products that are reckoned
-by their units: norms, tables, layers that cannot get smaller. It goes with the branch, with its
-block, or with the expert."""
+"""What a model has in its residual branches and experts beside layers and products that are
+reckoned by their units: norms, tables, layers that cannot get smaller. It goes with the branch,
+with its block, or with the expert."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def parts_of(needs: GateDependencies) -> list[Part]:
     for own, mixture in needs.experts:
         around = needs.around(mixture.name)
         for place, gate in enumerate(own.tolist()):
-            names = [share_of(name, place) for name in needs.shared(mixture)]
-            names += [mixture.expert(place)] if needs.goes(mixture) else []
+            names = [share_of(name, place) for name in needs.experts.shared(mixture)]
+            names += [mixture.expert(place)] if needs.experts.goes(mixture) else []
             found += [([name], [*around, gate], []) for name in names]
     inside: list[int] = []
     for place, (modules, _, _) in enumerate(found):

@@ -35,8 +35,8 @@ class Footprint(Measure):
     with p = 1 where there is no gate, and the rest of the model added as it is. A batch norm, and
     a convolution in groups, have as many outputs as are read behind them. Ways to several readers
     count as independent. Products of matrices, such as attention's, cost in proportion to the
-    units of their result, counted like outputs. A branch, or an expert,
-    counts by p(its gate); a router that picks experts makes each token work as much as before. Memory is outputs *
+    units of their result, counted like outputs. A branch, or an expert, counts by p(its gate);
+    where a router picks experts, each token makes as much work as before. Memory is outputs *
     positions of each layer; latency is read off a table, at (inputs, outputs). With gates that are
     all open or closed these are the pruned model's own counts.
 

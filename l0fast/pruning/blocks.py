@@ -88,7 +88,8 @@ class Blocks:
         """The same with as many gates of each of the layers that repeat.
 
         A block is then those of the same rank in each of the layers; its score is their mean, and
-        it waits if any of them does; of experts, if all do. Gates of layers that share only some of theirs stay by layer.
+        it waits if any of them does; of experts, if all do. Gates of layers that share only some of
+        theirs stay by layer.
         """
         leader, score, waits = self.leader.clone(), self.score.clone(), self.waits.clone()
         for names in repeating(layers):

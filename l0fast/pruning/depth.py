@@ -110,7 +110,8 @@ def _shallow(model: nn.Module, values: GateValues, example: Example, cut: Cut) -
 def shallow(
     model: nn.Module, values: GateValues, structure: Structure, example: Example, check: Check
 ) -> Shallow:
-    """A gated model without its closed branches and experts: with whole blocks taken out where that holds.
+    """A gated model without its closed branches and experts: with whole blocks taken out where that
+    holds.
 
     Args:
         model: with gates.

@@ -57,9 +57,9 @@ class Report:
             and lengths (of arguments of its forward), views (node -> sizes). Its attributes, such
             as num_heads, are gone with its class.
         folded: names of the layers whose biases hold what constant inputs gave.
-        cuts: a dict for each time that branches or experts were cut out: branches (names of their last
-            layers), modules (what took the place of what), dropped (list of modules -> places that
-            were taken out of it; what is behind has other names since, which the report uses),
+        cuts: a dict for each time that branches or experts were cut out: branches (names of their
+            last layers), modules (what took the place of what), dropped (list of modules -> places
+            that were taken out of it; what is behind has other names since, which the report uses),
             after (how many entries of layers, attributes and views came before); and experts, where
             mixtures lost some: name, router, experts, kept (the places of those that stay), ...
         layers: the recipe, a list of dicts in the order to apply: name, kind, in, out, inputs and

@@ -110,7 +110,7 @@ def _shares(
     found: dict[str, dict[str, float]] = {"params": {}, "macs": {}, "memory": {}}
     for _, mixture in needs.experts:
         router, held = mixture.path(mixture.router), tensors_of(model, mixture)
-        for name in needs.shared(mixture):
+        for name in needs.experts.shared(mixture):
             own = model.get_submodule(name)._parameters
             sizes = [own.get(key) for of, key in held if of == name]
             each = {

@@ -114,7 +114,9 @@ class Blocks(nn.Module):
 
 
 def test_what_is_no_mixture_is_refused() -> None:
-    with pytest.raises(ValueError, match="experts: got True; expected False for this model: no mix"):
+    with pytest.raises(
+        ValueError, match="experts: got True; expected False for this model: no mix"
+    ):
         sparsify_(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), example_inputs=tokens(),
                   experts=True)  # fmt: skip
     for model in (Model(Counted), Blocks()):

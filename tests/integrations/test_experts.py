@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from l0fast import DensityConstraint, gates, load_pruned, param_groups, prune, save_pruned, sparsify_
+from l0fast import (
+    DensityConstraint,
+    gates,
+    load_pruned,
+    param_groups,
+    prune,
+    save_pruned,
+    sparsify_,
+)
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,7 +20,17 @@ from l0fast import (
     save_pruned,
     sparsify_,
 )
-from tests.helpers.mixtures import KEPT, KINDS, PICKED, Dense, Model, Sparse, Together, close, tokens
+from tests.helpers.mixtures import (
+    KEPT,
+    KINDS,
+    PICKED,
+    Dense,
+    Model,
+    Sparse,
+    Together,
+    close,
+    tokens,
+)
 
 
 def gated(kind: type[nn.Module], depth: int = 1, **options: Any) -> Any:
