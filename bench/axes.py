@@ -2,7 +2,7 @@
 
 A LLaMA of bytes is trained on the docstrings of SciPy and scikit-learn. From there each method has
 as many steps to bring it to the target: the gates of all axes (depth, hidden width, heads, FFN),
-those of heads and FFN, and magnitude pruning of heads and FFN. The dense model trains on, too.
+those of heads and FFN, and magnitude pruning of heads and FFN.
 What comes out is the loss on held-out files, and the latency, measured in turn. `results.json` in
 `--out` has a row for each that is done; what is there is not done again.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import importlib.util
 import json
 import math
@@ -41,7 +42,7 @@ LR, FINE = 2e-3, 1e-3
 DENSE, ALL, UNITS, MAGNITUDE = "dense", "all axes", "heads and FFN", "magnitude"
 METHODS = (DENSE, ALL, UNITS, MAGNITUDE)
 TITLE = {
-    DENSE: "dense, trained on",
+    DENSE: "dense, before",
     ALL: "gates: depth, hidden, heads, FFN",
     UNITS: "gates: heads, FFN",
     MAGNITUDE: "magnitude: heads, FFN",
@@ -141,8 +142,7 @@ def fine_tuned(
 ) -> tuple[nn.Module, float]:
     """A dense model after `steps` more by a method, pruned; and seconds."""
     if method == DENSE:
-        optimizer = torch.optim.AdamW(model.parameters(), FINE)
-        return model, train(model, optimizer, text, steps, seed)
+        return model, 0.0
     axes = {"depth": True, "hidden": True} if method == ALL else {}
     l0fast.sparsify_(model, example_inputs=EXAMPLE, density_init=1.0, **axes)
     options: Any = {"measure": "params", "example_inputs": EXAMPLE, "steps": steps}
@@ -227,32 +227,22 @@ def run(arguments: argparse.Namespace, about: report.Facts) -> list[dict[str, An
             optimizer = torch.optim.AdamW(model.parameters(), LR)
             train(model, optimizer, text, arguments.dense_steps, seed)
             torch.save(model.state_dict(), start)
-        state = torch.load(start)
-        model.load_state_dict(state)
+        model.load_state_dict(torch.load(start))
         dense, models = held_out(model.eval(), test), dict[str, nn.Module]()
         for method in METHODS:
-            ending = "pt" if method == DENSE else "safetensors"
-            path = out / f"{method.replace(' ', '-')}-{seed}.{ending}"
+            path = out / f"{method.replace(' ', '-')}-{seed}.safetensors"
             if not any((row["method"], row["seed"]) == (method, seed) for row in rows):
                 print(f"seed {seed}, {method}, {arguments.steps} steps", flush=True)
-                model = build()
-                model.load_state_dict(state)
                 torch.manual_seed(seed)
                 given = arguments.target, text, arguments.steps, seed + 1000
-                small, seconds = fine_tuned(method, model, *given)
-                if method == DENSE:
-                    torch.save(small.state_dict(), path)
-                else:
+                small, seconds = fine_tuned(method, copy.deepcopy(model), *given)
+                if method != DENSE:
                     l0fast.save_pruned(small, path)
                 row = _row(method, seed, small.eval(), dense, test)
                 rows.append({**row, "seconds": seconds})
                 print(rows[-1], flush=True)
                 write()
-            if method == DENSE:
-                models[method] = build()
-                models[method].load_state_dict(torch.load(path))
-            else:
-                models[method] = l0fast.load_pruned(build, path)
+            models[method] = model if method == DENSE else l0fast.load_pruned(build, path)
         times = latency({name: one.eval() for name, one in models.items()})
         for row in (row for row in rows if row["seed"] == seed):
             row.update(times[row["method"]])
@@ -268,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--target", type=float, default=0.5, help="share of the parameters")
     parser.add_argument("--dense-steps", type=int, default=700)
-    parser.add_argument("--steps", type=int, default=300, help="of each method")
+    parser.add_argument("--steps", type=int, default=200, help="of each method")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
     parser.add_argument("--threads", type=int, default=1)

@@ -2,7 +2,7 @@
 An encoder, fine-tuned to a third of its work
 =============================================
 
-A small BERT tells which of Python's help texts a piece of 48 characters is from. It is trained
+A small BERT tells which of Python's help texts a piece of 32 characters is from. It is trained
 first, and then fine-tuned to a third of its multiply-accumulates. Gates start open, so that nothing
 of what it has learned is lost when they are put on.
 """
@@ -20,14 +20,14 @@ letters = sorted(set("".join(longest)))
 pieces, classes = [], []
 for number, text in enumerate(longest):
     code = torch.tensor([letters.index(letter) for letter in text])
-    pieces.append(code.unfold(0, 48, 16))
+    pieces.append(code.unfold(0, 32, 16))
     classes.append(torch.full((len(pieces[-1]),), number))
 x, y = torch.cat(pieces), torch.cat(classes)
 order = torch.randperm(len(x))
 train, test = order[200:], order[:200]
-steps, batch = 300, 32
+steps, batch = 200, 32
 
-sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2}
+sizes = {"hidden_size": 48, "intermediate_size": 128, "num_hidden_layers": 2}
 config = BertConfig(vocab_size=len(letters), num_attention_heads=4, num_labels=4, **sizes)
 model = BertForSequenceClassification(config)
 
