@@ -143,8 +143,8 @@ def fine_tuned(
     """A dense model after `steps` more by a method, pruned; and seconds."""
     if method == DENSE:
         return model, 0.0
-    axes = {"depth": True, "hidden": True} if method == ALL else {}
-    l0fast.sparsify_(model, example_inputs=EXAMPLE, density_init=1.0, **axes)
+    more = method == ALL
+    l0fast.sparsify_(model, example_inputs=EXAMPLE, density_init=1.0, depth=more, hidden=more)
     options: Any = {"measure": "params", "example_inputs": EXAMPLE, "steps": steps}
     kind = MagnitudePruning if method == MAGNITUDE else l0fast.DensityConstraint
     constraint = kind(model, target, **options)

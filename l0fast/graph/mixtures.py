@@ -177,5 +177,5 @@ def _mixture(
     ends = [f"{experts}.{place}.{last}".rstrip(".") for place in range(number)]
     rows = [watch.rows.get(name, []) for name in ends]
     every = last is not None and all(one == watch.rows.get(router) for one in rows)
-    paths = (_relative(name, around) for name in (router, experts))
-    return Mixture(around, *paths, last, number, max(needed), every)
+    inside, held = (_relative(name, around) for name in (router, experts))
+    return Mixture(around, inside, held, last, number, max(needed), every)

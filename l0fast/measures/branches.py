@@ -71,7 +71,7 @@ def share_of(name: str, place: int) -> str:
     return f"{name}.expert {place}"
 
 
-def _amount(cost: dict[str, int], group: Group, name: str) -> float:
+def _amount(cost: dict[str, float], group: Group, name: str) -> float:
     """What a module has of a group that is a whole module."""
     whole = group.whole
     if whole is None:
@@ -82,7 +82,10 @@ def _amount(cost: dict[str, int], group: Group, name: str) -> float:
 
 
 def beside_units(
-    parts: list[Part], cost: dict[str, int], groups: list[Group], reckoned: list[tuple[str, Tensor]]
+    parts: list[Part],
+    cost: dict[str, float],
+    groups: list[Group],
+    reckoned: list[tuple[str, Tensor]],
 ) -> Tensor:
     """[C, P] what each part has beside what is reckoned by its units, and beside parts inside it.
 

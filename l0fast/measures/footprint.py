@@ -143,16 +143,16 @@ class Footprint(Measure):
             inside.append([name in of and f"{name}.".startswith(prefix) for name in names])
         return torch.tensor(inside, dtype=torch.bool).view(len(inside), -1)
 
-    def _each(self, tried: Trial) -> dict[str, int]:
+    def _each(self, tried: Trial) -> dict[str, float]:
         """Layer -> what it has; the weight of an embedding and its head counts once."""
-        cost: dict[str, int] = dict(getattr(tried.dense, self.measure))
+        cost: dict[str, float] = dict(getattr(tried.dense, self.measure))
         counted: set[int] = set()
         for name in self.names if self.measure == "params" else []:
             weight: Any = tried.sites[name].layer._parameters.get("weight")
             if tried.sites[name].bound and id(weight) in counted:
                 cost[name] -= weight.numel()
             counted.add(id(weight))
-        return cost | tried.shares.get(self.measure, {})
+        return {**cost, **tried.shares.get(self.measure, {})}
 
     def _sizes(self, tried: Trial) -> dict[str, Tensor]:
         """What a pair of units, and one more output, of each layer costs; what a unit of each
