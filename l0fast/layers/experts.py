@@ -139,8 +139,11 @@ class _End(_Hook):
     """Hook of the module around: the call is over."""
 
     def __call__(self, module: nn.Module, _inputs: Any, _output: Any) -> None:
-        for part in module.modules():
-            vars(part).pop(_NOW, None)
+        gate = module._modules[CHILD]
+        if isinstance(gate, ExpertGate):
+            vars(module.get_submodule(gate.mixture.router)).pop(_NOW, None)
+            for host, _ in gate.mixture.hosts(module):
+                vars(host).pop(_NOW, None)
 
 
 class _Mask(_Hook):
