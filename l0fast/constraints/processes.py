@@ -17,8 +17,8 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.graph.sharding import IGNORED, is_flat, is_sharded, is_split
-from l0fast.layers.branch import BranchGate
 from l0fast.layers.draw import several_processes
+from l0fast.layers.part import PartGate
 from l0fast.measures.latency import LatencyTable
 
 
@@ -41,7 +41,7 @@ def check_sharding(name: str, layers: Mapping[str, Any]) -> None:
     if sharded:
         words = f"sharded gates: {', '.join(sharded)}"
         _checks.refuse(name, words, f"gates on every process: fully_shard(module, {IGNORED})")
-    weighed = [one for one in layers.values() if not isinstance(one, BranchGate)]
+    weighed = [one for one in layers.values() if not isinstance(one, PartGate)]
     if any("weight" not in one._parameters or is_flat(one.weight) for one in weighed):
         expected = f"torch.distributed.fsdp.fully_shard(module, {IGNORED})"
         _checks.refuse(name, "a model in FullyShardedDataParallel", expected)
@@ -51,7 +51,7 @@ def mesh_of(layers: Mapping[str, Any]) -> Any:
     """The mesh of the processes among which FSDP2 shards the weights of gated layers, or None."""
     if not several_processes():
         return None
-    weights = (one.weight for one in layers.values() if not isinstance(one, BranchGate))
+    weights = (one.weight for one in layers.values() if not isinstance(one, PartGate))
     return next((weight.device_mesh for weight in weights if is_sharded(weight)), None)
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from l0fast.graph.sharding import full
-from l0fast.layers.branch import BranchGate
 from l0fast.layers.dense_types import inputs_first
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import sharing
+from l0fast.layers.part import PartGate
 from l0fast.layers.rms_norm import GatedRMSNorm
 
 
@@ -40,10 +40,10 @@ def magnitudes(layer: Gated) -> Tensor:
 
 def shared_magnitudes(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
     """Name of each layer with gates of its own -> their magnitudes, over all that share them; not
-    of gates on branches, which cannot be compared so."""
+    of gates on branches and experts, which cannot be compared so."""
     found: dict[str, Tensor] = {}
     for owner, readers in sharing(layers).items():
-        if isinstance(layers[owner], BranchGate):
+        if isinstance(layers[owner], PartGate):
             continue
         gates = layers[owner].log_alpha
         squares = [magnitudes(layer).square() * layer.group_size for layer in readers.values()]

@@ -13,9 +13,9 @@ import torch
 
 from l0fast import _checks
 from l0fast.constraints.ranking import shared_magnitudes
-from l0fast.layers.branch import branch_gates
 from l0fast.layers.draw import DRAWN, OPEN
 from l0fast.layers.handle import ModelGates
+from l0fast.layers.part import PartGate
 from l0fast.measures.groups import Asking
 
 START = 0.25
@@ -104,7 +104,7 @@ def spread_(term: Any) -> None:
     Equals, in each layer:
         log_alpha = CENTRE + REACH * (2 * rank / (N - 1) - 1)
     with the rank, from 0 to N - 1, of the root mean square of the weights behind each gate. The
-    targets come down from the density that follows. Gates on branches start at CENTRE.
+    targets come down from the density that follows. Gates on branches and experts start at CENTRE.
     """
     handle = term.handle
     for name, sizes in shared_magnitudes(handle.layers).items():
@@ -114,7 +114,8 @@ def spread_(term: Any) -> None:
             -1.0, 1.0, sizes.numel(), dtype=torch.float64, device=sizes.device
         )
         log_alpha.copy_((CENTRE + REACH * ranks).view(log_alpha.shape))
-    for gate in branch_gates(handle.layers).values():
-        gate.log_alpha.fill_(CENTRE)
+    for gate in handle.layers.values():
+        if isinstance(gate, PartGate):
+            gate.log_alpha.fill_(CENTRE)
     handle.set_stage(DRAWN)
     term.begin_()

@@ -23,6 +23,13 @@ from l0fast.gating.depth import (
     put_branches,
     refuse_no_branches,
 )
+from l0fast.gating.experts import (
+    check_experts,
+    expert_rows,
+    find_mixtures,
+    put_mixtures,
+    refuse_no_experts,
+)
 from l0fast.gating.hidden import Hidden, hidden_gates, refuse_hidden
 from l0fast.gating.recipes import Choice, GateTable
 from l0fast.gating.selection import (
@@ -43,6 +50,7 @@ from l0fast.graph.branches import Branch
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import why_computed
 from l0fast.graph.sites import replace, unchanged_if_refused
+from l0fast.layers.experts import Mixture
 from l0fast.layers.gated_types import gated_type_of
 from l0fast.layers.handle import gated_layers, note_adapters
 from l0fast.layers.rms_norm import gated_norm
@@ -63,6 +71,7 @@ def sparsify_(
     distribution: HardConcrete | None = None,
     noise: str = "batch",
     depth: bool = False,
+    experts: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
     hidden: bool = False,
@@ -83,6 +92,7 @@ def sparsify_(
     distribution: HardConcrete | None = None,
     noise: str = "batch",
     depth: bool = False,
+    experts: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
     hidden: bool = False,
@@ -102,6 +112,7 @@ def sparsify_(
     distribution: HardConcrete | None = None,
     noise: str = "batch",
     depth: bool = False,
+    experts: bool = False,
     example_inputs: Any = None,
     skip: str | bool = "auto",
     hidden: bool = False,
@@ -143,6 +154,9 @@ def sparsify_(
         depth: whether each residual branch (an attention, an MLP, a ResNet's block) has one more
             gate, on the whole of it: y = x + z * f(x). Closed, the branch is gone, and so is a
             block without a branch. The table has them; `graph.branches` says which are found.
+        experts: whether each expert of a mixture has one more gate, too. Its router never picks a
+            closed expert, and `prune` removes it; as many stay as each token needs. The table has
+            them; `graph.mixtures` says which are found.
         example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
             or a dict of keyword arguments. A list that the model takes as one argument is one, and
             so is a NamedTuple. Where given, layers that never run on it are left out, and closed
@@ -172,6 +186,7 @@ def sparsify_(
     """
     check_call(model, gates, density_init, droprate_init, example_inputs, skip)
     check_depth(depth, gates, noise, example_inputs)
+    check_experts(experts, gates, noise, example_inputs)
     check_widths(hidden, uniform, gates, noise, example_inputs)
     example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}
@@ -188,12 +203,15 @@ def sparsify_(
         considered |= {name: twin.get_submodule(name) for name in stream.choices}
     choices = chosen.choices | ({} if stream is None else dict(stream.choices))
     branches, refused, may = list[Branch](), dict[str, str](), {*considered, *gated_layers(model)}
+    mixtures, unmixed = list[Mixture](), dict[str, str]()
+    if experts and example is not None:
+        mixtures, unmixed = find_mixtures(twin, example, may)
     if depth and example is not None:
         branches, refused = find_branches(twin, chosen.structure, example, may)
     if dry_run:
         rows = [row_of(name, layer, choices[name]) for name, layer in considered.items()]
         rows += [computed_row(name, layer) for name, layer in computed.items()]
-        rows += branch_rows(twin, branches, refused)
+        rows += branch_rows(twin, branches, refused) + expert_rows(twin, mixtures, unmixed)
         return GateTable(tuple(rows + fused_rows(twin, fused)), chosen.note)
     if stream is not None and not stream.controls:
         refuse_hidden(model, stream)
@@ -201,8 +219,10 @@ def sparsify_(
         warnings.warn(f"sparsify_: {chosen.note}; {UNFOLLOWED}", stacklevel=2)
     if depth and not branches:
         refuse_no_branches(refused)
+    if experts and not mixtures:
+        refuse_no_experts(unmixed)
     names = [name for name in considered if choices[name].gates]
-    if not names and not branches and not gated_layers(model):
+    if not names and not branches and not mixtures and not gated_layers(model):
         refuse_none(model, gates, choices, considered, computed)
     initial = initial_densities(names, choices, density_init, droprate_init)
 
@@ -214,6 +234,7 @@ def sparsify_(
         gated = _gated(layers, choices, stream, initial, distribution, noise)
         replace(model, {id(layer): gated[name] for name, layer in layers.items()})
         put_branches(model, branches, density_init, distribution)
+        put_mixtures(model, mixtures, density_init, distribution)
         note_adapters(model)
         handle = attach_draw(model)
         handle.uniform |= uniform

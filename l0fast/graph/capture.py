@@ -12,7 +12,15 @@ from torch.fx import Node
 
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import own_weights
-from l0fast.graph.exporting import LOCK, plain, quietly, read_nodes, without_validation
+from l0fast.graph.exporting import (
+    LOCK,
+    FixedSizes,
+    plain,
+    quietly,
+    read_nodes,
+    refuse_sizes_of_data,
+    without_validation,
+)
 from l0fast.graph.nodes import argument, op_name
 from l0fast.graph.tensors import ChannelTensor, channel_tensors, sized_by_attributes
 from l0fast.graph.trace import Trace
@@ -201,10 +209,11 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     hook = model.register_forward_hook(lambda _model, _args, given: plain(given))
     try:
         # One at a time: it changes what all threads of a process share.
-        with LOCK, quietly(), without_validation(), torch.no_grad():
+        with LOCK, quietly(), without_validation(), torch.no_grad(), FixedSizes():
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         hook.remove()
+    refuse_sizes_of_data(program.graph)
     read = read_nodes(program.graph, {call.op for call in (*_CALLS.values(), _IN_OUT_CALL)})
     signature = program.graph_signature
     whole = model if whole is None else whole

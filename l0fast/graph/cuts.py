@@ -1,15 +1,18 @@
 """Branches cut out of a model: stand-ins in the place of their modules, and whole blocks taken out
-of the lists that hold them. The number of layers follows, and so do their places in a cache."""
+of the lists that hold them. The number of layers follows, and so do their places in a cache. And
+experts taken out of mixtures."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from dataclasses import replace as replaced
 from typing import Any
 
 from torch import nn
 
 from l0fast.graph.branches import Branch
+from l0fast.graph.fewer import Fewer, leave_
 from l0fast.graph.sites import replace
 from l0fast.graph.standins import StandIn
 
@@ -21,7 +24,7 @@ NUMBER, KINDS = "num_hidden_layers", "layer_types"
 
 @dataclass(frozen=True)
 class Cut:
-    """Which branches are cut out, and how; as JSON, an entry of the report."""
+    """Which branches and experts are cut out, and how; as JSON, an entry of the report."""
 
     branches: tuple[str, ...] = ()
     """Their names."""
@@ -31,14 +34,18 @@ class Cut:
     """(list of modules, places of what is taken out of it)."""
     after: tuple[int, int, int] = (0, 0, 0)
     """How many entries of the recipe's `layers`, `attributes` and `views` came before."""
+    experts: tuple[Fewer, ...] = ()
+    """The mixtures that lose experts."""
 
     def as_json(self) -> dict[str, Any]:
         """A dict that `from_json` takes."""
+        experts = {"experts": [one.as_json() for one in self.experts]} if self.experts else {}
         return {
             "branches": list(self.branches),
             "modules": [stand.as_json() for stand in self.modules],
             "dropped": {name: list(places) for name, places in self.dropped},
             "after": list(self.after),
+            **experts,
         }
 
     @classmethod
@@ -53,20 +60,28 @@ class Cut:
             tuple(map(StandIn.from_json, entry["modules"])),
             tuple((name, tuple(map(int, places))) for name, places in entry["dropped"].items()),
             (int(entry["after"][0]), int(entry["after"][1]), int(entry["after"][2])),
+            tuple(map(Fewer.from_json, entry.get("experts", []))),
         )
         if cut.as_json() != dict(entry):
             raise ValueError("an entry that contradicts itself")
         return cut
 
+    @property
+    def lists(self) -> list[tuple[str, tuple[int, ...]]]:
+        """(list of modules, places of what is taken out of it), of blocks and of experts."""
+        experts = [one.dropped for one in self.experts if one.dropped is not None]
+        return [*self.dropped, *experts]
+
     def takes(self, name: str) -> bool:
         """Whether a module, or a tensor, of the whole model is gone."""
         gone = [stand.name for stand in self.modules]
-        gone += [f"{holder}.{place}" for holder, places in self.dropped for place in places]
+        gone += [f"{holder}.{place}" for holder, places in self.lists for place in places]
         return any(f"{name}.".startswith(f"{one}.") for one in gone)
 
     def old(self, name: str) -> str:
         """The name that a module, or a tensor, of the cut model had before."""
-        for holder, gone in self.dropped:
+        # From the outside in: the name of an inner list is that of the whole model.
+        for holder, gone in sorted(self.lists, key=lambda one: one[0].count(".")):
             if name.startswith(f"{holder}."):
                 place, _, rest = name.removeprefix(f"{holder}.").partition(".")
                 stays = (i for i in range(int(place) + len(gone) + 1) if i not in gone)
@@ -87,6 +102,7 @@ def plan_cut(
     branches: Iterable[Branch],
     drop: bool,
     after: tuple[int, int, int] = (0, 0, 0),
+    experts: Iterable[Fewer] = (),
 ) -> Cut:
     """How some branches of a model are cut out.
 
@@ -95,7 +111,7 @@ def plan_cut(
         branches: those that are closed.
         drop: whether blocks that add nothing go, out of the lists that hold them where these do;
             else the branches alone.
-        after: see `Cut`.
+        after, experts: see `Cut`; experts of mixtures that are gone do not count.
     """
     branches = list(branches)
     closed = {one.name for one in branches}
@@ -122,7 +138,8 @@ def plan_cut(
         for holder, places in dropped.items()
         if not any(f"{holder}.".startswith(f"{other}.") for other in gone)
     ]
-    return Cut(tuple(sorted(closed)), tuple(outer), tuple(lists), after)
+    cut = Cut(tuple(sorted(closed)), tuple(outer), tuple(lists), after)
+    return replaced(cut, experts=tuple(one for one in experts if not cut.takes(one.mixture.name)))
 
 
 def _with_index(model: nn.Module) -> list[nn.Module]:
@@ -146,6 +163,8 @@ def cut_(model: nn.Module, cut: Cut) -> nn.Module:
     Raises:
         AttributeError: the model has no such module.
     """
+    for fewer in cut.experts:
+        leave_(model, fewer)
     indexed = _with_index(model)
     old = {id(model.get_submodule(stand.name)): stand.module() for stand in cut.modules}
     for new, stand in zip(old.values(), cut.modules, strict=True):

@@ -10,6 +10,7 @@ from torch import Tensor
 from l0fast.graph.branches import Branch, branch_of
 from l0fast.graph.capture import is_carrier, layer_size
 from l0fast.graph.liveness import Liveness, last_to_go
+from l0fast.graph.routed import Routed
 from l0fast.graph.sites import Site
 from l0fast.graph.units import STAYS
 from l0fast.graph.walk import Walk
@@ -35,11 +36,11 @@ class GateDependencies:
     """Which gates each input and output of a model's layers depends on.
 
     Args:
-        layers: those with gates on units.
+        layers: those whose gates are not on single weights.
         sites: of the model.
         scaled: layers whose gates are a factor on their units.
         live: what the units' readers need; None if each layer is planned by itself.
-        rigid: modules in whose forward sizes are written out, see `Liveness.extents`.
+        rigid, by_token: see `Liveness.extents` and `Routed`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class GateDependencies:
         scaled: Collection[str],
         live: Liveness | None,
         rigid: Collection[str],
+        by_token: bool = False,
     ) -> None:
         owners = gate_owners(layers)
         self.always = sum(layers[name].log_alpha.numel() for name in own_gates(layers))
@@ -61,11 +63,11 @@ class GateDependencies:
         """Layer -> [out] its own gates."""
         self.carriers = {name for name, site in sites.items() if is_carrier(site.layer)}
         for name, site in sites.items():
-            self.reads[name], self.writes[name] = (
-                torch.full((units,), self.always) for units in layer_size(site.layer)
-            )
+            sides = (torch.full((units,), self.always) for units in layer_size(site.layer))
+            self.reads[name], self.writes[name] = sides
         self.branches: list[tuple[int, Branch]] = []
         """The gates on branches, and what they are on."""
+        self.experts = Routed(sites, by_token)
         start = 0
         gates: dict[str, Tensor] = {}
         for name, layer in layers.items():
@@ -75,6 +77,7 @@ class GateDependencies:
             own = gates[owners[name]]
             if isinstance(layer, BranchGate):
                 self.branches.append((int(own), branch_of(name, layer)))
+            self.experts.add(name, layer, own)
             if name in sites and name not in scaled:
                 sides = self.reads if layer.gates == "input" else self.writes
                 sides[name] = layer.spread(own)
@@ -100,8 +103,8 @@ class GateDependencies:
             self._follow(live.walk)
 
     def around(self, name: str) -> list[int]:
-        """The gates of the branches that a module is in."""
-        return [gate for gate, branch in self.branches if branch.holds(name)]
+        """The gates of the branches and experts that a module is in."""
+        return [g for g, one in self.branches if one.holds(name)] + self.experts.around(name)
 
     def gates_around(self, name: str) -> Tensor:
         """[D] the same, filled up with `always`: a layer is there while they are open."""
@@ -257,7 +260,7 @@ class GateDependencies:
         for name in names:
             classes = self.classes[name]
             stays.append(classes == STAYS)
-            own.append(self.writes[name])
+            own.append(self.experts.routers.get(name, (self.writes[name],))[0])
             if name in self.carriers:  # they pass on what is there
                 stays[-1] = stays[-1] | self.viewed[classes]
                 own[-1] = torch.full_like(classes, self.always)
@@ -291,6 +294,7 @@ class GateDependencies:
 
     def least(self, name: str) -> int:
         """How many outputs a layer keeps in any case: one, with those that only go with it."""
-        if bool((self.writes[name] < self.always).any()):
-            return 1
-        return self._last.get(name) or smallest(self.classes[name])
+        if name in self.experts.routers:
+            return self.experts.routers[name][1]
+        own = bool((self.writes[name] < self.always).any())
+        return 1 if own else self._last.get(name) or smallest(self.classes[name])

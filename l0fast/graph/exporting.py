@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
-from torch.fx import Node
+from torch.fx import Graph, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from l0fast.graph.compare import values_of
 from l0fast.graph.nodes import op_name
@@ -34,6 +36,33 @@ def quietly() -> Generator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+class FixedSizes(TorchFunctionMode):
+    """Refuses, as it is traced, a forward with sizes that depend on what it is given: as where a
+    mixture picks the tokens of each expert. Tracing such a one takes long."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        picks = func is torch.Tensor.__getitem__ and any(
+            isinstance(one, Tensor) and one.dtype == torch.bool
+            for one in (args[1] if isinstance(args[1], tuple) else (args[1],))
+        )
+        if picks or func in _PICK or (func is torch.where and len(args) == 1):
+            raise ValueError(f"sizes depend on the data ({getattr(func, '__name__', func)})")
+        return func(*args, **(kwargs or {}))
+
+
+_PICK = (torch.nonzero, Tensor.nonzero, torch.masked_select, Tensor.masked_select)
+
+
+def refuse_sizes_of_data(graph: Graph) -> None:
+    """Raises for a graph that has such sizes."""
+    for node in graph.nodes:
+        given = tree_leaves(node.meta.get("val"))
+        if any(type(n) is not int for one in given if isinstance(one, Tensor) for n in one.shape):
+            raise ValueError(f"sizes depend on the data ({op_name(node)})")
 
 
 def plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from l0fast.pruning.saving import load_pruned, save_pruned
 WIDTHS = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("d_model", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "num_hidden_layers"),
+    *("moe_intermediate_size", "shared_expert_intermediate_size"),
 )
 """Attributes of configurations that say a size."""
 EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")

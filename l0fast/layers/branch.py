@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from l0fast import functional
-from l0fast.layers.draw import Drawn
 from l0fast.layers.hooks import OwnHook, remove_hooks
+from l0fast.layers.part import PartGate
 from l0fast.maths.hard_concrete import HardConcrete
 
 CHILD = "branch"
 """The name that the gate of a branch has in the layer whose output it multiplies."""
 
 
-class BranchGate(Drawn, nn.Module):
+class BranchGate(PartGate):
     """One hard-concrete gate on what a residual branch adds: y = x + z * f(x).
 
-    It is a child of the last layer of the branch, whose output it multiplies by a forward hook. It
-    is drawn with all other gates of the model. Where z is 0 the branch adds exactly 0.
+    It is a child of the last layer of the branch, whose output it multiplies by a forward hook.
+    Where z is 0 the branch adds exactly 0.
 
     Args:
         branch: what the model's graph says of it (see `graph.branches`).
-        like: a tensor of the branch's dtype and device.
-        group_size: how many parameters the branch has.
-        density_init, distribution: as in `Gated`.
+        like, group_size, density_init, distribution: as in `PartGate`.
     """
 
-    dense_type: ClassVar[type[nn.Module]] = nn.Identity
     gates = "branch"
-    noise = "batch"
-    units = 1
-    all_gates = 1
+    least = 0
 
     def __init__(
         self,
@@ -43,35 +36,12 @@ class BranchGate(Drawn, nn.Module):
         density_init: float,
         distribution: HardConcrete | None = None,
     ) -> None:
-        super().__init__()
-        self.branch, self.group_size = branch, group_size
-        self.distribution = functional.checked_distribution(distribution)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        start = self.distribution.log_alpha(density_init)
-        self.log_alpha = nn.Parameter(torch.full((1,), start, dtype=dtype, device=like.device))
+        super().__init__(1, like, group_size, density_init, distribution)
+        self.branch = branch
 
     def forward(self, input: Tensor) -> Tensor:
         """y = z * x, for any shape."""
         return input * self._drawn().to(input.dtype)
-
-    def dense(self) -> nn.Module:
-        """What stands in its place in a model without gates."""
-        return nn.Identity()
-
-    def remember_size(self) -> None:
-        """Its size does not change."""
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # The state of a model without gates on branches loads too: they stay as they are.
-        own = {
-            prefix + "log_alpha": self.log_alpha.detach(),
-            prefix + "_extra_state": self.get_extra_state(),
-        }
-        lacking = {key: value for key, value in own.items() if key not in state_dict}
-        state_dict.update(lacking)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        for key in lacking:
-            del state_dict[key]
 
     def extra_repr(self) -> str:
         return f"on {self.branch.name!r}"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from l0fast import _checks
 
 INDEX = "gate_index"
+ON_UNITS = ("input", "output")
+"""What gates on units are on; others are on single weights, branches or experts."""
 
 
 class Share(NamedTuple):
@@ -49,6 +51,8 @@ class Serving:
     gates: str
     units: int
     """How many consecutive inputs each gate serves; 1 for gates that are not on inputs."""
+    least: int = 1
+    """How many gates stay in any case."""
     _buffers: dict[str, Tensor | None]
     _non_persistent_buffers_set: set[str]
 
@@ -99,18 +103,17 @@ def alike(layers: Iterable[Serving]) -> list[Tensor]:
 
 
 def likeliest(layers: Iterable[Serving], scores: Tensor) -> Tensor:
-    """bool, of the shape of the log_alpha that some layers share: the gate with the highest score
-    of each part that the same layers have.
+    """bool, of the shape of the log_alpha that some layers share: the gates with the highest scores
+    of each part that the same layers have, `least` of them.
 
     They are kept in any case: without them a layer would read nothing, or a unit that its maker
-    must keep would arrive at readers that do not want it. The gate of a branch is not: without it
-    the branch is gone.
+    must keep would arrive at readers that do not want it. A branch may be gone; of experts as many
+    are kept as each token needs.
     """
     layers = list(layers)
     found = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    if layers[0].gates == "branch":
-        return found.view(scores.shape)
     for part in alike(layers):
         places = part.to(scores.device)
-        found[places[scores.flatten()[places].argmax(0, keepdim=True)]] = True
+        order = scores.flatten()[places].argsort(descending=True, stable=True)
+        found[places[order[: layers[0].least]]] = True
     return found.view(scores.shape)

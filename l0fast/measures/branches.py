@@ -1,5 +1,6 @@
-"""What a model has in its residual branches beside layers and products that are reckoned by their
-units: norms, tables, layers that cannot get smaller. It goes with the branch, or with its block."""
+"""What a model has in its residual branches and experts beside layers and products that are
+reckoned by their units: norms, tables, layers that cannot get smaller. It goes with the branch,
+with its block, or with the expert."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from l0fast.measures.groups import Group
 
 
 class Part(NamedTuple):
-    """A branch, or a block of branches."""
+    """A branch, a block of branches, or an expert."""
 
     modules: list[str]
     """What goes with it."""
@@ -31,7 +32,7 @@ def _inside(name: str, modules: list[str]) -> bool:
 
 
 def parts_of(needs: GateDependencies) -> list[Part]:
-    """The branches of a model and the blocks that go with them."""
+    """The branches of a model, the blocks that go with them, and the experts."""
     found: list[tuple[list[str], list[int], list[int]]] = []
     gates = {branch.name: gate for gate, branch in needs.branches}
     blocks: dict[str, Branch] = {}
@@ -42,6 +43,12 @@ def parts_of(needs: GateDependencies) -> list[Part]:
             blocks[branch.block.name] = branch
     for name, branch in blocks.items():
         found.append(([name], needs.around(name), [gates[one] for one in branch.members]))
+    for own, mixture in needs.experts:
+        around = needs.around(mixture.name)
+        for place, gate in enumerate(own.tolist()):
+            names = [share_of(name, place) for name in needs.experts.shared(mixture)]
+            names += [mixture.expert(place)] if needs.experts.goes(mixture) else []
+            found += [([name], [*around, gate], []) for name in names]
     inside: list[int] = []
     for place, (modules, _, _) in enumerate(found):
         outer = [
@@ -59,7 +66,12 @@ def _number_around(found: list[tuple[list[str], list[int], list[int]]], place: i
     return sum(all(_inside(name, around) for name in modules) for around, _, _ in found)
 
 
-def _amount(cost: dict[str, int], group: Group, name: str) -> float:
+def share_of(name: str, place: int) -> str:
+    """What stands for the part that a module has for one expert, among the names of modules."""
+    return f"{name}.expert {place}"
+
+
+def _amount(cost: dict[str, float], group: Group, name: str) -> float:
     """What a module has of a group that is a whole module."""
     whole = group.whole
     if whole is None:
@@ -70,13 +82,16 @@ def _amount(cost: dict[str, int], group: Group, name: str) -> float:
 
 
 def beside_units(
-    parts: list[Part], cost: dict[str, int], groups: list[Group], reckoned: list[tuple[str, Tensor]]
+    parts: list[Part],
+    cost: dict[str, float],
+    groups: list[Group],
+    reckoned: list[tuple[str, Tensor]],
 ) -> Tensor:
     """[C, P] what each part has beside what is reckoned by its units, and beside parts inside it.
 
     Args:
         parts: see `parts_of`.
-        cost: of each module of the dense model.
+        cost: of each module of the dense model, and of each `share_of`.
         groups: whose costs these are.
         reckoned: (module, [C] what of it is reckoned by its units).
     """

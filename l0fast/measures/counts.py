@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from l0fast.graph.calls import Example
+from l0fast.graph.exporting import quietly
 from l0fast.measures.flops import Ops, count_ops, count_params
 from l0fast.measures.groups import Group
 
@@ -24,7 +25,7 @@ def _without_numbers(model: nn.Module, example: Example) -> Ops:
     if any(isinstance(p, FakeTensor) for p in (*model.parameters(), *example.tensors())):
         return count_ops(model, example)
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        with quietly(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             return count_ops(model, example.map(fake.from_tensor))
     except Exception:  # its forward asks for values
         return count_ops(model, example)

@@ -57,6 +57,11 @@ def _elements(*_args: Any, out_shape: Any = None, **_kwargs: Any) -> int:
     return math.prod(out_shape if isinstance(out_shape[0], int) else out_shape[0])
 
 
+def _of_groups(rows: Any, *_args: Any, out_shape: Any, **_kwargs: Any) -> int:
+    """Of a product of groups of rows, each with a matrix of its own."""
+    return 2 * rows[-1] * _elements(out_shape=out_shape)
+
+
 @contextmanager
 def _without_gradients(model: nn.Module) -> Generator[None]:
     """No parameter of a model requires a gradient inside; afterwards those that did do so again.
@@ -104,7 +109,10 @@ def count_ops(model: nn.Module, example: Example) -> Ops:
 
     norms = (op for name in BATCH_NORMS if (op := getattr(torch.ops.aten, name, None)))
     formulas: dict[Any, Any] = dict.fromkeys([*flop_registry, *norms], _elements)
-    flops = FlopCounterMode(display=False)
+    grouped = getattr(torch.ops.aten, "_grouped_mm", None)
+    if grouped is not None:
+        formulas[grouped] = _elements
+    flops = FlopCounterMode(display=False, custom_mapping={grouped: _of_groups} if grouped else {})
     elements = FlopCounterMode(display=False, custom_mapping=formulas)
     with _in_plain_ops(model), flops, elements:
         outputs = _shapes(example.map(Tensor.detach).call(model))

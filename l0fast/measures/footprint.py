@@ -35,7 +35,8 @@ class Footprint(Measure):
     with p = 1 where there is no gate, and the rest of the model added as it is. A batch norm, and
     a convolution in groups, have as many outputs as are read behind them. Ways to several readers
     count as independent. Products of matrices, such as attention's, cost in proportion to the
-    units of their result, counted like outputs. A branch counts by p(its gate). Memory is outputs *
+    units of their result, counted like outputs. A branch, or an expert, counts by p(its gate);
+    where a router picks experts, each token makes as much work as before. Memory is outputs *
     positions of each layer; latency is read off a table, at (inputs, outputs). With gates that are
     all open or closed these are the pruned model's own counts.
 
@@ -81,7 +82,8 @@ class Footprint(Measure):
         live = tried.live
         counted = self.measure in ("macs", "memory")
         self.products = products(live.walk) if counted and live is not None else []
-        for name, tensor in (self._units(tried.dependencies) | self._sizes(tried)).items():
+        needs = tried.dependencies if self.measure == "params" else tried.by_token
+        for name, tensor in (self._units(needs) | self._sizes(tried)).items():
             self.register_buffer(name, tensor, persistent=False)
         self.totals = self.left(tried.dense)
         sums = [
@@ -141,16 +143,16 @@ class Footprint(Measure):
             inside.append([name in of and f"{name}.".startswith(prefix) for name in names])
         return torch.tensor(inside, dtype=torch.bool).view(len(inside), -1)
 
-    def _each(self, tried: Trial) -> dict[str, int]:
+    def _each(self, tried: Trial) -> dict[str, float]:
         """Layer -> what it has; the weight of an embedding and its head counts once."""
-        cost: dict[str, int] = dict(getattr(tried.dense, self.measure))
+        cost: dict[str, float] = dict(getattr(tried.dense, self.measure))
         counted: set[int] = set()
         for name in self.names if self.measure == "params" else []:
             weight: Any = tried.sites[name].layer._parameters.get("weight")
             if tried.sites[name].bound and id(weight) in counted:
                 cost[name] -= weight.numel()
             counted.add(id(weight))
-        return cost
+        return {**cost, **tried.shares.get(self.measure, {})}
 
     def _sizes(self, tried: Trial) -> dict[str, Tensor]:
         """What a pair of units, and one more output, of each layer costs; what a unit of each

@@ -28,14 +28,19 @@ class Trial:
     live: Liveness | None
     """None if each layer is planned by itself."""
     dependencies: GateDependencies
+    by_token: GateDependencies
+    """The same for what is done for each token: that of a mixture is done by other experts where
+    one is gone."""
     kept: Mapping[str, Tensor]
     """Layer -> bool, of log_alpha's shape: the gates that were open."""
     dense: Counts
     """With every gate open."""
     left: Counts
     cut: tuple[Mapping[str, Tensor], Counts] | None
-    """The gates that were open, and what was left, where only branches were closed; None where no
-    branch has a gate."""
+    """The gates that were open, and what was left, where only branches and experts were closed;
+    None where none has a gate."""
+    shares: Mapping[str, Mapping[str, float]]
+    """Measure -> what modules, other than layers, have for each expert, by `share_of`."""
     element_size: int
     """Bytes of one of the model's own numbers."""
 

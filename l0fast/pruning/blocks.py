@@ -14,7 +14,7 @@ from l0fast import _checks
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import sharing
 from l0fast.layers.rms_norm import GatedRMSNorm
-from l0fast.layers.serving import alike, likeliest
+from l0fast.layers.serving import ON_UNITS, alike, likeliest
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ class Blocks:
             if bool(log_alpha.isnan().any()):
                 _checks.refuse("log_alpha", math.nan, f"numbers in every gate of {name!r}")
             units = layer.gates != "weight"
-            size = round_to if units else 1
+            size = _size(layer, round_to)
             places = torch.arange(len(log_alpha))
             leader, part = torch.empty_like(places), torch.empty_like(places)
             for same in alike(readers.values()):
@@ -68,6 +68,7 @@ class Blocks:
             first = torch.zeros(len(places), dtype=torch.bool)
             if units:
                 first = likeliest(readers.values(), log_alpha)
+                first[leader[first]] = True
             with torch.no_grad():
                 is_open = (layer.evaluation_gates() > 0).cpu().flatten()
             if name in filled:
@@ -87,21 +88,31 @@ class Blocks:
         """The same with as many gates of each of the layers that repeat.
 
         A block is then those of the same rank in each of the layers; its score is their mean, and
-        it waits if any of them does. Gates of layers that share only some of theirs stay by layer.
+        it waits if any of them does; of experts, if all do. Gates of layers that share only some of
+        theirs stay by layer.
         """
         leader, score, waits = self.leader.clone(), self.score.clone(), self.waits.clone()
         for names in repeating(layers):
             size = layers[names[0]].log_alpha.numel()
             own = torch.tensor([self.starts[name] for name in names])[:, None] + torch.arange(size)
             ranked = own.gather(1, self.score[own].argsort(dim=1, descending=True, stable=True))
-            begins = torch.arange(size) // round_to * round_to
+            block = _size(layers[names[0]], round_to)
+            begins = torch.arange(size) // block * block
             leader[ranked] = ranked[0, begins]
             score[ranked[0]] = self.score[ranked].mean(0)
             waits[ranked] = False
             heads = begins.unique()
-            waits[ranked[0, heads]] = self.waits[ranked[:, heads]].any(0)
+            waiting = self.waits[ranked[:, heads]]
+            # A router would pick an expert of zeros.
+            of_experts = layers[names[0]].gates == "expert"
+            waits[ranked[0, heads]] = waiting.all(0) if of_experts else waiting.any(0)
         first = self.first & (leader == torch.arange(len(leader)))
         return Blocks(leader, score, first, waits, self.part, self.starts)
+
+
+def _size(layer: Gated, round_to: int) -> int:
+    """How many gates a block of a layer has."""
+    return round_to if layer.gates in ON_UNITS else 1
 
 
 def repeating(layers: Mapping[str, Gated]) -> list[list[str]]:
@@ -111,7 +122,7 @@ def repeating(layers: Mapping[str, Gated]) -> list[list[str]]:
     for name, readers in sharing(layers).items():
         layer = layers[name]
         whole = all(reader.gate_index is None for reader in readers.values())
-        if layer.gates == "weight" or not whole:
+        if layer.gates in ("weight", "branch") or not whole:
             continue
         role = re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
         key = role, layer.gates, layer.units, layer.log_alpha.numel()

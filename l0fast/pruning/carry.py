@@ -15,6 +15,7 @@ from l0fast.graph.calls import unwrapped
 from l0fast.graph.capture import is_rms_norm
 from l0fast.graph.computed import copied
 from l0fast.graph.cuts import Cut
+from l0fast.graph.fewer import Fewer, tensors_of
 from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.layers.rms_norm import weight_left
@@ -33,9 +34,13 @@ class _Origin(NamedTuple):
     edit: Edit | None
     sides: tuple[str, ...]
     """Of its layer, see `weight_sides`."""
+    fewer: Fewer | None = None
+    """The mixture that lost experts, of which the tensor has a part for each."""
 
     def part(self, value: Tensor) -> Tensor:
         """What the pruned model has of it; a copy."""
+        if self.fewer is not None:
+            value = self.fewer.part(value)
         if self.edit is None:
             return value.detach().clone()
         return sliced(value.detach(), self.edit, self.sides)
@@ -72,6 +77,7 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
     edits, cut = _edits(model, small), _cut(model, small)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     origins: dict[str, _Origin] = {}
+    fewer = {place: one for one in cut.experts for place in tensors_of(model, one.mixture)}
     for name, tensor in small.state_dict().items():
         holder, _, key = name.rpartition(".")
         outer = holder.removesuffix("layer").removesuffix(".")
@@ -80,7 +86,8 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
         edited = name if name in edits else layer  # a tensor, or the layer that has it
         old = cut.old(layer)
         sides = weight_sides(part_of(model, cut.old(edited))) if edited in edits else ()
-        origin = _Origin(f"{old}.{key}" if layer else key, edits.get(edited), sides)
+        lost = fewer.get((old, key))
+        origin = _Origin(f"{old}.{key}" if layer else key, edits.get(edited), sides, lost)
         if origin.name in shapes:
             meta = origin.part(torch.empty(shapes[origin.name], device="meta"))
             if meta.shape == tensor.shape:
@@ -136,8 +143,8 @@ def prune_optimizer(optimizer: OptimizerT, model: nn.Module, small: nn.Module) -
             if id(parameter) not in named:
                 shape = tuple(parameter.shape)
                 _checks.refuse("optimizer", f"a parameter of shape {shape}", "the model's own")
-            if named[id(parameter)] not in origins and cut.branches:
-                continue  # of a branch that is gone
+            if named[id(parameter)] not in origins and (cut.branches or cut.experts):
+                continue  # of a branch or an expert that is gone
             name, origin = origins[named[id(parameter)]]
             parameters.append(after[name])
             for key, value in optimizer.state.get(parameter, {}).items():

@@ -1,5 +1,5 @@
-"""Pruning in depth: closed branches are cut out of the gated model; what is left is then made
-smaller like any other model."""
+"""Pruning of whole parts: closed branches and experts are cut out of the gated model; what is left
+is then made smaller like any other model."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from l0fast import _checks
 from l0fast.graph.branches import Branch, branch_of
 from l0fast.graph.calls import Example
 from l0fast.graph.cuts import Cut, cut_, cut_names, plan_cut
+from l0fast.graph.fewer import Fewer, fewer_of, tensors_of
 from l0fast.graph.sites import light_copy
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.branch import branch_gates
+from l0fast.layers.experts import expert_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates
 from l0fast.measures.counts import Counts
@@ -31,10 +33,22 @@ def closed_in(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> list[B
     return [branch_of(name, gate) for name, gate in gated if not bool(kept[name].any())]
 
 
+def lost_experts(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> list[Fewer]:
+    """The mixtures that lose experts."""
+    return fewer_of(expert_gates(layers), kept)
+
+
+def copied_tensors(model: nn.Module, values: GateValues) -> set[str]:
+    """The tensors of which a model without its closed experts has copies of parts."""
+    lost = lost_experts(values.layers, values.kept)
+    pairs = (place for one in lost for place in tensors_of(model, one.mixture))
+    return {f"{name}.{key}".lstrip(".") for name, key in pairs}
+
+
 def by_old_names(
     counts: Counts, names: Mapping[str, str], model: nn.Module, widths: dict[str, tuple[int, int]]
 ) -> Counts:
-    """Counts of a model without some branches, by the names of the whole one.
+    """Counts of a model without some branches or experts, by the names of the whole one.
 
     Args:
         counts: with one for each module of the smaller model.
@@ -58,10 +72,10 @@ def by_old_names(
 
 @dataclass(frozen=True, eq=False)
 class Shallow:
-    """A gated model without its closed branches."""
+    """A gated model without its closed branches and experts."""
 
     model: nn.Module
-    """The model itself, where no branch is closed, or a copy with the very parameters."""
+    """The model itself, where none is closed, or a copy with the very parameters."""
     values: GateValues
     """Of the gates that are left."""
     structure: Structure
@@ -88,6 +102,7 @@ def _shallow(model: nn.Module, values: GateValues, example: Example, cut: Cut) -
     small, names = cut_out(model, cut)
     layers = gates(small).layers
     kept = {name: values.kept[names[name]] for name in layers}
+    kept.update((name, kept[name][kept[name]]) for name in expert_gates(layers))
     left = GateValues(layers, kept, values.fully_open)
     return Shallow(small, left, structure_of(small, example), names, cut)
 
@@ -95,7 +110,8 @@ def _shallow(model: nn.Module, values: GateValues, example: Example, cut: Cut) -
 def shallow(
     model: nn.Module, values: GateValues, structure: Structure, example: Example, check: Check
 ) -> Shallow:
-    """A gated model without its closed branches: with whole blocks taken out where that holds.
+    """A gated model without its closed branches and experts: with whole blocks taken out where that
+    holds.
 
     Args:
         model: with gates.
@@ -105,15 +121,16 @@ def shallow(
         check: whether a draft computes what the model does with these gates.
 
     Raises:
-        ValueError: without a closed branch the model is another.
+        ValueError: without a closed branch or expert the model is another.
     """
     closed = closed_in(values.layers, values.kept)
-    if not closed:
+    experts = lost_experts(values.layers, values.kept)
+    if not closed and not experts:
         names = {name: name for name, _ in model.named_modules()}
         return Shallow(model, values, structure, names, None)
     before = recipe_of(model)
     failure, done = "", (len(before.layers), len(before.attributes), len(before.views))
-    plans = [plan_cut(model, closed, drop, done) for drop in (True, False)]
+    plans = [plan_cut(model, closed, drop, done, experts) for drop in (True, False)]
     for cut in dict.fromkeys(plans):
         try:
             found = _shallow(model, values, example, cut)
@@ -123,5 +140,5 @@ def shallow(
         else:
             if not failure:
                 return found
-    got = f"{type(model).__name__}, which needs a branch that is closed ({failure})"
+    got = f"{type(model).__name__}, which needs a branch or an expert that is closed ({failure})"
     _checks.refuse("model", got, "a model that runs without it")

@@ -18,12 +18,15 @@ from l0fast.graph.computed import computed_tensors, copied
 from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.graph.structure import Structure
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
-from l0fast.layers.branch import CHILD, branch_gates, take_branches
+from l0fast.layers.branch import take_branches
+from l0fast.layers.experts import take_experts
 from l0fast.layers.handle import gates, handles_in
+from l0fast.layers.part import PartGate
 from l0fast.layers.sampling import detach
 from l0fast.pruning.attributes import AttributePatch
-from l0fast.pruning.edits import Edit, edited, in_dtype, scale_, sliced
+from l0fast.pruning.edits import Edit, edited, in_dtype, sliced
 from l0fast.pruning.gate_values import GateValues, all_gates
+from l0fast.pruning.scales import scale_, scales_of
 from l0fast.pruning.views import Patch
 from l0fast.skipping.attach import stop_skipping
 
@@ -72,12 +75,11 @@ class Draft:
             self.model = copied(plain, memo)
         detach(self.model)
         take_branches(self.model)
+        take_experts(self.model)
         stop_skipping(self.model)
         strip_forwards(self.model)
-        branches = branch_gates(values.layers)
-        self._gated = [name for name in values.layers if name not in branches]
-        self._branches = {name.removesuffix(f".{CHILD}"): name for name in branches}
-        """Last layer of each branch -> the name of its gate, which becomes a part of it."""
+        self._gated = [n for n, layer in values.layers.items() if not isinstance(layer, PartGate)]
+        self._scales = scales_of(model, values.layers)
         self.factors = {
             name
             for name, layer in values.layers.items()
@@ -115,7 +117,7 @@ class Draft:
         self.undo()
         # Constants change no shape.
         self._constants = constants or {} if self._fake is None else {}
-        self._edits = dict.fromkeys([*self._gated, *self._branches])
+        self._edits = dict.fromkeys([*self._gated, *self._scales])
         self._edits.update((edit.name, edit) for edit in edits)
         for patch in patches:
             module = self.model.get_submodule(patch.name)
@@ -201,8 +203,8 @@ class Draft:
             plain._parameters.update(layer._parameters)
         else:
             plain = in_dtype(full, dtype)
-        if name in self._branches and not values.fully_open:
-            scale_(plain, values.of(self._branches[name], dtype))
+        for one in [] if values.fully_open else self._scales.get(name, []):
+            scale_(plain, values.of(one.gate, dtype), one.place)
         if edit is None:
             return plain
         factor = values.on_units(name, dtype) if name in self.factors else None

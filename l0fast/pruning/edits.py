@@ -218,15 +218,6 @@ def in_dtype(layer: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     return twin
 
 
-def scale_(layer: nn.Module, z: Tensor) -> None:
-    """Multiplies what a layer, or a norm, gives by a number: its parameters become new ones."""
-    for name in ("weight", "bias"):
-        value = layer._parameters.get(name)
-        if value is not None:
-            scaled = value.detach() * z.detach().to(value)
-            layer._parameters[name] = nn.Parameter(scaled, value.requires_grad)
-
-
 def _fold(layer: Any, constants: Tensor) -> None:
     """Adds what constant inputs give to a copy's bias, which becomes a new parameter."""
     weight, bias = layer.weight.detach().double(), layer.bias.detach()

@@ -16,6 +16,7 @@ from l0fast.graph.capture import is_carrier, is_site
 from l0fast.graph.compare import relative_error, values_of
 from l0fast.layers.branch import has_branch
 from l0fast.layers.dense_types import inner_dims, inputs_first
+from l0fast.layers.experts import multiplies
 
 SAMPLES = 1 << 14
 """How many elements of a layer's output are looked at."""
@@ -154,6 +155,11 @@ def sites_of(model: nn.Module) -> dict[str, int]:
     }
 
 
+def _has_gate(layer: nn.Module) -> bool:
+    """Whether what a layer gives is multiplied by a gate, of a branch or an expert."""
+    return has_branch(layer) or multiplies(layer)
+
+
 def observe(
     model: nn.Module, example: Example, sites: Mapping[str, int], rows: Mapping[str, Rows] | None
 ) -> Observation:
@@ -187,7 +193,7 @@ def observe(
     handles = [
         model.get_submodule(name).register_forward_hook(
             lambda layer, args, given, name=name: note(name, layer, args, given),
-            prepend=not has_branch(model.get_submodule(name)),  # its gate is part of what it gives
+            prepend=not _has_gate(model.get_submodule(name)),  # it is part of what it gives
         )
         for name in sites
     ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -51,9 +51,27 @@ def holders_that_run(model: nn.Module, example: Example) -> dict[str, str]:
     return found
 
 
-def _inside(name: str, makers: Mapping[str, Maker]) -> bool:
-    """Whether a module is a layer that is made anew, or a part of one."""
-    return any(not maker or f"{name}.".startswith(f"{maker}.") for maker in makers)
+def _parts(made: nn.Module) -> list[nn.Module]:
+    """What is made anew with a layer: a gather or a scatter around it, but no modules inside it."""
+    return list(made.modules()) if type(made) is nn.Sequential else [made]
+
+
+class _Grouped(TorchFunctionMode):
+    """Products of groups of rows, each with a matrix of its own, which PyTorch has in narrow dtypes
+    alone, are computed group by group."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not getattr(torch, "_grouped_mm", None) or args[0].dtype != torch.float64:
+            return func(*args, **kwargs)
+        rows, matrices = args
+        ends = kwargs["offs"].tolist()
+        given = rows.new_zeros(len(rows), matrices.shape[-1])
+        for matrix, first, last in zip(matrices, [0, *ends], ends, strict=False):
+            given[first:last] = rows[first:last] @ matrix
+        return given
 
 
 class _Doubling(TorchFunctionMode):
@@ -110,6 +128,10 @@ class _Swap:
             self._widen()
 
     def _widen(self) -> None:
+        for module, make in self.made:
+            for part, new in zip(_parts(module), _parts(make(self.dtype)), strict=True):
+                self._put(part._parameters, new._parameters)
+                self._put(part._buffers, new._buffers)
         for module in self.modules:
             wide = {
                 key: nn.Parameter(value.data.to(self.dtype), requires_grad=False)
@@ -117,10 +139,6 @@ class _Swap:
                 if value is not None and value.is_floating_point()
             }
             self._put(module._parameters, wide)
-        for module, make in self.made:
-            for part, new in zip(module.modules(), make(self.dtype).modules(), strict=True):
-                self._put(part._parameters, new._parameters)
-                self._put(part._buffers, new._buffers)
 
     def leave(self, *_: Any) -> None:
         """Hook: the module's own tensors are back."""
@@ -155,11 +173,12 @@ def in_precision(
     with own_buffers(model, dtype):
         modules = dict(model.named_modules())
         swaps: dict[str, _Swap] = {}
+        inside = {id(part) for name in makers for part in _parts(modules[name])}
         for name in makers:
             around = holders.get(name, "")
             swaps.setdefault(around, _Swap(dtype)).made.append((modules[name], makers[name]))
         for name, module in modules.items():
-            if dtype is not None and module._parameters and not _inside(name, makers):
+            if dtype is not None and module._parameters and id(module) not in inside:
                 around = holders.get(name, "")
                 swaps.setdefault(around, _Swap(dtype)).modules.append(module)
         handles: list[Any] = []
@@ -168,7 +187,8 @@ def in_precision(
             handles.append(module.register_forward_pre_hook(swap.enter, prepend=True))
             handles.append(module.register_forward_hook(swap.leave, always_call=True))
         try:
-            yield
+            with _Grouped() if dtype == torch.float64 else nullcontext():
+                yield
         finally:
             for handle in handles:
                 handle.remove()

@@ -62,7 +62,8 @@ class Proof:
         values: of its gates.
         example: of what it takes.
         training: whether pruned models must run on the example in training, too.
-        added: tensors that may be in the constants that closed units leave: they keep their values.
+        added: tensors that keep their values: they may be in the constants that closed units leave,
+            or parts of them are copied.
 
     Attributes:
         tolerance: the largest relative error that counts as equal.

@@ -30,7 +30,7 @@ from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import is_of_pruned
 from l0fast.measures.pick import measure_of
 from l0fast.pruning.choose import Budget, choose
-from l0fast.pruning.depth import by_old_names, shallow
+from l0fast.pruning.depth import by_old_names, copied_tensors, shallow
 from l0fast.pruning.draft import new_draft, opened
 from l0fast.pruning.gate_values import GateValues, all_gates
 from l0fast.pruning.plan import make_plan
@@ -238,7 +238,8 @@ def prune(
         in_step = gates(model).uniform if uniform is None else uniform
         kept = choose(layers, budgets, round_to, uniform=in_step)
         values = GateValues(layers, kept)
-        proof = Proof(model, values, example, structure.more_in_training, structure.added)
+        stay = structure.added | copied_tensors(model, values)
+        proof = Proof(model, values, example, structure.more_in_training, stay)
         found = shallow(model, values, structure, example, proof.check)
         draft = found.draft()
         plan = make_plan(draft, found.structure, proof.check)

@@ -57,10 +57,11 @@ class Report:
             and lengths (of arguments of its forward), views (node -> sizes). Its attributes, such
             as num_heads, are gone with its class.
         folded: names of the layers whose biases hold what constant inputs gave.
-        cuts: a dict for each time that branches were cut out: branches (names of their last
-            layers), modules (what took the place of what), dropped (list of modules -> places that
-            were taken out of it; what is behind has other names since, which the report uses),
-            after (how many entries of layers, attributes and views came before).
+        cuts: a dict for each time that branches or experts were cut out: branches (names of their
+            last layers), modules (what took the place of what), dropped (list of modules -> places
+            that were taken out of it; what is behind has other names since, which the report uses),
+            after (how many entries of layers, attributes and views came before); and experts, where
+            mixtures lost some: name, router, experts, kept (the places of those that stay), ...
         layers: the recipe, a list of dicts in the order to apply: name, kind, in, out, inputs and
             outputs (the indices that stay, None for all), gather and scatter ([positions, of],
             None for none), scale ("input", "output" or None).
@@ -217,7 +218,11 @@ def _as_text(report: Report) -> str:
         names = ", ".join(report.collapsed)
         lines.append(f"collapsed: all gates of {names} are closed, nothing passes through")
     for cut in report.cuts:
-        lines.append(f"removed branches, by their last layers: {', '.join(cut['branches'])}")
+        if cut["branches"]:
+            lines.append(f"removed branches, by their last layers: {', '.join(cut['branches'])}")
+        for one in cut.get("experts", []):
+            name = f"{one['name']}.{one['experts']}".strip(".") or "the model"
+            lines.append(f"experts left in {name!r}: {len(one['kept'])} of {one['number']}")
         lines += [f"taken out of {name!r}: {places}" for name, places in cut["dropped"].items()]
     for what, key in (("parameters", "params"), ("MACs", "macs"), ("activation bytes", "memory")):
         after, before = getattr(report, key)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from l0fast.gating.attention import unfused_in
-from l0fast.layers.branch import BranchGate
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, sharing
+from l0fast.layers.part import PartGate
 from l0fast.measures.counts import Counts
 from l0fast.measures.groups import Group, measure_name
 from l0fast.measures.measure import GateMeasure
@@ -62,7 +62,7 @@ def _count_gates(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> _Ga
         found.forced[name] = is_open & ~kept[name]
         found.filled[name] = kept[name] & ~is_open
         gone = not bool(layer.own(is_open & kept[name]).any())
-        if gone and not isinstance(layer, BranchGate):
+        if gone and not isinstance(layer, PartGate):
             found.collapsed.append(name)
     return found
 

@@ -14,7 +14,7 @@ from l0fast.graph.sites import without_gates
 from l0fast.graph.structure import structure_of
 from l0fast.graph.tensors import ChannelTensor, part_of
 from l0fast.layers.handle import gated_layers, gates, sharing
-from l0fast.layers.serving import INDEX, likeliest
+from l0fast.layers.serving import INDEX, ON_UNITS, likeliest
 from l0fast.measures.counts import Counts, element_size
 from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.draft import new_draft
@@ -72,8 +72,8 @@ class Idle:
     def count(self, model: nn.Module) -> dict[str, Tensor]:
         """Counts one more epoch: gated layer -> bool, the gates that may stay.
 
-        The likeliest gate of each layer always does, and so do gates on single weights and on
-        branches.
+        The likeliest gate of each layer always does, and so do gates on single weights, branches
+        and experts.
         """
         kept: dict[str, Tensor] = {}
         for owner, layers in sharing(gated_layers(model)).items():
@@ -83,11 +83,11 @@ class Idle:
                 seldom = layer.own(layer.open_probability() < SELDOM).cpu()
                 before = self.epochs.get(name, torch.zeros(seldom.shape, dtype=torch.int64))
                 self.epochs[name] = (before + 1) * seldom
-                if layer.gates not in ("weight", "branch"):
+                if layer.gates in ON_UNITS:
                     # A gate that is closed once it is settled does not come back.
                     own = ~seldom if layer.settled else self.epochs[name] < self.patience
                     stays[layer.places().cpu()] = own
-            if layers[owner].gates not in ("weight", "branch"):
+            if layers[owner].gates in ON_UNITS:
                 stays |= likeliest(layers.values(), log_alpha).cpu()
             if not self.stuck.isdisjoint(layers):
                 stays.fill_(True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,17 +13,20 @@ from l0fast.graph.capture import layer_size, sites_in
 from l0fast.graph.cuts import plan_cut
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.exporting import quietly
+from l0fast.graph.fewer import tensors_of
 from l0fast.graph.liveness import Liveness
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.graph.tensors import channel_tensor
 from l0fast.layers.branch import branch_gates
+from l0fast.layers.experts import expert_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import gates, sharing
-from l0fast.layers.serving import likeliest
+from l0fast.layers.serving import ON_UNITS, likeliest
+from l0fast.measures.branches import share_of
 from l0fast.measures.counts import Counts, element_size
 from l0fast.measures.flops import output_shapes
 from l0fast.measures.trial import Trial
-from l0fast.pruning.depth import by_old_names, closed_in, cut_out
+from l0fast.pruning.depth import by_old_names, closed_in, cut_out, lost_experts
 from l0fast.pruning.draft import Draft, new_draft
 from l0fast.pruning.gate_values import GateValues, all_gates
 from l0fast.pruning.outcome import Outcome
@@ -40,12 +43,12 @@ def widths_left(plan: Plan) -> dict[str, tuple[int, int]]:
 
 def half_closed(layers: Mapping[str, Gated]) -> dict[str, Tensor]:
     """Layer -> bool, of log_alpha's shape: half of its gates stay, by chance, and one at least; all
-    branches stay."""
+    branches and experts stay."""
     kept: dict[str, Tensor] = {}
     chance = torch.Generator().manual_seed(0)
     for owner, alike in sharing(layers).items():
         stays = torch.ones(layers[owner].log_alpha.shape, dtype=torch.bool)
-        if layers[owner].gates not in ("weight", "branch"):
+        if layers[owner].gates in ON_UNITS:
             scores = torch.randperm(stays.numel(), generator=chance)
             stays = (scores >= (stays.numel() + 1) // 2) | likeliest(alike.values(), scores)
         kept.update(dict.fromkeys(alike, stays))
@@ -66,6 +69,58 @@ def _opened(kept: Mapping[str, Tensor], layers: Mapping[str, Gated], live: Liven
         places = layer.places().cpu()[read.view(-1, layer.units).any(1)]
         found |= not bool(kept[name][places].all())
         kept[name][places] = True
+    return found
+
+
+def _cut(
+    model: nn.Module,
+    structure: Structure,
+    full: Mapping[str, tuple[int, int]],
+    fake: FakeTensorMode | None,
+    counted: Callable[[dict[str, tuple[int, int]], nn.Module], Counts],
+) -> tuple[Mapping[str, Tensor], Counts] | None:
+    """The gates that stay where only branches and experts are closed, and what is left then; None
+    where none has a gate."""
+    layers = gates(model).layers
+    branches, experts = list(branch_gates(layers)), expert_gates(layers)
+    if not branches and not experts:
+        return None
+    opened = all_gates(layers)
+    opened.update((name, torch.zeros_like(opened[name])) for name in branches[::2])
+    for name, gate in experts.items():
+        opened[name][max(gate.least, gate.all_gates // 2) :] = False
+    lost = lost_experts(layers, opened)
+    way = plan_cut(model, closed_in(layers, opened), drop=True, experts=lost)
+    small, names = cut_out(model, way)
+    rest = gates(small).layers
+    plain = Draft(small, GateValues(rest, all_gates(rest)), structure.raw(layers), fake).model
+    left = {name: widths for name, widths in full.items() if not way.takes(name)}
+    for one in way.experts:
+        router = one.mixture.path(one.mixture.router)
+        if router in left:
+            left[router] = left[router][0], len(one.kept)
+    return opened, by_old_names(counted({}, plain), names, model, left)
+
+
+def _shares(
+    model: nn.Module, needs: GateDependencies, dense: Counts
+) -> dict[str, dict[str, float]]:
+    """Measure -> what modules, other than layers, have for each expert, by `share_of`; other
+    experts do what a closed one did."""
+    found: dict[str, dict[str, float]] = {"params": {}, "macs": {}, "memory": {}}
+    for _, mixture in needs.experts:
+        router, held = mixture.path(mixture.router), tensors_of(model, mixture)
+        for name in needs.experts.shared(mixture):
+            own = model.get_submodule(name)._parameters
+            sizes = [own.get(key) for of, key in held if of == name]
+            each = {
+                "params": sum(0 if one is None else one.numel() for one in sizes),
+                "macs": dense.macs[name] if name == router else 0,
+                "memory": dense.memory[name] if name == router else 0,
+            }
+            for measure, amount in each.items():
+                for place in range(mixture.number):
+                    found[measure][share_of(name, place)] = amount / mixture.number
     return found
 
 
@@ -90,16 +145,7 @@ def _tried(
             return Counts.of(draft.model if plain is None else plain, own(), size, widths)
 
     dense = counted(full)
-    cut = None
-    if branches := list(branch_gates(layers)):
-        opened = all_gates(layers)
-        opened.update((name, torch.zeros_like(opened[name])) for name in branches[::2])
-        way = plan_cut(model, closed_in(layers, opened), drop=True)
-        small, names = cut_out(model, way)
-        rest = gates(small).layers
-        plain = Draft(small, GateValues(rest, all_gates(rest)), structure.raw(layers), fake).model
-        left = {name: widths for name, widths in full.items() if not way.takes(name)}
-        cut = opened, by_old_names(counted({}, plain), names, model, left)
+    cut = _cut(model, structure, full, fake, counted)
 
     def check(_: Draft) -> Outcome:
         with draft.mode():
@@ -113,7 +159,9 @@ def _tried(
         draft = new_draft(model, values, structure, fake)
         plan = make_plan(draft, structure, check)
     on_units = {name: layer for name, layer in layers.items() if layer.gates != "weight"}
-    dependencies = GateDependencies(on_units, plan.sites, plan.scaled, plan.live, plan.rigid)
+    known = plan.sites, plan.scaled, plan.live, plan.rigid
+    dependencies = GateDependencies(on_units, *known)
+    picked = any(one.is_list and not one.every for _, one in dependencies.experts)
     trial = Trial(
         structure=structure,
         sites=plan.sites,
@@ -121,10 +169,12 @@ def _tried(
         held=tuple(plan.held),
         live=plan.live,
         dependencies=dependencies,
+        by_token=GateDependencies(on_units, *known, by_token=True) if picked else dependencies,
         kept=values.kept,
         dense=dense,
         left=counted(widths_left(plan)),
         cut=cut,
+        shares=_shares(model, dependencies, dense),
         element_size=size,
     )
     return trial, plan

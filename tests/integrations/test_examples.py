@@ -33,6 +33,7 @@ WANTED = {
     "resnet_macs": Wanted(1 / 3, 0.85, ("torchvision",)),
     "vit_latency": Wanted(0.5, 0.8, ("torchvision",)),
     "decoder_params": Wanted(150_000, 2.1, ("transformers",)),
+    "decoder_trainer": Wanted(75_000, 2.9, ("transformers", "accelerate")),
     "tabular_inputs": Wanted(1 / 3, 0.93),
     "single_weights": Wanted(0.1, 0.86),
 }

@@ -57,3 +57,37 @@ def test_they_are_reckoned_removed_and_saved_together(tmp_path: Path) -> None:
     loaded = load_pruned(decoder, tmp_path / "small.safetensors").eval()
     with torch.no_grad():
         assert torch.equal(loaded(**example).logits, small(**example).logits)
+
+
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+def test_a_text_is_continued_without_a_layer_in_the_middle(cache: str) -> None:
+    """The layers behind it have other places in the cache, and no place is left over."""
+    example = {"input_ids": torch.randint(64, (2, 12))}
+    model: Any = decoder()
+    sparsify_(model, example_inputs=example, depth=True, density_init=1.0)
+    layers = gates(model).layers
+    for name in ("self_attn.o_proj", "mlp.down_proj"):
+        layers[f"model.layers.1.{name}.branch"].log_alpha.data.fill_(-5.0)
+    small: Any = prune(model.eval(), example).eval()
+    assert len(small.model.layers) == small.config.num_hidden_layers == 2
+    options: dict[str, Any] = {"use_cache": cache != "none"}
+    if cache == "static":
+        options |= {"cache_implementation": "static", "disable_compile": True}
+    prompt = torch.randint(64, (2, 5))
+    expected, written = (
+        one.generate(
+            prompt,
+            max_new_tokens=8,
+            do_sample=False,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+        for one in (model, small)
+    )
+    assert torch.equal(written.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(written.logits), torch.stack(expected.logits))
+    if cache != "none":
+        held = [layer.keys for layer in written.past_key_values.layers]
+        assert len(held) == 2
+        assert all(bool(keys.any()) for keys in held)
