@@ -24,6 +24,7 @@ from l0fast import _checks
 from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
 from l0fast.constraints.processes import averaged, mark_partial, own_part
+from l0fast.constraints.watch import Idle
 from l0fast.gating.param_groups import default_gate_lr
 from l0fast.layers.draw import DRAWN
 
@@ -75,6 +76,7 @@ class Attachment:
         self._versions: list[int] = []
         self._touched = 0
         self._warned: set[str] = set()
+        self._idle = Idle()
         self._resumed = _has_stepped(optimizers[0])
         self._joined: list[Tensor] = []
         gates = self.gates()
@@ -152,6 +154,8 @@ class Attachment:
         if skipped is not None and bool(skipped):
             return
         self.taken += 1
+        if (words := self._idle.look(self.term)) is not None:
+            self._warn(words)
         if not self.term.starting:
             if self.term.learns:
                 self._move(grads, getattr(optimizer, "grad_scale", None))
