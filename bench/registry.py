@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from bench import (
     bench_compaction,
+    bench_ffn,
     bench_gated_weight,
     bench_hard_concrete,
     bench_latency,
@@ -26,6 +27,7 @@ MODULES = {
     "step": bench_step,
     "skip": bench_skip,
     "skipping_linear": bench_skipping_linear,
+    "ffn": bench_ffn,
     "prune": bench_prune,
     "latency": bench_latency,
 }
@@ -33,6 +35,7 @@ MODULES = {
 
 FIRST = (
     ("skipping_linear/cuda/ffn/density-0.[135]",),
+    ("ffn/cuda/*",),
     ("gated_weight/cuda/*/2^26",),
     ("hard_concrete/cuda/*",),
     ("step/cuda/mlp", "skipping_linear/cuda/mlp/*"),

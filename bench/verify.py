@@ -44,6 +44,9 @@ TESTS: dict[str, tuple[str, ...]] = {
         "constraints/test_constraint.py",
         "maths/test_lagrangian.py",
         "kernels/test_kernel_lagrangian.py",
+        "maths/test_advance.py",
+        "kernels/test_kernel_advance.py",
+        "kernels/test_kernel_gate_adam.py",
         "training/test_step_budget.py",
         *_BINDING,
     ),
@@ -60,6 +63,7 @@ TESTS: dict[str, tuple[str, ...]] = {
         "skipping/test_skip_on_device.py",
         "training/test_cuda_graph.py",
     ),
+    "ffn": ("bench/test_ffn.py", "autograd/test_skipping_linear.py"),
     "prune": ("pruning/test_prune.py",),
     "latency": ("measures/test_latency.py", "pruning/test_timing.py"),
 }

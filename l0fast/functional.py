@@ -58,10 +58,15 @@ def _named(seed: object, step: object, tensor: object) -> None:
             _word(name, value)
 
 
+def fresh_state(device: torch.device) -> Tensor:
+    """What the kernels name the noise of a new draw by, from torch's generator."""
+    return torch.randint(2**63 - 1, (3,), device=device)
+
+
 def _state(device: torch.device, seed: Word | None, step: Word, tensor: Word) -> Tensor:
     """What the kernels name their noise by: drawn from torch's generator without a seed."""
     if seed is None:
-        return torch.randint(2**63 - 1, (3,), device=device)
+        return fresh_state(device)
     return philox.state(seed, step, tensor, device)
 
 

@@ -5,8 +5,10 @@ The launchers take torch tensors and return new ones; they trust their caller, w
 everything (l0fast.functional does). Nothing here imports l0fast.
 """
 
+from l0fast_kernels.advance import advance_
 from l0fast_kernels.bounded_matmul import bounded_matmul_forward
 from l0fast_kernels.compaction import compaction_forward
+from l0fast_kernels.gate_adam import gate_adam_
 from l0fast_kernels.gated_weight import gated_weight_backward, gated_weight_forward
 from l0fast_kernels.hard_concrete import hard_concrete_backward, hard_concrete_forward
 from l0fast_kernels.lagrangian import (
@@ -22,10 +24,12 @@ from l0fast_kernels.scaled_weight import scaled_weight_backward, scaled_weight_f
 __all__ = [
     "MOST_CONSTRAINTS",
     "Constants",
+    "advance_",
     "ascend_",
     "bounded_matmul_forward",
     "compaction_forward",
     "constants",
+    "gate_adam_",
     "gated_weight_backward",
     "gated_weight_forward",
     "hard_concrete_backward",

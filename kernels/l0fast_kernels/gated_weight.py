@@ -6,13 +6,16 @@ and the noise is drawn again in the backward. scaled_weight has gates for rows a
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from l0fast_kernels import device_math, launch
-from l0fast_kernels.launch import ALIGNMENT, WARPS, Constants
+from l0fast_kernels.launch import ALIGNMENT, Constants, Launch
 
 # Elements a program: 16 a thread forward, 8 backward. Half of it costs 5 and 12 instructions an
 # element more (the key schedule and the addresses are paid once a thread), twice of it spills
@@ -28,12 +31,12 @@ def gated_weight_kernel(
     state_ptr,
     out_ptr,
     partial_ptr,
-    n,
     inverse_temperature,
     alpha_scale,
     gamma,
     width,
     open_shift,
+    n,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -73,12 +76,12 @@ def gated_weight_backward_kernel(
     state_ptr,
     dweight_ptr,
     dlog_alpha_ptr,
-    n,
     inverse_temperature,
     alpha_scale,
     gamma,
     width,
     open_shift,
+    n,
     BLOCK: tl.constexpr,
     VECTOR: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -111,6 +114,17 @@ def gated_weight_backward_kernel(
     tl.store(dlog_alpha_ptr + first + lane, dlog_alpha, mask=inside)
 
 
+@functools.lru_cache(maxsize=1024)
+def _launch(kernel: Any, block: int, n: int, vector: int) -> Launch:
+    options = {
+        "BLOCK": block,
+        "VECTOR": vector,
+        "ALIGNMENT": ALIGNMENT if n % ALIGNMENT == 0 else 1,
+        "FAST": launch.fast(),
+    }
+    return Launch(kernel, (triton.cdiv(n, block), 1), (n,), options)
+
+
 def gated_weight_forward(
     weight: Tensor, log_alpha: Tensor, state: Tensor, c: Constants, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -132,21 +146,8 @@ def gated_weight_forward(
     blocks = triton.cdiv(n, FORWARD_BLOCK)
     partial = launch.empty(log_alpha, (blocks,))
     if n:
-        with launch.on(weight):
-            gated_weight_kernel[(blocks,)](
-                weight,
-                log_alpha,
-                state,
-                out,
-                partial,
-                n,
-                *c,
-                BLOCK=FORWARD_BLOCK,
-                VECTOR=launch.vector(weight, out),
-                ALIGNMENT=ALIGNMENT if n % ALIGNMENT == 0 else 1,
-                FAST=launch.fast(),
-                num_warps=WARPS,
-            )
+        run = _launch(gated_weight_kernel, FORWARD_BLOCK, n, launch.vector(weight, out))
+        run(weight, log_alpha, state, out, partial, numbers=c)
     return out, partial.sum()
 
 
@@ -165,21 +166,8 @@ def gated_weight_backward(
     dlog_alpha = launch.empty(log_alpha, weight.shape)
     n = weight.numel()
     if n:
-        with launch.on(weight):
-            gated_weight_backward_kernel[(triton.cdiv(n, BACKWARD_BLOCK),)](
-                dout,
-                dopen,
-                weight,
-                log_alpha,
-                state,
-                dweight,
-                dlog_alpha,
-                n,
-                *c,
-                BLOCK=BACKWARD_BLOCK,
-                VECTOR=launch.vector(dout, weight),
-                ALIGNMENT=ALIGNMENT if n % ALIGNMENT == 0 else 1,
-                FAST=launch.fast(),
-                num_warps=WARPS,
-            )
+        vector = launch.vector(dout, weight)
+        run = _launch(gated_weight_backward_kernel, BACKWARD_BLOCK, n, vector)
+        given = dout, dopen, weight, log_alpha, state, dweight, dlog_alpha
+        run(*given, numbers=c)
     return dweight, dlog_alpha

@@ -12,27 +12,34 @@ import triton.language as tl
 from torch import Tensor
 
 from l0fast_kernels import launch
+from l0fast_kernels.launch import Launch
 
 # Elements of a tile of the weights [C, L].
 TILE = 4096
 MOST_CONSTRAINTS = 1024
 
+Falling = tuple[Tensor, Tensor, int, int]
+"""How targets come down: from start [C], by the steps taken [], in so many steps, by a power."""
 
-@triton.jit(do_not_specialize=["constraints", "layers"])
-def lagrangian_kernel(
+
+@triton.jit
+def violations(
     counts_ptr,
     weight_ptr,
-    multiplier_ptr,
     target_ptr,
-    term_ptr,
-    violation_ptr,
+    start_ptr,
+    taken_ptr,
+    inverse_steps,
     constraints,
     layers,
+    POWER: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
     LAYERS: tl.constexpr,
 ):
-    """violation[c] = sum over l of weight[c, l] * counts[l] - target[c]
-    term = sum over c of multiplier[c] * violation[c]
+    """violation[c] = sum over l of weight[c, l] * counts[l] - target in force[c]
+
+    The target in force is target[c], or with a start, where it is higher,
+        target[c] + (start[c] - target[c]) * max(0, 1 - taken / steps)^power
     """
     c = tl.arange(0, CONSTRAINTS)
     lane = tl.arange(0, LAYERS)
@@ -47,9 +54,77 @@ def lagrangian_kernel(
         weight = tl.load(weight_ptr + offset, mask=inside, other=0.0)
         share += tl.sum(weight * counts[None, :], 1)
         first += LAYERS
-    violation = share - tl.load(target_ptr + c, mask=asked, other=0.0)
+    target = tl.load(target_ptr + c, mask=asked, other=0.0)
+    if start_ptr is not None:
+        start = tl.load(start_ptr + c, mask=asked, other=0.0)
+        left = tl.maximum(1.0 - tl.load(taken_ptr) * inverse_steps, 0.0)
+        fraction = left
+        for _ in tl.static_range(POWER - 1):
+            fraction *= left
+        target += (tl.where(start > target, start, target) - target) * fraction
+    return share - target
+
+
+@triton.jit
+def ascend(
+    multiplier_ptr,
+    violation_ptr,
+    restarts_ptr,
+    lr_ptr,
+    most,
+    constraints,
+    CONSTRAINTS: tl.constexpr,
+):
+    """restarts[c] += violation[c] < 0 and multiplier[c] > 0
+    multiplier[c] = 0 if violation[c] < 0 else min(multiplier[c] + lr * violation[c], most)
+    """
+    c = tl.arange(0, CONSTRAINTS)
+    asked = c < constraints
+    violation = tl.load(violation_ptr + c, mask=asked, other=0.0)
     multiplier = tl.load(multiplier_ptr + c, mask=asked, other=0.0)
-    tl.store(violation_ptr + c, violation, mask=asked)
+    restarts = tl.load(restarts_ptr + c, mask=asked, other=0.0)
+    satisfied = violation < 0
+    restarts += tl.where(satisfied & (multiplier > 0), 1.0, 0.0)
+    moved = multiplier + tl.load(lr_ptr) * violation
+    moved = tl.where(moved > most, most, moved)  # which leaves NaN as it is
+    tl.store(restarts_ptr + c, restarts, mask=asked)
+    tl.store(multiplier_ptr + c, tl.where(satisfied, 0.0, moved), mask=asked)
+
+
+@triton.jit(do_not_specialize=["constraints", "layers"])
+def lagrangian_kernel(
+    counts_ptr,
+    weight_ptr,
+    multiplier_ptr,
+    target_ptr,
+    start_ptr,
+    taken_ptr,
+    term_ptr,
+    violation_ptr,
+    inverse_steps,
+    constraints,
+    layers,
+    POWER: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    LAYERS: tl.constexpr,
+):
+    """term = sum over c of multiplier[c] * violation[c], with each violation (see `violations`)"""
+    violation = violations(
+        counts_ptr,
+        weight_ptr,
+        target_ptr,
+        start_ptr,
+        taken_ptr,
+        inverse_steps,
+        constraints,
+        layers,
+        POWER,
+        CONSTRAINTS,
+        LAYERS,
+    )
+    c = tl.arange(0, CONSTRAINTS)
+    multiplier = tl.load(multiplier_ptr + c, mask=c < constraints, other=0.0)
+    tl.store(violation_ptr + c, violation, mask=c < constraints)
     tl.store(term_ptr, tl.sum(multiplier * violation, 0))
 
 
@@ -81,48 +156,52 @@ def lagrangian_backward_kernel(
         first += LAYERS
 
 
-@triton.jit(do_not_specialize=["constraints", "limit"])
+@triton.jit(do_not_specialize=["constraints", "most"])
 def ascend_kernel(
     multiplier_ptr,
     violation_ptr,
     restarts_ptr,
     lr_ptr,
     constraints,
-    limit,
+    most,
     CONSTRAINTS: tl.constexpr,
 ):
-    """restarts[c] += violation[c] < 0 and multiplier[c] > 0
-    multiplier[c] = 0 if violation[c] < 0 else min(multiplier[c] + lr * violation[c], limit)
-    """
-    c = tl.arange(0, CONSTRAINTS)
-    asked = c < constraints
-    violation = tl.load(violation_ptr + c, mask=asked, other=0.0)
-    multiplier = tl.load(multiplier_ptr + c, mask=asked, other=0.0)
-    restarts = tl.load(restarts_ptr + c, mask=asked, other=0.0)
-    satisfied = violation < 0
-    restarts += tl.where(satisfied & (multiplier > 0), 1.0, 0.0)
-    moved = multiplier + tl.load(lr_ptr) * violation
-    moved = tl.where(moved > limit, limit, moved)  # which leaves NaN as it is
-    tl.store(restarts_ptr + c, restarts, mask=asked)
-    tl.store(multiplier_ptr + c, tl.where(satisfied, 0.0, moved), mask=asked)
+    """See `ascend`."""
+    ascend(multiplier_ptr, violation_ptr, restarts_ptr, lr_ptr, most, constraints, CONSTRAINTS)
+
+
+def tile(constraints: int, layers: int) -> tuple[int, int]:
+    """How many rows and columns of the weights a program has at a time."""
+    rows = triton.next_power_of_2(max(constraints, 1))
+    return rows, min(TILE // rows, max(16, triton.next_power_of_2(layers)))
 
 
 @functools.lru_cache(maxsize=256)
-def _launches(constraints: int, layers: int) -> tuple[launch.Launch, launch.Launch]:
-    rows = triton.next_power_of_2(constraints)
-    columns = min(TILE // rows, max(16, triton.next_power_of_2(layers)))
-    rest = (1, 1), (constraints, layers), {"CONSTRAINTS": rows, "LAYERS": columns}
-    return launch.Launch(lagrangian_kernel, *rest), launch.Launch(lagrangian_backward_kernel, *rest)
+def _forward(constraints: int, layers: int, power: int) -> Launch:
+    rows, columns = tile(constraints, layers)
+    options = {"POWER": power, "CONSTRAINTS": rows, "LAYERS": columns}
+    return Launch(lagrangian_kernel, (1, 1), (constraints, layers), options)
 
 
 @functools.lru_cache(maxsize=256)
-def _ascent(constraints: int, limit: float) -> launch.Launch:
+def _backward(constraints: int, layers: int) -> Launch:
+    rows, columns = tile(constraints, layers)
+    options = {"CONSTRAINTS": rows, "LAYERS": columns}
+    return Launch(lagrangian_backward_kernel, (1, 1), (constraints, layers), options)
+
+
+@functools.lru_cache(maxsize=256)
+def _ascent(constraints: int, most: float) -> Launch:
     options = {"CONSTRAINTS": triton.next_power_of_2(constraints)}
-    return launch.Launch(ascend_kernel, (1, 1), (constraints, limit), options)
+    return Launch(ascend_kernel, (1, 1), (constraints, most), options)
 
 
 def lagrangian_forward(
-    counts: Tensor, weights: Tensor, multiplier: Tensor, target: Tensor
+    counts: Tensor,
+    weights: Tensor,
+    multiplier: Tensor,
+    target: Tensor,
+    falling: Falling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """term [] and violation [C], of counts [L], weights [C, L], multiplier and target [C].
 
@@ -130,21 +209,23 @@ def lagrangian_forward(
     """
     term = launch.empty(counts, ())
     violation = launch.empty(counts, multiplier.shape)
-    forward, _ = _launches(*weights.shape)
-    forward(counts, weights, multiplier, target, term, violation)
+    start, taken, steps, power = falling or (None, None, 1, 1)
+    forward = _forward(*weights.shape, power)
+    given = counts, weights, multiplier, target, start, taken
+    forward(*given, term, violation, numbers=(1 / steps,))
     return term, violation
 
 
 def lagrangian_backward(dterm: Tensor, weights: Tensor, multiplier: Tensor) -> Tensor:
     """dcounts [L], of the term's gradient []. The rest as in the forward."""
     dcounts = launch.empty(weights, weights.shape[1:])
-    _, backward = _launches(*weights.shape)
+    backward = _backward(*weights.shape)
     backward(dterm, weights, multiplier, dcounts)
     return dcounts
 
 
 def ascend_(
-    multiplier: Tensor, violation: Tensor, restarts: Tensor, lr: Tensor, limit: float
+    multiplier: Tensor, violation: Tensor, restarts: Tensor, lr: Tensor, most: float
 ) -> None:
     """Moves multiplier and restarts [C] in place; all are float32, lr is []."""
-    _ascent(len(multiplier), limit)(multiplier, violation, restarts, lr)
+    _ascent(len(multiplier), most)(multiplier, violation, restarts, lr)

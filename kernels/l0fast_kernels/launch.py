@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,8 @@ class Launch:
     is done once for each device, dtypes and alignments of the tensors.
 
     Args:
-        kernel: a Triton kernel: its arguments are tensors, `sizes` and `options`, in this order.
+        kernel: a Triton kernel: its arguments are tensors or None, numbers that each call names,
+            `sizes` and `options`, in this order.
         grid: two numbers of programs.
         sizes: numbers.
         options: its constexprs.
@@ -91,20 +93,30 @@ class Launch:
         self._rest = (*sizes, *options.values())
         self._compiled: dict[Any, Any] = {}
 
-    def __call__(self, *tensors: Tensor) -> None:
+    def __call__(
+        self, first: Tensor, *others: Tensor | None, numbers: tuple[float, ...] = ()
+    ) -> None:
+        arguments = first, *others, *numbers
         if interpreted():
-            self.kernel[self.grid](*tensors, *self.sizes, **self.options)
+            self.kernel[self.grid](*arguments, *self.sizes, **self.options)
             return
-        device = tensors[0].get_device()
+        device = first.get_device()
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self(*tensors)
-        kind = device, *[t.dtype for t in tensors], *[t.data_ptr() % 16 == 0 for t in tensors]
+                return self(first, *others, numbers=numbers)
+        tensors = [t for t in others if t is not None]
+        kind = (
+            device,
+            first.dtype,
+            first.data_ptr() % 16 == 0,
+            *[None if t is None else t.dtype for t in others],
+            *[t.data_ptr() % 16 == 0 for t in tensors],
+        )
         compiled = self._compiled.get(kind)
         if compiled is not None:
-            compiled(*tensors, *self._rest)
+            compiled(*arguments, *self._rest)
             return
-        made = self.kernel[self.grid](*tensors, *self.sizes, **self.options, num_warps=WARPS)
+        made = self.kernel[self.grid](*arguments, *self.sizes, **self.options, num_warps=WARPS)
         self._compiled[kind] = made[(*self.grid, 1)]
 
 
@@ -122,6 +134,19 @@ def vector(*tensors: Tensor) -> int:
     """How many neighbouring elements one thread holds: a 128-bit access of the narrowest dtype,
     of which the kernels know two kinds."""
     return 8 if min(tensor.element_size() for tensor in tensors) < 4 else 4
+
+
+@functools.lru_cache(maxsize=1024)
+def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device=device)
+
+
+def table(tensors: Sequence[Tensor]) -> Tensor:
+    """int64 [L]: where each of some tensors lies, for one launch over them all.
+
+    Made once for tensors that stay where they are, and kept, as a captured CUDA graph reads it.
+    """
+    return _table(tuple([one.data_ptr() for one in tensors]), tensors[0].device)
 
 
 @functools.cache

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast.autograd import Pull
 from l0fast.constraints.attachment import Attachment
 from l0fast.constraints.processes import check_sharding, mesh_of
 from l0fast.constraints.start import START, Starting, start_steps
@@ -53,6 +54,10 @@ class Attachable(Starting):
     def value(self) -> Tensor:
         """0-d: the term to add to the loss."""
         raise NotImplementedError
+
+    def pull(self) -> Pull | None:
+        """What the gradient of the term is made of, where one launch can have it."""
+        return None
 
     def advance_(self) -> None:
         """Ends a step, but for what is counted on the host (see `count_`)."""

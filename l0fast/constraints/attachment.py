@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast.constraints.at_once import moved_at_once
 from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
 from l0fast.constraints.processes import averaged, mark_partial, own_part
@@ -170,6 +171,8 @@ class Attachment:
     def _move(self, grads: Sequence[Tensor | None], scale: Tensor | None) -> None:
         """One step of Adam on the gates, by the loss's gradient and the constraint's."""
         gates = self.gates()
+        if moved_at_once(self.term, self._adam, gates, grads, scale):
+            return
         trained = [gate for gate in gates if gate.requires_grad]
         pulls: dict[int, Tensor | None] = {}
         if not self.term.settled and trained:

@@ -8,26 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks
-from l0fast.autograd import lagrangian
+from l0fast.autograd import Pull, lagrangian
 from l0fast.constraints.defaults import dual_for, rules
-from l0fast.constraints.dual import Dual, state_in_words
+from l0fast.constraints.dual import Dual
 from l0fast.constraints.processes import same_table
+from l0fast.constraints.saved import SavedTargets
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.settle import lag_in_words, settle_, warn_of
 from l0fast.constraints.start import START, start_steps
-from l0fast.constraints.term import DensityTerm, refuse_others
+from l0fast.constraints.term import refuse_others
 from l0fast.graph.calls import unwrapped
 from l0fast.layers.handle import gates
+from l0fast.maths.lagrangian import Falling
 from l0fast.measures.amounts import Asked, share
 from l0fast.measures.groups import AnyMeasure, Group, measure_name, target_groups
-from l0fast.measures.latency import LatencyTable
 from l0fast.measures.measure import Measure
 from l0fast.pruning.choose import Budget
 from l0fast.pruning.timing import with_table
 
 
-class DensityConstraint(DensityTerm):
+class DensityConstraint(SavedTargets):
     """The Lagrangian term of "density at most `target`": add its call to the loss.
 
     Equals, by default (see `dual`):
@@ -211,9 +211,13 @@ class DensityConstraint(DensityTerm):
     @property
     def current_target(self) -> Tensor:
         """[C] the targets in force: the schedule's, or `target`."""
-        if self.schedule is None or self.settled:
-            return self.target
-        return self.schedule.at(self.taken, self.start, self.target)
+        falling = None if self.settled else self.falling
+        return self.target if falling is None else falling.to(self.target)
+
+    @property
+    def falling(self) -> Falling | None:
+        """How the targets come down, if they do."""
+        return None if self.schedule is None else self.schedule.falling(self.taken, self.start)
 
     @property
     def _memory(self) -> list[Tensor]:
@@ -228,7 +232,7 @@ class DensityConstraint(DensityTerm):
         if self.settled or self.starting:
             return torch.zeros_like(self.dual_lr)
         if self.dual.is_plain and (counted := self._open_counts()):
-            now = self.multiplier, self.current_target
+            now = self.multiplier, self.target, self.falling
             term, self._buffers["violation"] = lagrangian(*counted, *now)
             return term
         violation = self.densities() - self.current_target
@@ -238,6 +242,12 @@ class DensityConstraint(DensityTerm):
             self._move()
             self._moved = True
         return self.dual.term(self.multiplier, violation, *self._memory)
+
+    @torch.no_grad()
+    def pull(self) -> Pull | None:
+        """The same for one launch, if the dual is plain and the measure expected L0."""
+        counted = self._open_counts() if self.dual.is_plain else None
+        return counted and Pull(*counted, self.multiplier, self.target, self.falling)
 
     def ascend_(self) -> None:
         """Ends a step: moves the multipliers, unless they have moved or no gate is trained."""
@@ -251,47 +261,14 @@ class DensityConstraint(DensityTerm):
 
     def advance_(self) -> None:
         """Moves the multipliers and puts every log_alpha back into its bounds."""
-        self.ascend_()
-        self.project_()
-
-    def check_state(self, state_dict: Mapping[str, Any], prefix: str = "") -> None:
-        """Refuses the state of constraints on something else."""
-        saved = state_dict.get(prefix + "_extra_state", {})
-        both = [state_in_words(state) for state in (saved, self.get_extra_state()) if state]
-        if len(set(both)) > 1:
-            _checks.refuse("state_dict", both[0], both[1])
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.check_state(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """What the state holds beside tensors: the layers of each constraint, and the targets."""
-        groups = [[name, list(group.layers)] for name, group in self.groups.items()]
-        state = {
-            "measure": self.measure,
-            "groups": groups,
-            "targets": list(self._exact),
-            "dual": type(self.dual).__name__,
-            "scheduled": self.schedule is not None,
-            **super().get_extra_state(),
-        }
-        return state if (table := self.table) is None else {**state, "latency": table.as_json()}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Takes the targets over, for `prune` too, and the table they are shares of."""
-        if "latency" in state:
-            table = LatencyTable.from_json(state["latency"])
-            self.groups = {n: g._replace(measure=table) for n, g in self.groups.items()}
-            self.__dict__["_measure"].take(list(self.groups.values()))
-        self._exact = list(state["targets"])
-        super().set_extra_state(state)
-
-    @property
-    def table(self) -> LatencyTable | None:
-        """What latencies are read off, if the measure is one."""
-        measure = next(iter(self.groups.values())).measure
-        return measure if isinstance(measure, LatencyTable) else None
+        idle = self.settled or self.starting
+        state = self.multiplier, self.violation, self.dual_lr
+        ascent = None if idle else self.dual.ascent(*state, *self._memory)
+        if ascent is None:
+            self.ascend_()
+        elif self.schedule is not None:
+            ascent = ascent._replace(taken=self.taken)
+        self.project_(ascent)
 
     def extra_repr(self) -> str:
         pairs = zip(self.names, self._exact, strict=True)

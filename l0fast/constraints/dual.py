@@ -12,6 +12,7 @@ from torch import Tensor
 
 from l0fast import _checks
 from l0fast.autograd import ascend_
+from l0fast.maths.advance import Ascent
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,12 @@ class Dual:
         autograd, and must not wait for the device."""
         raise NotImplementedError
 
+    def ascent(
+        self, multiplier: Tensor, violation: Tensor, lr: Tensor, *memory: Tensor
+    ) -> Ascent | None:
+        """The same step, if it is an ascent with restarts, which one launch takes with others."""
+        return None
+
 
 @dataclass(frozen=True)
 class DualAscent(Dual):
@@ -97,6 +104,14 @@ class DualAscent(Dual):
             return
         (restarts,) = memory
         ascend_(multiplier, violation, restarts, lr, self.limit)
+
+    def ascent(
+        self, multiplier: Tensor, violation: Tensor, lr: Tensor, *memory: Tensor
+    ) -> Ascent | None:
+        if not self.restarts or self.dual_first or type(self).step_ is not DualAscent.step_:
+            return None
+        (restarts,) = memory
+        return Ascent(multiplier, violation, restarts, lr, self.limit, None)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from l0fast.autograd import Pull, gate_adam_
+from l0fast.maths.hard_concrete import HardConcrete
+
 
 class GateAdam:
     """Adam on the gates of a model; gates that are replaced keep their moments.
@@ -34,6 +37,23 @@ class GateAdam:
         self.adam.step()
         for gate in gates:
             gate.grad = None
+
+    def step_at_once(
+        self,
+        gates: list[Tensor],
+        grads: Sequence[Tensor | None],
+        scale: Tensor | None,
+        distribution: HardConcrete,
+        pull: Pull | None,
+    ) -> tuple[Tensor | None] | None:
+        """The same by one launch, with the gradient of a constraint (see `autograd.gate_adam`)."""
+        self._bind(gates)
+        group = self.adam.param_groups[0]
+        if isinstance(group["lr"], Tensor):
+            return None
+        numbers = group["lr"], *group["betas"], group["eps"]
+        moments = [self._moments(gate) for gate in gates]
+        return gate_adam_(gates, grads, scale, moments, numbers, distribution, pull)
 
     def _bind(self, gates: list[Tensor]) -> None:
         """Moves the moments to the parameters that stand for the gates now."""

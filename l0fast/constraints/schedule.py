@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from l0fast import _checks
+from l0fast.maths.lagrangian import Falling
 
 POWERS = {"linear": 1, "cubic": 3}
 
@@ -42,7 +42,10 @@ class TargetSchedule:
         if self.start is not None:
             _checks.density("start", self.start)
 
+    def falling(self, taken: Tensor, start: Tensor) -> Falling:
+        """How targets [C] come down from `start` [C] after `taken` (0-d) steps."""
+        return Falling(start, taken, self.steps, POWERS[self.shape])
+
     def at(self, taken: Tensor, start: Tensor, target: Tensor) -> Tensor:
         """[C] targets in force after `taken` (0-d) steps; no host sync."""
-        left = (1 - taken / self.steps).clamp_(min=0.0)
-        return torch.lerp(target, torch.maximum(start, target), left ** POWERS[self.shape])
+        return self.falling(taken, start).to(target)

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.layers.draw import SETTLED
 from l0fast.layers.handle import ModelGates, gate_owners, own_gates
+from l0fast.maths.advance import Limits
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.pruning.choose import Budget, choose
 
@@ -108,32 +107,13 @@ def settle_(
     handle.set_stage(SETTLED)
 
 
-@torch.no_grad()
-def hold_(log_alpha: Tensor, of: HardConcrete) -> None:
-    """Puts the gates of a settled layer back, after a step: what was kept stays open.
+def kept_open(of: HardConcrete) -> Limits:
+    """The limits of a settled layer's gates: after a step, what was kept stays open.
 
-    Equals: log_alpha = clamp(log_alpha, location(LEAST), bound) for what was kept, else its lower
-    bound. A step does not take a gate half of the way between the two.
+    What was kept lies between location(LEAST) and the bound, and what goes at its lower bound. A
+    step does not take a gate half of the way between the two.
     """
     lower = _closed(of)
     s = (LEAST - of.gamma) / (of.zeta - of.gamma)
     floor = of.temperature * math.log(s / (1 - s))
-    kept = log_alpha > (lower + floor) / 2
-    log_alpha.clamp_(floor, max(of.bound, floor)).masked_fill_(~kept, lower)
-
-
-@torch.no_grad()
-def hold_all_(log_alphas: Sequence[tuple[Tensor, HardConcrete]]) -> None:
-    """`hold_` of many layers: end to end, so that their number costs few launches."""
-    together: dict[Any, list[Tensor]] = {}
-    for log_alpha, of in log_alphas:
-        if type(log_alpha) not in (Tensor, nn.Parameter):  # a DTensor: each process has its part
-            hold_(log_alpha, of)
-        else:
-            together.setdefault((of, log_alpha.dtype, log_alpha.device), []).append(log_alpha)
-    for (of, *_), some in together.items():
-        flat = torch.cat([log_alpha.flatten() for log_alpha in some])
-        hold_(flat, of)
-        parts = flat.split([log_alpha.numel() for log_alpha in some])
-        held = [part.view(one.shape) for part, one in zip(parts, some, strict=True)]
-        torch._foreach_copy_(some, held)  # pyright: ignore[reportPrivateImportUsage]
+    return Limits(lower, (lower + floor) / 2, floor, max(of.bound, floor))

@@ -9,14 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
+from l0fast.autograd import advance_
 from l0fast.constraints.attach import Attachable
 from l0fast.constraints.processes import check_sharding
-from l0fast.constraints.settle import hold_all_, settle_
+from l0fast.constraints.settle import kept_open, settle_
 from l0fast.graph.calls import Example
 from l0fast.graph.sharding import with_full_weights
 from l0fast.layers.draw import DRAWN, OPEN, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
+from l0fast.maths.advance import Ascent, Limits, within
 from l0fast.measures.groups import Asking, Group, measure_name
 from l0fast.measures.measure import GateMeasure, Measure, is_of_pruned
 from l0fast.measures.pick import measure_of
@@ -63,8 +65,11 @@ class DensityTerm(Attachable, nn.Module):
         self._lowest = measure.lowest()
         measure.to(self._device, self._dtype)
         self._owning = own_gates(layers)
-        self._bounds = [layers[name].distribution.bound for name in self._owning]
-        self._lower = [-bound for bound in self._bounds]
+        distributions = [layers[name].distribution for name in self._owning]
+        self._limits: dict[bool, tuple[Limits, ...]] = {  # settled or not
+            False: tuple([within(of.bound) for of in distributions]),
+            True: tuple([kept_open(of) for of in distributions]),
+        }
 
     def _take_over(self) -> None:
         """Ends the making of a term: from here on gates have noise, whatever was trained before."""
@@ -170,16 +175,7 @@ class DensityTerm(Attachable, nn.Module):
         return self
 
     @torch.no_grad()
-    def project_(self) -> None:
-        """Puts every log_alpha back into its bounds."""
-        if self.settled:
-            owning = [self.layers[name] for name in self._owning]
-            hold_all_([(layer.log_alpha, layer.distribution) for layer in owning])
-            return
+    def project_(self, ascent: Ascent | None = None) -> None:
+        """Puts every log_alpha back into its bounds; with `ascent`, the multipliers move, too."""
         gates: list[Tensor] = [self.layers[name].log_alpha for name in self._owning]
-        if self._device.type == "cpu":  # which runs a foreach tensor by tensor, and here twice
-            for log_alpha, bound in zip(gates, self._bounds, strict=True):
-                log_alpha.clamp_(-bound, bound)
-            return
-        torch._foreach_clamp_min_(gates, self._lower)  # pyright: ignore[reportPrivateImportUsage]
-        torch._foreach_clamp_max_(gates, self._bounds)  # pyright: ignore[reportPrivateImportUsage]
+        advance_(gates, self._limits[self.settled], ascent)

@@ -61,11 +61,14 @@ class OpenCounts:
         self.totals: Tensor | None = totals
 
     def take(self) -> Tensor | None:
-        """The counts, handed out once, or None if they cannot be used any more."""
+        """The counts, handed out once, or None if they cannot be used any more; without autograd
+        their values, which are there as often as one asks."""
+        if not torch.is_grad_enabled():
+            return None if self.totals is None else self.totals.detach()
         totals, self.totals = self.totals, None
         if totals is None or _spent(totals.grad_fn):
             return None
-        return totals if totals.requires_grad or not torch.is_grad_enabled() else None
+        return totals if totals.requires_grad else None
 
 
 class Counted(NamedTuple):

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast import functional
-from l0fast.layers.draw import DRAWN, SETTLED, Board, Draw, Drawn, OpenCounts, all_open
+from l0fast import autograd, functional
+from l0fast.layers.draw import DRAWN, OPEN, Board, Draw, Drawn, OpenCounts, all_open
 from l0fast.layers.handle import ModelGates, gates
 from l0fast.layers.hooks import remove_hooks
 from l0fast.layers.ties import ATTRIBUTE, attach_ties, detach_ties
+from l0fast.maths.hard_concrete import HardConcrete
 
 
 def _drawn_outside(layer: Drawn, board: Board) -> bool:
@@ -52,9 +53,27 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         return
     earlier = [] if torch.compiler.is_compiling() else board.latest.waiting()
     board.latest = draw = Draw(len(handle._drawn), True, earlier)
-    for (distribution, _, dtype, stage), members in groups.items():
+    for (distribution, _, _, stage), members in groups.items():
         log_alphas, sharing = zip(*members.values(), strict=True)
-        _draw_group(handle, draw, log_alphas, sharing, distribution, dtype, stage)
+        _draw_group(handle, draw, log_alphas, sharing, distribution, stage)
+
+
+def _gates(
+    log_alphas: tuple[Tensor, ...], distribution: HardConcrete, stage: str
+) -> tuple[Tensor, Tensor | None]:
+    """The gates of layers, end to end [N], and how many of each are expected to be open [L].
+
+    Half precision is drawn in float32. Without noise nothing is counted.
+    """
+    if stage != OPEN and autograd.lie_apart(log_alphas):
+        state = functional.fresh_state(log_alphas[0].device) if stage == DRAWN else None
+        return autograd.draw_apart(log_alphas, state, distribution)
+    flat = torch.cat(log_alphas)
+    work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
+    if stage == DRAWN:
+        sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
+        return functional.draw(work, sizes, distribution)
+    return (all_open(work) if stage == OPEN else distribution.median(work)), None
 
 
 def _draw_group(
@@ -62,25 +81,20 @@ def _draw_group(
     draw: Draw,
     log_alphas: tuple[Tensor, ...],
     sharing: tuple[list[int], ...],
-    distribution: Any,
-    dtype: torch.dtype,
+    distribution: HardConcrete,
     stage: str,
 ) -> None:
     """Samples the gates of one group, and puts them and their counts on the board."""
     layers = handle._drawn
-    sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
-    flat = torch.cat(log_alphas)
-    work = flat.float() if dtype in (torch.float16, torch.bfloat16) else flat
-    if stage != DRAWN:  # the same in every forward, and with nothing to count
-        z = distribution.median(work) if stage == SETTLED else all_open(work)
-    else:
-        z, totals = functional.draw(work, sizes, distribution)
+    z, totals = _gates(log_alphas, distribution, stage)
+    if totals is not None:  # else the same in every forward, and with nothing to count
         if not torch.compiler.is_compiling() and totals.grad_fn is not None:
             draw.nodes.append(weakref.ref(totals.grad_fn))
         counts = OpenCounts(totals)
         for index, places in enumerate(sharing):
             for place in places:
                 layers[place]._count(counts, index)
+    sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
     for places, part in zip(sharing, z.split(sizes), strict=True):
         for place in places:
             draw.z[place] = part

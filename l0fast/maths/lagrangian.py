@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Falling(NamedTuple):
+    """How targets come down (see `constraints.schedule`)."""
+
+    start: Tensor
+    """[C] where they begin."""
+    taken: Tensor
+    """0-d: how many steps there have been."""
+    steps: int
+    """In so many they come down."""
+    power: int
+
+    def to(self, target: Tensor) -> Tensor:
+        """[C] targets in force, on their way to `target`.
+
+        Equals: target + (max(start, target) - target) * max(0, 1 - taken / steps) ** power
+        """
+        left = (1 - self.taken / self.steps).clamp_(min=0.0)
+        return torch.lerp(target, torch.maximum(self.start, target), left**self.power)
 
 
 def shares(counts: Tensor, weights: Tensor) -> Tensor:
@@ -17,15 +38,19 @@ def shares(counts: Tensor, weights: Tensor) -> Tensor:
 
 
 def lagrangian(
-    counts: Tensor, weights: Tensor, multiplier: Tensor, target: Tensor
+    counts: Tensor,
+    weights: Tensor,
+    multiplier: Tensor,
+    target: Tensor,
+    falling: Falling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(term 0-d, violation [C]), of counts [L], weights [C, L], multipliers and targets [C].
 
     Equals:
-        violation = weights @ counts - target
+        violation = weights @ counts - target             # the target in force, if it is falling
         term = multiplier @ violation
     """
-    violation = shares(counts, weights) - target
+    violation = shares(counts, weights) - (target if falling is None else falling.to(target))
     return torch.dot(multiplier, violation), violation
 
 

@@ -179,8 +179,8 @@ def test_cases_come_in_the_order_of_their_worth() -> None:
     names = [one.name for one in registry.cases(quick=False) if one.device == "cuda"]
     first = ["skipping_linear/cuda/ffn/density-", "gated_weight/cuda/", "hard_concrete/cuda/"]
     starts = [next(i for i, name in enumerate(names) if name.startswith(one)) for one in first]
-    assert starts == [0, 3, 9]
-    assert names[9].startswith("hard_concrete/cuda/")
+    assert starts == [0, 6, 12]
+    assert names[12].startswith("hard_concrete/cuda/")
     assert names.index("step/cuda/mlp") < names.index("step/cuda/resnet50")
     assert [name.endswith("/2^28") for name in names[-6:]] == [True] * 6
     assert names[-7].endswith("/density-0.3")
@@ -558,6 +558,7 @@ def test_the_gpu_run_tests_first_and_keeps_to_its_time(
         "compaction",
         "step",
         "skipping_linear",
+        "ffn",
     }
     assert all(seconds < 8 * 60 for seconds in times)
     assert "red: tests/kernels/test_kernel_hard_concrete.py: test_x" in capsys.readouterr().err

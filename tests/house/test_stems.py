@@ -33,8 +33,13 @@ ELSEWHERE = {
     # Nothing else calls these two, and a layer's time is what they are for.
     ("packed_weight", "bench"): "bench/bench_skipping_linear.py",
     ("bounded_matmul", "bench"): "bench/bench_skipping_linear.py",
-    # Its one launch each way is a launch fewer of a step, and nothing by itself.
+    # Their one launch is a launch fewer of a step, or several, and nothing by itself.
     ("lagrangian", "bench"): "bench/bench_step.py",
+    ("advance", "bench"): "bench/bench_step.py",
+    ("gate_adam", "bench"): "bench/bench_step.py",
+    # PyTorch's own Adam, and the constraint's term differentiated by autograd.
+    ("gate_adam", "reference"): "l0fast/constraints/gate_adam.py",
+    ("gate_adam", "test"): "tests/constraints/test_attach.py",
     # gated_weight with a gate for each row or column: the same formulas, with a `dim`.
     ("scaled_weight", "reference"): "l0fast/maths/gated_weight.py",
     ("scaled_weight", "test"): "tests/maths/test_gated_weight.py",

@@ -116,6 +116,12 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "gated_weight_backward fp32, any size": ("gated_weight_backward fp32", {"ALIGNMENT": 1}),
     "gated_weight_backward fp32, no dopen": ("gated_weight_backward fp32", {"dopen_ptr": None}),
     "hard_concrete, one segment": ("hard_concrete", {"offset_ptr": None, "ALIGNMENT": 1}),
+    "hard_concrete, layers apart": ("hard_concrete", {"TABLE": True}),
+    "hard_concrete, no noise": ("hard_concrete", {"NOISE": False, "open_ptr": None}),
+    "hard_concrete_backward, no noise": (
+        "hard_concrete_backward",
+        {"TABLE": True, "NOISE": False, "dopen_ptr": None},
+    ),
     "hard_concrete_backward, no dz": ("hard_concrete_backward", {"dz_ptr": None}),
     "hard_concrete_backward, no dopen": ("hard_concrete_backward", {"dopen_ptr": None}),
     "scaled_weight_backward bf16 row, any size": (
@@ -184,6 +190,8 @@ def _hard_concrete(*, backward: bool) -> Build:
     from l0fast_kernels import hard_concrete as module
 
     constexprs: dict[str, object] = {
+        "NOISE": True,
+        "TABLE": False,
         "BLOCK": module.BLOCK,
         "TILE": module.TILE,
         "ALIGNMENT": module.ALIGNMENT,
@@ -285,7 +293,8 @@ def _type(name: str, build: Build) -> str:
     if name in build.constexprs:
         return "constexpr"
     if name.endswith("_ptr"):
-        default = "i64" if name in ("state_ptr", "offset_ptr") else "fp32"
+        table = name == "log_alpha_ptr" and build.constexprs.get("TABLE")  # of addresses
+        default = "i64" if table or name in ("state_ptr", "offset_ptr") else "fp32"
         return "*" + build.types.get(name, default)
     if name in build.types:
         return build.types[name]

@@ -14,6 +14,7 @@ from tests.helpers.interpreter import DEVICE, kernel_test
 from tests.helpers.tolerance import assert_no_more_wrong
 from tests.kernels.kernel_checks import (
     DISTRIBUTION,
+    EDGE,
     OTHER,
     SEED,
     SIZES,
@@ -42,6 +43,7 @@ def forward(
 
     c = constants(distribution)
     z, expected_open = hard_concrete_forward(log_alpha, state(DEVICE), sizes, c)
+    assert expected_open is not None
     return z, expected_open
 
 
@@ -237,6 +239,66 @@ def test_no_segments_at_all() -> None:
     assert z.shape == (0,)
     assert expected_open.shape == (0,)
     assert backward(nothing, expected_open, nothing, ()).shape == (0,)
+
+
+@kernel_test
+@pytest.mark.parametrize("sizes", [(300, 0, 100, 784), (5, 16390), (1, 2, 3)], ids=str)
+def test_layers_apart_are_drawn_as_end_to_end(
+    sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from l0fast_kernels import hard_concrete_backward, hard_concrete_forward, launch
+
+    c, n = constants(), sum(sizes)
+    together = log_alphas(n)
+    apart = [part.clone() for part in together.split(list(sizes))]
+    dz, dopen = torch.randn(n, device=DEVICE), torch.randn(len(sizes), device=DEVICE)
+    named = state(DEVICE)
+    with guarded(launch, monkeypatch):
+        got = hard_concrete_forward(apart, named, sizes, c)
+        gradient = hard_concrete_backward(dz, dopen, apart, named, sizes, c)
+    assert got[1] is not None
+    assert_written(got[0], got[1], gradient)
+    expected = forward(together, sizes)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    of_flat = hard_concrete_backward(dz, dopen, together, named, sizes, c)
+    assert torch.equal(gradient, of_flat)
+
+
+@kernel_test
+@pytest.mark.parametrize("distribution", [DISTRIBUTION, OTHER])
+def test_without_noise_gates_are_their_medians(
+    distribution: HardConcrete, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from l0fast_kernels import hard_concrete_backward, hard_concrete_forward, launch
+
+    c, sizes = constants(distribution), (4097, 3)
+    log_alpha = log_alphas(sum(sizes))
+    log_alpha[:2] = torch.tensor([-torch.inf, -9.0])
+    dz = torch.randn_like(log_alpha)
+    with guarded(launch, monkeypatch):
+        z, counted = hard_concrete_forward(log_alpha, None, sizes, c)
+        got = hard_concrete_backward(dz, None, log_alpha, None, sizes, c)
+    assert counted is None
+    assert_written(z, got)
+    assert z[:2].tolist() == [0.0, 0.0]
+    results: list[list[Tensor]] = []
+    for dtype in (torch.float32, torch.float64):
+        leaf = log_alpha.cpu().to(dtype).requires_grad_()
+        median = distribution.median(leaf)
+        results.append([median.detach(), *torch.autograd.grad(median, leaf, dz.cpu().to(dtype))])
+    width = distribution.zeta - distribution.gamma
+    magnitude = dz.abs().cpu() * width / distribution.temperature
+    truth = results[1][0]
+    clear = ((truth > EDGE) & (truth < 1 - EDGE)) | (truth == 0) | (truth == 1)
+    assert_no_more_wrong(z.cpu(), results[0][0], truth, magnitude=width, name="z")
+    assert_no_more_wrong(
+        got.cpu()[clear],
+        results[0][1][clear],
+        results[1][1][clear],
+        magnitude=magnitude[clear],
+        name="dlog_alpha",
+    )
 
 
 @pytest.mark.gpu
