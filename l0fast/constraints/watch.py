@@ -46,8 +46,8 @@ class Idle:
         if not trainable or now != self._before or any(one.grad is not None for one in trainable):
             return None
         return (
-            f"no weight of its model has changed in {STILL} steps: another model is trained. If "
-            "that is a copy, make the constraint from it, or copy both at once: "
+            f"no weight of its model has changed in {STILL} steps. If another model is trained, "
+            "such as a copy, make the constraint from that one, or copy both at once: "
             "copy.deepcopy((model, constraint))"
         )
 

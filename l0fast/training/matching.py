@@ -15,7 +15,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.graph.computed import copied
-from l0fast.layers.draw import DRAWN, OPEN, SETTLED, STAGES
+from l0fast.layers.draw import DRAWN, OPEN, QUIET, SETTLED, STAGES
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.serving import INDEX
 from l0fast.measures.latency import LatencyTable
@@ -138,7 +138,9 @@ class Run:
         return max(term.open_left - checkpoint.step, 0)
 
     def _check_stages(self, entries: Entries, checkpoint: Checkpoint) -> None:
-        drawn = OPEN if self._open_left(checkpoint) else DRAWN
+        extra: Any = {} if checkpoint.term is None else checkpoint.term["_extra_state"]
+        quiet = isinstance(extra, dict) and extra.get("quiet") is True
+        drawn = OPEN if self._open_left(checkpoint) else QUIET if quiet else DRAWN
         wanted = SETTLED if self._settled(checkpoint) else drawn
         for name in gated_layers(self.state.model):
             stage = STAGES[int(checkpoint.model[f"{name}._extra_state"])]
