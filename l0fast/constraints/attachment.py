@@ -4,7 +4,7 @@ An attached training, from its first step to its last:
 
 1. The start: all gates are open, without noise; the weights learn which units matter.
 2. Each `log_alpha` is set by the rank of its unit's magnitude (see `start`). From here on gates are
-   drawn, and the targets come down.
+   drawn quietly, and the targets come down.
 3. After each step of the optimizer: the gradient of the constraint's term is added to that of the
    gates, an Adam of their own moves them, and the multipliers move.
 4. For the last part the gates are settled (see `settle`).
