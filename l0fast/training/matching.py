@@ -137,10 +137,15 @@ class Run:
             return 0
         return max(term.open_left - checkpoint.step, 0)
 
-    def _check_stages(self, entries: Entries, checkpoint: Checkpoint) -> None:
+    def _quiet(self, checkpoint: Checkpoint) -> bool:
+        """Whether it says that gates are quiet, where they may be."""
         extra: Any = {} if checkpoint.term is None else checkpoint.term["_extra_state"]
-        quiet = isinstance(extra, dict) and extra.get("quiet") is True
-        drawn = OPEN if self._open_left(checkpoint) else QUIET if quiet else DRAWN
+        may_be = not (self._settled(checkpoint) or self._open_left(checkpoint))
+        return may_be and isinstance(extra, dict) and extra.get("quiet") is True
+
+    def _check_stages(self, entries: Entries, checkpoint: Checkpoint) -> None:
+        drawn = QUIET if self._quiet(checkpoint) else DRAWN
+        drawn = OPEN if self._open_left(checkpoint) else drawn
         wanted = SETTLED if self._settled(checkpoint) else drawn
         for name in gated_layers(self.state.model):
             stage = STAGES[int(checkpoint.model[f"{name}._extra_state"])]
@@ -166,6 +171,7 @@ class Run:
             **own["_extra_state"],
             "settled": self._settled(checkpoint),
             "open_left": self._open_left(checkpoint),
+            "quiet": self._quiet(checkpoint),
         }
         if isinstance(term, MagnitudePruning):
             extra["done"] = checkpoint.step
