@@ -106,13 +106,13 @@ def sigmoid2(minus_x):
 
 
 @triton.jit
-def concrete(log_alpha, u, inverse_temperature, alpha_scale, FAST: tl.constexpr):
-    """s = sigmoid((log u - log(1 - u) + log_alpha) / temperature), the unstretched gate.
+def concrete(log_alpha, u, noise_factor, alpha_scale, FAST: tl.constexpr):
+    """s = sigmoid((noise_scale * (log u - log(1 - u)) + log_alpha) / temperature), unstretched.
 
-    In base 2, with alpha_scale = log2(e) / temperature.
+    In base 2, with noise_factor = noise_scale / temperature, alpha_scale = log2(e) / temperature.
     """
     minus_noise = log2(1.0 - u, FAST) - log2(u, FAST)
-    return sigmoid2(minus_noise * inverse_temperature - log_alpha * alpha_scale)
+    return sigmoid2(minus_noise * noise_factor - log_alpha * alpha_scale)
 
 
 @triton.jit

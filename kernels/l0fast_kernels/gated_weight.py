@@ -31,6 +31,7 @@ def gated_weight_kernel(
     state_ptr,
     out_ptr,
     partial_ptr,
+    noise_factor,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -42,7 +43,7 @@ def gated_weight_kernel(
     ALIGNMENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """s = sigmoid((log u - log(1 - u) + log_alpha) / temperature)
+    """s = sigmoid((noise_scale * (log u - log(1 - u)) + log_alpha) / temperature)
     z = clamp(s * (zeta - gamma) + gamma, 0, 1)
     out = weight * z
     partial = sum of sigmoid(log_alpha - temperature * log(-gamma / zeta)) over the block
@@ -59,7 +60,7 @@ def gated_weight_kernel(
 
     bits = device_math.random_words(first, seed, step, tensor, BLOCK, VECTOR)
     u = device_math.uniform(bits, FAST)
-    s = device_math.concrete(log_alpha, u, inverse_temperature, alpha_scale, FAST)
+    s = device_math.concrete(log_alpha, u, noise_factor, alpha_scale, FAST)
     z = device_math.stretch(s, gamma, width)
     tl.store(out_ptr + first + lane, weight * z, mask=inside)
     # Lanes outside have log_alpha = -inf: their open probability is 0.
@@ -76,6 +77,7 @@ def gated_weight_backward_kernel(
     state_ptr,
     dweight_ptr,
     dlog_alpha_ptr,
+    noise_factor,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -103,7 +105,7 @@ def gated_weight_backward_kernel(
 
     bits = device_math.random_words(first, seed, step, tensor, BLOCK, VECTOR)
     u = device_math.uniform(bits, FAST)
-    s = device_math.concrete(log_alpha, u, inverse_temperature, alpha_scale, FAST)
+    s = device_math.concrete(log_alpha, u, noise_factor, alpha_scale, FAST)
     z = device_math.stretch(s, gamma, width)
     slope = width * inverse_temperature
     dlog_alpha = device_math.stretch_backward(dout * weight, s, z, slope)

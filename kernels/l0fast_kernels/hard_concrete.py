@@ -56,6 +56,7 @@ def hard_concrete_kernel(
     state_ptr,
     z_ptr,
     open_ptr,
+    noise_factor,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -69,7 +70,7 @@ def hard_concrete_kernel(
     ALIGNMENT: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """s = sigmoid((log u - log(1 - u) + log_alpha) / temperature)
+    """s = sigmoid((noise_scale * (log u - log(1 - u)) + log_alpha) / temperature)
     z = clamp(s * (zeta - gamma) + gamma, 0, 1)
     expected_open = sum of sigmoid(log_alpha - temperature * log(-gamma / zeta))
 
@@ -93,7 +94,7 @@ def hard_concrete_kernel(
         if NOISE:
             bits = device_math.random_words(first, seed, step, tensor, BLOCK, 4)
             u = device_math.uniform(bits, FAST)
-            s = device_math.concrete(log_alpha, u, inverse_temperature, alpha_scale, FAST)
+            s = device_math.concrete(log_alpha, u, noise_factor, alpha_scale, FAST)
             # Lanes outside have log_alpha = -inf: their open probability is 0.
             expected += device_math.open_probability(log_alpha, open_shift)
         else:
@@ -113,6 +114,7 @@ def hard_concrete_backward_kernel(
     offset_ptr,
     state_ptr,
     dlog_alpha_ptr,
+    noise_factor,
     inverse_temperature,
     alpha_scale,
     gamma,
@@ -151,7 +153,7 @@ def hard_concrete_backward_kernel(
             if NOISE:
                 bits = device_math.random_words(first, seed, step, tensor, BLOCK, 4)
                 u = device_math.uniform(bits, FAST)
-                s = device_math.concrete(log_alpha, u, inverse_temperature, alpha_scale, FAST)
+                s = device_math.concrete(log_alpha, u, noise_factor, alpha_scale, FAST)
             else:
                 s = device_math.sigmoid2(log_alpha * -alpha_scale)
             z = device_math.stretch(s, gamma, width)

@@ -23,6 +23,7 @@ class Constants(NamedTuple):
     """A hard-concrete distribution as the kernels take it: arguments, so nothing is recompiled
     when a temperature is annealed."""
 
+    noise_factor: float  # noise_scale / temperature
     inverse_temperature: float
     alpha_scale: float  # log2(e) / temperature
     gamma: float
@@ -31,9 +32,10 @@ class Constants(NamedTuple):
 
 
 @functools.lru_cache(maxsize=64)
-def constants(temperature: float, gamma: float, zeta: float) -> Constants:
+def constants(temperature: float, gamma: float, zeta: float, noise_scale: float = 1.0) -> Constants:
     """The kernels' constants of a distribution; logarithms and exponentials there are base 2."""
     return Constants(
+        noise_factor=noise_scale / temperature,
         inverse_temperature=1.0 / temperature,
         alpha_scale=math.log2(math.e) / temperature,
         gamma=gamma,

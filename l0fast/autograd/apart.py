@@ -27,8 +27,7 @@ def lie_apart(tensors: Sequence[Tensor]) -> bool:
 def _constants(distribution: HardConcrete) -> tuple[Any, Any]:
     import l0fast_kernels as kernels
 
-    numbers = distribution.temperature, distribution.gamma, distribution.zeta
-    return kernels, kernels.constants(*numbers)
+    return kernels, kernels.constants(*distribution.numbers)
 
 
 class _DrawApart(torch.autograd.Function):

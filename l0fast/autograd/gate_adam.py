@@ -86,8 +86,7 @@ def gate_adam_(
     kept = [[one[name] for one in moments] for name in ("exp_avg", "exp_avg_sq", "step")]
     if not all(lie_apart(one) for one in kept):
         return None
-    of = distribution
-    shift = kernels.constants(of.temperature, of.gamma, of.zeta).open_shift
+    shift = kernels.constants(*distribution.numbers).open_shift
     violation = kernels.gate_adam_(gates, kept, grad, scale, numbers, shift, pull)
     torch.autograd.graph.increment_version([*gates, *[one for some in kept for one in some]])
     return (violation,)

@@ -27,7 +27,7 @@ def triton_hard_concrete(
     log_alpha: Tensor, state: Tensor, sizes: tuple[int, ...], distribution: HardConcrete
 ) -> tuple[Tensor, Tensor]:
     """The checked call of `functional.hard_concrete` on the Triton backend."""
-    return _draw(log_alpha, state, sizes, *_numbers(distribution))
+    return _draw(log_alpha, state, sizes, *distribution.numbers)
 
 
 def triton_gated_weight(
@@ -43,9 +43,9 @@ def triton_gated_weight(
     """
     dtype = _result_dtype(weight)
     if dim is None:
-        return _gated_weight(weight, log_alpha, state, dtype, *_numbers(distribution))
+        return _gated_weight(weight, log_alpha, state, dtype, *distribution.numbers)
     sizes = (log_alpha.numel(),)
-    z, expected_open = _draw(log_alpha, state, sizes, *_numbers(distribution))
+    z, expected_open = _draw(log_alpha, state, sizes, *distribution.numbers)
     return _scale(weight, z, dim, dtype), expected_open.view(())
 
 
@@ -61,10 +61,6 @@ def _result_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def _numbers(distribution: HardConcrete) -> tuple[float, float, float]:
-    return distribution.temperature, distribution.gamma, distribution.zeta
-
-
 def _noise(log_alpha: Tensor, state: Tensor, distribution: HardConcrete) -> Tensor:
     uniform = philox.uniform(log_alpha.numel(), state[0], state[1], state[2], log_alpha.device)
     return distribution.logistic_noise(uniform).view(log_alpha.shape)
@@ -78,12 +74,13 @@ def _hard_concrete(
     temperature: float,
     gamma: float,
     zeta: float,
+    noise_scale: float,
 ) -> tuple[Tensor, Tensor]:
     sizes = tuple(sizes)
     if kernels := kernels_for(log_alpha):
-        c = kernels.constants(temperature, gamma, zeta)
+        c = kernels.constants(temperature, gamma, zeta, noise_scale)
         return kernels.hard_concrete_forward(log_alpha, state, sizes, c)
-    distribution = HardConcrete(temperature, gamma, zeta)
+    distribution = HardConcrete(temperature, gamma, zeta, noise_scale=noise_scale)
     z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
     return z, segment_sums(distribution.open_probability(log_alpha), sizes)
 
@@ -98,12 +95,13 @@ def _hard_concrete_backward(
     temperature: float,
     gamma: float,
     zeta: float,
+    noise_scale: float,
 ) -> Tensor:
     sizes = tuple(sizes)
     if kernels := kernels_for(log_alpha):
-        c = kernels.constants(temperature, gamma, zeta)
+        c = kernels.constants(temperature, gamma, zeta, noise_scale)
         return kernels.hard_concrete_backward(dz, dopen, log_alpha, state, sizes, c)
-    distribution = HardConcrete(temperature, gamma, zeta)
+    distribution = HardConcrete(temperature, gamma, zeta, noise_scale=noise_scale)
     s = distribution.concrete(log_alpha, _noise(log_alpha, state, distribution))
     spread = None if dopen is None else segment_spread(dopen, sizes)
     probability = distribution.open_probability(log_alpha)
@@ -120,11 +118,12 @@ def _gated_weight(
     temperature: float,
     gamma: float,
     zeta: float,
+    noise_scale: float,
 ) -> tuple[Tensor, Tensor]:
     if kernels := kernels_for(weight):
-        c = kernels.constants(temperature, gamma, zeta)
+        c = kernels.constants(temperature, gamma, zeta, noise_scale)
         return kernels.gated_weight_forward(weight, log_alpha, state, c, dtype)
-    distribution = HardConcrete(temperature, gamma, zeta)
+    distribution = HardConcrete(temperature, gamma, zeta, noise_scale=noise_scale)
     z = distribution.gate(log_alpha, _noise(log_alpha, state, distribution))
     masked = (weight * z).to(dtype).contiguous()
     return masked, distribution.open_probability(log_alpha).sum()
@@ -140,11 +139,12 @@ def _gated_weight_backward(
     temperature: float,
     gamma: float,
     zeta: float,
+    noise_scale: float,
 ) -> tuple[Tensor, Tensor]:
     if kernels := kernels_for(weight):
-        c = kernels.constants(temperature, gamma, zeta)
+        c = kernels.constants(temperature, gamma, zeta, noise_scale)
         return kernels.gated_weight_backward(dmasked, dopen, weight, log_alpha, state, c)
-    distribution = HardConcrete(temperature, gamma, zeta)
+    distribution = HardConcrete(temperature, gamma, zeta, noise_scale=noise_scale)
     s = distribution.concrete(log_alpha, _noise(log_alpha, state, distribution))
     z = distribution.stretched(s)
     dweight, dz = maths.mask_backward(dmasked.float(), weight.float(), z, None)
@@ -232,7 +232,7 @@ def _hard_concrete_gradient(
     dlog_alpha = None
     if dz is not None or dopen is not None:
         dlog_alpha = backward(dz, dopen, log_alpha, state, *ctx.rest)
-    return dlog_alpha, None, None, None, None, None
+    return dlog_alpha, None, None, None, None, None, None
 
 
 def _gated_weight_gradient(ctx: Any, dmasked: Tensor | None, dopen: Tensor | None) -> Any:
@@ -250,7 +250,7 @@ def _gated_weight_gradient(ctx: Any, dmasked: Tensor | None, dopen: Tensor | Non
         dlog_alpha = _hard_concrete_backward(
             None, dopen.view(1), flat, state, sizes, *numbers
         ).view(log_alpha.shape)
-    return dweight, dlog_alpha, None, None, None, None, None
+    return dweight, dlog_alpha, None, None, None, None, None, None
 
 
 def _scaled_weight_gradient(backward: Any, ctx: Any, dscaled: Tensor | None) -> Any:

@@ -115,8 +115,8 @@ class Attachable(Starting):
             settle: the share of the steps at the end that train without noise, with the gates
                 decided (see `settle`), in [0, 1); 0 for never.
             start: the share of the steps at the beginning in which all gates are open, without
-                noise, in [0, 1) (see `DensityConstraint`); by default that of the constraint, or a
-                quarter.
+                noise, in [0, 1) (see `DensityConstraint`); by default that of the constraint, or
+                15 %.
             steps: of the whole training, >= 1; by default those that the constraint was given.
             gate_lr: learning rate of the gates' Adam, > 0; by default by `steps` (see
                 `param_groups`).

@@ -4,7 +4,7 @@ An attached training, from its first step to its last:
 
 1. The start: all gates are open, without noise; the weights learn which units matter.
 2. Each `log_alpha` is set by the rank of its unit's magnitude (see `start`). From here on gates are
-   drawn, and the targets come down.
+   drawn quietly, and the targets come down.
 3. After each step of the optimizer: the gradient of the constraint's term is added to that of the
    gates, an Adam of their own moves them, and the multipliers move.
 4. For the last part the gates are settled (see `settle`).
@@ -26,6 +26,7 @@ from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
 from l0fast.constraints.processes import averaged, mark_partial, own_part
 from l0fast.constraints.start import Starting
+from l0fast.constraints.watch import Idle
 from l0fast.gating.param_groups import default_gate_lr
 from l0fast.layers.draw import DRAWN
 
@@ -77,6 +78,7 @@ class Attachment:
         self._versions: list[int] = []
         self._touched = 0
         self._warned: set[str] = set()
+        self._idle = Idle()
         self._resumed = _has_stepped(optimizers[0])
         self._joined: list[Tensor] = []
         gates = self.gates()
@@ -154,6 +156,8 @@ class Attachment:
         if skipped is not None and bool(skipped):
             return
         captured = self.term.refuse_capture("optimizer.step()")
+        if not captured and (words := self._idle.look(self.term)) is not None:
+            self._warn(words)
         if not self.term.starting:
             if self.term.learns:
                 self._move(grads, getattr(optimizer, "grad_scale", None))

@@ -62,12 +62,13 @@ class DensityConstraint(SavedTargets):
             or a dict of keyword arguments; needed by all measures of the pruned model, to see which
             layer feeds which.
         steps: of the whole training, >= 1. With it, what is not named below is as it serves every
-            model here: all gates are open for the first quarter, the targets come down in a cubic
-            over the half after that, and the multipliers move by ascent with restarts, at a dual
+            model here: all gates are open for the first 15 %, the targets come down in a cubic
+            over the 45 % after that, and the multipliers move by ascent with restarts, at a dual
             learning rate of 1 / least target.
         start: the share of the steps at the beginning in which all gates are open, without noise,
-            in [0, 1). After it the gates are set by the magnitudes of their units. With 0 they are
-            drawn from the first step. Without `steps` it is for `attach` alone.
+            in [0, 1). After it the gates are set by the magnitudes of their units, and have a tenth
+            of the noise. With 0 they are drawn from the first step, with all of it. Without `steps`
+            it is for `attach` alone.
         dual: how the multipliers move: `DualAscent` (the default, at 0.001 without `steps`),
             `PIControl`, `AugmentedLagrangian` or `EqualityAscent`; or a function that is given the
             least of the targets, as a share, and returns one.

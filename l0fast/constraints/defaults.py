@@ -9,14 +9,14 @@ from l0fast import _checks
 from l0fast.constraints.dual import Dual, DualAscent
 from l0fast.constraints.schedule import TargetSchedule
 
-WARMUP = 0.5
+WARMUP = 0.45
 """The share of a training over which the target comes down."""
 DUAL_GAIN = 33.0
 DUAL_LR_MOST = 0.1
 
 
 def default_schedule(steps: int) -> TargetSchedule:
-    """A cubic over the first half of so many steps."""
+    """A cubic over WARMUP of so many steps."""
     return TargetSchedule(math.ceil(WARMUP * steps))
 
 

@@ -94,7 +94,7 @@ def settle_(
     limited = {name for one in budgets for name in one.layers}
     owners = gate_owners(layers)
     for name in own_gates(layers):
-        log_alpha, of = layers[name].log_alpha, layers[name].distribution
+        log_alpha, of = layers[name].log_alpha, layers[name].drawn_from
         z = of.mean(log_alpha.double()).clamp_(LEAST, 1.0)
         stays = kept[name].to(log_alpha.device)
         if limited.isdisjoint(n for n, owner in owners.items() if owner == name):

@@ -1,7 +1,8 @@
 """The start of a training: all gates open, then each by the magnitude of its unit.
 
 Gates that are drawn from the first step are decided by chance: nothing is known of the units yet.
-After a start without noise the weights tell more from less important ones.
+After a start without noise the weights tell more from less important ones. From then on the gates
+are quiet (see `Drawn.stage`): all of their noise keeps the weights of small models from learning.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from typing import Any
 import torch
 
 from l0fast import _checks
-from l0fast.constraints.ranking import shared_magnitudes
-from l0fast.layers.draw import DRAWN, OPEN
+from l0fast.constraints.ranking import scores, shared_magnitudes
+from l0fast.layers.draw import DRAWN, OPEN, QUIET
 from l0fast.layers.handle import ModelGates
 from l0fast.layers.part import PartGate
 from l0fast.measures.groups import Asking
 
-START = 0.25
+START = 0.15
 """The share of the steps in which all gates are open."""
 CENTRE, REACH = 2.0, 2.0
 """log_alpha of the gates when the start is over: its middle, and how far ranks spread it."""
@@ -99,23 +100,27 @@ class Starting(Asking):
 
 @torch.no_grad()
 def spread_(term: Any) -> None:
-    """Ends the start: gives each gate its log_alpha by rank, in place, and lets noise in.
+    """Ends the start: gives each gate its log_alpha by rank, in place, and lets quiet noise in.
 
-    Equals, in each layer:
+    Equals, over all layers:
         log_alpha = CENTRE + REACH * (2 * rank / (N - 1) - 1)
-    with the rank, from 0 to N - 1, of the root mean square of the weights behind each gate. The
+    with the rank, from 0 to N - 1, of each unit's score: the share of its layer's weights, by their
+    squares, that it has of what is left when all smaller ones are gone (see `ranking.scores`). The
     targets come down from the density that follows. Gates on branches and experts start at CENTRE.
     """
     handle = term.handle
-    for name, sizes in shared_magnitudes(handle.layers).items():
-        log_alpha = handle.layers[name].log_alpha
-        ranks = torch.empty(sizes.numel(), dtype=torch.float64, device=sizes.device)
-        ranks[sizes.flatten().argsort(stable=True)] = torch.linspace(
-            -1.0, 1.0, sizes.numel(), dtype=torch.float64, device=sizes.device
-        )
-        log_alpha.copy_((CENTRE + REACH * ranks).view(log_alpha.shape))
+    found = {name: scores(one.square()) for name, one in shared_magnitudes(handle.layers).items()}
+    if found:
+        device = next(iter(found.values())).device  # a model may lie on several
+        flat = torch.cat([one.flatten().to(device, torch.float64) for one in found.values()])
+        spread = torch.linspace(-1.0, 1.0, flat.numel(), dtype=flat.dtype, device=flat.device)
+        ranks = torch.empty_like(flat).index_copy_(0, flat.argsort(stable=True), spread)
+        parts = ranks.split([one.numel() for one in found.values()])
+        for name, part in zip(found, parts, strict=True):
+            log_alpha = handle.layers[name].log_alpha
+            log_alpha.copy_((CENTRE + REACH * part).view(log_alpha.shape))
     for gate in handle.layers.values():
         if isinstance(gate, PartGate):
             gate.log_alpha.fill_(CENTRE)
-    handle.set_stage(DRAWN)
+    handle.set_stage(QUIET)
     term.begin_()

@@ -15,7 +15,7 @@ from l0fast.constraints.processes import check_sharding
 from l0fast.constraints.settle import kept_open, settle_
 from l0fast.graph.calls import Example
 from l0fast.graph.sharding import with_full_weights
-from l0fast.layers.draw import DRAWN, OPEN, SETTLED
+from l0fast.layers.draw import DRAWN, OPEN, QUIET, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
 from l0fast.maths.advance import Ascent, Limits, within
@@ -110,9 +110,13 @@ class DensityTerm(Attachable, nn.Module):
         return []
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What the state holds beside tensors: whether the gates are decided, and how many steps
-        are left in which all of them are open."""
-        return {"settled": self.settled, "open_left": self.open_left if self.starting else 0}
+        """What the state holds beside tensors: whether the gates are decided, how many steps are
+        left in which all of them are open, and whether they are quiet."""
+        return {
+            "settled": self.settled,
+            "open_left": self.open_left if self.starting else 0,
+            "quiet": self.handle.stage == QUIET,
+        }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Takes it over, for the model's layers."""
@@ -120,7 +124,8 @@ class DensityTerm(Attachable, nn.Module):
         if state.get("settled", False):
             self.handle.set_stage(SETTLED)
         else:
-            self.handle.set_stage(OPEN if self.open_left else DRAWN)
+            drawn = QUIET if state.get("quiet", False) else DRAWN
+            self.handle.set_stage(OPEN if self.open_left else drawn)
 
     @property
     def layers(self) -> dict[str, Gated]:

@@ -1,4 +1,5 @@
-"""An early look at an explicit loop: whether its gates are trained at all, and fast enough."""
+"""An early look at a training loop: whether it trains the constraint's model at all, and its gates
+fast enough."""
 
 from __future__ import annotations
 
@@ -19,12 +20,45 @@ LAG = 0.1
 """A density that is further above the target in force lags."""
 
 
+class Idle:
+    """Whether the weights of a constraint's model stay as they are: then another model is trained,
+    such as a copy."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._before: list[tuple[int, int]] = []
+
+    def look(self, term: Any) -> str | None:
+        """Called after each step of the optimizer: what to say, once, or None. It reads no values
+        back."""
+        self._count += 1
+        if self._count not in (1, STILL):
+            return None
+        weights = [
+            layer.weight for layer in term.handle.layers.values() if hasattr(layer, "weight")
+        ]
+        trainable = [one for one in weights if isinstance(one, Tensor) and one.requires_grad]
+        now = [(id(one), one._version) for one in trainable]
+        if self._count == 1:
+            self._before = now
+            return None
+        # Weights that no optimizer has keep their gradients.
+        if not trainable or now != self._before or any(one.grad is not None for one in trainable):
+            return None
+        return (
+            f"no weight of its model has changed in {STILL} steps. If another model is trained, "
+            "such as a copy, make the constraint from that one, or copy both at once: "
+            "copy.deepcopy((model, constraint))"
+        )
+
+
 class Watch:
     """What one constraint has seen of the steps of a training loop."""
 
     def __init__(self) -> None:
         self._count = 0
         self._before: list[Tensor] = []
+        self._idle = Idle()
 
     @torch.no_grad()
     def look(self, term: Any) -> None:
@@ -33,6 +67,7 @@ class Watch:
         idle = not term.learns or term.settled or term.starting
         if idle or torch.compiler.is_compiling():
             return
+        words = self._idle.look(term)
         self._count += 1
         at = math.ceil(LOOK * term.steps) if term.steps else STILL
         if self._count > max(at, STILL) or self._count not in (1, STILL, at):
@@ -49,7 +84,10 @@ class Watch:
             self._before = []
         # Gates in no optimizer keep their gradients.
         left = any(gate.grad is not None or not gate.requires_grad for gate in gates)
-        if self._count == STILL and moved == 0 and left and max(term.lags()) > LAG:
+        if self._count == STILL and moved == 0 and words is not None:
+            self._count = max(at, STILL)  # it is told once
+            self._warn(words)
+        elif self._count == STILL and moved == 0 and left and max(term.lags()) > LAG:
             self._count = max(at, STILL)  # it is told once
             self._warn(
                 f"no gate has changed in {STILL} steps: they do not require grad, or no optimizer "

@@ -7,6 +7,7 @@ the garbage collector.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -158,9 +159,11 @@ class Board:
         """By place: the latest count of a layer."""
 
 
-DRAWN, OPEN, SETTLED = "drawn", "open", "settled"
-STAGES = (DRAWN, OPEN, SETTLED)
+DRAWN, OPEN, SETTLED, QUIET = "drawn", "open", "settled", "quiet"
+STAGES = (DRAWN, OPEN, SETTLED, QUIET)
 """What the gates of a layer may be (see `Drawn.stage`)."""
+QUIET_NOISE = 0.1
+"""The share of the noise that quiet gates have."""
 
 
 def several_processes() -> bool:
@@ -188,8 +191,11 @@ class Drawn(Serving):
     distribution: HardConcrete
     training: bool
     stage: str = DRAWN
-    """Whether training draws its gates, or has those of evaluation, without noise: all of them
-    open, as before a training under a constraint, or settled, as at its end."""
+    """Whether training draws its gates, with all their noise or quietly, with QUIET_NOISE of it; or
+    has those of evaluation, without noise: all of them open, as at the start of a training under a
+    constraint, or settled, as at its end."""
+    _quiet: HardConcrete | None = None
+    """What quiet gates are drawn from."""
     beside: frozenset[str] | None = None
     """What an adapter had beside it when it got its gates, see `handle.note_adapters`."""
     _places: tuple[tuple[Board, int], ...] = ()
@@ -197,7 +203,7 @@ class Drawn(Serving):
 
     def open_probability(self) -> Tensor:
         """P(z > 0) of each gate in log_alpha, differentiable; 0 or 1 without noise."""
-        if self.stage == DRAWN:
+        if self.is_drawn:
             return self.distribution.open_probability(self.log_alpha)
         return (self.evaluation_gates() > 0).to(self.log_alpha.dtype)
 
@@ -205,6 +211,25 @@ class Drawn(Serving):
     def settled(self) -> bool:
         """Whether its gates are decided."""
         return self.stage == SETTLED
+
+    @property
+    def is_drawn(self) -> bool:
+        """Whether its gates have noise in training."""
+        return self.stage in (DRAWN, QUIET)
+
+    @property
+    def drawn_from(self) -> HardConcrete:
+        """The distribution that training draws its gates from."""
+        return self._quiet or self.distribution
+
+    def set_stage(self, stage: str) -> None:
+        """Says what its gates are (see `stage`); what was drawn for them does not hold any more."""
+        quiet = None
+        if stage == QUIET:
+            scale = QUIET_NOISE * self.distribution.noise_scale
+            quiet = replace(self.distribution, noise_scale=scale)
+        self.stage, self._quiet = stage, quiet
+        self._forget_draws()
 
     def evaluation_gates(self) -> Tensor:
         """z in evaluation, of log_alpha's shape: the median of each gate."""
@@ -217,9 +242,9 @@ class Drawn(Serving):
         z = self._given() if self.training else None
         if z is not None:
             return z
-        if self.stage != DRAWN or not self.training:
+        if not self.is_drawn or not self.training:
             return self.evaluation_gates()
-        gates = functional.hard_concrete(self.log_alpha, distribution=self.distribution)
+        gates = functional.hard_concrete(self.log_alpha, distribution=self.drawn_from)
         self._count(OpenCounts(gates.expected_open))
         return gates.z
 
@@ -229,8 +254,7 @@ class Drawn(Serving):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Takes over the stage of a state."""
-        self.stage = STAGES[int(state)]
-        self._forget_draws()
+        self.set_stage(STAGES[int(state)])
 
     def _given(self) -> Tensor | None:
         """The gates that a model's draw has for this call, or None."""

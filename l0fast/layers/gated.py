@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from l0fast import _checks, autograd, functional
 from l0fast.layers.dense_types import dense_type_of
-from l0fast.layers.draw import DRAWN, Drawn, OnDevice, OpenCounts
+from l0fast.layers.draw import Drawn, OnDevice, OpenCounts
 from l0fast.layers.options import check_options
 from l0fast.layers.serving import Share, drop_index
 from l0fast.layers.takeover import OF_GATES, own_state
@@ -173,14 +173,14 @@ class Gated(Drawn):
     def _example_z(self, x: Tensor, dim: int) -> Tensor:
         """Gates for each example of `x`, over its dimension `dim` < 0, ready to multiply it;
         without noise, the same for all."""
-        batched = x.dim() > -dim and self.stage == DRAWN
+        batched = x.dim() > -dim and self.is_drawn
         examples = x.shape[0] if batched else 1
         shape = [1] * x.dim()
-        if self.stage != DRAWN:
+        if not self.is_drawn:
             z = self.spread(self.evaluation_gates())
         else:
             log_alpha = self.log_alpha.expand(examples, -1)
-            z = self.spread(functional.hard_concrete(log_alpha, distribution=self.distribution).z)
+            z = self.spread(functional.hard_concrete(log_alpha, distribution=self.drawn_from).z)
         shape[dim] = z.shape[-1]
         if batched:
             shape[0] = examples
@@ -189,10 +189,10 @@ class Gated(Drawn):
     def _masked(self) -> tuple[Tensor, Tensor | None]:
         """The weight and bias with their gates multiplied in."""
         if self.gates == "weight":
-            if self.stage != DRAWN or not self.training:
+            if not self.is_drawn or not self.training:
                 return mask(self.weight, self._z(), None), self.bias
             masked, expected_open = functional.gated_weight(
-                self.weight, self.log_alpha, distribution=self.distribution
+                self.weight, self.log_alpha, distribution=self.drawn_from
             )
             self._count(OpenCounts(expected_open))
             return masked, self.bias

@@ -172,8 +172,7 @@ class ModelGates:
         """Says what all gates are (see `Drawn.stage`), here and in the copies that follow."""
         for layer in self.layers.values():
             if layer.stage != stage:  # else what was drawn stays
-                layer.stage = stage
-                layer._forget_draws()
+                layer.set_stage(stage)
         self._copies = [ref for ref in self._copies if ref() is not None]
         for copied in (ref() for ref in self._copies):
             if copied is not None and copied._follows:

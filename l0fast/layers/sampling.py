@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import autograd, functional
-from l0fast.layers.draw import DRAWN, OPEN, Board, Draw, Drawn, OpenCounts, all_open
+from l0fast.layers.draw import DRAWN, OPEN, QUIET, Board, Draw, Drawn, OpenCounts, all_open
 from l0fast.layers.handle import ModelGates, gates
 from l0fast.layers.hooks import remove_hooks
 from l0fast.layers.ties import ATTRIBUTE, attach_ties, detach_ties
@@ -45,7 +45,7 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         if len(layer._places) > 1 and _drawn_outside(layer, board):
             continue
         log_alpha = layer.log_alpha
-        key = layer.distribution, log_alpha.device, log_alpha.dtype, layer.stage
+        key = layer.drawn_from, log_alpha.device, log_alpha.dtype, layer.stage
         if key[0] is not last[0] or key[1:] != last[1:]:  # hashing it costs more than all else here
             members, last = groups.setdefault(key, {}), key
         members.setdefault(id(log_alpha), (log_alpha, []))[1].append(place)
@@ -66,11 +66,11 @@ def _gates(
     Half precision is drawn in float32. Without noise nothing is counted.
     """
     if stage != OPEN and autograd.lie_apart(log_alphas):
-        state = functional.fresh_state(log_alphas[0].device) if stage == DRAWN else None
+        state = functional.fresh_state(log_alphas[0].device) if stage in (DRAWN, QUIET) else None
         return autograd.draw_apart(log_alphas, state, distribution)
     flat = torch.cat(log_alphas)
     work = flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat
-    if stage == DRAWN:
+    if stage in (DRAWN, QUIET):
         sizes = tuple(log_alpha.numel() for log_alpha in log_alphas)
         return functional.draw(work, sizes, distribution)
     return (all_open(work) if stage == OPEN else distribution.median(work)), None

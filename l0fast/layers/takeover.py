@@ -5,7 +5,17 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-OF_GATES = ("gates", "noise", "units", "distribution", "stage", "dense_type", "beside", "_full")
+OF_GATES = (
+    "gates",
+    "noise",
+    "units",
+    "distribution",
+    "stage",
+    "_quiet",
+    "dense_type",
+    "beside",
+    "_full",
+)
 """The attributes that a layer has for its gates, and of which the dense one has nothing."""
 
 

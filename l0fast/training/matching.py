@@ -15,7 +15,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.graph.computed import copied
-from l0fast.layers.draw import DRAWN, OPEN, SETTLED, STAGES
+from l0fast.layers.draw import DRAWN, OPEN, QUIET, SETTLED, STAGES
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.serving import INDEX
 from l0fast.measures.latency import LatencyTable
@@ -144,8 +144,15 @@ class Run:
             return 0
         return max(term.open_left - checkpoint.step, 0)
 
+    def _quiet(self, checkpoint: Checkpoint) -> bool:
+        """Whether it says that gates are quiet, where they may be."""
+        extra: Any = {} if checkpoint.term is None else checkpoint.term["_extra_state"]
+        may_be = not (self._settled(checkpoint) or self._open_left(checkpoint))
+        return may_be and isinstance(extra, dict) and extra.get("quiet") is True
+
     def _check_stages(self, entries: Entries, checkpoint: Checkpoint) -> None:
-        drawn = OPEN if self._open_left(checkpoint) else DRAWN
+        drawn = QUIET if self._quiet(checkpoint) else DRAWN
+        drawn = OPEN if self._open_left(checkpoint) else drawn
         wanted = SETTLED if self._settled(checkpoint) else drawn
         for name in gated_layers(self.state.model):
             stage = STAGES[int(checkpoint.model[f"{name}._extra_state"])]
@@ -171,6 +178,7 @@ class Run:
             **own["_extra_state"],
             "settled": self._settled(checkpoint),
             "open_left": self._open_left(checkpoint),
+            "quiet": self._quiet(checkpoint),
         }
         if isinstance(term, MagnitudePruning):
             extra["done"] = checkpoint.step

@@ -19,7 +19,7 @@ from tests import ROOT
 from tests.helpers.interpreter import DEVICE, RUNS_HERE, kernel_test
 
 DISTRIBUTION = HardConcrete()
-NUMBERS = (DISTRIBUTION.temperature, DISTRIBUTION.gamma, DISTRIBUTION.zeta)
+NUMBERS = DISTRIBUTION.numbers
 SIZES = (5, 0, 11)
 SEED = 7
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

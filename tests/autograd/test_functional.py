@@ -13,7 +13,7 @@ from l0fast.maths import philox
 from l0fast.maths.hard_concrete import HardConcrete
 
 DEFAULT = HardConcrete()
-OTHER = HardConcrete(temperature=0.4, gamma=-0.3, zeta=1.2)
+OTHER = HardConcrete(temperature=0.4, gamma=-0.3, zeta=1.2, noise_scale=0.5)
 SIZES = (5, 0, 1, 14)
 N = sum(SIZES)
 

@@ -23,7 +23,7 @@ from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.ranking import shared_magnitudes
 from l0fast.data.sets import Data, Split
 from l0fast.gating.param_groups import param_groups
-from l0fast.layers.draw import DRAWN, OPEN, SETTLED
+from l0fast.layers.draw import DRAWN, OPEN, QUIET, SETTLED
 from tests.helpers.gated import gated_mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,7 +38,8 @@ class Loop:
     def __init__(self, **options: Any) -> None:
         torch.manual_seed(0)
         self.model = gated_mlp(12, 20, 3, mean=2.0)
-        self.constraint = DensityConstraint(self.model, 0.4, steps=STEPS, **options)
+        chosen: dict[str, Any] = {"start": 0.25, **options}
+        self.constraint = DensityConstraint(self.model, 0.4, steps=STEPS, **chosen)
         self.optimizer = torch.optim.AdamW(param_groups(self.model, 1e-2, steps=STEPS))
 
     def train(self, steps: int) -> None:
@@ -58,10 +59,18 @@ def log_alphas(model: nn.Module) -> list[torch.Tensor]:
 
 
 def assert_by_magnitude(model: nn.Module) -> None:
+    found: list[torch.Tensor] = []
+    wanted: list[torch.Tensor] = []
     for name, sizes in shared_magnitudes(gates(model).layers).items():
         log_alpha = gates(model).layers[name].log_alpha.detach()
         assert torch.equal(log_alpha.argsort(), sizes.argsort())
-        assert float(log_alpha.max()) > float(log_alpha.min())
+        found.append(log_alpha)
+        squares = sizes.double().square()
+        left = torch.stack([squares[squares >= one].sum() for one in squares])
+        wanted.append(squares / left)
+    # Over all layers: by the share that each unit has of what is left of its layer.
+    assert torch.equal(torch.cat(found).argsort(), torch.cat(wanted).argsort(stable=True))
+    assert (float(torch.cat(found).min()), float(torch.cat(found).max())) == (0.0, 4.0)
 
 
 def test_an_explicit_loop_has_it() -> None:
@@ -72,7 +81,7 @@ def test_an_explicit_loop_has_it() -> None:
     assert float(loop.constraint()) == 0
     assert all(map(torch.equal, before, log_alphas(loop.model)))
     loop.train(1)  # the last of a quarter
-    assert loop.stage == DRAWN
+    assert loop.stage == QUIET
     assert_by_magnitude(loop.model)
     assert float(loop.constraint.multiplier) == float(loop.constraint.taken) == 0
     density = loop.constraint.densities().detach()
@@ -126,18 +135,21 @@ def _copied(state: Any) -> Any:
 
 def test_several_constraints_start_as_one() -> None:
     model = gated_mlp(12, 20, 3, mean=2.0)
-    first = DensityConstraint(model, 0.4, steps=STEPS)
+    first = DensityConstraint(model, 0.4, steps=STEPS, start=0.25)
     other = DensityConstraint(model, {"0": 0.9})  # ends the start, on its own
     assert gates(model).stage == DRAWN
     both = Constraints([first, other])
     assert gates(model).stage == OPEN
+    optimizer = torch.optim.AdamW(param_groups(model, 1e-2, steps=STEPS))
     for _ in range(10):
         assert both.starting
         assert float(both()) == 0
+        F.cross_entropy(model(X), Y).backward()
+        optimizer.step()
         both.step()
     assert not both.starting
     assert_by_magnitude(model)
-    assert gates(model).stage == DRAWN
+    assert gates(model).stage == QUIET
 
 
 def test_settling_ends_it() -> None:
@@ -188,9 +200,9 @@ def data() -> Data:
 
 def trainer(out: Path | None = None, **options: Any) -> Trainer:
     torch.manual_seed(0)
-    chosen: dict[str, Any] = {"density": 0.4, "epochs": 8, "batch_size": 8, **options}
+    chosen: dict[str, Any] = {"density": 0.4, "epochs": 8, "batch_size": 8, "start": 0.25}
     model = gated_mlp(12, 20, 3, mean=2.0)
-    return Trainer(model, data(), TrainerSettings(**chosen), out=out, device="cpu")
+    return Trainer(model, data(), TrainerSettings(**chosen | options), out=out, device="cpu")
 
 
 @pytest.mark.parametrize("options", [{}, {"density": None, "penalty": 1.0}], ids=str)
@@ -198,7 +210,7 @@ def test_a_trainer_has_it(options: dict[str, Any]) -> None:
     one = trainer(**options)
     stages: list[str] = []
     one.fit(on_epoch=lambda _row: stages.append(gates(one.model).stage))
-    assert stages == [OPEN, *[DRAWN] * 6, SETTLED]
+    assert stages == [OPEN, *[QUIET] * 6, SETTLED]
     assert one.history[0]["expected_density"] == 1
     assert one.history[1]["expected_density"] < 1
 
@@ -268,3 +280,22 @@ def test_a_model_is_pruned_in_it(measure: str) -> None:
     assert small.report.forced > 0
     whole: Any = prune(model, X, target=1.0)
     torch.testing.assert_close(whole(X), model.eval()(X))
+
+
+def test_quiet_gates_have_a_tenth_of_the_noise() -> None:
+    model = gated_mlp(12, 200, 3, mean=0.0)
+    layer = gates(model).layers["2"]
+    drawn: list[torch.Tensor] = []
+    for stage in (DRAWN, QUIET):
+        gates(model).set_stage(stage)
+        torch.manual_seed(0)
+        drawn.append(layer._drawn().detach())
+    inside = torch.stack([(z > 0) & (z < 1) for z in drawn]).all(0)
+    loud, quiet = (
+        torch.logit((z[inside] + 0.1) / 1.2) * 2 / 3 - layer.log_alpha.detach()[inside]
+        for z in drawn
+    )
+    assert int(inside.sum()) > 20
+    torch.testing.assert_close(quiet, 0.1 * loud, rtol=0, atol=1e-4)
+    wanted = layer.distribution.open_probability(layer.log_alpha)
+    assert torch.equal(layer.open_probability(), wanted)

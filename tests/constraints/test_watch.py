@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 
@@ -71,3 +72,47 @@ def test_gates_at_their_own_rate_are_not_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         run(lambda model: torch.optim.AdamW(param_groups(model, 1e-3, steps=STEPS)), STEPS)
+
+
+def train(
+    model: nn.Module, constraint: DensityConstraint, attached: bool, weights: bool = True
+) -> None:
+    groups = param_groups(model, 1e-3, steps=STEPS)
+    optimizer = torch.optim.AdamW(groups if weights else groups[1:])
+    if attached:
+        constraint.attach(optimizer)
+    for _ in range(30):
+        loss = F.cross_entropy(model(X), Y)
+        (loss if attached else loss + constraint()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if not attached:
+            constraint.step()
+
+
+@pytest.mark.parametrize("attached", [False, True])
+@pytest.mark.parametrize("one_of", ["model", "constraint"])
+def test_a_copy_that_is_trained_in_place_of_the_model_is_told(one_of: str, attached: bool) -> None:
+    model = gated_mlp(12, 200, 3, mean=2.0)
+    constraint = DensityConstraint(model, 0.25, steps=STEPS, start=0.02)
+    if one_of == "model":
+        model = copy.deepcopy(model)
+    else:
+        constraint = copy.deepcopy(constraint)
+    with pytest.warns(UserWarning, match="no weight of its model has changed in 10 steps") as seen:
+        train(model, constraint, attached)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("attached", [False, True])
+def test_a_copy_of_both_and_gates_on_weights_in_no_optimizer_are_trained(attached: bool) -> None:
+    model = gated_mlp(12, 200, 3, mean=2.0)
+    model, constraint = copy.deepcopy((model, DensityConstraint(model, 0.25, steps=STEPS, start=0.02)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(model, constraint, attached)
+    alone = gated_mlp(12, 200, 3, mean=2.0)
+    constraint = DensityConstraint(alone, 0.25, steps=STEPS, start=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(alone, constraint, attached, weights=False)

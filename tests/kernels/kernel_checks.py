@@ -17,7 +17,7 @@ from l0fast.maths.hard_concrete import HardConcrete
 SEED, STEP, TENSOR = 0x299F31D0_A4093822, 3, 5
 SIZES = (0, 1, 63, 1023, 4097, 6007)
 DISTRIBUTION = HardConcrete()
-OTHER = HardConcrete(temperature=0.5, gamma=-0.3, zeta=1.2)
+OTHER = HardConcrete(temperature=0.5, gamma=-0.3, zeta=1.2, noise_scale=0.25)
 
 # Within this of a clamp's edge, rounding decides on which side a gate is, and with it whether it
 # has a gradient: comparisons leave such a gate out. A hundred roundings of a number near 1.
@@ -38,7 +38,7 @@ SENTINEL = 123
 def constants(distribution: HardConcrete = DISTRIBUTION) -> Any:
     import l0fast_kernels
 
-    return l0fast_kernels.constants(distribution.temperature, distribution.gamma, distribution.zeta)
+    return l0fast_kernels.constants(*distribution.numbers)
 
 
 def gate(z: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,7 +62,7 @@ def gate_and_slope(
     log_alpha = log_alpha.double().cpu().flatten()
     width = distribution.zeta - distribution.gamma
     draw = noise(log_alpha.numel(), torch.float64, distribution)
-    s = torch.sigmoid((log_alpha + draw) / distribution.temperature)
+    s = torch.sigmoid((log_alpha + distribution.noise_scale * draw) / distribution.temperature)
     raw = s * width + distribution.gamma
     inside = (raw > 0) & (raw < 1)
     slope = torch.where(inside, width / distribution.temperature * s * (1 - s), 0)

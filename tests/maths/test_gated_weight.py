@@ -13,7 +13,7 @@ from l0fast.maths.gated_weight import along, mask, mask_backward
 from l0fast.maths.hard_concrete import HardConcrete
 
 DEFAULT = HardConcrete()
-OTHER = HardConcrete(temperature=0.4, gamma=-0.3, zeta=1.2)
+OTHER = HardConcrete(temperature=0.4, gamma=-0.3, zeta=1.2, noise_scale=0.5)
 SHAPE = (4, 3, 2, 5)
 DIMS = [None, 0, 1, 2, 3]
 
