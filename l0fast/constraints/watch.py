@@ -84,15 +84,14 @@ class Watch:
             self._before = []
         # Gates in no optimizer keep their gradients.
         left = any(gate.grad is not None or not gate.requires_grad for gate in gates)
-        if self._count == STILL and moved == 0 and words is not None:
-            self._count = max(at, STILL)  # it is told once
-            self._warn(words)
-        elif self._count == STILL and moved == 0 and left and max(term.lags()) > LAG:
+        still = self._count == STILL and moved == 0 and left
+        if still and (words is not None or max(term.lags()) > LAG):
             self._count = max(at, STILL)  # it is told once
             self._warn(
-                f"no gate has changed in {STILL} steps: they do not require grad, or no optimizer "
-                "has them. Give the optimizer l0fast.param_groups(model, lr, steps=...), or attach "
-                "the constraint to it"
+                words
+                or f"no gate has changed in {STILL} steps: they do not require grad, or no "
+                "optimizer has them. Give the optimizer l0fast.param_groups(model, lr, steps=...), "
+                "or attach the constraint to it"
             )
         elif term.steps and self._count == at >= STILL and moved < LEAST_MOVE:
             self._pace(term, moved)

@@ -104,9 +104,15 @@ class Checkpoint:
         return self.best["epoch"], self.best["model"]
 
     @property
+    def of_term(self) -> dict[str, Any]:
+        """What the state of its term has beside tensors; nothing where that is no dict."""
+        extra: Any = (self.term or {}).get("_extra_state")
+        return extra if isinstance(extra, dict) else {}
+
+    @property
     def table(self) -> LatencyTable | None:
         """The latency table of the run, if its targets are shares or amounts of latency."""
-        state: dict[str, Any] = (self.term or {}).get("_extra_state", {})
+        state = self.of_term
         return LatencyTable.from_json(state["latency"]) if "latency" in state else None
 
     def write(self, path: Path) -> None:

@@ -136,24 +136,20 @@ class Run:
 
     def _open_left(self, checkpoint: Checkpoint) -> int:
         """The steps of the start that are left; none of a run that began with another's gates."""
-        term, saved = self.state.term, checkpoint.term
-        if term is None or saved is None or self._settled(checkpoint):
-            return 0
-        extra: Any = saved["_extra_state"]
-        if isinstance(extra, dict) and extra.get("open_left", 0) == 0:
+        term, said = self.state.term, checkpoint.of_term.get("open_left", 0)
+        if term is None or said == 0 or self._settled(checkpoint):
             return 0
         return max(term.open_left - checkpoint.step, 0)
 
-    def _quiet(self, checkpoint: Checkpoint) -> bool:
-        """Whether it says that gates are quiet, where they may be."""
-        extra: Any = {} if checkpoint.term is None else checkpoint.term["_extra_state"]
-        may_be = not (self._settled(checkpoint) or self._open_left(checkpoint))
-        return may_be and isinstance(extra, dict) and extra.get("quiet") is True
+    def _stage(self, checkpoint: Checkpoint) -> str:
+        """What its gates are to be; whether drawn ones are quiet is for it to say."""
+        if self._settled(checkpoint):
+            return SETTLED
+        drawn = QUIET if checkpoint.of_term.get("quiet") is True else DRAWN
+        return OPEN if self._open_left(checkpoint) else drawn
 
     def _check_stages(self, entries: Entries, checkpoint: Checkpoint) -> None:
-        drawn = QUIET if self._quiet(checkpoint) else DRAWN
-        drawn = OPEN if self._open_left(checkpoint) else drawn
-        wanted = SETTLED if self._settled(checkpoint) else drawn
+        wanted = self._stage(checkpoint)
         for name in gated_layers(self.state.model):
             stage = STAGES[int(checkpoint.model[f"{name}._extra_state"])]
             entries.equal(f"model.{name}._extra_state", stage, wanted)
@@ -178,7 +174,7 @@ class Run:
             **own["_extra_state"],
             "settled": self._settled(checkpoint),
             "open_left": self._open_left(checkpoint),
-            "quiet": self._quiet(checkpoint),
+            "quiet": self._stage(checkpoint) == QUIET,
         }
         if isinstance(term, MagnitudePruning):
             extra["done"] = checkpoint.step

@@ -107,7 +107,9 @@ def test_a_copy_that_is_trained_in_place_of_the_model_is_told(one_of: str, attac
 @pytest.mark.parametrize("attached", [False, True])
 def test_a_copy_of_both_and_gates_on_weights_in_no_optimizer_are_trained(attached: bool) -> None:
     model = gated_mlp(12, 200, 3, mean=2.0)
-    model, constraint = copy.deepcopy((model, DensityConstraint(model, 0.25, steps=STEPS, start=0.02)))
+    model, constraint = copy.deepcopy(
+        (model, DensityConstraint(model, 0.25, steps=STEPS, start=0.02))
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         train(model, constraint, attached)
