@@ -150,6 +150,7 @@ def finetune(
     epochs = epochs or Epochs()
     outcome = Outcome(target)
     example = data.train.inputs[:2]
+    assert data.num_classes is not None
     model = net(example.shape[1], width, data.num_classes)
     _train(model, torch.optim.Adam(model.parameters(), LR), data.train, epochs.dense)
     outcome.dense_error = _error(model, data.test)

@@ -183,7 +183,7 @@ def _trained(
 ) -> Outcome:
     """The loop of the README: sparsify, constrain, train, settle, prune."""
     torch.manual_seed(0)
-    split = split or digits().train
+    split = digits().train if split is None else split
     example = split.inputs[:4]
     model = build()
     if by_sparsify:

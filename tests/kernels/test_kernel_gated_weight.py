@@ -159,6 +159,7 @@ def test_every_gate_equals_that_of_the_flat_draw() -> None:
     n = 5000
     log_alpha = 2 * torch.randn(n, device=DEVICE)
     z, expected_open = hard_concrete_forward(log_alpha, state(DEVICE), (n,), constants())
+    assert expected_open is not None
     for dtype in (torch.float32, torch.float16):
         ones = torch.ones(50, 100, dtype=dtype, device=DEVICE)
         out, total = gated_weight_forward(

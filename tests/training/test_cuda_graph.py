@@ -377,7 +377,7 @@ def test_a_capture_that_fails_on_the_chip_trains_on(data: Data) -> None:
         def step(index: Tensor, one: Trainer = one, inner: Any = inner) -> None:
             inner(index)
             if torch.cuda.is_current_stream_capturing():
-                one._loss_sum.item()
+                one._stepping._loss_sum.item()
 
         if fails:
             one._stepping.graph._step = step
