@@ -84,7 +84,7 @@ def _launch(sizes: tuple[int, ...], constraints: int) -> Launch:
     return Launch(advance_kernel, grid, (constraints, sum(sizes)), options)
 
 
-@functools.lru_cache(maxsize=256)
+@functools.cache
 def _table(limits: tuple[Limits, ...], device: torch.device) -> Tensor:
     """float32 [L, 4], made once and kept, as a captured CUDA graph reads it."""
     return torch.tensor(limits, dtype=torch.float32, device=device)
@@ -106,4 +106,4 @@ def advance_(
     run = _launch(sizes, 0 if multiplier is None else len(multiplier))
     offsets = launch.offsets(sizes, device) if len(sizes) > 1 else None
     where = launch.table(log_alphas), _table(limits, device), offsets
-    run(*where, multiplier, violation, restarts, lr, taken, numbers=(most,))
+    run(*where, multiplier, violation, restarts, lr, taken, numbers=(float(most),))

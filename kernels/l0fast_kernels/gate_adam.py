@@ -195,7 +195,7 @@ def gate_adam_(
     tables = [launch.table(one) for one in (log_alphas, *moments)]
     offsets = launch.offsets(sizes, log_alphas[0].device) if len(sizes) > 1 else None
     given = counts, weights, multiplier, target, start, taken, violation
-    lr, beta_1, beta_2, eps = numbers
+    lr, beta_1, beta_2, eps = map(float, numbers)
     others = 1 - beta_1, 1 - beta_2, eps, open_shift, 1 / steps
     run(*tables, grad, scale, offsets, *given, numbers=(lr, *others))
     if not run.options["COUNTS"]:

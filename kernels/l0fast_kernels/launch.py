@@ -139,7 +139,7 @@ def vector(*tensors: Tensor) -> int:
     return 8 if min(tensor.element_size() for tensor in tensors) < 4 else 4
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.cache
 def _table(addresses: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device=device)
 

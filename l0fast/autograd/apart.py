@@ -18,8 +18,11 @@ def lie_apart(tensors: Sequence[Tensor]) -> bool:
     """Whether one launch can read these tensors where they lie."""
     if not (direct.is_possible() and runs_on_triton("auto", tensors[0])):
         return False
+    device = tensors[0].device
     return all(
-        type(one) in (Tensor, nn.Parameter) and one.dtype == torch.float32 and one.is_contiguous()
+        type(one) in (Tensor, nn.Parameter)
+        and (one.dtype, one.device) == (torch.float32, device)
+        and one.is_contiguous()
         for one in tensors
     )
 

@@ -35,6 +35,8 @@ def moved_at_once(
     layers = list(term.handle.layers.values())
     if len(layers) != len(gates) or not runs_at_once(gates, grads):
         return False
+    if list(term.layers.values()) != layers:  # some got their gates after the term was made
+        return False
     of = layers[0].distribution
     if any(one.gate_index is not None or one.distribution != of for one in layers):
         return False

@@ -22,6 +22,9 @@ class L0Penalty(DensityTerm):
     with it (the unit of Louizos et al., whose loss is a mean over N examples):
         coefficient / num_examples * expected_L0
 
+    The published method draws its gates from the first step, with all of their noise:
+    `attach(optimizer, start=0)` does that.
+
     Args:
         model: a model with gates.
         coefficient: lambda, >= 0; 0.1 with num_examples=60000 on the MLP 784-300-100 is 0.44

@@ -23,8 +23,8 @@ class TargetSchedule:
     Args:
         steps: how many steps of the constraint it takes, >= 1.
         shape: "cubic" (fast at first) or "linear".
-        start: the density to begin at, in (0, 1]; None: each constraint's own as it is built. One
-            below the target begins at the target.
+        start: the density to begin at, in (0, 1]; None: each constraint's own, as the target
+            begins to come down. One below the target begins at the target.
 
     Raises:
         ValueError, TypeError: a value is out of its range.

@@ -41,7 +41,7 @@ class BranchGate(PartGate):
 
     def forward(self, input: Tensor) -> Tensor:
         """y = z * x, for any shape."""
-        return input * self._drawn().to(input.dtype)
+        return input * self._drawn().to(input)
 
     def extra_repr(self) -> str:
         return f"on {self.branch.name!r}"

@@ -163,7 +163,7 @@ DRAWN, OPEN, SETTLED, QUIET = "drawn", "open", "settled", "quiet"
 STAGES = (DRAWN, OPEN, SETTLED, QUIET)
 """What the gates of a layer may be (see `Drawn.stage`)."""
 QUIET_NOISE = 0.1
-"""The share of the noise that quiet gates have."""
+"""The noise_scale of quiet gates, if theirs is larger."""
 
 
 def several_processes() -> bool:
@@ -202,7 +202,8 @@ class Drawn(Serving):
     """The boards of the models that it belongs to, and its place on each."""
 
     def open_probability(self) -> Tensor:
-        """P(z > 0) of each gate in log_alpha, differentiable; 0 or 1 without noise."""
+        """P(z > 0) of each gate in log_alpha under all of the noise, differentiable; 0 or 1 without
+        noise."""
         if self.is_drawn:
             return self.distribution.open_probability(self.log_alpha)
         return (self.evaluation_gates() > 0).to(self.log_alpha.dtype)
@@ -226,7 +227,7 @@ class Drawn(Serving):
         """Says what its gates are (see `stage`); what was drawn for them does not hold any more."""
         quiet = None
         if stage == QUIET:
-            scale = QUIET_NOISE * self.distribution.noise_scale
+            scale = min(QUIET_NOISE, self.distribution.noise_scale)
             quiet = replace(self.distribution, noise_scale=scale)
         self.stage, self._quiet = stage, quiet
         self._forget_draws()

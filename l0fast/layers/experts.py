@@ -116,7 +116,7 @@ def last_weights(module: nn.Module, number: int) -> list[str]:
 
 def scaled(value: Tensor, z: Tensor) -> Tensor:
     """Weights of several experts, each multiplied by its gate."""
-    return value * z.to(value.dtype).view(-1, *[1] * (value.dim() - 1))
+    return value * z.to(value).view(-1, *[1] * (value.dim() - 1))
 
 
 class _Hook(OwnHook):
@@ -206,7 +206,7 @@ class _Scale(_Hook):
 
     def __call__(self, module: nn.Module, _inputs: Any, output: Tensor) -> Tensor | None:
         z = vars(module).get(_NOW)
-        return None if z is None else output * z.to(output.dtype)
+        return None if z is None else output * z.to(output)
 
 
 class _Cover(_Hook):

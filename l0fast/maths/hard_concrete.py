@@ -124,7 +124,7 @@ class HardConcrete:
         return through_probability.add_(through_z, alpha=slope)
 
     def open_probability(self, log_alpha: Tensor) -> Tensor:
-        """P(z > 0 given log_alpha)."""
+        """P(z > 0 given log_alpha), under all of the noise."""
         return torch.sigmoid(log_alpha + self.shift)
 
     def median(self, log_alpha: Tensor) -> Tensor:

@@ -45,6 +45,10 @@ class Average:
             self._values = {name: value.clone() for name, value in current.items()}
             return
         self._update(list(self._values.values()), list(current.values()), 0)
+        for name, _ in self._model.named_buffers():
+            if name in current:  # a mask of -inf has no average
+                value, average = current[name], self._values[name]
+                average.copy_(average.where(value.isfinite(), value))
 
     @contextmanager
     def in_force(self) -> Generator[None]:

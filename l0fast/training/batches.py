@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
+from l0fast import _checks
 from l0fast.data.augment import augmented
 from l0fast.data.sets import Split
 from l0fast.training.ranks import Ranks
@@ -25,7 +26,13 @@ STRIDE = 1_000_003
 
 def size_of(batch: Any) -> int:
     """The number of examples in a batch: the length of its first tensor."""
-    return len(next(leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim()))
+    found = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+    if (first := next(found, None)) is None:
+        expected = (
+            "a tensor, or a tuple, list or dict with tensors, the first dimension the examples"
+        )
+        _checks.refuse("batch", type(batch).__name__, expected, TypeError)
+    return len(first)
 
 
 def rows_of(batch: Any, rows: slice) -> Any:

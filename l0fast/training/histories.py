@@ -12,6 +12,7 @@ from l0fast.training.checkpoint import EARLIER, Checkpoint
 from l0fast.training.entries import Entries
 from l0fast.training.metrics import Row
 from l0fast.training.settings import TrainerSettings
+from l0fast.training.task import TASKS
 
 OF_ALL = ("epoch", "loss")
 OF_GATES = ("expected_density", "realised_density", "layers", "settled", "collapsed")
@@ -27,7 +28,7 @@ def best_epoch(history: Sequence[Row], settings: TrainerSettings, metric: str) -
     name = validation_key(metric)
     for row in history:
         may = settings.may_select(row["epoch"]) and row.get("feasible", True)
-        if may and (best is None or row[name] <= best[name]):
+        if may and (best is None or row[name] <= best[name] or math.isnan(best[name])):
             best = row
     return None if best is None else best["epoch"]
 
@@ -98,10 +99,10 @@ class Rows:
         keys = [key_of(self.metric) for key_of in (train_key, held_key, validation_key)]
         if key == "loss":
             entries.real(place, value, 0.0 if self.trained else -math.inf)
-        elif key in keys and self.metric.endswith(PERCENT):
-            entries.real(place, value, 0.0, 100.0)
-        elif key in keys:
-            entries.real(place, value)
+        elif key in keys and self.metric == TASKS[self.settings.task].metric:
+            entries.real(place, value, 0.0, 100.0 if self.metric.endswith(PERCENT) else math.inf)
+        elif key in keys:  # the user's own: it may be anything
+            entries.kind(place, value, int, float)
         elif key in ("expected_density", "realised_density"):
             entries.real(place, value, 0.0, ROUNDED)
         elif key in ("density", "aim", "lambda", "restarts"):

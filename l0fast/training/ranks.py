@@ -110,10 +110,12 @@ class Ranks:
 
     @torch.no_grad()
     def same_tensors_(self, tensors: Sequence[Tensor]) -> None:
-        """Sets tensors to those of the first process, on all: statistics of batch norms."""
+        """Sets tensors to those of the first process, on all."""
         if self.size > 1:
             for tensor in tensors:
-                dist.broadcast(tensor, 0)
+                there = tensor.detach().contiguous()
+                dist.broadcast(there, 0)
+                tensor.detach().copy_(there)
 
     def parallel(self, model: Any, device: torch.device) -> Any:
         """What a step calls, so that gradients are averaged over the processes."""

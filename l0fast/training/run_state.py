@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,7 +115,7 @@ class RunState:
         if not row.get("feasible", True):
             return
         best, name = self.best and self.history[self.best["epoch"] - 1], validation_key(self.metric)
-        if best is None or row[name] <= best[name]:
+        if best is None or row[name] <= best[name] or math.isnan(best[name]):
             state = {name: value.clone() for name, value in self.model.state_dict().items()}
             self.best = {"epoch": self.epoch, "model": state}
 

@@ -23,6 +23,8 @@ MetricFn = Callable[[Any, Any], Tensor]
 
 def total(values: Tensor, size: int) -> Tensor:
     """0-d: the sum over the examples of a batch, of a number for each or of their mean."""
+    if values.dtype in (torch.float16, torch.bfloat16):  # a sum of many would be rounded
+        values = values.float()
     if values.dim() == 0:
         return values * size
     return values.sum() if values.dim() == 1 else values.flatten(1).float().mean(1).sum()

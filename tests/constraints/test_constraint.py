@@ -572,11 +572,11 @@ def test_with_steps_it_needs_no_tuning() -> None:
     assert plain.schedule is None
     one = DensityConstraint(mlp(), {"0": 0.5, "2": 0.2}, steps=101)
     assert one.dual == DualAscent(5.0)
-    assert one.schedule == TargetSchedule(51, "cubic")
+    assert one.schedule == TargetSchedule(46, "cubic")
     assert float(one.dual_lr) == 5.0
     named = DensityConstraint(mlp(), 0.4, steps=100, dual=PIControl(0.1))
     assert named.dual == PIControl(0.1)
-    assert named.schedule == TargetSchedule(50)
+    assert named.schedule == TargetSchedule(45)
     named = DensityConstraint(mlp(), 0.4, steps=100, schedule=TargetSchedule(7, "linear"))
     assert named.dual == DualAscent(2.5)
     assert named.schedule == TargetSchedule(7, "linear")

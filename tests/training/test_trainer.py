@@ -332,7 +332,7 @@ def test_the_rules_for_the_multiplier(digits: Data) -> None:
     assert TrainerSettings().target_schedule == "cubic"
     one = trainer(digits, dual_lr=None, epochs=10, density=0.25, target_schedule="cubic")
     assert isinstance(one.term, DensityConstraint)
-    assert one.term.schedule == TargetSchedule(math.ceil(0.5 * one.total_steps), "cubic")
+    assert one.term.schedule == TargetSchedule(math.ceil(0.45 * one.total_steps), "cubic")
     assert float(one.term.dual_lr) == 4.0
     constant: dict[str, Any] = {"dual_lr": None, "target_schedule": "constant"}
     two = trainer(digits, epochs=10, density=0.9, **constant)
