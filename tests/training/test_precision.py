@@ -124,8 +124,8 @@ def test_the_dual_takes_one_step_of_the_optimizers(few: Data, accumulate: int) -
     changes: dict[str, Any] = {"epochs": 2, "start": 0, "settle": 0, "target_schedule": "linear"}
     one = trainer(few, accumulate=accumulate, **changes)
     taken: list[int] = []
-    ascend, value = one.term.ascend_, one.term.value  # type: ignore[union-attr]
-    one.term.ascend_ = lambda: (taken.append(1), ascend())[1]  # type: ignore[union-attr, method-assign]
+    advance, value = one.term.advance_, one.term.value  # type: ignore[union-attr]
+    one.term.advance_ = lambda: (taken.append(1), advance())[1]  # type: ignore[union-attr, method-assign]
     one.term.value = lambda: (taken.append(0), value())[1]  # type: ignore[union-attr, method-assign]
     one.optimizer.register_step_post_hook(lambda *_: taken.append(2))
     one.fit()
