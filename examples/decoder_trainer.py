@@ -33,7 +33,7 @@ example = {"input_ids": code[None, :length]}
 sizes = {"hidden_size": 64, "intermediate_size": 224, "num_hidden_layers": 2}
 heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
 model = LlamaForCausalLM(LlamaConfig(vocab_size=len(letters), **sizes, **heads))
-model = l0fast.sparsify_(model, example_inputs=example, depth=True, hidden=True, uniform=True)
+model = l0fast.sparsify_(model, example_inputs=example, hidden=True, uniform=True)
 arguments = TrainingArguments(
     "runs/decoder",
     num_train_epochs=1,

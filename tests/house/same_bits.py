@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -183,7 +183,8 @@ def _trained(
 ) -> Outcome:
     """The loop of the README: sparsify, constrain, train, settle, prune."""
     torch.manual_seed(0)
-    split = digits().train if split is None else split
+    if split is None:
+        split = cast("Split", digits().train)
     example = split.inputs[:4]
     model = build()
     if by_sparsify:
