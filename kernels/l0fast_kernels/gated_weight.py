@@ -32,7 +32,7 @@ def gated_weight_kernel(
     out_ptr,
     partial_ptr,
     noise_factor,
-    inverse_temperature,
+    slope,
     alpha_scale,
     gamma,
     width,
@@ -78,7 +78,7 @@ def gated_weight_backward_kernel(
     dweight_ptr,
     dlog_alpha_ptr,
     noise_factor,
-    inverse_temperature,
+    slope,
     alpha_scale,
     gamma,
     width,
@@ -107,7 +107,6 @@ def gated_weight_backward_kernel(
     u = device_math.uniform(bits, FAST)
     s = device_math.concrete(log_alpha, u, noise_factor, alpha_scale, FAST)
     z = device_math.stretch(s, gamma, width)
-    slope = width * inverse_temperature
     dlog_alpha = device_math.stretch_backward(dout * weight, s, z, slope)
     if dopen_ptr is not None:
         p = device_math.open_probability(log_alpha, open_shift)

@@ -57,7 +57,7 @@ def hard_concrete_kernel(
     z_ptr,
     open_ptr,
     noise_factor,
-    inverse_temperature,
+    slope,
     alpha_scale,
     gamma,
     width,
@@ -115,7 +115,7 @@ def hard_concrete_backward_kernel(
     state_ptr,
     dlog_alpha_ptr,
     noise_factor,
-    inverse_temperature,
+    slope,
     alpha_scale,
     gamma,
     width,
@@ -157,7 +157,7 @@ def hard_concrete_backward_kernel(
             else:
                 s = device_math.sigmoid2(log_alpha * -alpha_scale)
             z = device_math.stretch(s, gamma, width)
-            dlog_alpha += device_math.stretch_backward(dz, s, z, width * inverse_temperature)
+            dlog_alpha += device_math.stretch_backward(dz, s, z, slope)
         if dopen_ptr is not None:
             p = device_math.open_probability(log_alpha, open_shift)
             dopen = tl.load(dopen_ptr + tl.program_id(1))

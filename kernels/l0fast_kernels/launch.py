@@ -24,7 +24,7 @@ class Constants(NamedTuple):
     when a temperature is annealed."""
 
     noise_factor: float  # noise_scale / temperature
-    inverse_temperature: float
+    slope: float  # width / temperature
     alpha_scale: float  # log2(e) / temperature
     gamma: float
     width: float  # zeta - gamma
@@ -36,7 +36,7 @@ def constants(temperature: float, gamma: float, zeta: float, noise_scale: float 
     """The kernels' constants of a distribution; logarithms and exponentials there are base 2."""
     return Constants(
         noise_factor=noise_scale / temperature,
-        inverse_temperature=1.0 / temperature,
+        slope=(zeta - gamma) / temperature,
         alpha_scale=math.log2(math.e) / temperature,
         gamma=gamma,
         width=zeta - gamma,

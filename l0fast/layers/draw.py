@@ -7,8 +7,9 @@ the garbage collector.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -166,6 +167,12 @@ QUIET_NOISE = 0.1
 """The noise_scale of quiet gates, if theirs is larger."""
 
 
+@functools.lru_cache(maxsize=64)
+def _quieter(of: HardConcrete) -> HardConcrete:
+    """What quiet gates are drawn from: one object for all layers, as draws are grouped by it."""
+    return replace(of, noise_scale=min(QUIET_NOISE, of.noise_scale))
+
+
 def several_processes() -> bool:
     """Whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -194,8 +201,11 @@ class Drawn(Serving):
     """Whether training draws its gates, with all their noise or quietly, with QUIET_NOISE of it; or
     has those of evaluation, without noise: all of them open, as at the start of a training under a
     constraint, or settled, as at its end."""
+    told_apart: ClassVar[bool] = True
+    """Whether the start sets its gates by magnitudes. Gates that start alike need all of the noise
+    to be told apart: they are never quiet."""
     _quiet: HardConcrete | None = None
-    """What quiet gates are drawn from."""
+    """What its quiet gates are drawn from."""
     beside: frozenset[str] | None = None
     """What an adapter had beside it when it got its gates, see `handle.note_adapters`."""
     _places: tuple[tuple[Board, int], ...] = ()
@@ -225,11 +235,9 @@ class Drawn(Serving):
 
     def set_stage(self, stage: str) -> None:
         """Says what its gates are (see `stage`); what was drawn for them does not hold any more."""
-        quiet = None
-        if stage == QUIET:
-            scale = min(QUIET_NOISE, self.distribution.noise_scale)
-            quiet = replace(self.distribution, noise_scale=scale)
-        self.stage, self._quiet = stage, quiet
+        self.stage = stage
+        quiet = stage == QUIET and self.told_apart
+        self._quiet = _quieter(self.distribution) if quiet else None
         self._forget_draws()
 
     def evaluation_gates(self) -> Tensor:

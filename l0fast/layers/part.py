@@ -25,6 +25,7 @@ class PartGate(Drawn, nn.Module):
     """
 
     dense_type: ClassVar[type[nn.Module]] = nn.Identity
+    told_apart: ClassVar[bool] = False
     noise = "batch"
     units = 1
 

@@ -45,7 +45,7 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         if len(layer._places) > 1 and _drawn_outside(layer, board):
             continue
         log_alpha = layer.log_alpha
-        key = layer.distribution, log_alpha.device, log_alpha.dtype, layer.stage
+        key = layer.drawn_from, log_alpha.device, log_alpha.dtype, layer.stage
         if key[0] is not last[0] or key[1:] != last[1:]:  # hashing it costs more than all else here
             members, last = groups.setdefault(key, {}), key
         members.setdefault(id(log_alpha), (log_alpha, []))[1].append(place)
@@ -53,9 +53,8 @@ def draw_gates(model: nn.Module, _inputs: Any = None) -> None:
         return
     earlier = [] if torch.compiler.is_compiling() else board.latest.waiting()
     board.latest = draw = Draw(len(handle._drawn), True, earlier)
-    for (*_, stage), members in groups.items():
+    for (distribution, _, _, stage), members in groups.items():
         log_alphas, sharing = zip(*members.values(), strict=True)
-        distribution = handle._drawn[sharing[0][0]].drawn_from
         _draw_group(handle, draw, log_alphas, sharing, distribution, stage)
 
 

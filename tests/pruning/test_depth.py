@@ -175,8 +175,7 @@ def test_a_target_that_only_depth_reaches() -> None:
     small: Any = prune(model, x)
     after, before = small.report.params
     assert share == pytest.approx(after / before, abs=1e-6)
-    # Branches go as a whole: what is left of the target may not hold another.
-    assert 0.3 * target < after / before <= target
+    assert 0.7 * target < after / before <= target
     assert small.report.forced == 0
     assert small.report.cuts
 
