@@ -157,7 +157,8 @@ def _add_constraint(add: Add) -> None:
     add(
         "--target-warmup",
         metavar="F",
-        help="the share of the training in which targets come down after that; default: 0.5",
+        help="the share of the training in which targets come down after that; default: "
+        f"{DEFAULTS.target_warmup:g}",
     )
     add(
         "--settle",

@@ -41,6 +41,10 @@ class Split(NamedTuple):
     targets: Tensor
 
 
+TESTED = 0.2
+"""The share of the examples that is the test where the data do not say."""
+
+
 def held_out(
     examples: int | Sequence[int], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:

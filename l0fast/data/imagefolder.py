@@ -16,14 +16,12 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from l0fast import _checks
 from l0fast._extras import require
 from l0fast.data.augment import AUGMENTS, padding
-from l0fast.data.formats import held_out, root_of
+from l0fast.data.formats import TESTED, held_out, root_of
 
 RESIZED = "resized-crop-flip"
 IMAGE_AUGMENTS = (*AUGMENTS, RESIZED)
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, which pretrained models expect."""
-TESTED = 0.2
-"""The share of the images that is the test where no folder is named so."""
 WANTED = "a folder with train/ and val/ (or test/), or of a folder of images for each class"
 
 

@@ -41,6 +41,20 @@ def check_call(
         _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
 
 
+def check_parts(
+    name: str, asked: object, gates: object, noise: object, example_inputs: object
+) -> None:
+    """Refuses options that gates on parts of a model, branches or experts, do not go with."""
+    if not isinstance(asked, bool):
+        _checks.refuse(name, asked, "True or False", TypeError)
+    if asked and example_inputs is None:
+        _checks.refuse(name, asked, "False without example_inputs")
+    if asked and gates != "auto":
+        _checks.refuse("gates", gates, f"'auto' where {name}=True")
+    if asked and noise != "batch":
+        _checks.refuse("noise", noise, f"'batch' where {name}=True")
+
+
 def check_widths(
     hidden: object, uniform: object, gates: str, noise: str, example_inputs: object
 ) -> None:

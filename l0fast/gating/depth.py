@@ -13,7 +13,7 @@ from l0fast.gating.recipes import GateRow
 from l0fast.graph.branches import Branch, Branches, parameters_of, without
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import LAYERS
-from l0fast.graph.compare import TOLERANCE, relative_error, values_of
+from l0fast.graph.compare import relative_error, tolerance_of, values_of
 from l0fast.graph.cuts import cut_, plan_cut
 from l0fast.graph.sites import light_copy, without_gates
 from l0fast.graph.standins import calls_of
@@ -24,18 +24,6 @@ from l0fast.layers.gated import DENSITY_INIT
 from l0fast.maths.hard_concrete import HardConcrete
 
 SEED = 0
-
-
-def check_depth(depth: object, gates: object, noise: object, example_inputs: object) -> None:
-    """Refuses options that gates on branches do not go with."""
-    if not isinstance(depth, bool):
-        _checks.refuse("depth", depth, "True or False", TypeError)
-    if depth and example_inputs is None:
-        _checks.refuse("depth", depth, "False without example_inputs")
-    if depth and gates != "auto":
-        _checks.refuse("gates", gates, "'auto' where depth=True")
-    if depth and noise != "batch":
-        _checks.refuse("noise", noise, "'batch' where depth=True")
 
 
 def _silenced(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
@@ -55,15 +43,13 @@ def _silent(model: nn.Module, names: Iterable[str]) -> Generator[None]:
 
 def _holds(plain: nn.Module, branches: list[Branch], example: Example) -> bool:
     """Whether a model without some branches gives what it gives where their hosts give zeros."""
-    dtypes = {parameter.dtype for parameter in plain.parameters()}
-    tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     try:
         with own_randomness(plain, SEED), _silent(plain, [one.name for one in branches]):
             expected = values_of(example.copy().call(plain))
         cut = cut_(light_copy(plain), plan_cut(plain, branches, drop=False))
         with own_randomness(plain, SEED):
             got = values_of(example.copy().call(cut))
-        return relative_error(got, expected) <= tolerance
+        return relative_error(got, expected) <= tolerance_of(plain)
     except Exception:  # something reads an attribute of a module that is gone
         return False
 

@@ -12,7 +12,7 @@ from l0fast import _checks
 from l0fast.gating.recipes import GateRow
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import LAYERS
-from l0fast.graph.compare import TOLERANCE, relative_error, values_of
+from l0fast.graph.compare import relative_error, tolerance_of, values_of
 from l0fast.graph.cuts import Cut, cut_
 from l0fast.graph.fewer import Fewer, parameters_of
 from l0fast.graph.mixtures import mixtures_of
@@ -24,18 +24,6 @@ from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
 
 SEED = 0
-
-
-def check_experts(experts: object, gates: object, noise: object, example_inputs: object) -> None:
-    """Refuses options that gates on experts do not go with."""
-    if not isinstance(experts, bool):
-        _checks.refuse("experts", experts, "True or False", TypeError)
-    if experts and example_inputs is None:
-        _checks.refuse("experts", experts, "False without example_inputs")
-    if experts and gates != "auto":
-        _checks.refuse("gates", gates, "'auto' where experts=True")
-    if experts and noise != "batch":
-        _checks.refuse("noise", noise, "'batch' where experts=True")
 
 
 def _some(mixture: Mixture) -> tuple[int, ...]:
@@ -59,8 +47,6 @@ def _closed(plain: nn.Module, mixtures: Iterable[Mixture]) -> nn.Module:
 
 def _holds(plain: nn.Module, mixtures: list[Mixture], example: Example) -> bool:
     """Whether a model without some experts gives what it gives where no token gets to them."""
-    dtypes = {parameter.dtype for parameter in plain.parameters()}
-    tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
     given: list[Any] = []
     try:
         cut = Cut(experts=tuple(Fewer(one, _some(one), False) for one in mixtures))
@@ -68,7 +54,7 @@ def _holds(plain: nn.Module, mixtures: list[Mixture], example: Example) -> bool:
             with own_randomness(model, SEED), torch.no_grad():
                 given.append(values_of(example.copy().call(model)))
         finite = all(bool(torch.isfinite(one).all()) for one in given[0])
-        return finite and relative_error(given[1], given[0]) <= tolerance
+        return finite and relative_error(given[1], given[0]) <= tolerance_of(plain)
     except Exception:  # it goes by sizes that no attribute says
         return False
 

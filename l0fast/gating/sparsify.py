@@ -11,6 +11,7 @@ from torch import nn
 from l0fast.gating.attention import Unfused, unfuse_
 from l0fast.gating.checks import (
     check_call,
+    check_parts,
     check_weights,
     check_widths,
     initial_densities,
@@ -18,13 +19,11 @@ from l0fast.gating.checks import (
 )
 from l0fast.gating.depth import (
     branch_rows,
-    check_depth,
     find_branches,
     put_branches,
     refuse_no_branches,
 )
 from l0fast.gating.experts import (
-    check_experts,
     expert_rows,
     find_mixtures,
     put_mixtures,
@@ -185,8 +184,8 @@ def sparsify_(
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
     """
     check_call(model, gates, density_init, droprate_init, example_inputs, skip)
-    check_depth(depth, gates, noise, example_inputs)
-    check_experts(experts, gates, noise, example_inputs)
+    check_parts("depth", depth, gates, noise, example_inputs)
+    check_parts("experts", experts, gates, noise, example_inputs)
     check_widths(hidden, uniform, gates, noise, example_inputs)
     example = None if example_inputs is None else Example.of(example_inputs, model)
     calls: dict[str, Unfused] = {}

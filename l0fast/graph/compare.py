@@ -20,6 +20,12 @@ TOLERANCE = {
 """Largest relative error by the least precise dtype that a model computes in."""
 
 
+def tolerance_of(model: nn.Module) -> float:
+    """The largest relative error for the dtypes of a model's parameters."""
+    dtypes = {parameter.dtype for parameter in model.parameters()}
+    return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
+
+
 def tensors_of(value: Any) -> list[Tensor]:
     """The tensors in nested tuples, lists, mappings and dataclasses, in order."""
     if isinstance(value, Tensor):

@@ -36,6 +36,12 @@ def rng_state(device: torch.device) -> dict[str, Any]:
     return states
 
 
+def _place(value: Any) -> Any:
+    """The same for two names of one tensor."""
+    named = isinstance(value, Tensor) and value.numel() > 0
+    return (value.data_ptr(), value.shape) if named else id(value)
+
+
 def _check_kinds(entries: Entries, state: dict[str, Any]) -> None:
     """Refuses entries that are not of their class; what is in them is checked against a run."""
     entries.names("keys", state)
@@ -100,7 +106,10 @@ class Checkpoint:
     def selected(self) -> tuple[int, dict[str, Any]]:
         """The epoch whose model the run would prune, and the state of that model."""
         if self.best is None:
-            return self.epoch, self.model | (self.average or {})
+            averages = self.average or {}
+            # Tied tensors have several names in a state, and one among the averages.
+            tied = {_place(self.model[n]): x for n, x in averages.items() if n in self.model}
+            return self.epoch, {n: tied.get(_place(x), x) for n, x in self.model.items()}
         return self.best["epoch"], self.best["model"]
 
     @property

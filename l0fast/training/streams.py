@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from l0fast import _checks
@@ -168,7 +168,8 @@ def of_rank(name: str, stream: Any, ranks: Ranks) -> Any:
         expected = "a sampler of all examples: each process is given its share of every batch"
         _checks.refuse(f"{name}.sampler", "DistributedSampler", expected)
     batches = getattr(stream, "batch_sampler", None)
-    if ranks.size == 1 or batches is None or not isinstance(stream, DataLoader):
+    plain = isinstance(stream, DataLoader) and not isinstance(stream.dataset, IterableDataset)
+    if ranks.size == 1 or batches is None or not plain:
         return stream
     options = ("num_workers", "collate_fn", "pin_memory", "timeout", "multiprocessing_context")
     chosen = {option: getattr(stream, option) for option in (*options, "generator")}
@@ -195,7 +196,7 @@ def _of_worker(error: ValueError) -> ValueError:
     lines = str(error).strip().splitlines()
     if len(lines) < 2 or not lines[0].startswith("Caught "):
         return error
-    return ValueError(lines[-1].partition(": ")[2])
+    return ValueError(lines[-1].partition(": ")[2] or lines[-1])
 
 
 def _length(dataset: Any) -> int | None:

@@ -119,6 +119,10 @@ def test_a_table_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     with torch.no_grad():
         error = float((small.eval()(test.inputs) - test.targets).square().mean())
     assert summary["test_squared_error"] == pytest.approx(error, rel=1e-4)
+    np.savez("table.npz", inputs=inputs[:600], targets=inputs[:600, 20:30].sum(1))
+    capsys.readouterr()
+    assert run("train", *words, "--out", "x", "--resume") == 2  # other targets of the same shape
+    assert "digest: got" in capsys.readouterr().err
 
 
 def test_bad_words(capsys: pytest.CaptureFixture[str]) -> None:

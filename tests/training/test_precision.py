@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -240,8 +241,28 @@ def test_the_average_is_evaluated_and_pruned(few: Data, tmp_path: Path) -> None:
         torch.testing.assert_close(one.pruned.eval()(x), small(x))  # type: ignore[union-attr]
     assert one.history[-1]["test_error_percent"] == 100 * wrong / len(y)
     assert summary["feasible"] is True
+    before = weights(one).clone()
     with Average(one.model, 0.5).in_force():  # before its first step: the model itself
-        assert torch.equal(weights(one), weights(one))
+        assert torch.equal(weights(one), before)
+
+
+def test_a_mask_is_not_averaged() -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+    average = Average(model, 0.9)
+    for _ in range(3):
+        average.update()
+    assert torch.equal(average.state_dict()["mask"], torch.tensor([0.0, -torch.inf]))
+
+
+def test_the_selected_model_has_the_average_under_every_name(few: Data) -> None:
+    """Tied weights have two names in a state; a buffer that is not saved has none."""
+    tied, other, mean = (torch.full((2,), float(value)) for value in range(3))
+    state = {"first": tied, "second": tied, "other": other}
+    one = trainer(few, ema=0.5).checkpoint()
+    found = replace(one, model=state, average={"first": mean, "unsaved": other}).selected
+    assert found[0] == 0
+    assert found[1] == {"first": mean, "second": mean, "other": other}
 
 
 def test_what_cannot_be_is_refused(few: Data, tmp_path: Path) -> None:

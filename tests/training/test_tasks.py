@@ -235,6 +235,11 @@ def test_the_users_own_loss_and_metric(digits: Data, tmp_path: Path) -> None:
     assert "train_worst_pixel" not in one.history[0]
     chosen = min(one.history[-1:], key=lambda row: row["validation_worst_pixel"])
     assert summary["selected_epoch"] == chosen["epoch"]
+
+    def far_percent(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        return worst_pixel(model, batch) * -1e6
+
+    interrupted(make, tmp_path / "far", metric=far_percent)  # its numbers are resumed, too
     # Without a metric the loss is what is reported.
     plain = make(tmp_path / "c")
     summary = plain.fit()
