@@ -10,7 +10,7 @@ from l0fast import _checks
 from l0fast.layers.handle import gated_layers, own_gates
 
 GATE_TRAVEL = 30.0
-GATE_LR_RANGE = (0.03, 0.15)
+GATE_LR_RANGE = (0.03, 0.3)
 
 
 def default_gate_lr(steps: int) -> float:
@@ -39,7 +39,7 @@ def param_groups(
         lr: learning rate of the weights, > 0.
         gate_lr: learning rate of every log_alpha, > 0; without it, it goes by `steps`.
         steps: of the whole training, >= 1: the gates' learning rate is 30 / steps, within 0.03 and
-            0.15, which is right for Adam. With neither it is `lr`.
+            0.3, which is right for Adam. With neither it is `lr`.
         weight_decay: of the weights, >= 0; the gates have none.
 
     Returns:

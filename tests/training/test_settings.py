@@ -95,4 +95,4 @@ def test_the_gates_learning_rate() -> None:
     """30 / steps, between 0.03 and 0.1."""
     assert default_gate_lr(500) == pytest.approx(0.06)
     assert default_gate_lr(86_000) == 0.03
-    assert default_gate_lr(10) == 0.15
+    assert default_gate_lr(10) == 0.3
