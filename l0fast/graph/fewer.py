@@ -23,7 +23,7 @@ def mixture_of(name: str, gate: ExpertGate) -> Mixture:
     return replace(gate.mixture, name=name.removesuffix(CHILD).removesuffix("."))
 
 
-def tensors_of(model: nn.Module, mixture: Mixture) -> list[tuple[str, str]]:
+def expert_tensors(model: nn.Module, mixture: Mixture) -> list[tuple[str, str]]:
     """(module, name) of the tensors that have an expert at each place of their first dimension."""
     found: list[tuple[str, str]] = []
     held = [(mixture.path(mixture.router), 1)]
@@ -41,7 +41,7 @@ def tensors_of(model: nn.Module, mixture: Mixture) -> list[tuple[str, str]]:
 def parameters_of(model: nn.Module, mixture: Mixture) -> int:
     """How many parameters an expert has, with its part of the router."""
     total = 0
-    for name, key in tensors_of(model, mixture):
+    for name, key in expert_tensors(model, mixture):
         value = model.get_submodule(name)._parameters.get(key)
         total += 0 if value is None else value.numel() // mixture.number
     if mixture.is_list:
@@ -124,7 +124,7 @@ def leave_(model: nn.Module, fewer: Fewer) -> None:
         AttributeError: the model has no such mixture.
     """
     mixture, number = fewer.mixture, len(fewer.kept)
-    for name, key in tensors_of(model, mixture):
+    for name, key in expert_tensors(model, mixture):
         module: Any = model.get_submodule(name)
         value = {**module._parameters, **module._buffers}[key]
         part = fewer.part(value.detach())

@@ -15,7 +15,7 @@ from l0fast.graph.calls import unwrapped
 from l0fast.graph.capture import is_rms_norm
 from l0fast.graph.computed import copied
 from l0fast.graph.cuts import Cut
-from l0fast.graph.fewer import Fewer, tensors_of
+from l0fast.graph.fewer import Fewer, expert_tensors
 from l0fast.graph.tensors import part_of
 from l0fast.layers.handle import gated_layers, gates
 from l0fast.layers.rms_norm import weight_left
@@ -77,7 +77,7 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
     edits, cut = _edits(model, small), _cut(model, small)
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     origins: dict[str, _Origin] = {}
-    fewer = {place: one for one in cut.experts for place in tensors_of(model, one.mixture)}
+    fewer = {place: one for one in cut.experts for place in expert_tensors(model, one.mixture)}
     for name, tensor in small.state_dict().items():
         holder, _, key = name.rpartition(".")
         outer = holder.removesuffix("layer").removesuffix(".")

@@ -13,7 +13,7 @@ from l0fast import _checks
 from l0fast.graph.branches import Branch, branch_of
 from l0fast.graph.calls import Example
 from l0fast.graph.cuts import Cut, cut_, cut_names, plan_cut
-from l0fast.graph.fewer import Fewer, fewer_of, tensors_of
+from l0fast.graph.fewer import Fewer, expert_tensors, fewer_of
 from l0fast.graph.sites import light_copy
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.layers.branch import branch_gates
@@ -41,7 +41,7 @@ def lost_experts(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> lis
 def copied_tensors(model: nn.Module, values: GateValues) -> set[str]:
     """The tensors of which a model without its closed experts has copies of parts."""
     lost = lost_experts(values.layers, values.kept)
-    pairs = (place for one in lost for place in tensors_of(model, one.mixture))
+    pairs = (place for one in lost for place in expert_tensors(model, one.mixture))
     return {f"{name}.{key}".lstrip(".") for name, key in pairs}
 
 

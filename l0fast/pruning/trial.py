@@ -13,7 +13,7 @@ from l0fast.graph.capture import layer_size, sites_in
 from l0fast.graph.cuts import plan_cut
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.exporting import quietly
-from l0fast.graph.fewer import tensors_of
+from l0fast.graph.fewer import expert_tensors
 from l0fast.graph.liveness import Liveness
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.graph.tensors import channel_tensor
@@ -109,7 +109,7 @@ def _shares(
     experts do what a closed one did."""
     found: dict[str, dict[str, float]] = {"params": {}, "macs": {}, "memory": {}}
     for _, mixture in needs.experts:
-        router, held = mixture.path(mixture.router), tensors_of(model, mixture)
+        router, held = mixture.path(mixture.router), expert_tensors(model, mixture)
         for name in needs.experts.shared(mixture):
             own = model.get_submodule(name)._parameters
             sizes = [own.get(key) for of, key in held if of == name]
