@@ -28,7 +28,7 @@ from l0fast.constraints.processes import averaged, mark_partial, own_part
 from l0fast.constraints.start import Starting
 from l0fast.constraints.watch import Idle
 from l0fast.gating.param_groups import default_gate_lr
-from l0fast.layers.draw import DRAWN
+from l0fast.layers.stages import DRAWN
 
 STATE = "l0fast"
 """Key of the attachment's state in the optimizer's state."""

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 import torch
 
 from l0fast import _checks
-from l0fast.layers.draw import SETTLED
 from l0fast.layers.handle import ModelGates, gate_owners, own_gates
+from l0fast.layers.stages import SETTLED
 from l0fast.maths.advance import Limits
 from l0fast.maths.hard_concrete import HardConcrete
 from l0fast.pruning.choose import Budget, choose

@@ -14,9 +14,9 @@ import torch
 
 from l0fast import _checks
 from l0fast.constraints.ranking import scores, shared_magnitudes
-from l0fast.layers.draw import DRAWN, OPEN, QUIET
 from l0fast.layers.handle import ModelGates
 from l0fast.layers.part import PartGate
+from l0fast.layers.stages import DRAWN, OPEN, QUIET
 from l0fast.measures.groups import Asking
 
 START = 0.15

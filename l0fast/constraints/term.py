@@ -15,9 +15,9 @@ from l0fast.constraints.processes import check_sharding
 from l0fast.constraints.settle import kept_open, settle_
 from l0fast.graph.calls import Example
 from l0fast.graph.sharding import with_full_weights
-from l0fast.layers.draw import DRAWN, OPEN, QUIET, SETTLED
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
+from l0fast.layers.stages import DRAWN, OPEN, QUIET, SETTLED
 from l0fast.maths.advance import Ascent, Limits, within
 from l0fast.measures.groups import Asking, Group, measure_name
 from l0fast.measures.measure import GateMeasure, Measure, is_of_pruned

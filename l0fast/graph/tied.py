@@ -16,6 +16,9 @@ from l0fast.graph.units import STAYS, Units, narrowed
 Reasons = dict[str, dict[str, Node | None]]
 """Layer -> reason -> the node of the op where it first arose, None where it says all by itself."""
 
+OUTPUT = "the model's output"
+"""The reason of units that leave the model."""
+
 
 def _kind(reason: str) -> str:
     """A reason without the names in it: of each kind, one is told."""
@@ -158,10 +161,15 @@ class Tied:
         return self._said[node]
 
     def reasons(self, labels: Tensor) -> str:
-        """Why those of some units that must stay do."""
+        """Why those of some units that must stay do. Of what leaves the model: also the last op
+        that ties it together."""
         pinned = labels[self.classes[labels] == self.classes[STAYS]]
         alone = "some of it comes from no layer that could get smaller" if len(pinned) else ""
-        return self._told(self.pins, pinned) or self._told(self.stops, pinned) or alone
+        told = self._told(self.pins, pinned)
+        if told != OUTPUT:
+            return told or self._told(self.stops, pinned) or alone
+        ties = [why for why in self._by_kind(self.stops, pinned) if why != OUTPUT]
+        return f"{told}, tied together by {ties[-1]}" if ties else told
 
     def tied_by(self, labels: Tensor) -> str:
         """What keeps some units from vanishing alone."""
@@ -169,11 +177,14 @@ class Tied:
 
     def _told(self, reasons: Reasons, labels: Tensor) -> str:
         """Reasons of the layers that make some units: of each kind the first, with its place."""
+        return ", ".join(self._by_kind(reasons, labels))
+
+    def _by_kind(self, reasons: Reasons, labels: Tensor) -> list[str]:
         found: dict[str, dict[str, Node | None]] = {}
         for name in self.makers(labels):
             for reason, node in reasons[name].items():
                 found.setdefault(_kind(reason), {}).setdefault(reason, node)
-        return ", ".join(self._first(of) for of in found.values())
+        return [self._first(of) for of in found.values()]
 
     def _first(self, reasons: dict[str, Node | None]) -> str:
         """The first of some reasons of one kind, and how many more there are."""

@@ -22,7 +22,7 @@ from l0fast.graph.channels import IGNORED, rule_for
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 from l0fast.graph.overwritten import overwritten
 from l0fast.graph.sites import UNREAD, Site, is_held
-from l0fast.graph.tied import Tied
+from l0fast.graph.tied import OUTPUT, Tied
 from l0fast.graph.units import STAYS, Units, grids_of, in_all, unknown
 from l0fast.layers.dense_types import inner_dims
 
@@ -148,7 +148,7 @@ class Walk(Tied):
             self._call(node, self.sites[self.trace.calls[node]])
         elif node.op == "output":
             for source in node.all_input_nodes:
-                self._pin_node(source, "the model's output")
+                self._pin_node(source, OUTPUT)
         elif node in self._filled:
             nothing, dim = unknown(node.meta["val"].shape), self.trace.filled[node]
             labels = self._filled[node].view(-1, *[1] * (nothing.labels.dim() - 1 - dim))

@@ -7,8 +7,6 @@ the garbage collector.
 
 from __future__ import annotations
 
-import functools
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from l0fast import functional
 from l0fast.layers.serving import Serving
+from l0fast.layers.stages import DRAWN, OPEN, QUIET, SETTLED, STAGES, quieter
 from l0fast.maths.compaction import Order
 from l0fast.maths.hard_concrete import HardConcrete
 
@@ -160,19 +159,6 @@ class Board:
         """By place: the latest count of a layer."""
 
 
-DRAWN, OPEN, SETTLED, QUIET = "drawn", "open", "settled", "quiet"
-STAGES = (DRAWN, OPEN, SETTLED, QUIET)
-"""What the gates of a layer may be (see `Drawn.stage`)."""
-QUIET_NOISE = 0.1
-"""The noise_scale of quiet gates, if theirs is larger."""
-
-
-@functools.lru_cache(maxsize=64)
-def _quieter(of: HardConcrete) -> HardConcrete:
-    """What quiet gates are drawn from: one object for all layers, as draws are grouped by it."""
-    return replace(of, noise_scale=min(QUIET_NOISE, of.noise_scale))
-
-
 def several_processes() -> bool:
     """Whether this process is one of several that train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
@@ -237,7 +223,7 @@ class Drawn(Serving):
         """Says what its gates are (see `stage`); what was drawn for them does not hold any more."""
         self.stage = stage
         quiet = stage == QUIET and self.told_apart
-        self._quiet = _quieter(self.distribution) if quiet else None
+        self._quiet = quieter(self.distribution) if quiet else None
         self._forget_draws()
 
     def evaluation_gates(self) -> Tensor:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from l0fast import autograd, functional
-from l0fast.layers.draw import DRAWN, OPEN, QUIET, Board, Draw, Drawn, OpenCounts, all_open
+from l0fast.layers.draw import Board, Draw, Drawn, OpenCounts, all_open
 from l0fast.layers.handle import ModelGates, gates
 from l0fast.layers.hooks import remove_hooks
+from l0fast.layers.stages import DRAWN, OPEN, QUIET
 from l0fast.layers.ties import ATTRIBUTE, attach_ties, detach_ties
 from l0fast.maths.hard_concrete import HardConcrete
 

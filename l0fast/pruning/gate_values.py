@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from l0fast.layers.draw import OPEN
 from l0fast.layers.gated import Gated
+from l0fast.layers.stages import OPEN
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.dual import EqualityAscent
 from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.graph.computed import copied
-from l0fast.layers.draw import DRAWN, OPEN, QUIET, SETTLED, STAGES
 from l0fast.layers.handle import gated_layers
 from l0fast.layers.serving import INDEX
+from l0fast.layers.stages import DRAWN, OPEN, QUIET, SETTLED, STAGES
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.entries import Entries

@@ -23,7 +23,7 @@ from l0fast.constraints.magnitude import MagnitudePruning
 from l0fast.constraints.ranking import shared_magnitudes
 from l0fast.data.sets import Data, Split
 from l0fast.gating.param_groups import param_groups
-from l0fast.layers.draw import DRAWN, OPEN, QUIET, SETTLED
+from l0fast.layers.stages import DRAWN, OPEN, QUIET, SETTLED
 from tests.helpers.gated import gated_mlp
 
 pytestmark = pytest.mark.usefixtures("one_thread")

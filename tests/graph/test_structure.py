@@ -12,8 +12,8 @@ from l0fast import DensityConstraint, prune, sparsify_
 from l0fast.graph import structure
 from l0fast.graph.calls import Example
 from l0fast.graph.structure import Structure, fingerprint, structure_of
-from l0fast.layers.draw import SETTLED
 from l0fast.layers.handle import gated_layers, gates
+from l0fast.layers.stages import SETTLED
 
 
 class Net(nn.Module):

@@ -188,7 +188,9 @@ def test_of_reasons_alike_the_first_is_told_and_what_pins_counts_most() -> None:
     assert tied.tied_by(labels) == "the groups of 'x' and 1 more"
     tied.pin(torch.tensor([2]), "the model's output")
     tied.classes = tied._least()
-    assert tied.reasons(labels) == "the model's output"
+    assert tied.reasons(labels) == (
+        "the model's output, tied together by the groups of 'x' and 1 more"
+    )
 
 
 @pytest.mark.parametrize(
