@@ -19,12 +19,13 @@ WORKERS ?= 2
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-oldest lint format docs bench gpu release clean
+.PHONY: help venv demo test test-all test-oldest lint format docs bench gpu release clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train the embedded digits to 33 % density and prune; about a minute after installing'
-	@echo 'make test    every test that needs no GPU'
+	@echo 'make test    the tests that need no GPU; of many cases alike, some'
+	@echo 'make test-all  the same, with all cases; about twice as long'
 	@echo 'make test-oldest  the core with torch $(TORCH) and Triton $(TRITON), the oldest that are allowed'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  apply the formatting that lint asks for'
@@ -49,6 +50,9 @@ demo: $(STAMP)
 	@echo 'summary: $(DEMO)/summary.json'
 
 test: $(STAMP)
+	$(PY) -m pytest -n $(WORKERS) -m "not gpu and not exhaustive"
+
+test-all: $(STAMP)
 	$(PY) -m pytest -n $(WORKERS) -m "not gpu"
 
 $(OLDEST)/.installed: $(STAMP)
@@ -58,7 +62,7 @@ $(OLDEST)/.installed: $(STAMP)
 
 test-oldest: $(OLDEST)/.installed
 	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -c 'import torch, triton; assert torch.__version__.startswith("$(TORCH)"), torch.__file__; assert triton.__version__ == "$(TRITON)", triton.__file__'
-	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -m pytest -n $(WORKERS) -m "not gpu" $(OLDEST_TESTS)
+	PYTHONPATH='$(CURDIR)/$(OLDEST)' $(PY) -m pytest -n $(WORKERS) -m "not gpu and not exhaustive" $(OLDEST_TESTS)
 
 lint: $(STAMP)
 	$(PY) -m ruff check .

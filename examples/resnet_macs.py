@@ -16,7 +16,7 @@ import l0fast
 torch.manual_seed(0)
 digits = load_digits()
 images = torch.tensor(digits.images[:, None] / 16, dtype=torch.float32).expand(-1, 3, -1, -1)
-x, y = F.interpolate(images, size=(32, 32)), torch.tensor(digits.target)
+x, y = F.interpolate(images, size=(16, 16)), torch.tensor(digits.target)
 train, test = slice(0, 1400), slice(1400, None)
 
 

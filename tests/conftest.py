@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # A test that plots must not look for a display.
 os.environ.setdefault("MPLBACKEND", "agg")
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers have the cores, and what they start has not
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -77,6 +80,19 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     poison(request.node.get_closest_marker("unpoisoned") is None)
     yield
     poison(True)
+
+
+@pytest.fixture(autouse=True)
+def unplotted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer's plot takes seconds: the file has the numbers in place of their picture."""
+    folder = sys.modules.get("l0fast.training.folder")
+    if folder is None or request.node.get_closest_marker("plots") is not None:
+        return
+
+    def write(history: Any, targets: Any, summary: Any, path: Path) -> None:
+        path.write_bytes(b"\x89PNG" + repr((history, targets)).encode())
+
+    monkeypatch.setattr(folder, "plot_dynamics", write)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -53,4 +53,5 @@ def expected_open(layers: Sequence[Any]) -> Tensor:
             parts.append(layer.own(layer.open_probability()).sum(dtype=dtype))
         else:
             parts.append(totals.view(-1)[counted.index])
-    return torch.stack(parts)
+    # The layers of a model may lie on several devices.
+    return torch.stack([part.to(parts[0].device) for part in parts])

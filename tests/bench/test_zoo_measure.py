@@ -26,6 +26,7 @@ from l0fast import prune
 from l0fast.graph.calls import Example
 from tests import ROOT
 from tests.helpers.zoo import ZOO, image
+from tests.helpers.thinned import thinned, thinned_product
 
 
 def squeezenet() -> nn.Module:
@@ -85,8 +86,7 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize(("name", "seed"), thinned_product(3, ENTRIES, [1, 2]))
 def test_equal_and_smaller_whatever_the_weights_and_statistics(name: str, seed: int) -> None:
     row = zoo.measure(name, ENTRIES[name], seed, timed=False)
     assert row.failure == ""
@@ -167,13 +167,11 @@ def test_rows_of_another_commit_stay_and_are_told_apart(
 @pytest.mark.parametrize(
     "name",
     [
-        "torchvision/resnet34",
-        "torchvision/mvit_v2_s",
-        "transformers/Qwen3Config",
-        "transformers/bart",
-        "transformers/DeiTConfig",
         "timm/cait_xxs24_224",
         "diffusers/UNet2DConditionModel",
+        "torchvision/resnet34",
+        "transformers/bart",
+        *thinned(["transformers/DeiTConfig", "torchvision/mvit_v2_s", "transformers/Qwen3Config"], 3),
     ],
 )
 def test_a_model_that_is_in_no_list_is_built_from_its_name(name: str) -> None:

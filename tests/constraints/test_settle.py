@@ -48,6 +48,7 @@ from tests.helpers.draws import compact
 from tests.helpers.plain_models import READERS, NormedStream
 from tests.helpers.runs import quick, small_lenet5, small_mlp, trainer
 from tests.helpers.same_run import Stop, assert_same_run
+from tests.helpers.thinned import thinned, thinned_product
 
 pytestmark = pytest.mark.filterwarnings("ignore:settle. the expected density")
 
@@ -605,7 +606,7 @@ def test_which_epochs(settle: float, epochs: int, options: dict[str, Any], at: i
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"measure": "params"}, {"gates": "weight"}, {"density": None, "penalty": 0.5}],
+    thinned([{}, {"measure": "params"}, {"gates": "weight"}, {"density": None, "penalty": 0.5}], 3),
     ids=str,
 )
 def test_the_last_epochs_train_what_is_pruned(digits: Data, changes: dict[str, Any]) -> None:
@@ -636,8 +637,11 @@ def test_a_collapse_before_is_told(digits: Data) -> None:
     assert summary["collapsed"] == []
 
 
-@pytest.mark.parametrize("stop", [3, 4, 5])
-@pytest.mark.parametrize("changes", [{}, {"shrink": 2}, {"select": "best"}], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "stop"),
+    thinned_product(4, [{}, {"shrink": 2}, {"select": "best"}], [3, 4, 5]),
+    ids=str,
+)
 def test_an_interruption_changes_nothing(
     digits: Data, tmp_path: Path, stop: int, changes: dict[str, Any]
 ) -> None:

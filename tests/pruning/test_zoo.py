@@ -16,6 +16,7 @@ from l0fast import DensityConstraint, load_pruned, param_groups, prune, save_pru
 from l0fast.graph import capture
 from l0fast.layers.handle import gated_layers
 from tests.helpers.zoo import ZOO
+from tests.helpers.thinned import thinned
 
 
 def wide(value: Any) -> tuple[Any, ...]:
@@ -65,7 +66,7 @@ def pruned(name: str, how: str) -> tuple[nn.Module, Any, tuple[Any, ...]]:
     return model, prune(model, args), args
 
 
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize("name", thinned(ZOO, 3))
 def test_gates_leave_a_pretrained_model_as_it_was(name: str) -> None:
     model, args, before = gated(name)
     assert before.abs().max() > 0
@@ -80,8 +81,9 @@ NOTHING_CLOSED = ["mlp GELU", "vgg", "resnext", "channelwise", "gpt2", "llama"]
 @pytest.mark.parametrize(
     ("name", "how"),
     [
-        *((name, how) for name in ZOO for how in ("random", "one")),
-        *((name, "open") for name in NOTHING_CLOSED),
+        *((name, "random") for name in ZOO),
+        *thinned([(name, "one") for name in ZOO], 4),
+        *thinned([(name, "open") for name in NOTHING_CLOSED], 3),
     ],
 )
 def test_pruned_it_is_the_same_function_and_smaller(name: str, how: str) -> None:
@@ -145,7 +147,9 @@ def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["vgg", "mobilenet", "channelwise", "autoencoder", "gpt2 with attributes", "bert", "llama"],
+    thinned(
+        ["mobilenet", "vgg", "channelwise", "llama", "autoencoder", "gpt2 with attributes", "bert"], 3
+    ),
 )
 def test_it_is_an_ordinary_model(name: str) -> None:
     """It copies, pickles, compiles without a break and exports, norms and heads included."""

@@ -42,6 +42,7 @@ from tests.helpers.steps import (
     step,
 )
 from tests.helpers.tolerance import rounding_tolerance
+from tests.helpers.thinned import thinned_product
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -50,9 +51,9 @@ def test_the_links_that_are_found(name: str) -> None:
     assert len(gates(model).skipping.links) == MODELS[name][3]
 
 
-@pytest.mark.parametrize("multiple", [1, MULTIPLE])
-@pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "density", "multiple"), thinned_product(5, MODELS, DENSITIES, [1, MULTIPLE])
+)
 def test_loss_and_gradients_are_those_of_the_masked_step(
     name: str, density: float, multiple: int
 ) -> None:

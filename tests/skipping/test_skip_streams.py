@@ -20,6 +20,7 @@ from l0fast.skipping.attach import stop_skipping
 from l0fast.skipping.skip import MULTIPLE
 from tests.helpers.draws import compact
 from tests.helpers.steps import EXACT, assert_same_step, following, set_density, step
+from tests.helpers.thinned import thinned_product
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -208,9 +209,9 @@ def test_the_links_that_are_found(name: str) -> None:
     assert sorted(len(link.makers) for link in gates(model).skipping.links) == MODELS[name][3]
 
 
-@pytest.mark.parametrize("multiple", [1, MULTIPLE])
-@pytest.mark.parametrize("density", [0.0, 0.3, 0.8])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "density", "multiple"), thinned_product(5, MODELS, [0.0, 0.3, 0.8], [1, MULTIPLE])
+)
 def test_loss_and_gradients_are_those_of_the_masked_step(
     name: str, density: float, multiple: int
 ) -> None:

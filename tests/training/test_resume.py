@@ -34,6 +34,7 @@ from l0fast.training.tensorboard import TENSORBOARD
 from tests import ROOT
 from tests.helpers.plain_models import Noisy
 from tests.helpers.same_run import Stop, assert_same_run, summary
+from tests.helpers.thinned import thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -228,6 +229,7 @@ def assert_whole(out: Path) -> None:
 
 @needs_fork
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
     """12 kills over the whole run; each run goes on until it is done."""
     argv = ["3"]
@@ -275,7 +277,7 @@ def test_killed_at_every_write(server: Server, tmp_path: Path) -> None:
 
 @needs_fork
 @pytest.mark.slow
-@pytest.mark.parametrize("writes", [MAIN_WRITES, MAIN_WRITES + 3, -2, -1])
+@pytest.mark.parametrize("writes", thinned([-1, MAIN_WRITES, MAIN_WRITES + 3, -2], 2))
 def test_killed_in_the_baseline(server: Server, tmp_path: Path, writes: int) -> None:
     """The same for the dense model of --compare-dense, after the main run is whole."""
     out, argv = tmp_path / "out", ["2", "--compare-dense"]
@@ -312,23 +314,26 @@ def test_a_process_killed_while_it_starts(server: Server, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("model", "settings", "epochs_done"),
-    [
-        ("mlp", {"layer_density": {"fc1": 0.6, "fc[23]": 0.7}, "schedule": "constant"}, 1),
-        ("mlp", {"penalty": 0.3, "penalty_per_example": True}, 2),
-        ("mlp", {"density": 0.4, "dual": "pi", "target_schedule": "cubic"}, 1),
-        ("mlp", {"density": 0.4, "dual": "augmented", "dual_first": True}, 2),
-        ("mlp", {"density": 0.4, "dual": "equality", "target_schedule": "linear"}, 2),
-        ("mlp", {}, 1),
-        ("mlp", {}, 0),
-        ("lenet5", {"density": 0.5}, 1),
-        ("own", {"density": 0.6}, 2),
-        ("own", {"density": 0.6}, 3),
-        ("mlp", {"density": 0.4, "skip": True}, 1),
-        ("own", {"density": 0.4, "skip": True}, 2),
-        ("own", {"density": 0.9, "select": "best"}, 2),
-        ("mlp", {"select": "best"}, 2),
-        ("own", {"density": 0.4, "method": "magnitude"}, 1),
-    ],
+    thinned(
+        [
+            ("mlp", {"layer_density": {"fc1": 0.6, "fc[23]": 0.7}, "schedule": "constant"}, 1),
+            ("mlp", {"penalty": 0.3, "penalty_per_example": True}, 2),
+            ("mlp", {"density": 0.4, "dual": "pi", "target_schedule": "cubic"}, 1),
+            ("mlp", {"density": 0.4, "dual": "augmented", "dual_first": True}, 2),
+            ("mlp", {"density": 0.4, "dual": "equality", "target_schedule": "linear"}, 2),
+            ("mlp", {}, 1),
+            ("mlp", {}, 0),
+            ("lenet5", {"density": 0.5}, 1),
+            ("own", {"density": 0.6}, 2),
+            ("own", {"density": 0.6}, 3),
+            ("mlp", {"density": 0.4, "skip": True}, 1),
+            ("own", {"density": 0.4, "skip": True}, 2),
+            ("own", {"density": 0.9, "select": "best"}, 2),
+            ("mlp", {"select": "best"}, 2),
+            ("own", {"density": 0.4, "method": "magnitude"}, 1),
+        ],
+        3,
+    ),
 )
 def test_resumed_in_a_new_trainer(
     model: str, settings: dict[str, Any], epochs_done: int, tmp_path: Path
