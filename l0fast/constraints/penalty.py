@@ -35,6 +35,10 @@ class L0Penalty(DensityTerm):
         ValueError, TypeError: a number is out of its range, or the model has no gates.
 
     Source: Louizos et al., 2018.
+
+    >>> layer = l0fast.L0Linear(8, 4, density_init=0.5)
+    >>> l0fast.L0Penalty(layer, 0.1)().item()  # 0.1 * density
+    0.0500...
     """
 
     coefficient: Tensor

@@ -65,6 +65,12 @@ class Constraints(Attachable, nn.Module):
             if each can hold alone (see `DensityConstraint`). With `EqualityAscent`, a density may
             be out of reach under another constraint's targets. For measure="gates" each pair of
             constraints is checked for that; other measures, and three or more at once, are not.
+
+    >>> model = l0fast.sparsify_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    >>> first = l0fast.DensityConstraint(model, {"0": 0.5})
+    >>> second = l0fast.DensityConstraint(model, {"2": 0.25})
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> constraint = l0fast.Constraints([first, second]).attach(optimizer, steps=1000)
     """
 
     def __init__(self, constraints: Iterable[DensityConstraint]) -> None:
