@@ -31,8 +31,9 @@ class DensityConstraint(SavedTargets):
     """Keeps a model's density at most at a target, by a Lagrange multiplier.
 
     Either call `attach(optimizer)` and leave the training loop as it is. Or add `constraint()` to
-    the loss, and call `constraint.step()` after `optimizer.step()`. The call equals, by default
-    (see `dual`):
+    the loss, and call `constraint.step()` after `optimizer.step()`.
+
+    Equals, by default (see `dual`):
         (multiplier * (densities - target)).sum()
     `step()` moves the multipliers by the violation of the last call (see `DualAscent`). It uses
     no autograd and does not wait for the device. `prune` holds the pruned model to the same

@@ -17,9 +17,11 @@ from l0fast.measures.groups import WHOLE_MODEL, Group, gated_parameters
 class L0Penalty(DensityTerm):
     """The penalised baseline: a fixed price on the density.
 
-    Attach it to the optimizer, or add its call to the loss. Without `num_examples` the call equals:
+    Attach it to the optimizer, or add its call to the loss.
+
+    Equals, without `num_examples`:
         coefficient * density
-    With `num_examples` it has the unit of Louizos et al., whose loss is a mean over N examples:
+    with it (the unit of Louizos et al., whose loss is a mean over N examples):
         coefficient / num_examples * expected_L0
 
     The published method draws its gates from the first step, with all of their noise:

@@ -49,7 +49,9 @@ def _check_reachable(equal: DensityConstraint, other: DensityConstraint) -> None
 class Constraints(Attachable, nn.Module):
     """Several constraints on one model, used as one.
 
-    Attach it to the optimizer, or add its call to the loss; the call equals:
+    Attach it to the optimizer, or add its call to the loss.
+
+    Equals:
         sum(constraint() for constraint in constraints)
     `step()` moves the multipliers of all. `prune` holds every target, each by its own measure.
 

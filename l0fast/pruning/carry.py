@@ -197,7 +197,10 @@ def prune_state_dict(
     report = report_of(small)
     folded = [] if report is None else report.folded
     if folded:
-        expected = "one whose biases hold no constants: load the state into a copy, and prune that"
+        expected = (
+            "a model whose biases hold no constants. Load the state into a copy of the gated model "
+            "and prune that"
+        )
         _checks.refuse("small", f"a model with constants in the bias of {folded[0]!r}", expected)
     origins = _origins(model, small)
     twin = copied(model)

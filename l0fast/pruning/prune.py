@@ -148,9 +148,9 @@ def _warn_of_force(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> N
     closed = sum(int((gates & ~kept[n].to(gates.device)).sum()) for n, gates in opened.items())
     if closed > FORCED * total:
         warnings.warn(
-            f"prune: closes {closed} of the {total} gates that are open, to hold the target; the "
-            "model was not trained without them. Train to the end under the constraint, and load "
-            "no checkpoint from before the target was met",
+            f"prune: closes {closed} of the {total} gates that are open, to hold the target. The "
+            "model was trained with these units, so it will be worse. Train to the end under the "
+            "constraint, and do not prune a checkpoint from before the target was met",
             stacklevel=4,  # the caller of `on_full_weights`
         )
 
@@ -260,7 +260,7 @@ def prune(
         if not over:
             break
         if budgets == before:
-            left_over = f"a target that holds what no gate closes in {over[0].name!r}"
+            left_over = f"a larger target: no gates can close what is left in {over[0].name!r}"
             _checks.refuse("target", over[0].target, left_over)
     small = draft.finish()
     seconds: list[float] | None = None

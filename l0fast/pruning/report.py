@@ -21,7 +21,7 @@ REPORT_FORMAT = 1
 class Report:
     """What `prune` has done. `print` shows it as a table.
 
-    It holds what JSON knows. Where two numbers are given they are [after, before].
+    All values can be written as JSON. Pairs of numbers are [after, before].
 
     Attributes:
         format: 1.
