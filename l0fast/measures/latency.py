@@ -88,7 +88,7 @@ class LatencyTable:
         try:
             return cls.from_json(json.loads(read_text(Path(path))))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = f"a file that LatencyTable.save wrote ({type(error).__name__}: {error})"
+            reason = f"a latency table that save wrote ({type(error).__name__}: {error})"
             _checks.refuse(name, str(path), reason)
 
     def under(self, prefix: str) -> LatencyTable:

@@ -36,11 +36,11 @@ def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model that `prune` made to one .safetensors file, whole or not at all.
 
     The file's metadata has an entry "l0fast", which is JSON:
-        format, sha256: a version, and the digest of the entry and the tensors
-        layers, attributes, cuts, views, attention: the new sizes (see `Report`)
-        aliases: name -> name of the same tensor, since tied weights are stored once
-        frozen: names of the parameters without gradient
-        report: the rest of the report
+        format, sha256: a version, and the digest of the entry and the tensors;
+        layers, attributes, cuts, views, attention: the new sizes (see `Report`);
+        aliases: name -> name of the same tensor, since tied weights are stored once;
+        frozen: names of the parameters without gradient;
+        report: the rest of the report.
 
     Args:
         small: the pruned model, as `prune` returned it or trained further.

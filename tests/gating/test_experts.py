@@ -115,7 +115,7 @@ class Blocks(nn.Module):
 
 def test_what_is_no_mixture_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="experts: got True; expected False for this model: no mix"
+        ValueError, match="experts: got True; expected False for this model: it has no mix"
     ):
         sparsify_(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), example_inputs=tokens(),
                   experts=True)  # fmt: skip
