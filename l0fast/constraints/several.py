@@ -56,7 +56,8 @@ class Constraints(Attachable, nn.Module):
     `step()` moves the multipliers of all. `prune` holds every target, each by its own measure.
 
     Args:
-        constraints: `DensityConstraint`s with different measures or on different layers.
+        constraints: of the class `DensityConstraint`, with different measures or on different
+            layers.
 
     Attributes:
         constraints: the constraints in their order, each with its multipliers.
