@@ -49,11 +49,12 @@ def matcher(
         return selection
     patterns = [selection] if isinstance(selection, str) else selection
     if not isinstance(patterns, Iterable):
-        _checks.refuse(option, patterns, "glob patterns or a predicate(name, layer)", TypeError)
+        _checks.refuse(option, patterns, "glob patterns or a function of (name, layer)", TypeError)
     patterns = list(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            _checks.refuse(option, pattern, "glob patterns or a predicate(name, layer)", TypeError)
+            expected = "glob patterns or a function of (name, layer)"
+            _checks.refuse(option, pattern, expected, TypeError)
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
