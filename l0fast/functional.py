@@ -1,4 +1,4 @@
-"""The stateless door: the fused ops, checked and with defaults."""
+"""The fused ops as functions without state, with checked arguments and defaults."""
 
 from __future__ import annotations
 
@@ -140,6 +140,9 @@ def hard_concrete(
         ValueError, TypeError: an argument of a wrong type, shape or value.
 
     Source: Louizos et al., 2018, eqs. 10-12 and 24.
+
+    >>> l0fast.functional.hard_concrete(torch.tensor([-9.0, 9.0])).z
+    tensor([0., 1.])
     """
     log_alpha = _checks.floating("log_alpha", log_alpha)
     _checks.one_of("backend", backend, BACKENDS)

@@ -43,12 +43,11 @@ class Attachable(Starting):
         state = cast("dict[str, Any]", super().__getstate__())
         return {key: value for key, value in state.items() if key not in ("_attachment", "_watch")}
 
-    def _refuse_attached(self, what: str, instead: str) -> None:
+    def _refuse_attached(self, what: str) -> None:
         if self.attachment is not None:
-            name = type(self).__name__
             raise RuntimeError(
-                f"{name}: got a call of {what} while it is attached; expected {instead}, as "
-                "optimizer.step() does this, or detach() first"
+                f"{type(self).__name__}: it is attached, so optimizer.step() already does what "
+                f"{what} does. Take {what} out of the training loop, or call detach() first"
             )
 
     def value(self) -> Tensor:
@@ -66,18 +65,20 @@ class Attachable(Starting):
     def forward(self) -> Tensor:
         """0-d: the term to add to the loss."""
         if torch.is_grad_enabled():
-            self._refuse_attached("the constraint", "a loss without its term")
+            self._refuse_attached("the term in the loss")
             if mesh_of(self.handle.layers) is not None and self.attachment is None:
                 raise RuntimeError(
-                    f"{type(self).__name__}: got a call on a model that FSDP2 shards; expected "
-                    "attach(optimizer), which averages the gradients of the gates"
+                    f"{type(self).__name__}: the model is sharded by FSDP2, so its term cannot be "
+                    "in the loss. Call attach(optimizer), which averages the gates' gradients"
                 )
         return self.value()
 
     def step(self) -> None:
-        """Ends a step, after the optimizer's: moves what multipliers there are, and puts every
-        log_alpha back into its bounds."""
-        self._refuse_attached("step()", "none")
+        """Ends a training step; call it after `optimizer.step()`.
+
+        It moves the multipliers, if there are any, and puts every log_alpha back into its bounds.
+        """
+        self._refuse_attached("step()")
         watch: Watch = self.__dict__.setdefault("_watch", Watch())
         watch.look(self)
         self.refuse_capture("step()")
@@ -102,32 +103,31 @@ class Attachable(Starting):
     ) -> Self:
         """Makes the constraint a part of `optimizer.step()`: the training loop stays as it is.
 
-        From here on each step of the optimizer adds the gradient of the constraint's term to that
-        of the gates, moves the gates by an Adam of their own and then the multipliers. Gradient
-        accumulation, clipping, GradScaler, closures and the optimizer's learning rate do not
-        change that. The state of it all is in the optimizer's `state_dict`, under "l0fast": a
-        training that loads it (after this call) goes on exactly where it was.
+        From now on, each step of the optimizer adds the gradient of the constraint's term to that
+        of the gates, moves the gates by an Adam of their own, and then moves the multipliers.
+        Gradient accumulation, clipping, GradScaler, closures and the optimizer's learning rate
+        have no influence on that. The state is in the optimizer's `state_dict`, under "l0fast". To
+        resume a training, call `attach` first, then load the optimizer's state.
 
         Args:
-            optimizer: of the weights; whether it has the gates, too, makes no difference. A
-                wrapper of Accelerate or Lightning, or a list: steps of the first are counted, and
-                the others leave the gates alone.
-            settle: the share of the steps at the end that train without noise, with the gates
-                decided (see `settle`), in [0, 1); 0 for never.
+            optimizer: the one of the weights. It may hold the gates or not. A wrapper of
+                Accelerate or Lightning is fine, and so is a list of optimizers: then the steps of
+                the first one count, and the others do not move the gates.
+            settle: the share of the steps at the end in which the gates are decided and training
+                is without noise (see `settle`), in [0, 1); 0 for never.
             start: the share of the steps at the beginning in which all gates are open, without
-                noise, in [0, 1) (see `DensityConstraint`); by default that of the constraint, or
-                15 %.
-            steps: of the whole training, >= 1; by default those that the constraint was given.
-            gate_lr: learning rate of the gates' Adam, > 0; by default by `steps` (see
+                noise, in [0, 1) (see `DensityConstraint`). By default that of the constraint.
+            steps: optimizer steps of the whole training, >= 1. By default those of the constraint.
+            gate_lr: learning rate of the gates' Adam, > 0. By default it follows from `steps` (see
                 `param_groups`).
 
         Returns:
             The constraint itself.
 
         Raises:
-            ValueError, TypeError: no optimizer, steps unknown, a share out of its range, gates that
-                do not require grad or are sharded, adapters on gated layers, or a model that has an
-                attached constraint.
+            ValueError, TypeError: no optimizer, no `steps`, a share out of its range, gates that
+                do not require grad or are sharded, adapters on gated layers, or a model that
+                already has an attached constraint.
         """
         optimizers = [own_optimizer(one) for one in _as_list(optimizer)]
         if not optimizers:
@@ -142,11 +142,14 @@ class Attachable(Starting):
             _checks.number("gate_lr", gate_lr, "a number > 0", low=0.0, open_low=True)
         steps = self.steps if steps is None else steps
         if steps is None:
-            _checks.refuse("steps", None, "the number of steps of the whole training")
+            _checks.refuse("steps", None, "the number of optimizer steps of the whole training")
         _checks.whole("steps", steps)
         for constraint in self.handle.constraints:
             if constraint.attachment is not None:
-                expected = "one attached constraint on a model (several in Constraints)"
+                expected = (
+                    "one attached constraint on a model: put several into Constraints and attach "
+                    "that, or detach() the other one first"
+                )
                 _checks.refuse("attach", f"{type(constraint).__name__} attached", expected)
         check_sharding("attach", self.handle.layers)
         self.handle.check_adapters("attach")
@@ -163,7 +166,7 @@ class Attachable(Starting):
         return self
 
     def detach(self) -> None:
-        """Undoes `attach`: the gates and multipliers stay as they are."""
+        """Undoes `attach`. The gates and multipliers stay as they are."""
         if self.attachment is None:
             return
         self.attachment.remove()

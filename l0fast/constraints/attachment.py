@@ -87,8 +87,8 @@ class Attachment:
             self._join(optimizer, gates)
         if term.learns and steps < FEW_STEPS:
             self._warn(
-                f"{steps} steps are few to learn gates in: the pruned model will be well below the "
-                f"dense one. Give it {FEW_STEPS} or more"
+                f"{steps} steps are few for gates to learn in: the pruned model will be much worse "
+                f"than the dense one. Train for {FEW_STEPS} or more, or use magnitude pruning"
             )
         self._removers = [remove for one in self._optimizers for remove in self._hook(one)]
         self._removers += mark_partial(gates, term.handle.layers)
@@ -208,28 +208,30 @@ class Attachment:
         if self._without_ours:
             self._without_ours = False
             self._warn(
-                "the optimizer's state that was loaded has nothing of the constraint: multipliers, "
-                "schedule and steps go on as they are here. Attach before the state is saved and "
-                "loaded; a distributed checkpoint needs `constraint.attachment` beside the "
-                "optimizer"
+                "the loaded optimizer state has nothing of the constraint, so multipliers, "
+                "schedule and step count are not restored. Attach before you save and before you "
+                "load; in a distributed checkpoint also save `constraint.attachment`"
             )
         if not self.term.learns:
             return
         if self._resumed and not self.taken:
             self._warn(
-                "the optimizer had a state before attach, without the constraint's: if this "
-                "training is resumed, attach first and load the optimizer's state then"
+                "the optimizer had a state before attach, and it has nothing of the constraint. To "
+                "resume a training, attach first and then load the optimizer's state"
             )
         gates = self.gates()
         if not all(gate.requires_grad for gate in gates):
-            self._warn("gates do not require grad: something froze them after attach")
+            self._warn(
+                "gates do not require grad, so they do not learn: something froze them after "
+                "attach. Call log_alpha.requires_grad_() on the gated layers"
+            )
         versions = [gate._version for gate in gates]
         touched = self._versions and versions != self._versions
         self._touched = self._touched + 1 if touched else 0
         if self._touched > 1:  # once is a state that was loaded
             self._warn(
-                "something else changes the gates between two steps: another optimizer has them "
-                "(attach it too: attach([first, second]))"
+                "something else changes the gates between two steps. If a second optimizer has "
+                "them, attach it too: attach([first, second])"
             )
 
     def _warn(self, words: str) -> None:
@@ -254,7 +256,7 @@ class Attachment:
         }
 
     def check_state(self, state: Any) -> None:
-        """Refuses a state that is none of this attachment's."""
+        """Refuses a state that is not one of an attachment."""
         if not isinstance(state, dict) or {"taken", "steps", "gates", "constraint"} - state.keys():
             _checks.refuse("state", type(state).__name__, "the state of an attached constraint")
         self.term.check_state(state["constraint"])
@@ -271,7 +273,10 @@ class Attachment:
         self.taken, self._just_loaded = state["taken"], True
         self._resumed = self._without_ours = False
         if state["steps"] != self.steps:
-            self._warn(f"the state was of a training of {state['steps']} steps, not {self.steps}")
+            self._warn(
+                f"the state is of a training of {state['steps']} steps, this one has {self.steps}: "
+                "schedule and settling will not come where they did"
+            )
         self._versions = []
 
     def _save(self, _optimizer: Any, state: dict[str, Any]) -> None:

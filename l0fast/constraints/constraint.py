@@ -28,63 +28,82 @@ from l0fast.pruning.timing import with_table
 
 
 class DensityConstraint(SavedTargets):
-    """The Lagrangian term of "density at most `target`": add its call to the loss.
+    """Keeps a model's density at most at a target, by a Lagrange multiplier.
+
+    Either call `attach(optimizer)` and leave the training loop as it is. Or add `constraint()` to
+    the loss, and call `constraint.step()` after `optimizer.step()`.
 
     Equals, by default (see `dual`):
         (multiplier * (densities - target)).sum()
-    and `step()`, called after the optimizer's, moves the multipliers (see `DualAscent`) by the
-    violation seen in the last call, with no autograd and no host sync. `prune` holds the pruned
-    model to the same targets.
+    `step()` moves the multipliers by the violation of the last call (see `DualAscent`). It uses
+    no autograd and does not wait for the device. `prune` holds the pruned model to the same
+    targets.
 
     Args:
         model: a model with gates.
-        target: the density asked for, in (0, 1]: a number for the whole model, or layer name or
-            glob pattern -> number, each key its own constraint. In place of any number an amount,
-            as text with the unit of the measure: "100k gates", "100k params", "5M MACs", "1 MB"
-            (10^6 bytes), "2 ms", "3.5 cost" (of your own).
+        target: the density asked for, in (0, 1]. One number for the whole model, or a dict of
+            layer name or glob pattern -> number; each key is a constraint of its own. Each number
+            may be an amount instead, as text with the unit of the measure: "100k gates",
+            "100k params", "5M MACs", "1 MB" (10^6 bytes), "2 ms", "3.5 cost" (of your own).
         measure: what the target is a share or an amount of:
             "gates": the gated parameters, as expected L0 counts them (the paper's density).
-            "params", "macs": what the pruned model will have, over what the dense one has: the
-            whole model's, or of the layers that a key names. A unit goes with its gate, its
-            maker's or its readers', and takes their weights with it. MACs are those of one forward
-            of the example; the model's have its products of matrices, such as attention's, too.
-            "memory": activations, in bytes: what Linears, convolutions, batch norms and products
-            of matrices give in one forward of the example.
-            "latency": seconds for one forward of the example, by a table of each layer at several
-            widths, which is measured now, on the model's device (see `measure_latency`). Or a
-            `LatencyTable`, measured before or elsewhere.
-            What `prune` holds is the table's prediction. The state has the table.
-            A callable: a cost of your own, over the cost with every gate open. It is given
-            layer name -> open probabilities (of log_alpha's shape) and returns a 0-d tensor,
-            differentiable, which must not fall when a probability rises; only with one number
-            as target.
+            "params", "macs": parameters or multiply-accumulates of the pruned model, over those
+            of the dense one; of the whole model, or of the layers that a key names. A unit that
+            is removed takes its weights in neighbouring layers with it. MACs are those of one
+            forward of the example, with its whole batch. Those of the whole model include
+            products of matrices, such as attention's.
+            "memory": bytes of activations: the outputs of Linears, convolutions, batch norms and
+            products of matrices in one forward of the example.
+            "latency": seconds of one forward of the example. They are predicted by a table of
+            each layer at several widths, which is measured now, on the model's device (see
+            `measure_latency`). A `LatencyTable` that was measured before or elsewhere may be
+            given in its place. `prune` holds the table's prediction. The constraint's state has
+            the table.
+            A function: a cost of your own, over the cost with every gate open. It takes a dict of
+            layer name -> open probabilities (of log_alpha's shape) and returns a differentiable
+            0-d tensor, which must not fall when a probability rises. It takes one number as
+            target, for the whole model.
         example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
-            or a dict of keyword arguments; needed by all measures of the pruned model, to see which
-            layer feeds which.
-        steps: of the whole training, >= 1. With it, what is not named below is as it serves every
-            model here: all gates are open for the first 15 %, the targets come down in a cubic
-            over the 45 % after that, and the multipliers move by ascent with restarts, at a dual
-            learning rate of 1 / least target.
+            or a dict of keyword arguments. Every measure of the pruned model needs it, to see
+            which layer feeds which.
+        steps: optimizer steps of the whole training, >= 1. With it, the options below that are
+            not given have these defaults: all gates are open for the first 15 % of the steps, the
+            targets come down in a cubic over the next 45 %, and the multipliers move by ascent
+            with restarts, at a dual learning rate of 1 / the lowest target.
         start: the share of the steps at the beginning in which all gates are open, without noise,
             in [0, 1). After it the gates are set by the magnitudes of their units, and have a tenth
-            of the noise. With 0 they are drawn from the first step, with all of it. Without `steps`
-            it is for `attach` alone.
-        dual: how the multipliers move: `DualAscent` (the default, at 0.001 without `steps`),
-            `PIControl`, `AugmentedLagrangian` or `EqualityAscent`; or a function that is given the
-            least of the targets, as a share, and returns one.
-        schedule: how the targets come down to what is asked; None, without `steps`: they are in
-            force from the start.
+            of the noise. With 0 they are drawn from the first step, with all of the noise. Without
+            `steps`, only `attach` uses it.
+        dual: how the multipliers move: `DualAscent` (the default; its lr is 0.001 without
+            `steps`), `PIControl`, `AugmentedLagrangian` or `EqualityAscent`. Or a function that
+            takes the lowest target, as a share, and returns one of these.
+        schedule: how the targets come down to what is asked. None, without `steps`: the targets
+            are in force from the start.
 
     Attributes:
-        multiplier, target, violation: [C] tensors, one entry a constraint, in `names`' order.
-        restarts, dual_lr: [C] dual restarts so far; 0-d, which may be changed during training.
+        multiplier, target, violation: tensors [C], one entry for each constraint, in the order of
+            `names`.
+        restarts: tensor [C], dual restarts so far.
+        dual_lr: 0-d tensor; it may be changed during training.
 
     Raises:
         ValueError, TypeError: an unknown layer, or a target that cannot be met (the message has
-            the range that can). Costs do not fall when a gate opens, so one set of gates, the
-            fewest, has the least of every cost: targets that can each be met can all be met.
+            the range of targets that can). Targets that can each be met can all be met together,
+            since no cost falls when a gate opens.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021.
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> x = torch.randn(2, 8)
+    >>> model = l0fast.sparsify_(model, example_inputs=x)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> constraint = l0fast.DensityConstraint(
+    ...     model, target=0.5, measure="params", example_inputs=x, steps=1000
+    ... ).attach(optimizer)
+    >>> constraint.targets
+    {'model': 0.5}
+    >>> l0fast.DensityConstraint(model, target="100 params", measure="params", example_inputs=x)
+    DensityConstraint(model <= 0.471698 by params)
     """
 
     multiplier: Tensor
@@ -173,7 +192,7 @@ class DensityConstraint(SavedTargets):
 
     @torch.no_grad()
     def reset_multipliers_(self) -> None:
-        """Sets the multipliers to 0, and what else has grown with them."""
+        """Sets the multipliers, and the memory of their rule, to 0."""
         # Past autograd: a loss that is formed already can still go backward.
         self.multiplier.data.zero_()
         for name in self.dual.memory:
@@ -203,8 +222,9 @@ class DensityConstraint(SavedTargets):
 
     @torch.no_grad()
     def begin_(self) -> None:
-        """Lets the targets come down from the densities that the model has now, if they come down;
-        as a constraint does when it is built. For a model whose state is loaded after that."""
+        """Makes the densities that the model has now the start of the schedule, if there is one.
+
+        A constraint does this when it is built. Call it if the model's state is loaded later."""
         if self.schedule is not None:
             named = self.schedule.start
             self.start.copy_(self.densities() if named is None else torch.tensor(named))

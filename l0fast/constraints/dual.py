@@ -24,17 +24,15 @@ class Dual:
 
     Args:
         lr: dual learning rate, >= 0.
-        limit: the highest multiplier, > 0; no limit by default. A multiplier grows as long as the
-            gates have not followed it. Unless a restart then sets it to 0, it closes further gates
-            after the target is met. All rules here move the multiplier itself, with no integral
-            behind it, so a limit is all the anti-windup they need. A value to start from: (loss of
-            an untrained model) / target. Above it even a perfect model within its target has a
-            higher Lagrangian than a model with all gates closed. (Multipliers have gone to more
-            than ten times that value on their way, since gates that are far open have small
-            gradients.)
-        dual_first: alternating updates: the multipliers move by the violation of the current step
-            when its term is formed, rather than in `step()`. This needs no further forward: the
-            expected densities depend on the gates' parameters alone.
+        limit: the highest multiplier, > 0; no limit by default. A multiplier grows until the gates
+            follow it. If no restart sets it to 0 then, it goes on closing gates after the target
+            is met. A first value to try: (loss of an untrained model) / target. Above that, even a
+            perfect model within its target has a higher Lagrangian than a model with all gates
+            closed. But a multiplier may need more for a while, since gates that are far open have
+            small gradients: more than ten times that value has been seen.
+        dual_first: whether the multipliers move before each step's loss is formed, by the
+            violation of that step, rather than in `step()` (alternating updates). This needs no
+            second forward, since the expected densities depend on the gates' parameters alone.
 
     Raises:
         ValueError, TypeError: a number is out of its range.
@@ -64,8 +62,9 @@ class Dual:
         return torch.dot(multiplier, violation)
 
     def step_(self, multiplier: Tensor, violation: Tensor, lr: Tensor, *memory: Tensor) -> None:
-        """Moves `multiplier` [C] and the memory in place, by `lr` (0-d). It is called without
-        autograd, and must not wait for the device."""
+        """Moves `multiplier` [C] and the memory in place, by `lr` (0-d).
+
+        It is called without autograd, and must not wait for the device."""
         raise NotImplementedError
 
     def ascent(
@@ -98,7 +97,7 @@ class DualAscent(Dual):
     memory: ClassVar[tuple[str, ...]] = ("restarts",)
 
     def step_(self, multiplier: Tensor, violation: Tensor, lr: Tensor, *memory: Tensor) -> None:
-        """One ascent step; `memory` counts the restarts that set a multiplier > 0 to 0."""
+        """One step of ascent; `memory` counts the restarts that set a multiplier > 0 to 0."""
         if not self.restarts:
             multiplier.addcmul_(violation, lr).clamp_(0.0, self.limit)
             return
@@ -122,13 +121,14 @@ class PIControl(Dual):
         before, smoothed = smoothed, smoothing * smoothed + (1 - smoothing) * violation
         multiplier = multiplier + lr * violation + proportional * (smoothed - before)
         multiplier = min(max(0, multiplier), limit)
-    The proportional part lowers the multiplier as soon as the violation falls, before the integral
-    does: less overshoot. proportional = 0 is `DualAscent` without restarts.
+    The proportional part lowers the multiplier as soon as the violation falls, earlier than the
+    integral part does. So there is less overshoot. With proportional = 0 it is `DualAscent`
+    without restarts.
 
     Args:
         lr, limit, dual_first: see `Dual`; lr is the integral gain, kappa_i.
         proportional: the proportional gain, kappa_p, >= 0: multiplier per violation.
-        smoothing: nu, of the moving average of the violation, in [0, 1).
+        smoothing: nu, the decay of the moving average of the violation, in [0, 1).
 
     Raises:
         ValueError, TypeError: a number is out of its range.
@@ -157,17 +157,17 @@ class PIControl(Dual):
 
 @dataclass(frozen=True)
 class AugmentedLagrangian(Dual):
-    """The augmented Lagrangian: a quadratic term beside the multiplier's, in the loss.
+    """The augmented Lagrangian: the loss also has a quadratic term of the violation.
 
     Equals:
         term = (max(0, multiplier + penalty * violation)^2 - multiplier^2).sum() / (2 * penalty)
         multiplier = min(max(0, multiplier + lr * violation), limit)
-    so that the weight of the density in the loss is max(0, multiplier + penalty * violation). The
-    textbook takes a step with lr = penalty each time the loss has been minimised; here there is one
-    each training step, and lr is smaller.
+    So the weight of the density in the loss is max(0, multiplier + penalty * violation). In the
+    textbook the multiplier moves once the loss is minimised, with lr = penalty. Here it moves in
+    each training step, with a smaller lr.
 
     Args:
-        lr, limit, dual_first: see `Dual`; `limit` bounds the multiplier alone.
+        lr, limit, dual_first: see `Dual`; `limit` does not bound the quadratic term.
         penalty: weight of the quadratic term, > 0.
 
     Raises:
@@ -192,14 +192,14 @@ class AugmentedLagrangian(Dual):
 
 @dataclass(frozen=True)
 class EqualityAscent(Dual):
-    """Density *equal* to the target, by a linear and a quadratic multiplier, both ascended.
+    """Makes the density *equal* to the target, by a linear and a quadratic multiplier.
 
     Equals:
         term = (multiplier * violation + quadratic * violation^2).sum()
         multiplier = multiplier + lr * violation            # of either sign
         quadratic = quadratic + lr * violation^2            # which only grows
-    both within `limit`. A density below its target is pushed up again. (`prune` still holds the
-    density to at most the target.)
+    Both stay within `limit`. A density below its target is pushed up again. `prune` still takes
+    the target as an upper bound.
 
     Args:
         lr, limit, dual_first: see `Dual`.

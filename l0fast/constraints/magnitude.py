@@ -41,7 +41,7 @@ class MagnitudePruning(DensityConstraint):
             (or single weights) are ranked over all layers (see `scores`), with one for each layer
             within it.
         steps: of the whole training, >= 1.
-        gradual: or at once.
+        gradual: whether units go gradually; else all at once, in the middle of the training.
 
     Raises:
         ValueError, TypeError: as `DensityConstraint`, and for `steps`.
@@ -88,8 +88,8 @@ class MagnitudePruning(DensityConstraint):
         """
         if self._device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"{type(self).__name__}: got step() in a captured CUDA graph; expected it after "
-                "each replay, as it counts steps on the host"
+                f"{type(self).__name__}: step() counts steps on the host, so a CUDA graph cannot "
+                "hold it. Call step() after each replay"
             )
         self.done += 1
         if self.first <= self.done <= self.last:

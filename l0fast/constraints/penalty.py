@@ -15,9 +15,11 @@ from l0fast.measures.groups import WHOLE_MODEL, Group, gated_parameters
 
 
 class L0Penalty(DensityTerm):
-    """The penalised baseline: add its call to the loss.
+    """The penalised baseline: a fixed price on the density.
 
-    Equals, without `num_examples` (the normalised unit):
+    Attach it to the optimizer, or add its call to the loss.
+
+    Equals, without `num_examples`:
         coefficient * density
     with it (the unit of Louizos et al., whose loss is a mean over N examples):
         coefficient / num_examples * expected_L0
@@ -27,14 +29,18 @@ class L0Penalty(DensityTerm):
 
     Args:
         model: a model with gates.
-        coefficient: lambda, >= 0; 0.1 with num_examples=60000 on the MLP 784-300-100 is 0.44
-            without.
-        num_examples: N of the training set, >= 1, or None.
+        coefficient: the price, >= 0. On the MLP 784-300-100, a coefficient of 0.1 with
+            num_examples=60000 is the same as 0.44 without `num_examples`.
+        num_examples: number of training examples N, >= 1, or None.
 
     Raises:
         ValueError, TypeError: a number is out of its range, or the model has no gates.
 
     Source: Louizos et al., 2018.
+
+    >>> layer = l0fast.L0Linear(8, 4, density_init=0.5)
+    >>> l0fast.L0Penalty(layer, 0.1)().item()  # 0.1 * density
+    0.0500...
     """
 
     coefficient: Tensor

@@ -18,13 +18,13 @@ class TargetSchedule:
 
     Equals, after t steps:
         target + (start - target) * (1 - min(t / steps, 1)) ** power
-    with power 1 for "linear" and 3 for "cubic". What `prune` holds is the last target at any time.
+    with power 1 for "linear" and 3 for "cubic". `prune` holds the final target at any time.
 
     Args:
-        steps: how many steps of the constraint it takes, >= 1.
+        steps: number of the constraint's steps until the target is reached, >= 1.
         shape: "cubic" (fast at first) or "linear".
-        start: the density to begin at, in (0, 1]; None: each constraint's own, as the target
-            begins to come down. One below the target begins at the target.
+        start: the density to begin at, in (0, 1]. None: the density that each constraint has when
+            its target begins to come down. A start below the target counts as the target.
 
     Raises:
         ValueError, TypeError: a value is out of its range.

@@ -45,7 +45,7 @@ def lag_in_words(
         if density > targets[name] + min(LAG, LAG_OF_TARGET * targets[name]):
             return (
                 f"settle: the expected density of {name!r} is {density:.3g}, far above its "
-                f"target {targets[name]:.3g}: what is closed now was trained with. {advice}"
+                f"target {targets[name]:.3g}, so units that are in use are closed now. {advice}"
             )
     return None
 

@@ -47,25 +47,33 @@ def _check_reachable(equal: DensityConstraint, other: DensityConstraint) -> None
 
 
 class Constraints(Attachable, nn.Module):
-    """Several constraints on one model as one: add its call to the loss.
+    """Several constraints on one model, used as one.
+
+    Attach it to the optimizer, or add its call to the loss.
 
     Equals:
         sum(constraint() for constraint in constraints)
-    `step()` moves the multipliers of all. `prune` holds every target, by its own measure.
+    `step()` moves the multipliers of all. `prune` holds every target, each by its own measure.
 
     Args:
-        constraints: of the class `DensityConstraint`, by different measures or on different layers.
+        constraints: of the class `DensityConstraint`, with different measures or on different
+            layers.
 
     Attributes:
-        constraints: the same, in order; each with its multipliers.
+        constraints: the constraints in their order, each with its multipliers.
 
     Raises:
-        ValueError, TypeError: no constraint, one on another model, two on the same layers by the
-            same measure, or two that cannot both hold. Targets that are the most there may be
-            hold together wherever each can hold alone (see `DensityConstraint`). A density that
-            shall be *equal* to its target may be out of reach under another constraint's targets:
-            by gates that is decided here, exactly, for each pair of constraints; between other
-            measures, and of three or more, it is not.
+        ValueError, TypeError: no constraint, constraints on different models, two on the same
+            layers by the same measure, or two that cannot both hold. Upper bounds hold together
+            if each can hold alone (see `DensityConstraint`). With `EqualityAscent`, a density may
+            be out of reach under another constraint's targets. For measure="gates" each pair of
+            constraints is checked for that; other measures, and three or more at once, are not.
+
+    >>> model = l0fast.sparsify_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    >>> first = l0fast.DensityConstraint(model, {"0": 0.5})
+    >>> second = l0fast.DensityConstraint(model, {"2": 0.25})
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> constraint = l0fast.Constraints([first, second]).attach(optimizer, steps=1000)
     """
 
     def __init__(self, constraints: Iterable[DensityConstraint]) -> None:
@@ -79,12 +87,12 @@ class Constraints(Attachable, nn.Module):
             _checks.refuse("constraints", terms, expected)
         first = list(terms[0].layers.values())
         if any(list(term.layers.values()) != first for term in terms):
-            _checks.refuse("constraints", "several models", "constraints on one model")
+            _checks.refuse("constraints", "several models", "constraints on one and the same model")
         groups = [group for term in terms for group in term.groups.values()]
         for group in groups:
             if groups.count(group) > 1:
                 words = f"two on {group.layers} by {measure_name(group.measure)}"
-                _checks.refuse("constraints", words, "one target for each")
+                _checks.refuse("constraints", words, "one target for each set of layers a measure")
         for term in terms:
             for other in terms:
                 if isinstance(term.dual, EqualityAscent) and other is not term:

@@ -35,7 +35,10 @@ def refuse_others(terms: Sequence[DensityTerm]) -> None:
     others = _groups(terms[0].handle.constraints) - _groups(terms)
     if others:
         found = sorted(f"{' '.join(one.layers)} by {measure_name(one.measure)}" for one in others)
-        expected = "no other targets on the model, or one constraint (or Constraints) with them all"
+        expected = (
+            "no other targets on the model. Put all its constraints into Constraints and settle "
+            "that, or delete the other constraint"
+        )
         _checks.refuse("settle", "; ".join(found), expected)
 
 

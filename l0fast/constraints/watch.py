@@ -46,7 +46,7 @@ class Idle:
         if not trainable or now != self._before or any(one.grad is not None for one in trainable):
             return None
         return (
-            f"no weight of its model has changed in {STILL} steps. If another model is trained, "
+            f"no weight of its model has changed in {STILL} steps. If you train another model, "
             "such as a copy, make the constraint from that one, or copy both at once: "
             "copy.deepcopy((model, constraint))"
         )
@@ -101,9 +101,9 @@ class Watch:
         if lag > LAG:
             self._warn(
                 f"after {self._count} of {term.steps} steps the density is {lag:.2g} above the "
-                f"target in force, and the gates have moved by {moved:.2g} (from open to closed it "
-                "is about 3): their learning rate is too low, or is not Adam's. Give Adam "
-                "l0fast.param_groups(model, lr, steps=...), or attach the constraint"
+                f"target in force, and log_alpha has moved by {moved:.2g} (a gate needs about 3 to "
+                "close): the gates' learning rate is too low, or their optimizer is not Adam. Give "
+                "Adam l0fast.param_groups(model, lr, steps=...), or attach the constraint"
             )
 
     def _warn(self, words: str) -> None:

@@ -91,8 +91,8 @@ def refuse_none(
         told = (name for name, why in reasons.items() if "the model's input" not in why)
         name = next(told, next(iter(reasons)))
         expected = (
-            f"a model in which units can go ({name!r}: {reasons[name]}); or 'input', 'output' or "
-            "'weight', with include= for the layers whose full size may stay around their gates"
+            f"a model in which units can be removed ({name!r}: {reasons[name]}); or gates='input', "
+            "'output' or 'weight' with include=, for layers that keep their full size around gates"
         )
         _checks.refuse("gates", gates, expected)
     expected = "a model with a Linear or conv layer to gate"

@@ -88,10 +88,10 @@ def find_branches(
             held = [next((o for o in two if _holds(plain, [o], example)), None) for two in tried]
             for one, other in zip(found, held, strict=True):
                 if other is None:
-                    refused[one.name] = "without it the model does not run, or is another"
+                    refused[one.name] = "without it the model fails, or computes something else"
             found = [one for one in held if one is not None]
             if found and not _holds(plain, found, example):
-                refused.update((one.name, "it cannot go together with others") for one in found)
+                refused.update((one.name, "it cannot go when others have gone") for one in found)
                 found = []
     kept = {one.name for one in found}
     lost = {one.name for one in made.found} - kept
@@ -135,4 +135,4 @@ def branch_rows(
 def refuse_no_branches(refused: Mapping[str, str]) -> NoReturn:
     """Says why a model has no branch to gate."""
     why = next((f" ({name!r}: {reason})" for name, reason in refused.items()), "")
-    _checks.refuse("depth", True, f"False for this model: no residual branch of it can go{why}")
+    _checks.refuse("depth", True, f"False for this model: no residual branch can be removed{why}")

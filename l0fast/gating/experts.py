@@ -89,7 +89,7 @@ def find_mixtures(
         if found and not _holds(plain, found, example):
             held = [one for one in found if _holds(plain, [one], example)]
             for one in (one for one in found if one not in held):
-                why = "without some of them the model does not run, or is another"
+                why = "without some of them the model does not run, or computes something else"
                 refused[one.path(one.experts)] = why
     return held, refused
 
@@ -132,5 +132,5 @@ def expert_rows(
 def refuse_no_experts(refused: Mapping[str, str]) -> NoReturn:
     """Says why a model has no experts to gate."""
     why = next((f" ({name!r}: {reason})" for name, reason in refused.items()), "")
-    expected = f"False for this model: no mixture of experts with a router is found in it{why}"
+    expected = f"False for this model: it has no mixture of experts whose router is found{why}"
     _checks.refuse("experts", True, expected)

@@ -79,7 +79,9 @@ def refuse_hidden(model: nn.Module, found: Hidden) -> NoReturn:
         if isinstance(module, nn.LayerNorm)
     ]
     why = f" ({norms[0][0]!r}: {norms[0][1]})" if norms else ""
-    expected = f"False for {type(model).__name__}: no residual stream with RMS norms alone{why}"
+    expected = (
+        f"False for {type(model).__name__}: it has no residual stream that only RMS norms read{why}"
+    )
     _checks.refuse("hidden", True, expected)
 
 

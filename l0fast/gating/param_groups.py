@@ -37,9 +37,10 @@ def param_groups(
     Args:
         model: a model with gates.
         lr: learning rate of the weights, > 0.
-        gate_lr: learning rate of every log_alpha, > 0; without it, it goes by `steps`.
-        steps: of the whole training, >= 1: the gates' learning rate is 30 / steps, within 0.03 and
-            0.3, which is right for Adam. With neither it is `lr`.
+        gate_lr: learning rate of every log_alpha, > 0. By default it follows from `steps`.
+        steps: optimizer steps of the whole training, >= 1. The gates' learning rate is then
+            30 / steps, at least 0.03 and at most 0.3, which is right for Adam. Without `gate_lr`
+            and `steps` it is `lr`.
         weight_decay: of the weights, >= 0; the gates have none.
 
     Returns:
@@ -47,6 +48,11 @@ def param_groups(
 
     Raises:
         ValueError, TypeError: the model has no gates, or a number is out of range.
+
+    >>> model = l0fast.sparsify_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    >>> weights, gates = l0fast.param_groups(model, lr=1e-3, steps=1000)
+    >>> len(weights["params"]), len(gates["params"]), gates["lr"]
+    (4, 2, 0.03)
     """
     _checks.module("model", model)
     _checks.number("lr", lr, "a number > 0", low=0.0, open_low=True)

@@ -53,7 +53,7 @@ class GateTable:
     """Why the structure is not known, where it is not."""
 
     def __str__(self) -> str:
-        rows = [("layer", "kind", "gates", "each on", "of", "reason")]
+        rows = [("layer", "kind", "gates", "units each", "number", "reason")]
         for row in self.layers:
             units, gates = (str(row.units), str(row.num_gates)) if row.gates else ("-", "-")
             rows.append((row.name, row.kind, row.gates or "-", units, gates, row.reason))

@@ -49,11 +49,12 @@ def matcher(
         return selection
     patterns = [selection] if isinstance(selection, str) else selection
     if not isinstance(patterns, Iterable):
-        _checks.refuse(option, patterns, "glob patterns or a predicate(name, layer)", TypeError)
+        _checks.refuse(option, patterns, "glob patterns or a function of (name, layer)", TypeError)
     patterns = list(patterns)
     for pattern in patterns:
         if not isinstance(pattern, str):
-            _checks.refuse(option, pattern, "glob patterns or a predicate(name, layer)", TypeError)
+            expected = "glob patterns or a function of (name, layer)"
+            _checks.refuse(option, pattern, expected, TypeError)
         matched = [name for name in names if fnmatchcase(name, pattern)]
         if not matched:
             _checks.refuse(option, pattern, f"a pattern that matches one of {names}")
@@ -179,11 +180,16 @@ def choose(
     if gates != "auto":
         return Chosen({name: Choice(gates) for name in layers})
     if example is None:
-        note = "each layer by itself: no example_inputs, so the model's structure is not known"
+        note = (
+            "each layer has gates by itself, since the model's structure is not known: pass "
+            "example_inputs"
+        )
         return Chosen(without_structure(layers), note=note)
     structure = structure or Structure.of(model, example)
     if structure.trace is None:
-        note = f"each layer by itself: torch.export refuses the model, {structure.failure}"
+        note = (
+            f"each layer has gates by itself: torch.export refuses the model, {structure.failure}"
+        )
         return Chosen(without_structure(layers), structure, note)
     note = f"layers are followed {structure.in_parts}" if structure.in_parts else ""
     return Chosen(by_structure(model, structure.trace, layers), structure, note)

@@ -120,61 +120,55 @@ def sparsify_(
 ) -> nn.Module | GateTable:
     """Puts gates on a model's linear and convolution layers, in place, and returns the model.
 
-    The parameters stay the same objects, so an optimizer built before still holds them; the
-    gates' `log_alpha` come on top. In training the gates of all layers are sampled by one op at
-    the start of the model's forward. With density_init=1 the model computes in evaluation
-    exactly what it computed before (fused attention that is made ordinary: but for rounding).
+    Parameters stay the same objects, so an optimizer that was built before still holds them; the
+    gates' `log_alpha` are new parameters. In training, one op at the start of the model's forward
+    samples the gates of all layers. With density_init=1 the model computes in evaluation what it
+    computed before, exactly (to rounding where fused attention is made ordinary).
 
-    With gates="auto" the model's structure says where they go, found by one torch.export on
-    `example_inputs`: on the output channels of convolutions without a norm behind them; elsewhere
-    on the inputs of a Linear or a convolution, so that what makes these can go (a convolution and
-    its batch norm, an MLP's hidden units, both halves of a gated MLP). Layers that read the same
-    units, or a part of the same (a skip connection, a dense block), share the gates of these. There
-    is one gate for each attention head, group of query heads with one key, or group of a
-    convolution; and on the model's own inputs into a Linear. What a residual stream with norms, or
-    the model's output, needs has none. Where there is no example, or torch.export refuses the
-    model, each convolution has gates on its outputs and each Linear on its inputs.
+    With gates="auto" the places of the gates follow from the model's structure, which one
+    torch.export on `example_inputs` finds. A convolution without a norm behind it has gates on its
+    output channels. Other layers have gates on their inputs, so that what makes an input can go: a
+    convolution and its batch norm, an MLP's hidden unit, both halves of a gated MLP. Inputs of the
+    model into a Linear have gates, too. Layers that read the same units, or some of them (skip
+    connections, dense blocks), share gates. An attention head, a key-value head with its query
+    heads, and a group of a convolution have one gate each. The model's output and residual streams
+    with norms have none.
+    Without an example, or if torch.export refuses the model, each convolution has gates on its
+    outputs and each Linear on its inputs.
 
     Args:
-        model: any module; its nn.Linear, nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d take part,
-            and subclasses of them that keep their forward, which become layers of the base class;
-            and transformers' Conv1D, a Linear whose weight is [in, out] (those inside PyTorch's
-            fused attention modules do not, nor those whose weights something computes, such as
-            weight_norm).
+        model: any module. Its nn.Linear, nn.Conv1d/2d/3d and nn.ConvTranspose1d/2d/3d take part;
+            subclasses of them that keep their forward, which become layers of the base class; and
+            transformers' Conv1D. Layers inside PyTorch's fused attention modules, and layers whose
+            weights are computed (weight_norm), do not.
         gates: "auto", or "input", "output" or "weight" for every layer that takes part.
-        include: only layers whose name matches a glob pattern (or one of several), or for which
-            predicate(name, layer) is true.
-        exclude: the same, left out.
-        density_init: the density the gates start with, in (0, 1]: a number, or name pattern ->
-            number (layers not named start at 0.9). Default 0.9.
-        droprate_init: for replicating papers, see `L0Linear`; a number or a mapping.
+        include: takes only layers whose name matches a glob pattern (or one of several), or for
+            which predicate(name, layer) is true.
+        exclude: the same, for layers to leave out.
+        density_init: the density the gates start with, in (0, 1]: a number, or a dict of name
+            pattern -> number (other layers start at 0.9). Default 0.9.
+        droprate_init: for replicating papers, see `Gated`; a number or a dict.
         distribution: of the gates; HardConcrete() by default.
-        noise: "batch" or "example", see `L0Linear`.
+        noise: "batch" or "example", see `Gated`.
         depth: whether each residual branch (an attention, an MLP, a ResNet's block) has one more
-            gate, on the whole of it: y = x + z * f(x). Closed, the branch is gone, and so is a
-            block without a branch. The table has them; `graph.branches` says which are found.
-        experts: whether each expert of a mixture has one more gate, too. Its router never picks a
-            closed expert, and `prune` removes it; as many stay as each token needs. The table has
-            them; `graph.mixtures` says which are found.
+            gate, y = x + z * f(x). A closed gate removes the branch, and a block without a branch.
+        experts: whether each expert of a mixture has one more gate. The router never picks a closed
+            expert, and `prune` removes it. As many experts stay as each token needs.
         example_inputs: what the model's forward takes: a tensor, a tuple of positional arguments,
-            or a dict of keyword arguments. A list that the model takes as one argument is one, and
-            so is a NamedTuple. Where given, layers that never run on it are left out, and closed
-            units can be skipped.
-        skip: whether a training step leaves out the units whose gates are drawn closed; the step
-            taken is the same. "auto": on a CPU, where it saves time. True: wherever units can be
-            followed from the layers that make them to those that read them. False: nowhere. Needs
-            `example_inputs`. On a GPU, True skips chains of linear layers without a host sync; in
-            a model with convolutions the host reads the gates once a step.
-        hidden: whether the hidden width has gates, too: one for each channel of a residual stream,
-            shared by all its RMS norms. What writes into the stream (embeddings, the last layers
-            of attention and MLP) and what reads it gets smaller with it. Needs gates="auto",
-            `example_inputs`, and RMS norms in front of all that reads the stream: a layer norm
-            takes the mean of all channels, so that none can go alone.
-        uniform: whether layers that repeat, as in the blocks of a transformer, shall keep as many
-            units each when the gates settle and in `prune`, so that a configuration can say it by
-            one number.
-        dry_run: change nothing, and return a table of what would have gates and why the others
-            would not; it prints as a table.
+            or a dict of keyword arguments. A list or a NamedTuple is one argument. With it, layers
+            that never run on the example have no gates, and closed units can be skipped.
+        skip: whether a training step leaves out closed units; the step is the same. "auto": on a
+            CPU, where it saves time. True: wherever units can be followed between layers. False:
+            nowhere. Needs `example_inputs`. On a GPU, True skips chains of linear layers without
+            waiting for the device; with convolutions the host reads the gates once a step.
+        hidden: whether the hidden width has gates: one for each channel of a residual stream,
+            shared by its RMS norms. What writes into the stream and what reads it gets smaller.
+            Needs gates="auto", `example_inputs`, and RMS norms before all that reads the stream (a
+            LayerNorm takes the mean of all channels, so no channel can go alone).
+        uniform: whether layers that repeat, as in the blocks of a transformer, keep the same number
+            of units when the gates settle and in `prune`, as a configuration needs.
+        dry_run: changes nothing and returns a table: which layers would have gates, how
+            many, on how many units each, and why other layers would have none.
 
     Raises:
         ValueError: no layer is left to gate, a pattern matches none, an option is out of range,
@@ -182,6 +176,11 @@ def sparsify_(
         TypeError: an option of a wrong type.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
+
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> model = l0fast.sparsify_(model, example_inputs=torch.randn(2, 8))
+    >>> model[2]
+    L0Linear(in_features=16, out_features=4, bias=True, gates='input')
     """
     check_call(model, gates, density_init, droprate_init, example_inputs, skip)
     check_parts("depth", depth, gates, noise, example_inputs)

@@ -25,17 +25,17 @@ class L0Callback(Callback):  # pyright: ignore[reportGeneralTypeIssues, reportUn
         constraint = DensityConstraint(module, target, steps=...)
         constraint.attach(trainer.optimizers)
     when the fit starts, and `detach()` at its end. Gradient accumulation, clipping, mixed precision
-    and schedules stay the Trainer's. The state is in the checkpoint, with the optimizer's:
-    `fit(ckpt_path=...)` goes on exactly where the training was. Each `ModelCheckpoint` with a
-    `monitor` looks for the best anew once the gates have settled.
+    and schedules stay the Trainer's. The checkpoint has the constraint's state in the optimizer's:
+    `fit(ckpt_path=...)` continues exactly where the training was. Each `ModelCheckpoint` with a
+    `monitor` chooses the best model among those after the gates have settled.
 
     Args:
-        constraint: on the model; or None, with `target` and its like in its place.
-        target, measure, example_inputs: of a `DensityConstraint` to make, on the LightningModule.
-        settle, start, gate_lr: of `attach`.
+        constraint: a constraint on the model; None to make one from the arguments below.
+        target, measure, example_inputs: as of `DensityConstraint`, for the LightningModule.
+        settle, start, gate_lr: as of `attach`.
 
     Attributes:
-        constraint: once the fit has started.
+        constraint: the constraint, once the fit has started.
 
     Raises:
         ValueError, TypeError: neither a constraint nor a target, or both.

@@ -61,24 +61,23 @@ def save_pretrained(
 ) -> str:
     """Writes a pruned model of Hugging Face to a folder.
 
-    Where a configuration can say all its widths, the folder is an ordinary one: the class's own
-    `from_pretrained` loads it, without l0fast. The configuration is mended, and what follows from
-    it (eps of norms, the scale of embeddings) is made up for in the weights; the model that the
-    folder gives is compared with `small` first. Else `load_pretrained` loads the folder, and a
-    README in it says so.
+    If a configuration can hold all widths, the folder is an ordinary one: the class's own
+    `from_pretrained` loads it, without l0fast. The configuration gets the new widths. Values that
+    follow from them (eps of norms, the scale of embeddings) are corrected in the weights. The model
+    that the folder gives is compared with `small` first. Else `load_pretrained` loads the folder,
+    and a README in it says so.
 
     Args:
-        small: what `prune` made of a `PreTrainedModel`, as it was or trained further.
+        small: a pruned `PreTrainedModel`, as `prune` returned it or trained further.
         folder: made if it does not exist.
-        example_inputs: what the model's forward takes; by default tokens, where it takes
-            `input_ids`.
+        example_inputs: what the model's forward takes. By default tokens, if it takes `input_ids`.
 
     Returns:
-        "" if plain `from_pretrained` loads it, else why it does not.
+        "" if plain `from_pretrained` loads the folder, else the reason why it does not.
 
     Raises:
-        ValueError: the model is not pruned, or there is no example of what it takes.
-        TypeError: it is none of Hugging Face's.
+        ValueError: the model is not pruned, or `example_inputs` is needed and not given.
+        TypeError: the model is not a `PreTrainedModel`.
     """
     if not isinstance(small, transformers.PreTrainedModel):
         expected = "a pruned PreTrainedModel"

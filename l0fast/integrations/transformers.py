@@ -41,21 +41,21 @@ class L0Callback(TrainerCallback, ExportableState):
         constraint = DensityConstraint(model, target, steps=...)
         constraint.attach(trainer.optimizer)
     when the training begins, and `detach()` at its end. Gradient accumulation, clipping, mixed
-    precision and schedules stay the Trainer's. `resume_from_checkpoint` goes on exactly where the
-    training was: the state is in the checkpoint's trainer_state.json. With
+    precision and schedules stay the Trainer's. `resume_from_checkpoint` continues exactly where the
+    training was, since the checkpoint's trainer_state.json has the constraint's state. With
     `load_best_model_at_end` the best model is chosen among those after the gates have settled.
 
-    Densities and multipliers are in `state.log_history`, and in the logs that the callbacks after
-    this one are given. The Trainer puts those of `report_to` before it: to have the numbers there,
-    set report_to=[] and list them after it, as in callbacks=[L0Callback(...), WandbCallback()].
+    Densities and multipliers are in `state.log_history`, and in the logs that later callbacks get.
+    The Trainer puts the loggers of `report_to` before this callback. To log the numbers, set
+    report_to=[] and list the loggers yourself: callbacks=[L0Callback(...), WandbCallback()].
 
     Args:
-        constraint: on the model; or None, with `target` and its like in its place.
-        target, measure, example_inputs: of a `DensityConstraint` to make.
-        settle, start, gate_lr: of `attach`.
+        constraint: a constraint on the model; None to make one from the arguments below.
+        target, measure, example_inputs: as of `DensityConstraint`.
+        settle, start, gate_lr: as of `attach`.
 
     Attributes:
-        constraint: once the training has begun.
+        constraint: the constraint, once the training has begun.
 
     Raises:
         ValueError, TypeError: neither a constraint nor a target, or both; when the training begins,

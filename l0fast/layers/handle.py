@@ -258,7 +258,11 @@ def gates(model: nn.Module) -> ModelGates:
 
     Raises:
         ValueError: the model has no gates.
-        TypeError: it is no module.
+        TypeError: it is not a module.
+
+    >>> model = l0fast.sparsify_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    >>> list(l0fast.gates(model).layers)
+    ['0', '2']
     """
     handle = handle_of(_checks.module("model", model))
     if handle is None:

@@ -35,6 +35,9 @@ class L0Linear(Gated, nn.Linear):
         ValueError, TypeError: an option is out of its range.
 
     Source: Louizos et al., 2018.
+
+    >>> l0fast.L0Linear(8, 4).log_alpha.shape  # a gate on each input
+    torch.Size([8])
     """
 
     dense_type = nn.Linear

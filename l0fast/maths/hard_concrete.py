@@ -29,23 +29,28 @@ class HardConcrete:
         z = clamp(s * (zeta - gamma) + gamma, 0, 1)
         P(z > 0) = sigmoid(log_alpha - temperature * log(-gamma / zeta))
 
-    The open probability is that of noise_scale=1. With less noise it is a smooth stand-in for
-    "open in evaluation": the probability itself would have no gradient but near its threshold.
+    The open probability is always that of noise_scale=1. With less noise, the true probability
+    would have a gradient only near its threshold; this one has a gradient everywhere.
 
     Every method is elementwise, on any shape, floating dtype and device.
 
     Args:
-        temperature: beta > 0; the smaller, the closer to a coin.
+        temperature: beta > 0. The smaller it is, the nearer are the gates to 0 or 1.
         gamma: lower end of the stretched interval, < 0.
         zeta: upper end of the stretched interval, > 1.
-        bound: log_alpha is kept in [-bound, bound] by the constraint's and the penalty's step.
-        noise_scale: how much of the logistic noise a gate has, > 0; 1 is the published
-            distribution.
+        bound: the step of a constraint or penalty keeps log_alpha in [-bound, bound].
+        noise_scale: factor of the logistic noise, > 0; 1 is the published distribution.
 
     Raises:
         ValueError, TypeError: an argument is not a number in its range.
 
     Source: Louizos et al., 2018, eqs. 10-12 (sample), 24 (open probability), 25 (evaluation).
+
+    >>> distribution = l0fast.HardConcrete()
+    >>> distribution.open_probability(torch.tensor(0.0))
+    tensor(0.8318)
+    >>> distribution.median(torch.tensor([-3.0, 0.0, 3.0]))  # the gates in evaluation
+    tensor([0.0000, 0.5000, 1.0000])
     """
 
     temperature: float = 2 / 3
@@ -103,7 +108,7 @@ class HardConcrete:
         dprobability: Tensor | None,
         probability: Tensor,
     ) -> Tensor | None:
-        """The gradient of log_alpha, from that of z, of its open probability, or of both.
+        """The gradient of log_alpha, from those of z and of its open probability (None: absent).
 
         Equals:
             dz * [0 < z < 1] * (zeta - gamma) / temperature * s * (1 - s)

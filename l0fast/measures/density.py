@@ -50,18 +50,25 @@ class DensityTable:
 
 
 def density(model: nn.Module, example_inputs: Any = None) -> DensityTable:
-    """The density of a model with gates: a table, by layer and in all.
+    """The density of a model with gates, of each layer and in all, as a table.
 
     Args:
         model: a model with gates.
         example_inputs: what its forward takes: a tensor, a tuple of positional arguments, or a dict
-            of keyword arguments; where given, the table has MACs.
+            of keyword arguments. If it is given, the table has MACs.
 
     Returns:
         DensityTable(layers, total), which prints as a table.
 
     Raises:
         ValueError: the model has no gates, or does not take the example.
+
+    >>> model = l0fast.sparsify_(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    >>> print(l0fast.density(model, torch.randn(2, 8)))
+    layer  gates  open  of  expected  realised  params  MACs
+    0      input     8   8    0.9000    1.0000     128   256
+    2      input    16  16    0.9000    1.0000      64   128
+    total           24  24    0.9000    1.0000     192   384
     """
     layers = gates(model).layers
     macs = None if example_inputs is None else count_macs(model, example_inputs)

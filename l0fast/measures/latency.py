@@ -39,16 +39,17 @@ class LayerLatency:
 
 @dataclass(frozen=True, eq=False)
 class LatencyTable:
-    """Seconds that a model's layers take, by their widths: what `measure_latency` returns.
+    """The seconds that a model's layers take at several widths, as `measure_latency` returns them.
 
-    Between the widths that were measured it is interpolated, bilinearly. Layers that cannot get
-    smaller, and what there is besides layers, are in `rest` as far as it does not shrink with the
-    layers' outputs; else it is part of the layers' seconds.
+    Between the widths that were measured, seconds are interpolated bilinearly. Time outside of the
+    layers that can shrink is part of the layers' seconds where it shrinks with their outputs, and
+    part of `rest` where it does not.
 
     Attributes:
-        layers: layer name -> LayerLatency(inputs, outputs, seconds).
-        rest: seconds that stay whatever the widths.
-        about: what it was measured on: device, threads, dtype, shapes of the example, torch.
+        layers: layer name -> LayerLatency(inputs, outputs, seconds): the widths on each side, and
+            seconds[i][j] at inputs[i] and outputs[j].
+        rest: seconds that do not depend on the widths.
+        about: where it was measured: device, threads, dtype, shapes of the example, torch version.
     """
 
     layers: dict[str, LayerLatency]
@@ -81,13 +82,13 @@ class LatencyTable:
         """The table in a file that `save` wrote; `name` is the option that named it.
 
         Raises:
-            ValueError: it holds none.
-            OSError: it cannot be read.
+            ValueError: the file holds no latency table.
+            OSError: the file cannot be read.
         """
         try:
             return cls.from_json(json.loads(read_text(Path(path))))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            reason = f"a latency table that was saved ({type(error).__name__}: {error})"
+            reason = f"a latency table that save wrote ({type(error).__name__}: {error})"
             _checks.refuse(name, str(path), reason)
 
     def under(self, prefix: str) -> LatencyTable:

@@ -100,21 +100,21 @@ def _origins(model: nn.Module, small: nn.Module) -> dict[str, _Origin]:
 
 
 def prune_optimizer(optimizer: OptimizerT, model: nn.Module, small: nn.Module) -> OptimizerT:
-    """The optimizer of a pruned model that goes on where that of the gated model was.
+    """An optimizer for a pruned model that continues the optimizer of the gated model.
 
-    Its class, options and parameter groups are the same, in the same order, for the pruned
-    model's parameters; each parameter's state is the part that belongs to what is left of it
-    (momentum, Adam's moments), and its step count stays. What belongs to gates is dropped, and
-    leaves their group empty. The optimizer passed in is not changed. A learning rate scheduler is
-    to be built anew around the result.
+    It has the same class, options and parameter groups, in the same order, with the pruned model's
+    parameters. Each parameter keeps its step count, and of its state (momentum, Adam's moments)
+    the part for the units that are left. The state of gates is dropped, so a group of gates is
+    empty. The optimizer passed in is not changed. Build a learning rate scheduler anew around the
+    result.
 
-    Where every gate that is left is fully open, the next step is exactly that of the gated model
-    (without noise); where one was in between, its factor is now part of the weights, and the
-    moments are those from before.
+    If all gates that are left are fully open, the next step is exactly that of the gated model
+    without noise. A gate between 0 and 1 has become part of the weights; their moments are still
+    those from before.
 
     Args:
-        optimizer: any whose state is, for each parameter, numbers and tensors of the parameter's
-            shape.
+        optimizer: any optimizer whose state for each parameter is numbers, and tensors of the
+            parameter's shape.
         model: the gated model, as it was pruned.
         small: what `prune` made of it.
 
@@ -122,6 +122,13 @@ def prune_optimizer(optimizer: OptimizerT, model: nn.Module, small: nn.Module) -
         ValueError: `small` was not pruned from `model`, a parameter is not the model's, or a
             state has another shape.
         TypeError: not an optimizer.
+
+    >>> x = torch.randn(2, 8)
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> model = l0fast.sparsify_(model, example_inputs=x)
+    >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    >>> small = l0fast.prune(model, x, 0.5, measure="params")
+    >>> optimizer = l0fast.prune_optimizer(optimizer, model, small)
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         expected = "a torch.optim.Optimizer"
@@ -172,11 +179,10 @@ def _carried(origin: _Origin, model: nn.Module, state: Mapping[str, Tensor]) -> 
 def prune_state_dict(
     state_dict: Mapping[str, Tensor], model: nn.Module, small: nn.Module
 ) -> dict[str, Tensor]:
-    """The pruned model's state, of another state of the model it was pruned from.
+    """Makes a state of the gated model, such as an average of its weights, one of the pruned model.
 
     Equals:
         small.state_dict(), if `state_dict` is the model's own
-    For an average of the weights, for example, that was kept during training.
 
     Args:
         state_dict: of the gated model, or of the dense one (the gates are then the model's).
@@ -184,14 +190,17 @@ def prune_state_dict(
         small: what `prune` made of it.
 
     Raises:
-        ValueError: `small` was not pruned from `model`, the state does not fit the model, or biases
-            hold what constant inputs gave: of another state these would be others.
+        ValueError: `small` was not pruned from `model`, the state does not fit the model, or some
+            biases of `small` hold constants that `prune` computed from the model's own state.
     """
     model = unwrapped(model)
     report = report_of(small)
     folded = [] if report is None else report.folded
     if folded:
-        expected = "one whose biases hold no constants: load the state into a copy, and prune that"
+        expected = (
+            "a model whose biases hold no constants. Load the state into a copy of the gated model "
+            "and prune that"
+        )
         _checks.refuse("small", f"a model with constants in the bias of {folded[0]!r}", expected)
     origins = _origins(model, small)
     twin = copied(model)

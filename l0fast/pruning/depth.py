@@ -140,5 +140,7 @@ def shallow(
         else:
             if not failure:
                 return found
-    got = f"{type(model).__name__}, which needs a branch or an expert that is closed ({failure})"
-    _checks.refuse("model", got, "a model that runs without it")
+    got = (
+        f"{type(model).__name__}, which does not run without a closed branch or expert ({failure})"
+    )
+    _checks.refuse("model", got, "a model that runs without it: exclude it in sparsify_")

@@ -100,8 +100,8 @@ class Proof:
             self._choose(model, example)
             first, given = self._seen[0]
             if not given.something:
-                got = f"{type(model).__name__}, whose output of class {given.kind} holds none"
-                _checks.refuse("model", got, "a model that gives finite numbers, to compare by")
+                got = f"{type(model).__name__}, whose {given.kind} output has no finite number"
+                _checks.refuse("model", got, "an output with finite numbers, which prune compares")
         for probes in groups_of_probes(model, first.example, added):
             for probe in probes:
                 try:

@@ -148,9 +148,9 @@ def _warn_of_force(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> N
     closed = sum(int((gates & ~kept[n].to(gates.device)).sum()) for n, gates in opened.items())
     if closed > FORCED * total:
         warnings.warn(
-            f"prune: closes {closed} of the {total} gates that are open, to hold the target; the "
-            "model was not trained without them. Train to the end under the constraint, and load "
-            "no checkpoint from before the target was met",
+            f"prune: closes {closed} of the {total} gates that are open, to hold the target. The "
+            "model was trained with these units, so it will be worse. Train to the end under the "
+            "constraint, and do not prune a checkpoint from before the target was met",
             stacklevel=4,  # the caller of `on_full_weights`
         )
 
@@ -165,49 +165,45 @@ def prune(
     round_to: int = 1,
     uniform: bool | None = None,
 ) -> nn.Module:
-    """A smaller ordinary model that computes what the gated one does in evaluation.
+    """Returns a smaller ordinary model that computes what the gated one does in evaluation.
 
     Equals, on any input:
         model.eval()(x)      # with the gates that do not fit the target closed
 
-    The gates that stay are those open in evaluation, by rank of their open probability, as many
-    as the targets allow (a layer is complete with its first gate that does not fit); every layer
-    with gates on units keeps its likeliest one. Closed units
-    are then removed wherever the layers around them agree, and elsewhere left out of the layer's
-    computation by a gather before or a scatter after it. The result is compared with the gated
-    model in float64 (where the model runs in it), and what does not hold is undone and named.
-    Compared are the output, and what is left of the outputs of every Linear and convolution;
-    on the example, on noise, and where the model takes them on another batch size and on another
-    length or image size, with parameters of one value everywhere (zeros, ones) made others in
-    both. The model passed in is not changed.
+    The gates that are open in evaluation stay. If a target does not allow all of them, gates are
+    taken in the order of their open probability, and a layer is complete at its first gate that
+    does not fit. Every layer with gates on units keeps at least its likeliest one. Closed units are
+    removed wherever the layers around them agree. Elsewhere a gather before the layer or a scatter
+    after it leaves them out of the computation. The result is compared with the gated model, in
+    float64 where the model runs in it. A removal that fails is undone, and the report names it. The
+    comparison covers the output, and what is left of the output of every Linear and convolution. It
+    runs on the example and on noise; where the model takes them, on another batch size and another
+    length or image size, too. The model passed in is not changed.
 
     Args:
         model: a model with gates.
         example_inputs: what its forward takes: a tensor, a tuple of positional arguments, or a dict
-            of keyword arguments. A list that the model takes as one argument is one, and so is a
-            NamedTuple.
-        target: the density that must not be exceeded: a number for the whole model, or layer
-            name or glob pattern -> number; or a constraint (or `Constraints`) on the model, whose
-            targets are held. Default: the targets of all constraints on the model that are alive,
-            each by its own measure; without any, every open gate stays.
+            of keyword arguments. A list or a NamedTuple is one argument.
+        target: the density that must not be exceeded: a number for the whole model, or a dict of
+            layer name or glob pattern -> number; or a constraint (or `Constraints`) on the model.
+            Default: the targets of all constraints on the model that are alive, each by its own
+            measure. Without a constraint, every open gate stays.
         measure: what `target` is a share of, as in `DensityConstraint`.
-        round_to: each layer with gates on units keeps a multiple of so many of them (or all it
-            has), in the order of their open probability. A last block that is partly open is
-            filled by the next likeliest gates, which are closed in evaluation and so add units of
-            zeros, where the targets allow it, and else dropped. Where units have gates on both
-            sides (a convolution's channels in front of a Linear's inputs) fewer may be left; the
-            report names widths that are no multiples.
-        uniform: whether layers that repeat, as in the blocks of a transformer, keep as many gates
-            each (heads, hidden units), so that a configuration can say it by one number. Each
-            keeps its likeliest gates; those of one rank stay or go in all layers, in the order of
+        round_to: each layer with gates on units keeps a multiple of this number of them, or all. If
+            the last multiple is partly open, it is filled with the next likeliest gates where the
+            targets allow it, and else dropped. (Those gates are closed, so their units are zeros.)
+            Fewer may be left where units have gates on both sides, such as a convolution's channels
+            in front of a Linear's inputs. The report names widths that are no multiples.
+        uniform: whether layers that repeat, as in the blocks of a transformer, keep the same number
+            of gates (heads, hidden units), so that a configuration can hold it as one number. Each
+            keeps its likeliest gates. Gates of one rank stay or go in all layers, in the order of
             their mean. A layer with fewer open gates is filled with units of zeros. Default: as
-            `sparsify_` was told.
+            given to `sparsify_`.
 
     Returns:
         A model of the same class, of plain PyTorch modules, in the same dtype, device and mode
-        (modules in `report.views` are torch.fx modules).
-        Its attribute `report` is a `Report`; a model that has a `report` of its own keeps it, and
-        ours is `l0fast_report`.
+        (modules in `report.views` are torch.fx modules). Its attribute `report` is a `Report`. If
+        the model has a `report` of its own, the attribute is `l0fast_report`.
 
     Raises:
         ValueError: no gates, a target that leaves no unit for a layer, an example that the model
@@ -215,6 +211,13 @@ def prune(
         TypeError: a target of a wrong type.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (purged models).
+
+    >>> x = torch.randn(2, 8)
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> small = l0fast.prune(l0fast.sparsify_(model, example_inputs=x), x, 0.5, measure="params")
+    >>> kept, before = small.report.params
+    >>> kept <= 0.5 * before
+    True
     """
     _checks.whole("round_to", round_to)
     if uniform is not None and not isinstance(uniform, bool):
@@ -257,7 +260,7 @@ def prune(
         if not over:
             break
         if budgets == before:
-            left_over = f"a target that holds what no gate closes in {over[0].name!r}"
+            left_over = f"a larger target: no gates can close what is left in {over[0].name!r}"
             _checks.refuse("target", over[0].target, left_over)
     small = draft.finish()
     seconds: list[float] | None = None

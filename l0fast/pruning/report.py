@@ -21,17 +21,17 @@ REPORT_FORMAT = 1
 class Report:
     """What `prune` has done. `print` shows it as a table.
 
-    It holds what JSON knows. Where two numbers are given they are [after, before].
+    All values can be written as JSON. Pairs of numbers are [after, before].
 
     Attributes:
         format: 1.
         architecture: units left along each gated layer's gated dimension, "198-233-100".
         density: parameters of kept gates over gated parameters.
-        forced: how many gates the targets closed that were open in evaluation.
+        forced: how many gates were open in evaluation and were closed to hold the targets.
         collapsed: names of the gated layers without an open gate. Nothing of the input passes
             through them; with gates on units, one unit of zeros stands for them.
         round_to: as asked.
-        filled: how many gates stay that are closed in evaluation.
+        filled: how many gates are closed in evaluation and stay.
         groups: name of a target -> a dict: layers, measure, target, density, kept, total, forced.
             Empty without targets.
         params: parameters, [after, before]; before is the dense model without gates.
@@ -43,7 +43,7 @@ class Report:
             gates ("input", "output", "weight" or None), gates_open, gates_total, forced, in and
             out ([kept, of]), status and reason. A status is "removed" (closed units do not exist
             any more), "compacted" (left out, with a gather or scatter) or "kept" (full size).
-        tier: how far layers could be merged.
+        tier: how far layers could be merged; "merged" if no gather or scatter is left.
         notes: what was undone, and why.
         max_error: the largest relative error found.
         tolerance: the largest that is allowed.
@@ -52,15 +52,15 @@ class Report:
             two Linears: how it is called.
         attributes: a dict for each attribute of a module that followed a size, such as num_heads:
             name, kind (of the module), attribute, value ([after, before]).
-        views: a dict for each module that was made anew by torch.fx, with the sizes that are left
-            in its views, since no attribute holds them: name, kind (the class it had), constants
-            and lengths (of arguments of its forward), views (node -> sizes). Its attributes, such
-            as num_heads, are gone with its class.
+        views: a dict for each module that torch.fx has rebuilt with new sizes in its views, since
+            no attribute holds these sizes: name, kind (its former class), constants and lengths (of
+            arguments of its forward), views (node -> sizes). The rebuilt module does not have the
+            attributes of its class, such as num_heads.
         folded: names of the layers whose biases hold what constant inputs gave.
         cuts: a dict for each time that branches or experts were cut out: branches (names of their
             last layers), modules (what took the place of what), dropped (list of modules -> places
-            that were taken out of it; what is behind has other names since, which the report uses),
-            after (how many entries of layers, attributes and views came before); and experts, where
+            that were taken out of it; later modules have new names, which the report uses), after
+            (how many entries of layers, attributes and views came before); and experts, if
             mixtures lost some: name, router, experts, kept (the places of those that stay), ...
         layers: the recipe, a list of dicts in the order to apply: name, kind, in, out, inputs and
             outputs (the indices that stay, None for all), gather and scatter ([positions, of],

@@ -35,17 +35,25 @@ KEYS = ("attention", "attributes", "cuts", "layers", "views")
 def save_pruned(small: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model that `prune` made to one .safetensors file, whole or not at all.
 
-    The metadata's entry "l0fast" is JSON: format, layers, attributes, cuts, views and attention
-    (the recipe, see `Report`), aliases (name -> name of the same tensor: tied weights are stored
-    once), frozen (parameters without gradient), report (all else that `prune` reported) and sha256,
-    the digest of all this and of the tensors.
+    The file's metadata has an entry "l0fast", which is JSON:
+        format, sha256: a version, and the digest of the entry and the tensors;
+        layers, attributes, cuts, views, attention: the new sizes (see `Report`);
+        aliases: name -> name of the same tensor, since tied weights are stored once;
+        frozen: names of the parameters without gradient;
+        report: the rest of the report.
 
     Args:
-        small: the pruned model, as it was or trained further.
-        path: the file; one that is there is replaced. Its folder must exist.
+        small: the pruned model, as `prune` returned it or trained further.
+        path: the file. It is replaced if it exists. Its folder must exist.
 
     Raises:
-        ValueError: the model is not pruned, holds state that is no tensor, or there is no folder.
+        ValueError: the model is not pruned, its state holds something that is not a tensor, or the
+            folder does not exist.
+
+    >>> x = torch.randn(2, 8)
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> small = l0fast.prune(l0fast.sparsify_(model, example_inputs=x), x, 0.5)
+    >>> l0fast.save_pruned(small, "small.safetensors")
     """
     report = required_report(small)
     path = Path(path)
@@ -170,21 +178,31 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_pruned(build_fn: Callable[[], nn.Module], path: str | os.PathLike[str]) -> nn.Module:
-    """The model that `save_pruned` wrote: a freshly built dense one, made as small, and filled.
+    """Loads a model that `save_pruned` wrote.
+
+    It builds the dense model, makes it as small as the pruned one, and fills in the tensors.
 
     Args:
-        build_fn: builds the dense model that was given gates, trained and pruned; its weights do
-            not matter.
+        build_fn: a function without arguments that builds the dense model, as it was before
+            `sparsify_`. Its weights do not matter.
         path: the file.
 
     Returns:
-        The model, on the device that build_fn's is on and in its mode, with the file's dtypes;
-        its `report` is the pruned model's.
+        The pruned model with its `report`. Dtypes are those of the file; device and mode (training
+        or evaluation) are those of the model that build_fn returns.
 
     Raises:
-        ValueError: the file is not there, not whole, not one of `save_pruned`'s, or of another
-            model.
+        ValueError: the file does not exist, is not whole, was not written by `save_pruned`, or is
+            of another model than build_fn's.
         TypeError: build_fn returns no module.
+
+    >>> def build():
+    ...     return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> x = torch.randn(2, 8)
+    >>> small = l0fast.prune(l0fast.sparsify_(build(), example_inputs=x), x, 0.5)
+    >>> l0fast.save_pruned(small, "small.safetensors")
+    >>> torch.equal(l0fast.load_pruned(build, "small.safetensors")(x), small(x))
+    True
     """
     path = Path(path)
     tensors, recipe = _read(path)

@@ -35,21 +35,28 @@ POINTS = 5
 def measure_latency(model: nn.Module, example_inputs: Any) -> LatencyTable:
     """Times every layer of a model at a grid of widths, on the model's own device and threads.
 
-    Each layer that `prune` can make smaller is run in evaluation on the example's shapes, at five
-    widths along each side (with the gathers and scatters that pruning puts around it): the lower
-    quartile of interleaved samples. Two whole models, dense and about half pruned, each with and
-    without its layers, tell what is spent besides them.
+    Each layer that `prune` can make smaller runs in evaluation on the example's shapes, at five
+    widths along each side, with the gathers and scatters that pruning would put around it. Its time
+    is the lower quartile of interleaved samples. The time outside of these layers comes from two
+    whole models, dense and about half pruned, each timed with and without its layers.
 
     Args:
         model: a model with gates.
         example_inputs: what its forward takes: a tensor, a tuple of positional arguments, or a dict
-            of keyword arguments; its batch size is the one that is timed.
+            of keyword arguments. Times are for its batch size.
 
     Returns:
         LatencyTable, for `DensityConstraint(measure=...)` and `prune(measure=...)`.
 
     Raises:
         ValueError: no gates, or an example that the model does not take.
+
+    >>> x = torch.randn(2, 8)
+    >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    >>> table = l0fast.measure_latency(l0fast.sparsify_(model, example_inputs=x), x)
+    >>> table.layers["0"].outputs  # the widths at which the layer was timed
+    [1, 4, 8, 12, 16]
+    >>> table.save("latency.json")
     """
     model = unwrapped(model)
     gates(model)

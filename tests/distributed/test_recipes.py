@@ -248,7 +248,7 @@ def test_a_term_in_the_loss_is_refused_where_gates_are_not_averaged(
     results: list[dict[str, Any]],
 ) -> None:
     for result in results:
-        expected = "got a call on a model that FSDP2 shards; expected attach(optimizer)"
+        expected = "sharded by FSDP2, so its term cannot be in the loss. Call attach(optimizer)"
         assert expected in result["explicit"]
 
 

@@ -115,13 +115,13 @@ class Blocks(nn.Module):
 
 def test_what_is_no_mixture_is_refused() -> None:
     with pytest.raises(
-        ValueError, match="experts: got True; expected False for this model: no mix"
+        ValueError, match="experts: got True; expected False for this model: it has no mix"
     ):
         sparsify_(nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3)), example_inputs=tokens(),
                   experts=True)  # fmt: skip
     for model in (Model(Counted), Blocks()):
         before = {name: id(one) for name, one in model.named_modules()}
-        with pytest.raises(ValueError, match="does not run, or is another"):
+        with pytest.raises(ValueError, match="does not run, or computes something else"):
             sparsify_(model, example_inputs=tokens(), experts=True)
         assert {name: id(one) for name, one in model.named_modules()} == before
 

@@ -36,7 +36,7 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
 
 
 def test_without_a_structure_there_is_a_warning() -> None:
-    with pytest.warns(UserWarning, match=r"^sparsify_: each layer by itself: torch.export refuses"):
+    with pytest.warns(UserWarning, match=r"^sparsify_: each layer has gates by itself: torch.exp"):
         sparsify_(DataDependent(), example_inputs=X)
 
 

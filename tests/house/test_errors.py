@@ -202,7 +202,7 @@ SPARSIFY: dict[str, Refusal] = {
         sparse(include="fc*"),
     ),
     "exclude: got '1'": (ValueError, sparse(exclude=["0", "1"])),
-    "include: got 0; expected glob patterns or a predicate": (TypeError, sparse(include=0)),
+    "include: got 0; expected glob patterns or a function": (TypeError, sparse(include=0)),
     "exclude: got 0": (TypeError, sparse(exclude=[0])),
     "density_init: got '1'": (ValueError, sparse(density_init={"1": 0.5})),
     "density_init: got 0": (TypeError, sparse(density_init={0: 0.5})),
