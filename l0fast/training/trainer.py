@@ -101,7 +101,7 @@ class Trainer:
         check_arguments(model, data, settings, table, loss_fn is not None)
         self.task = make_task(settings.task, loss_fn, metric)
         self.device = usable_device(device)
-        check_asked(settings.cuda_graph, self.device)
+        check_asked(settings, not isinstance(data.train, tuple), self.device)
         self.settings, self.identity = settings, json_facts(identity)
         self._run_identity = {**self.identity, **asdict(settings)}
         if loss_fn or metric:
