@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from l0fast import _checks
 from l0fast._extras import require
 from l0fast.commands import values
-from l0fast.data import arrays, sets
+from l0fast.data import sets
 from l0fast.data.imagefolder import Loading
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
@@ -64,11 +64,15 @@ class Setup:
         }
         if self.dataset not in sets.FIXED:
             identity |= {"in_shape": list(self.in_shape), "num_classes": self.data.num_classes}
-        if self.dataset == sets.ARRAYS:
-            identity["digest"] = arrays.digest(args.dataset)
+            identity["digest"] = self.digest
         if self.dataset == sets.IMAGES:
             identity |= {"image_size": self.loading.image_size, AUGMENT: args.augment}
         return identity
+
+    @cached_property
+    def digest(self) -> str | None:
+        """As of `values`; what is read for it may be large."""
+        return values.digest(self.args)
 
     @cached_property
     def example(self) -> Tensor:
