@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,7 +84,8 @@ class Setup:
     def build(self, gated: bool) -> nn.Module:
         """The model, from the seed anew; only the published recipe puts gates in here."""
         args = self.args
-        torch.manual_seed(self.seed)
+        for begin in (torch.manual_seed, random.seed, np.random.seed):
+            begin(self.seed)
         outputs = self.data.num_classes
         assert outputs is not None
         model = models.build(args.model, self.in_shape, outputs, self.widths)

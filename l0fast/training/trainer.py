@@ -116,7 +116,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * settings.epochs
         model.to(self.device)
         self.ranks.same_tensors_([*model.parameters(), *model.buffers()])
-        self.ranks.same_noise_(self.device)
+        self.ranks.same_generators_(self.device)
         if any(are_images(leaf) for leaf in tensors_of(self.example_inputs)):
             model.to(memory_format=torch.channels_last)
         if settings.gated and not gated_layers(model):
