@@ -74,7 +74,7 @@ class Trainer:
             checkpoint's, and a new one measures the model here.
 
     Attributes:
-        model: as of the last epoch.
+        model: as of the last epoch, with weights of its own (see `RunState.evaluated`).
         pruned: after `fit`, the smaller plain model of the epoch that `settings.select` names; None
             after dense training.
         history: the metrics of each finished epoch.

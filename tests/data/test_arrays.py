@@ -99,23 +99,23 @@ def test_what_does_not_fit_is_refused(
     [
         (
             {"test_targets": np.ones((5, 2))},
-            "test_targets: got 'shape (5, 2)'; expected shape (N, 3), as train_targets of '{path}', "
-            "which is (20, 3)",
+            "test_targets: got 'shape (5, 2)'; expected shape (N, 3), as train_targets of "
+            "'{path}', which is (20, 3)",
         ),
         (
             {"test_targets": np.ones(5)},
-            "test_targets: got 'shape (5,)'; expected shape (N, 3), as train_targets of '{path}', "
-            "which is (20, 3)",
+            "test_targets: got 'shape (5,)'; expected shape (N, 3), as train_targets of "
+            "'{path}', which is (20, 3)",
         ),
         (
             {"train_targets": np.ones(20), "test_targets": np.ones((5, 1))},
-            "test_targets: got 'shape (5, 1)'; expected shape (N,), as train_targets of '{path}', "
-            "which is (20,)",
+            "test_targets: got 'shape (5, 1)'; expected shape (N,), as train_targets of "
+            "'{path}', which is (20,)",
         ),
         (
             {"test_inputs": np.ones((5, 7))},
-            "test_inputs: got 'shape (5, 7)'; expected shape (N, 2), as train_inputs of '{path}', "
-            "which is (20, 2)",
+            "test_inputs: got 'shape (5, 7)'; expected shape (N, 2), as train_inputs of "
+            "'{path}', which is (20, 2)",
         ),
         (
             {"test_targets": np.ones((5, 3), dtype=np.int32)},

@@ -17,9 +17,9 @@ from l0fast import Trainer, TrainerSettings, prune
 from l0fast.data.sets import Data, Split
 from l0fast.layers.handle import gated_layers
 from l0fast.training.average import Average
-from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.stepping import parts_of
-from tests.helpers.runs import quick, small_mlp
+from tests.helpers.runs import evaluate, quick, small_mlp
 from tests.helpers.same_run import Stop, assert_same_run, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -276,6 +276,30 @@ def test_a_mask_is_not_averaged() -> None:
     for _ in range(3):
         average.update()
     assert torch.equal(average.state_dict()["mask"], torch.tensor([0.0, -torch.inf]))
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_dense_run_has_the_average_everywhere(few: Data, tmp_path: Path, select: str) -> None:
+    """Metrics of both splits, summary and checkpoint; the model itself goes on from its weights."""
+    dense: dict[str, Any] = {"density": None, "ema": 0.9, "epochs": 2, "select": select}
+    one = trainer(few, tmp_path, Normed, **dense)
+    summary = one.fit()
+    plain = trainer(few, None, Normed, **dense | {"ema": None})
+    plain.fit()
+    assert torch.equal(weights(one), weights(plain))
+    read = Checkpoint.read(tmp_path / CHECKPOINT, torch.device("cpu"))
+    epoch, saved = read.selected
+    assert epoch == summary["selected_epoch"]
+    twin = Normed()
+    twin.load_state_dict(saved)
+    row = one.history[epoch - 1]
+    assert evaluate(twin, few.test) == pytest.approx(row["test_error_percent"])
+    assert evaluate(twin, few.validation) == pytest.approx(row["validation_error_percent"])
+    assert summary["test_error_percent"] == row["test_error_percent"]
+    if epoch == one.epoch:
+        with one.state.evaluated():
+            assert torch.equal(twin.fc1.weight, one.model.fc1.weight)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(twin.fc1.weight, one.model.fc1.weight)  # type: ignore[union-attr, arg-type]
 
 
 def test_the_selected_model_has_the_average_under_every_name(few: Data) -> None:
