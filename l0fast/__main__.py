@@ -2,7 +2,7 @@
 
 import sys
 
-from l0fast.cli import main
+from l0fast_command import main
 
 if __name__ == "__main__":
     sys.exit(main())

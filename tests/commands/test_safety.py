@@ -391,6 +391,28 @@ def test_a_signal_ends_it_in_one_line(number: int, code: int, word: str) -> None
     assert torch.load(Path("run", CHECKPOINT), weights_only=True)["format"] == 2
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such signals here")
+@pytest.mark.parametrize("package", ["torch", "tqdm"])
+def test_an_interrupt_while_it_starts_is_one_line(package: str) -> None:
+    """Ctrl-C while the library is loaded, and while the command loads what it needs."""
+    code = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    Path(f"{package}.py").write_text(code)
+    start = "import sys, l0fast_command\nsys.exit(l0fast_command.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", start, *FAST],
+        env=ENVIRONMENT | {"PYTHONPATH": f".{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        preexec_fn=heed_interrupts,
+        check=False,
+    )
+    assert done.returncode == 130
+    assert done.stderr.startswith("l0fast")
+    assert "interrupted" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not Path("runs").exists()
+
+
 def test_a_command_without_resume_promises_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

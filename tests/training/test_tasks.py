@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from l0fast import Trainer, TrainerSettings
-from l0fast.data.sets import Data, Split
+from l0fast.data.sets import SPLITS, Data, Split
 from l0fast.training.batches import STRIDE
 from l0fast.training.folder import METRICS, SUMMARY
 from tests.helpers.runs import quick, small_mlp
@@ -123,6 +124,25 @@ def test_a_resumed_stream_draws_what_it_would_have(
     interrupted(make, tmp_path)
     epochs = [torch.cat(orders[3 * n : 3 * n + 3]) for n in range(4)]
     assert len({float(epoch.double().sum()) for epoch in epochs}) == 4  # another noise in each
+
+
+def test_few_batches_of_a_stream_are_held_at_once(digits: Data, tmp_path: Path) -> None:
+    """The first one, as the example, and those of one step, however many there are."""
+    made: list[weakref.ref[Tensor]] = []
+    most: list[int] = []
+
+    def collated(examples: Any) -> Any:
+        inputs, targets = default_collate(examples)
+        made.append(weakref.ref(inputs))
+        most.append(sum(one() is not None for one in made))
+        return inputs, targets
+
+    options: dict[str, Any] = {"batch_size": 20, "collate_fn": collated}
+    splits = [loader(getattr(digits, name), **options) for name in SPLITS]
+    chosen = quick(**SETTINGS | {"epochs": 1}, accumulate=2)
+    Trainer(small_mlp(), Data(*splits), chosen, out=tmp_path / "x", device="cpu").fit()
+    assert len(most) >= sum(map(len, splits)) == 90
+    assert max(most) <= 4
 
 
 def test_what_is_no_stream_is_refused(digits: Data, tmp_path: Path) -> None:
