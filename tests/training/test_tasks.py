@@ -138,7 +138,7 @@ def test_few_batches_of_a_stream_are_held_at_once(digits: Data, tmp_path: Path) 
         return inputs, targets
 
     options: dict[str, Any] = {"batch_size": 20, "collate_fn": collated}
-    splits = [loader(getattr(digits, name), **options) for name in SPLITS]
+    splits: Any = [loader(getattr(digits, name), **options) for name in SPLITS]
     chosen = quick(**SETTINGS | {"epochs": 1}, accumulate=2)
     Trainer(small_mlp(), Data(*splits), chosen, out=tmp_path / "x", device="cpu").fit()
     assert len(most) >= sum(map(len, splits)) == 90
