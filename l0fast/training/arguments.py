@@ -38,6 +38,12 @@ def check_arguments(
     """
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
+    if not any(one.requires_grad for one in model.parameters()):
+        expected = "a model with a parameter that requires a gradient"
+        _checks.refuse("model", type(model).__name__, expected)
+    if not isinstance(data, Data):
+        expected = "l0fast.data.sets.Data(train, validation, test)"
+        _checks.refuse("data", type(data).__name__, expected, TypeError)
     for name in SPLITS:
         split, title = getattr(data, name), f"data.{name}"
         if split is None and name == "validation":

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, defaul
 
 from l0fast import Trainer, TrainerSettings
 from l0fast.data.sets import SPLITS, Data, Split
+from l0fast.layers.handle import gated_layers
 from l0fast.training.batches import STRIDE
 from l0fast.training.folder import METRICS, SUMMARY
 from tests.helpers.runs import quick, small_mlp
@@ -124,6 +125,37 @@ def test_a_resumed_stream_draws_what_it_would_have(
     interrupted(make, tmp_path)
     epochs = [torch.cat(orders[3 * n : 3 * n + 3]) for n in range(4)]
     assert len({float(epoch.double().sum()) for epoch in epochs}) == 4  # another noise in each
+
+
+def test_batches_that_do_not_fit_the_task(digits: Data) -> None:
+    x, y = (part[:40] for part in digits.train)
+    for tensors, message in (
+        ((x, y.int()), "targets: got 'torch.int32 of shape (40,)'; expected int64 classes of"),
+        ((x, F.one_hot(y)), "targets: got 'torch.int64 of shape (40, 10)'; expected int64 classes"),
+        ((x, y, y), "batch: got 'tuple of 3'; expected (inputs, targets), or a loss_fn"),
+    ):
+        one = Trainer(small_mlp(), Data([tensors], None, digits.test), quick(), device="cpu")
+        with pytest.raises(ValueError, match="expected") as caught:
+            one.fit()
+        assert str(caught.value).startswith(message)
+
+
+def test_what_no_training_can_be_made_of(digits: Data) -> None:
+    x, y = digits.train
+    model, frozen = small_mlp(), small_mlp().requires_grad_(False)
+    arrays: Any = (x.numpy(), y.numpy())
+    splits: Any = tuple(digits[:3])
+    for given, data, error, message in (
+        (frozen, digits, ValueError, "model: got 'Sequential'; expected a model with a para"),
+        (model, splits, TypeError, "data: got 'tuple'; expected l0fast.data.sets.Data(train, val"),
+        (model, Data(arrays, None, digits.test), TypeError, "data.train: got '(ndarray (1"),
+        (model, Data((x, y[0]), None, digits.test), TypeError, "data.train: got '(Tensor torch"),
+    ):
+        with pytest.raises(error, match="expected") as caught:
+            Trainer(given, data, quick(density=0.5), device="cpu")
+        assert str(caught.value).startswith(message)
+        assert len(str(caught.value)) < 200
+        assert not gated_layers(given)
 
 
 def test_few_batches_of_a_stream_are_held_at_once(digits: Data, tmp_path: Path) -> None:
