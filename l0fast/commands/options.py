@@ -40,8 +40,8 @@ def _add_data(add: Add) -> None:
     add(
         "--data-root",
         metavar="DIR",
-        help="torchvision data, or an imagefolder with train/ and val/ (or test/), or with a "
-        f"folder for each class; default: {DATA_ROOT_VARIABLE}",
+        help="torchvision data, or an imagefolder with train/ and val/ (or test/, or both), or "
+        f"with a folder for each class; default: {DATA_ROOT_VARIABLE}",
     )
     add(
         "--image-size",
@@ -65,7 +65,7 @@ def _add_data(add: Add) -> None:
         "--validation-fraction",
         metavar="F",
         help="the share of the training examples that is held out; default: 1/12, or 0 with "
-        "--recipe published",
+        "--recipe published and where an imagefolder has test/ and val/",
     )
 
 

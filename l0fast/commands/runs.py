@@ -16,8 +16,7 @@ from l0fast._files import read_text
 from l0fast.commands import options, values
 from l0fast.commands.progress import run as run_trainer
 from l0fast.commands.setup import AUGMENT, set_up
-from l0fast.data.arrays import digest
-from l0fast.data.sets import ARRAYS, CLASSES, IMAGES
+from l0fast.data.sets import CLASSES, IMAGES
 from l0fast.training.folder import SUMMARY
 from l0fast.training.results import is_summary
 from l0fast.training.settings import BEFORE, MAX_SEED
@@ -59,8 +58,6 @@ class Run:
         facts["dataset"] = kind
         facts["widths"] = values.widths(args.widths) or values.default_widths(args.model)
         facts["validation_fraction"] = values.validation_fraction(args)
-        if kind == ARRAYS:
-            facts["digest"] = digest(args.dataset)
         if kind == IMAGES:
             facts[AUGMENT] = args.augment
             facts["image_size"] = values.number("image_size", args.image_size, int)
@@ -68,12 +65,13 @@ class Run:
         settings = asdict(values.settings(args, [], task))
         unused = {"skip"} if settings["penalty"] is None else {"skip", *OF_TARGETS}
         saved = BEFORE | summary.get("settings", {})
-        return "settings" in summary and all(
+        same = "settings" in summary and all(
             theirs.get(name) == value
             for ours, theirs in ((facts, summary), (saved, settings))
             for name, value in ours.items()
             if name not in unused
         )
+        return same and summary.get("digest") == values.digest(args)  # it takes the longest
 
 
 def words(**changed: Any) -> argparse.Namespace:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast._extras import require
 from l0fast.commands import values
-from l0fast.data import arrays, sets
+from l0fast.data import sets
 from l0fast.data.imagefolder import Loading
 from l0fast.data.sets import Data
 from l0fast.gating.sparsify import sparsify_
@@ -64,11 +66,15 @@ class Setup:
         }
         if self.dataset not in sets.FIXED:
             identity |= {"in_shape": list(self.in_shape), "num_classes": self.data.num_classes}
-        if self.dataset == sets.ARRAYS:
-            identity["digest"] = arrays.digest(args.dataset)
+            identity["digest"] = self.digest
         if self.dataset == sets.IMAGES:
             identity |= {"image_size": self.loading.image_size, AUGMENT: args.augment}
         return identity
+
+    @cached_property
+    def digest(self) -> str | None:
+        """As of `values`; what is read for it may be large."""
+        return values.digest(self.args)
 
     @cached_property
     def example(self) -> Tensor:
@@ -78,7 +84,8 @@ class Setup:
     def build(self, gated: bool) -> nn.Module:
         """The model, from the seed anew; only the published recipe puts gates in here."""
         args = self.args
-        torch.manual_seed(self.seed)
+        for begin in (torch.manual_seed, random.seed, np.random.seed):
+            begin(self.seed)
         outputs = self.data.num_classes
         assert outputs is not None
         model = models.build(args.model, self.in_shape, outputs, self.widths)

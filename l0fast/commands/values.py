@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from l0fast import _checks
-from l0fast.data import sets
+from l0fast.data import arrays, imagefolder, sets
 from l0fast.data.arrays import SUFFIXES
 from l0fast.measures.amounts import Asked
 from l0fast.training import models
@@ -68,11 +68,22 @@ def widths(text: str | None) -> list[int] | None:
 
 
 def validation_fraction(args: argparse.Namespace) -> float:
-    """The share of the training examples held out; default: 1/12, in the published recipe 0."""
+    """The share of the training examples held out; default: 1/12, but 0 in the published recipe and
+    where a folder of images has a validation of its own."""
     fraction: float | None = number("validation_fraction", args.validation_fraction)
     if fraction is None:
-        fraction = 0.0 if args.recipe == "published" else 1 / 12
+        kind, root = dataset(args)
+        apart = kind == sets.IMAGES and imagefolder.has_validation(root)
+        fraction = 0.0 if args.recipe == "published" or apart else 1 / 12
     return fraction
+
+
+def digest(args: argparse.Namespace) -> str | None:
+    """What tells the user's own data from others of the same shapes; None of a known data set."""
+    kind, root = dataset(args)
+    if kind == sets.ARRAYS:
+        return arrays.digest(args.dataset)
+    return imagefolder.digest(root) if kind == sets.IMAGES else None
 
 
 def default_widths(model: str) -> list[int] | None:

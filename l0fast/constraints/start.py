@@ -21,7 +21,7 @@ from l0fast.measures.groups import Asking
 
 START = 0.15
 """The share of the steps in which all gates are open."""
-CENTRE, REACH = 2.0, 2.0
+CENTRE, REACH = 2.0, 4.0
 """log_alpha of the gates when the start is over: its middle, and how far ranks spread it."""
 
 

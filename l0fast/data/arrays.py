@@ -17,6 +17,8 @@ from l0fast.data.formats import TESTED, Split, held_out
 SUFFIXES = (".npz", ".pt")
 WHOLE = {"inputs", "targets"}
 APART = {"train_inputs", "train_targets", "test_inputs", "test_targets"}
+UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
+"""What PyTorch has few operations for."""
 WANTED = f"a file .npz or .pt with the arrays {', '.join(sorted(WHOLE))}, or with {sorted(APART)}"
 
 
@@ -38,6 +40,8 @@ def load(path: str, task: str | None) -> tuple[Split, Split, int, str]:
     if found.keys() == WHOLE:
         inputs, targets = found["inputs"], found["targets"]
         _refuse_lengths(path, "", inputs, targets)
+        if len(inputs) < 2:
+            _refuse(path, "this one has a single example, none beside it to test on")
         kept, tested = (torch.tensor(part) for part in held_out(len(inputs), TESTED, 0))
         parts = {
             "train": (inputs[kept], targets[kept]),
@@ -47,6 +51,8 @@ def load(path: str, task: str | None) -> tuple[Split, Split, int, str]:
         parts = {n: (found[f"{n}_inputs"], found[f"{n}_targets"]) for n in ("train", "test")}
         for name, (inputs, targets) in parts.items():
             _refuse_lengths(path, f"{name}_", inputs, targets)
+        for name in sorted(WHOLE):
+            _refuse_unlike(path, f"train_{name}", f"test_{name}", found)
     else:
         _refuse(path, f"this one has {sorted(found)}")
     every = torch.cat([targets for _, targets in parts.values()])
@@ -73,19 +79,43 @@ def _read(path: str) -> dict[str, Tensor]:
     try:
         if path.endswith(".npz"):
             with np.load(path, allow_pickle=False) as file:
-                return {name: torch.from_numpy(file[name]) for name in file.files}
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
+                found: Any = {name: torch.from_numpy(file[name]) for name in file.files}
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged file leads to
         _refuse(path, _checks.one_line(error))
     if not isinstance(found, dict) or not all(isinstance(one, Tensor) for one in found.values()):
         _refuse(path, f"this one holds a {type(found).__name__} that is not of tensors")
-    return found
+    for name, array in found.items():
+        if array.layout != torch.strided or array.is_complex() or array.is_quantized:
+            _refuse(path, f"its {name} are {array.dtype}, {array.layout}")
+    return {n: one.long() if one.dtype in UNSIGNED else one for n, one in found.items()}
 
 
 def _refuse_lengths(path: str, name: str, inputs: Tensor, targets: Tensor) -> None:
-    if inputs.dim() < 2 or targets.dim() < 1 or not 0 < len(inputs) == len(targets):
+    empty = not (inputs.numel() and targets.numel())
+    if empty or inputs.dim() < 2 or targets.dim() < 1 or len(inputs) != len(targets):
         shapes = f"{tuple(inputs.shape)} and {tuple(targets.shape)}"
         _refuse(path, f"its {name}inputs and {name}targets are {shapes}")
+
+
+def _refuse_unlike(path: str, name: str, other: str, found: dict[str, Tensor]) -> None:
+    """Refuses arrays whose examples have other shapes, or are of another kind."""
+    wanted, got = found[name], found[other]
+    if got.shape[1:] != wanted.shape[1:]:
+        shape = f"(N, {', '.join(map(str, wanted.shape[1:]))})".replace(", )", ",)")
+        beside = f"as {name} of {path!r}, which is {tuple(wanted.shape)}"
+        _checks.refuse(other, f"shape {tuple(got.shape)}", f"shape {shape}, {beside}")
+    if "targets" in name and _kind(got) != _kind(wanted):
+        beside = f"as {name} of {path!r}, which is {wanted.dtype}"
+        _checks.refuse(other, f"{got.dtype}", f"{_kind(wanted)}, {beside}")
+
+
+def _kind(array: Tensor) -> str:
+    """What its entries are, in words."""
+    if array.is_floating_point():
+        return "floating numbers"
+    return "booleans" if array.dtype == torch.bool else "whole numbers"
 
 
 def _task_of(targets: Tensor) -> str:

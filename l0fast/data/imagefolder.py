@@ -4,6 +4,8 @@ its batch is due, by DataLoader's workers. Nothing is held as a whole."""
 from __future__ import annotations
 
 import copy
+import hashlib
+import os
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +24,11 @@ RESIZED = "resized-crop-flip"
 IMAGE_AUGMENTS = (*AUGMENTS, RESIZED)
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, which pretrained models expect."""
-WANTED = "a folder with train/ and val/ (or test/), or of a folder of images for each class"
+VALIDATIONS = ("val", "valid", "validation")
+"""What the folder of the examples to select by may be called."""
+WANTED = (
+    "a folder with train/ and val/ (or test/, or both), or of a folder of images for each class"
+)
 
 
 @dataclass(frozen=True)
@@ -53,9 +59,12 @@ def load(
     """(train, validation or None, test, number of classes); the splits are DataLoaders.
 
     Args:
-        data_root: the folder; L0FAST_DATA_ROOT by default.
+        data_root: the folder; L0FAST_DATA_ROOT by default. It has train/ and test/, and perhaps
+            val/, valid/ or validation/; one of these is the test where there is no test/. Or it has
+            the folders of the classes itself: a fifth of the images is the test.
         loading: how its images become batches.
-        validation_fraction, seed: as of `l0fast.data.sets.load`.
+        validation_fraction, seed: as of `l0fast.data.sets.load`; 0 where the folder has a
+            validation of its own.
 
     Raises:
         ValueError: it is no such folder, its parts do not fit, or an option is out of range.
@@ -64,28 +73,59 @@ def load(
     _checks.one_of("augment", loading.augment, IMAGE_AUGMENTS)
     if loading.augment == RESIZED and loading.image_size is None:
         _checks.refuse("augment", RESIZED, "an image_size beside it")
-    root = root_of(data_root, WANTED)
-    if any((root / name).is_dir() for name in ("train", "val", "test")):
-        train, test = _folder(root / "train"), _folder(_held(root))
-        _refuse_other_classes(root, train.classes, test.classes)
-        kept: Sequence[int] = range(len(train))
-        tested: Sequence[int] = range(len(test))
-    else:
-        train = test = _folder(root)
+    folders = {name: _folder(path) for name, path in _parts(root_of(data_root, WANTED)).items()}
+    train = folders["train"]
+    for other in folders.values():
+        _refuse_other_classes(train, other)
+    if "validation" in folders and validation_fraction:
+        expected = f"0: {folders['validation'].root} is the validation"
+        _checks.refuse("validation_fraction", validation_fraction, expected)
+    parts: dict[str, Any] = {name: (one, range(len(one))) for name, one in folders.items()}
+    if "test" not in parts:
         kept, tested = held_out(len(train), TESTED, 0)
-    kept, validated = held_out(kept, validation_fraction, seed)
-    size = loading.image_size or _size_of_first(test, tested)
+        parts |= {"train": (train, kept), "test": (train, tested)}
+    kept, validated = held_out(parts["train"][1], validation_fraction, seed)
+    parts["train"] = train, kept
+    if validated:
+        parts["validation"] = train, validated
+    size = loading.image_size or _size_of_first(*parts["test"])
     plain, changed = _transform(size, loading, "none"), _transform(size, loading, loading.augment)
-    loaders = [
-        _loader(_with(train, changed, kept), loading, shuffle=True),
-        _loader(_with(train, plain, validated), loading) if validated else None,
-        _loader(_with(test, plain, tested), loading),
-    ]
-    return (*loaders, len(train.classes))  # type: ignore[return-value]
+    trained = _loader(_with(train, changed, kept), loading, shuffle=True)
+    selecting, test = (
+        _loader(_with(parts[name][0], plain, parts[name][1]), loading) if name in parts else None
+        for name in ("validation", "test")
+    )
+    return trained, selecting, test, len(train.classes)
 
 
-def _held(root: Path) -> Path:
-    return root / ("test" if (root / "test").is_dir() else "val")
+def digest(data_root: str | None) -> str:
+    """What tells a folder from another: the names and sizes of its images, part by part."""
+    root = root_of(data_root, WANTED)
+    found = hashlib.sha256()
+    for name, path in _parts(root).items():
+        for image, _ in _folder(path).samples:
+            entry = f"{name}{image.removeprefix(str(path))}\0{os.path.getsize(image)}\n"
+            found.update(entry.encode(errors="surrogateescape"))
+    return found.hexdigest()
+
+
+def has_validation(data_root: str | None) -> bool:
+    """Whether a folder has a part of its own to select by."""
+    return "validation" in _parts(root_of(data_root, WANTED))
+
+
+def _parts(root: Path) -> dict[str, Path]:
+    """Part of the data set -> its folder; "train" alone where the classes lie in the root."""
+    if not any((root / name).is_dir() for name in ("train", "val", "test")):
+        return {"train": root}
+    held = [root / name for name in VALIDATIONS if (root / name).is_dir()]
+    if len(held) > 1:
+        names = " and ".join(f"{path.name}/" for path in held)
+        _checks.refuse("data_root", str(root), f"one of {names}")
+    parts = {"train": root / "train"}
+    if (root / "test").is_dir():
+        return parts | {"test": root / "test"} | ({"validation": held[0]} if held else {})
+    return parts | {"test": held[0] if held else root / VALIDATIONS[0]}
 
 
 def _folder(path: Path) -> Any:
@@ -97,10 +137,11 @@ def _folder(path: Path) -> Any:
         _checks.refuse("data_root", str(path), f"{WANTED} ({' '.join(str(error).split())})")
 
 
-def _refuse_other_classes(root: Path, first: list[str], second: list[str]) -> None:
-    if first != second:
-        odd = min({*first} ^ {*second})
-        _checks.refuse("data_root", str(root), f"the same classes in both ({odd!r} is in one only)")
+def _refuse_other_classes(train: Any, other: Any) -> None:
+    if train.classes != other.classes:
+        odd = min({*train.classes} ^ {*other.classes})
+        expected = f"the classes of {train.root} ({odd!r} is in one only)"
+        _checks.refuse("data_root", other.root, expected)
 
 
 def _image(path: str) -> Any:

@@ -64,8 +64,11 @@ def check_split(name: str, split: Any, task: str | None, num_classes: int | None
     Raises:
         ValueError, TypeError: the first thing that is wrong.
     """
-    if not (isinstance(split, tuple) and all(isinstance(part, Tensor) for part in split)):
-        _checks.refuse(name, split, "inputs and targets as tensors", TypeError)
+    kinds = [isinstance(part, Tensor) and part.dim() > 0 for part in split]
+    if kinds != [True, True]:
+        names = [f"{type(part).__name__} {getattr(part, 'shape', '')}".strip() for part in split]
+        expected = "inputs and targets as tensors, with a row for each example"
+        _checks.refuse(name, f"({', '.join(names)})", expected, TypeError)
     inputs, targets = split
     name, shape, dtype = f"{name}.targets", tuple(targets.shape), targets.dtype
     whole = task == "classification"

@@ -14,6 +14,7 @@ from l0fast import _checks
 from l0fast.data.sets import SPLITS, Data, check_split
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.batches import Batches, are_images, placed
+from l0fast.training.compiling import check_backend
 from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.streams import check_stream
@@ -37,6 +38,12 @@ def check_arguments(
     """
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
+    if not any(one.requires_grad for one in model.parameters()):
+        expected = "a model with a parameter that requires a gradient"
+        _checks.refuse("model", type(model).__name__, expected)
+    if not isinstance(data, Data):
+        expected = "l0fast.data.sets.Data(train, validation, test)"
+        _checks.refuse("data", type(data).__name__, expected, TypeError)
     for name in SPLITS:
         split, title = getattr(data, name), f"data.{name}"
         if split is None and name == "validation":
@@ -47,6 +54,7 @@ def check_arguments(
             check_stream(title, split)
     if settings.select == "best" and data.validation is None:
         _checks.refuse("select", settings.select, "'last' without a validation split")
+    check_backend(settings.compile)
     if settings.shrink is not None and Ranks.here().size > 1:
         _checks.refuse("shrink", settings.shrink, "None on several processes")
     if settings.augment != "none":

@@ -16,6 +16,7 @@ from l0fast._digest import check_sealed, write_sealed
 from l0fast._files import open_regular, write_atomically
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.entries import Entries
+from l0fast.training.generators import set_host_rng
 from l0fast.training.ranks import Ranks
 from l0fast.training.settings import BEFORE
 
@@ -23,17 +24,12 @@ CHECKPOINT = "checkpoint.pt"
 FORMAT = 2
 """With a digest of the file behind it; checkpoints of format 1 have none."""
 EARLIER = 1
-OPTIONAL = {"cuda_rng", "best", "removals", "idle", "threads", "average", "scaler", "ranks"}
+OPTIONAL = {
+    *("cuda_rng", "host_rng", "best", "removals", "idle"),
+    *("threads", "average", "scaler", "ranks"),
+}
 """Entries that not every run has."""
 WHOLE = "a whole checkpoint of this project"
-
-
-def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of all generators that a run on `device` draws from, by field of `Checkpoint`."""
-    states: dict[str, Any] = {"rng": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda_rng"] = torch.cuda.get_rng_state(device)
-    return states
 
 
 def _place(value: Any) -> Any:
@@ -87,6 +83,8 @@ class Checkpoint:
     """The state of the constraint or penalty."""
     rng: Tensor
     cuda_rng: Tensor | None = None
+    host_rng: dict[str, Any] | None = None
+    """Of Python and NumPy, see `host_rng` in generators.py; None in an earlier version's."""
     removals: list[dict[str, Any]] | None = None
     """What `shrink` has removed so far, in order."""
     idle: dict[str, Any] | None = None
@@ -226,7 +224,9 @@ class Checkpoint:
                 warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=4)
 
     def restore_rng(self, device: torch.device) -> None:
-        """Sets torch's generators to where the run had them."""
+        """Sets the generators to where the run had them."""
         torch.set_rng_state(self.rng.cpu())
+        if self.host_rng is not None:
+            set_host_rng(self.host_rng)
         if self.cuda_rng is not None and device.type == "cuda":
             torch.cuda.set_rng_state(self.cuda_rng.cpu(), device)

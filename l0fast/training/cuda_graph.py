@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from l0fast import _checks
 from l0fast.layers.handle import handle_of
+from l0fast.training.ranks import Ranks
+from l0fast.training.settings import TrainerSettings
 
 ORDINARY = 3
 """Steps to run before a capture: they choose algorithms, make tables and fill the optimizer's
@@ -39,11 +41,29 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
     return None
 
 
-def check_asked(asked: object, device: torch.device) -> None:
-    """Refuses `cuda_graph=True` on a device that has no CUDA graphs."""
-    _checks.auto_or_bool("cuda_graph", asked)
-    if asked is True and device.type != "cuda":
-        _checks.refuse("cuda_graph", asked, f"'auto' or False on the device {device.type!r}")
+def prevented(settings: TrainerSettings, streamed: bool) -> str | None:
+    """Why no step of a run can be a CUDA graph, whatever the model, in words; None if one may be.
+
+    Args:
+        settings: of the run.
+        streamed: whether its batches lie at another place in memory each time.
+    """
+    if Ranks.here().size > 1:
+        return "several processes average their gradients"
+    if streamed:
+        return "batches are streamed"
+    return "fp16 scales its loss step by step" if settings.precision == "fp16" else None
+
+
+def check_asked(settings: TrainerSettings, streamed: bool, device: torch.device) -> None:
+    """Refuses `cuda_graph=True` on a device that has no CUDA graphs, and in a run that can have
+    none."""
+    if settings.cuda_graph is not True:
+        return
+    if device.type != "cuda":
+        _checks.refuse("cuda_graph", True, f"'auto' or False on the device {device.type!r}")
+    if (reason := prevented(settings, streamed)) is not None:
+        _checks.refuse("cuda_graph", True, f"'auto' or False ({reason})")
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:

@@ -21,6 +21,7 @@ from l0fast.layers.stages import DRAWN, OPEN, QUIET, SETTLED, STAGES
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.entries import Entries
+from l0fast.training.generators import check_rng
 from l0fast.training.histories import Rows, best_epoch
 from l0fast.training.method import rates_at
 from l0fast.training.removals import check_removals
@@ -84,7 +85,7 @@ class Run:
         self._check_optimizer(entries, checkpoint.optimizer, optimizer, checkpoint.step)
         self._check_average(entries, checkpoint, model)
         self._check_scaler(entries, checkpoint.scaler)
-        self._check_generators(entries, checkpoint)
+        check_rng(entries, vars(checkpoint), self.state.device)
 
     def check_start(self, checkpoint: Checkpoint, path: Path) -> None:
         """The same for one that this run starts from: its model, optimizer and noise are taken."""
@@ -93,7 +94,7 @@ class Run:
         checkpoint.refuse_other_model(path, model)
         check_model(entries, "model", checkpoint.model, model)
         self._check_optimizer(entries, checkpoint.optimizer, optimizer, None)
-        self._check_generators(entries, checkpoint)
+        check_rng(entries, vars(checkpoint), self.state.device)
 
     def _as_removed(
         self, entries: Entries, checkpoint: Checkpoint
@@ -272,11 +273,6 @@ class Run:
                 entries.real(f"scaler.{name}", saved[name], 0.0)
             else:
                 entries.equal(f"scaler.{name}", saved[name], value)
-
-    def _check_generators(self, entries: Entries, checkpoint: Checkpoint) -> None:
-        entries.generator("rng", checkpoint.rng, torch.device("cpu"))
-        if self.state.device.type == "cuda" and checkpoint.cuda_rng is not None:
-            entries.generator("cuda_rng", checkpoint.cuda_rng, self.state.device)
 
 
 def check_model(entries: Entries, entry: str, saved: object, model: nn.Module) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from l0fast.layers.draw import several_processes
+from l0fast.training.generators import host_rng, set_host_rng
 
 T = TypeVar("T")
 
@@ -107,6 +108,12 @@ class Ranks:
         torch.set_rng_state(states[0])
         if device.type == "cuda":
             torch.cuda.set_rng_state(states[1], device)
+
+    def same_generators_(self, device: torch.device) -> None:
+        """The same, and those of Python and NumPy, which a loss of the user's may draw from."""
+        self.same_noise_(device)
+        if self.size > 1:
+            set_host_rng(self.of_first(host_rng))
 
     @torch.no_grad()
     def same_tensors_(self, tensors: Sequence[Tensor]) -> None:

@@ -14,7 +14,8 @@ from torch import nn
 from l0fast._metrics import ERROR, validation_key
 from l0fast.graph.computed import copied
 from l0fast.training.average import Average
-from l0fast.training.checkpoint import Checkpoint, rng_state
+from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.generators import rng_state
 from l0fast.training.method import Term
 from l0fast.training.metrics import Row
 from l0fast.training.ranks import Ranks

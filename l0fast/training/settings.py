@@ -46,7 +46,8 @@ class TrainerSettings:
         epochs: passes over the training examples, >= 1.
         batch_size: examples a step, >= 1; the last batch of an epoch may be smaller. A DataLoader
             has its own.
-        seed: of the order of the examples; torch.manual_seed governs all other random numbers.
+        seed: of the order of the examples; torch.manual_seed governs all other random numbers (and
+            `random.seed` and `np.random.seed` those that your own code draws there).
         lr: Adam's learning rate for the weights.
         gate_lr: Adam's learning rate for the gates; None: by the number of steps (see
             `param_groups`).

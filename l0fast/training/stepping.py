@@ -7,12 +7,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
-from l0fast import _checks
 from l0fast._metrics import train_key
 from l0fast.training.batches import Batches, rows_of, size_of
-from l0fast.training.cuda_graph import Steps, set_learning_rates
+from l0fast.training.compiling import compiled, room_for_codes
+from l0fast.training.cuda_graph import Steps, prevented, set_learning_rates
 from l0fast.training.method import rates_at
 from l0fast.training.metrics import Row
 from l0fast.training.precision import Precision, steps_of
@@ -58,18 +57,10 @@ class Stepping:
             state.optimizer,
             settings.batch_size,
             settings.cuda_graph,
-            self._no_graph(),
+            prevented(settings, train.streamed),
         )
         self._loss_sum = torch.zeros((), device=state.device)
         self._metric_sum = torch.zeros((), dtype=torch.float64, device=state.device)
-
-    def _no_graph(self) -> str | None:
-        """Why no step can be a CUDA graph, whatever the model."""
-        if self._ranks.size > 1:
-            return "several processes average their gradients"
-        if self._train.streamed:
-            return "batches are streamed"
-        return None if self._precision.scaler is None else "fp16 scales its loss step by step"
 
     def epoch(self) -> Row:
         """One pass over the training examples; the sums stay on the device until its end."""
@@ -78,7 +69,7 @@ class Stepping:
         self._loss_sum.zero_()
         self._metric_sum.zero_()
         state.model.train()
-        with self.graph.running():
+        with self.graph.running(), room_for_codes(self._settings.compile):
             for item in self._train.epoch(state.epoch):
                 lrs = rates_at(self.base_lrs, self._settings, state.step, self._total_steps)
                 set_learning_rates(state.optimizer, lrs)
@@ -151,17 +142,3 @@ def parts_of(batch: Any, parts: int) -> Iterator[tuple[Any, bool]]:
     for number in range(parts):
         rows = slice(number * size // parts, (number + 1) * size // parts)
         yield rows_of(batch, rows), number == parts - 1
-
-
-def compiled(model: nn.Module, backend: str | None) -> Any:
-    """What a step calls: the model, or torch.compile's form of it.
-
-    Each shape has code of its own, so that a resumed run computes what it would have computed.
-    """
-    if backend is None:
-        return model
-    try:
-        return torch.compile(model, backend=backend, dynamic=False)
-    except Exception as error:
-        words = "a backend of torch.compile, such as 'inductor'"
-        _checks.refuse("compile", backend, f"{words} ({_checks.one_line(error)})")

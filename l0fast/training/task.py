@@ -77,15 +77,32 @@ def _supervised(
     """The task of batches (inputs, targets), by functions of (outputs, targets)."""
 
     def step(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
-        inputs, targets = batch
+        inputs, targets = _pair(batch)
         outputs = model(inputs)
         return loss(outputs, targets), values(outputs.detach(), targets)
 
     def of(model: Any, batch: Any) -> Tensor:
-        inputs, targets = batch
+        inputs, targets = _pair(batch)
         return values(model(inputs), targets)
 
     return Task(metric, step, of, scale, of_training=True)
+
+
+def _pair(batch: Any) -> Any:
+    """(inputs, targets), if a batch is that."""
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        many = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
+        expected = "(inputs, targets), or a loss_fn and a metric of your own for such batches"
+        _checks.refuse("batch", f"{type(batch).__name__}{many}", expected)
+    return batch
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    shape = (*outputs.shape[:1], *outputs.shape[2:])
+    if targets.shape != shape or targets.dtype not in (torch.int64, torch.uint8):
+        expected = f"int64 classes of shape {shape}, one for each of the model's outputs"
+        _checks.refuse("targets", f"{targets.dtype} of shape {tuple(targets.shape)}", expected)
+    return F.cross_entropy(outputs, targets)
 
 
 def _checked(outputs: Tensor, targets: Tensor) -> None:
@@ -115,7 +132,7 @@ def _wrong_labels(outputs: Tensor, targets: Tensor) -> Tensor:
 
 TASKS: dict[str, Task] = {
     "classification": _supervised(
-        ERROR, F.cross_entropy, lambda outputs, targets: outputs.argmax(1) != targets, 100
+        ERROR, _cross_entropy, lambda outputs, targets: outputs.argmax(1) != targets, 100
     ),
     "regression": _supervised("squared_error", _mean_squared, _squared),
     "multilabel": _supervised("label_error_percent", _cross_entropies, _wrong_labels, 100),

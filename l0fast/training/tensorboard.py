@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
+import io
+import itertools
+import os
+import socket
+import time
+import warnings
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from l0fast import _checks
 from l0fast.training.metrics import Row
 
 TENSORBOARD = "tensorboard"
@@ -25,13 +33,56 @@ def scalars(row: Row) -> dict[str, float]:
     return {tag: float(value) for tag, value in found.items() if isinstance(value, (int, float))}
 
 
-def _summary_writer(folder: Path, purge_step: int | None) -> Any:
-    """torch's SummaryWriter, or None if TensorBoard is not installed."""
+_NUMBERS = itertools.count()
+"""Of the files of this process."""
+
+
+def _installed() -> bool:
     try:
-        from torch.utils.tensorboard import SummaryWriter
+        importlib.import_module("tensorboard")
     except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=purge_step)
+        return False
+    return True
+
+
+class _Events:
+    """A new file of events, written in this thread: an error is raised where it happens."""
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary, self._records = event_pb2, summary_pb2, RecordWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        place = f"{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{next(_NUMBERS)}"
+        # Without a buffer, nothing is left to be written when a file is closed after an error.
+        path = folder / f"events.out.tfevents.{place}"
+        self.file = path.open("wb", buffering=0)
+
+    def _write(self, events: list[dict[str, Any]]) -> None:
+        content = io.BytesIO()
+        records = self._records(content)
+        for entries in events:
+            event = self._event.Event(wall_time=time.time(), **entries)
+            records.write(event.SerializeToString())
+        left = memoryview(content.getvalue())
+        while left:  # a full disk may take a part
+            left = left[self.file.write(left) :]
+
+    def begin(self, purge: bool) -> None:
+        """The head of the file; with `purge` TensorBoard leaves out all that earlier files have."""
+        head: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
+        if purge:
+            start = self._event.SessionLog(status=self._event.SessionLog.START)
+            head.append({"step": 1, "session_log": start})
+        self._write(head)
+
+    def write(self, row: Row) -> None:
+        """Appends a row of metrics."""
+        of = self._summary.Summary
+        values = [of.Value(tag=tag, simple_value=value) for tag, value in scalars(row).items()]
+        self._write([{"step": row["epoch"], "summary": of(value=[value])} for value in values])
 
 
 @contextmanager
@@ -40,20 +91,32 @@ def scalar_writer(out: Path | None, history: list[Row]) -> Generator[Callable[[R
 
     A resumed run first writes the rows of its `history` again, and they replace all that the folder
     holds: a killed run may lack an epoch there, or be one ahead of its checkpoint. Without
-    TensorBoard, or without `out`, nothing is written.
+    TensorBoard, or without `out`, nothing is written. Where the folder cannot be written, the run
+    warns once and goes on without it: metrics.jsonl has all rows.
     """
-    purge_step = 1 if history else None
-    writer = None if out is None else _summary_writer(out / TENSORBOARD, purge_step)
-    if writer is None:
+    if out is None or not _installed():
         yield lambda row: None
         return
-    with writer:
+    folder, opened = out / TENSORBOARD, list[_Events]()
 
-        def write(row: Row) -> None:
-            for tag, value in scalars(row).items():
-                writer.add_scalar(tag, value, row["epoch"])
-            writer.flush()
+    def attempt(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            while opened:
+                with suppress(OSError):
+                    opened.pop().file.close()
+            words = f"{folder} cannot be written ({_checks.one_line(error)}); the run goes on"
+            warnings.warn(f"{words}, and metrics.jsonl has its metrics", stacklevel=2)
 
+    def begin() -> None:
+        opened.append(_Events(folder))
+        opened[0].begin(purge=bool(history))
         for row in history:
-            write(row)
-        yield write
+            opened[0].write(row)
+
+    attempt(begin)
+    try:
+        yield lambda row: attempt(lambda: [events.write(row) for events in opened])
+    finally:
+        attempt(lambda: [events.file.close() for events in opened])

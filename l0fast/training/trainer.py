@@ -74,7 +74,7 @@ class Trainer:
             checkpoint's, and a new one measures the model here.
 
     Attributes:
-        model: as of the last epoch.
+        model: as of the last epoch, with weights of its own (see `RunState.evaluated`).
         pruned: after `fit`, the smaller plain model of the epoch that `settings.select` names; None
             after dense training.
         history: the metrics of each finished epoch.
@@ -101,7 +101,7 @@ class Trainer:
         check_arguments(model, data, settings, table, loss_fn is not None)
         self.task = make_task(settings.task, loss_fn, metric)
         self.device = usable_device(device)
-        check_asked(settings.cuda_graph, self.device)
+        check_asked(settings, not isinstance(data.train, tuple), self.device)
         self.settings, self.identity = settings, json_facts(identity)
         self._run_identity = {**self.identity, **asdict(settings)}
         if loss_fn or metric:
@@ -116,7 +116,7 @@ class Trainer:
         self.total_steps = self.steps_per_epoch * settings.epochs
         model.to(self.device)
         self.ranks.same_tensors_([*model.parameters(), *model.buffers()])
-        self.ranks.same_noise_(self.device)
+        self.ranks.same_generators_(self.device)
         if any(are_images(leaf) for leaf in tensors_of(self.example_inputs)):
             model.to(memory_format=torch.channels_last)
         if settings.gated and not gated_layers(model):

@@ -25,8 +25,8 @@ from bench.zoo.table import as_json
 from l0fast import prune
 from l0fast.graph.calls import Example
 from tests import ROOT
-from tests.helpers.zoo import ZOO, image
 from tests.helpers.thinned import thinned, thinned_product
+from tests.helpers.zoo import ZOO, image
 
 
 def squeezenet() -> nn.Module:
@@ -171,7 +171,9 @@ def test_rows_of_another_commit_stay_and_are_told_apart(
         "diffusers/UNet2DConditionModel",
         "torchvision/resnet34",
         "transformers/bart",
-        *thinned(["transformers/DeiTConfig", "torchvision/mvit_v2_s", "transformers/Qwen3Config"], 3),
+        *thinned(
+            ["torchvision/mvit_v2_s", "transformers/DeiTConfig", "transformers/Qwen3Config"], 3
+        ),
     ],
 )
 def test_a_model_that_is_in_no_list_is_built_from_its_name(name: str) -> None:

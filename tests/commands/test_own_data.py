@@ -13,12 +13,13 @@ from PIL import Image
 from sklearn.datasets import load_digits, load_sample_images
 
 from l0fast import load_pruned
-from l0fast.commands import progress
+from l0fast.commands import progress, runs, values
 from l0fast.data import sets
 from l0fast.data.imagefolder import Loading
 from l0fast.training import models
 from l0fast.training.folder import PRUNED, SUMMARY
 from tests.helpers.command import refused, run
+from tests.helpers.images import tiny_imagefolder
 from tests.helpers.same_run import Stop, assert_same_run
 
 pytestmark = pytest.mark.usefixtures("one_thread", "a_folder_of_its_own")
@@ -86,6 +87,10 @@ def test_photographs_are_streamed(
     capsys.readouterr()
     message = refused(capsys, *words, "--out", "whole", "--resume", "--augment", "crop")
     assert "image_augment: got 'crop'; expected 'resized-crop-flip', as in the ch" in message
+    size = Path("photos/flower/0-0.jpg").stat().st_size
+    Path("photos/flower/0-0.jpg").write_bytes(Path("photos/flower/0-50.jpg").read_bytes())
+    assert Path("photos/flower/0-0.jpg").stat().st_size != size
+    assert "digest: got" in refused(capsys, *words, "--out", "whole", "--resume")
     # What is damaged is named, though a worker has read it, and nothing is lost.
     Path("photos/flower/0-0.jpg").write_bytes(b"\xff\xd8\xff")
     assert run(*words, "--out", "third") == 2
@@ -110,6 +115,9 @@ def test_a_table_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     summary = json.loads(Path("x", SUMMARY).read_text())
     assert summary["settings"]["task"] == "regression"
     assert summary["in_shape"] == [64]
+    named = {"dataset": "table.npz", "widths": "24-12", "epochs": "2", "density": "0.5"}
+    asked = runs.words(**named, batch_size="16", gate_lr="0.05", seed="1")
+    assert runs.Run("row", asked).is_of(summary)
     assert run("train", *words, "--density", "0.6,0.4", "--out", "f") == 0
     assert "test squared error" in capsys.readouterr().out
     assert run("report", "x/checkpoint.pt") == 0
@@ -120,9 +128,20 @@ def test_a_table_of_numbers(capsys: pytest.CaptureFixture[str]) -> None:
         error = float((small.eval()(test.inputs) - test.targets).square().mean())
     assert summary["test_squared_error"] == pytest.approx(error, rel=1e-4)
     np.savez("table.npz", inputs=inputs[:600], targets=inputs[:600, 20:30].sum(1))
+    assert not runs.Run("row", asked).is_of(summary)
     capsys.readouterr()
     assert run("train", *words, "--out", "x", "--resume") == 2  # other targets of the same shape
     assert "digest: got" in capsys.readouterr().err
+
+
+def test_a_validation_of_its_own_is_no_share_of_the_training() -> None:
+    tiny_imagefolder(Path("images"), "test")
+    args = runs.words(dataset="images")
+    assert values.validation_fraction(args) == 1 / 12
+    (Path("images") / "val").mkdir()
+    assert values.validation_fraction(args) == 0
+    args.validation_fraction = "0.5"
+    assert values.validation_fraction(args) == 0.5
 
 
 def test_bad_words(capsys: pytest.CaptureFixture[str]) -> None:

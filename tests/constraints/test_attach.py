@@ -348,7 +348,7 @@ def test_the_start_is_dense_and_ends_with_gates_by_magnitude() -> None:
         log_alpha = handle.layers[name].log_alpha.detach()
         assert torch.equal(log_alpha.argsort(), sizes.argsort())
     every = torch.cat(log_alphas(model))
-    assert (float(every.min()), float(every.max())) == (0.0, 4.0)
+    assert (float(every.min()), float(every.max())) == (-2.0, 6.0)
     torch.testing.assert_close(constraint.start, constraint.densities().detach())
 
 

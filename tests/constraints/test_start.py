@@ -70,7 +70,7 @@ def assert_by_magnitude(model: nn.Module) -> None:
         wanted.append(squares / left)
     # Over all layers: by the share that each unit has of what is left of its layer.
     assert torch.equal(torch.cat(found).argsort(), torch.cat(wanted).argsort(stable=True))
-    assert (float(torch.cat(found).min()), float(torch.cat(found).max())) == (0.0, 4.0)
+    assert (float(torch.cat(found).min()), float(torch.cat(found).max())) == (-2.0, 6.0)
 
 
 def test_an_explicit_loop_has_it() -> None:

@@ -72,6 +72,9 @@ def test_a_test_of_its_own_and_another_task(tmp_path: Path) -> None:
         ({"inputs": X[:, 0], "targets": X[:, 0]}, None, "(its inputs and targets are (20,) and"),
         ({"inputs": X, "targets": X / 3}, "classification", "which are no classes; name a --task)"),
         ({"inputs": X, "targets": np.array([{}] * 20)}, None, "Object arrays cannot be loaded"),
+        ({"inputs": X, "targets": X[:, :0]}, None, "inputs and targets are (20, 2) and (20, 0))"),
+        ({"inputs": X[:1], "targets": X[:1]}, None, "(this one has a single example, none beside"),
+        ({"inputs": X + 1j, "targets": X}, None, "(its inputs are torch.complex128, torch.strided"),
         (b"PK", None, "a file .npz or .pt with the arrays inputs, targets, or with"),
         (None, None, "(there is no such file)"),
     ],
@@ -88,6 +91,63 @@ def test_what_does_not_fit_is_refused(
         sets.load("arrays", str(path), task=task)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".pt"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"test_targets": np.ones((5, 2))},
+            "test_targets: got 'shape (5, 2)'; expected shape (N, 3), as train_targets of "
+            "'{path}', which is (20, 3)",
+        ),
+        (
+            {"test_targets": np.ones(5)},
+            "test_targets: got 'shape (5,)'; expected shape (N, 3), as train_targets of "
+            "'{path}', which is (20, 3)",
+        ),
+        (
+            {"train_targets": np.ones(20), "test_targets": np.ones((5, 1))},
+            "test_targets: got 'shape (5, 1)'; expected shape (N,), as train_targets of "
+            "'{path}', which is (20,)",
+        ),
+        (
+            {"test_inputs": np.ones((5, 7))},
+            "test_inputs: got 'shape (5, 7)'; expected shape (N, 2), as train_inputs of "
+            "'{path}', which is (20, 2)",
+        ),
+        (
+            {"test_targets": np.ones((5, 3), dtype=np.int32)},
+            "test_targets: got 'torch.int32'; expected floating numbers, as train_targets of "
+            "'{path}', which is torch.float64",
+        ),
+    ],
+    ids=["targets", "dims", "column", "inputs", "kind"],
+)
+def test_a_test_unlike_the_training_is_refused(
+    tmp_path: Path, changes: Any, message: str, suffix: str
+) -> None:
+    path = str(tmp_path / f"table{suffix}")
+    arrays = {"train_inputs": X, "train_targets": np.ones((20, 3)), "test_inputs": X[:5]}
+    arrays |= {"test_targets": np.ones((5, 3))} | changes
+    if suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        torch.save({name: torch.from_numpy(array) for name, array in arrays.items()}, path)
+    with pytest.raises(ValueError, match=r"^test_") as caught:
+        sets.load("arrays", path)
+    assert str(caught.value) == message.replace("{path}", path)
+
+
+def test_unsigned_classes(tmp_path: Path) -> None:
+    path = str(tmp_path / "table.npz")
+    np.savez(path, inputs=X, targets=(np.arange(20) % 3).astype(np.uint64))
+    loaded = sets.load("arrays", path)
+    assert (loaded.task, loaded.num_classes, loaded.train.targets.dtype) == (
+        *("classification", 3),
+        torch.int64,
+    )
 
 
 def test_only_arrays_have_a_task() -> None:

@@ -128,7 +128,7 @@ def test_a_damaged_batch_is_named(tmp_path: Path, content: bytes) -> None:
     assert not hasattr(sys, "l0fast_was_here")
 
 
-@pytest.mark.parametrize("held", ["val", "test"])
+@pytest.mark.parametrize("held", ["val", "test", "valid", "validation"])
 def test_imagefolder(tmp_path: Path, held: str) -> None:
     tiny_imagefolder(tmp_path, held)
     loaded = sets.load("imagefolder", str(tmp_path))
@@ -145,6 +145,36 @@ def test_imagefolder(tmp_path: Path, held: str) -> None:
         torch.testing.assert_close(
             inputs.double(), wanted.expand(-1, -1, 6, 8), rtol=1e-6, atol=1e-6
         )
+
+
+@pytest.mark.parametrize("name", imagefolder.VALIDATIONS)
+def test_a_folder_with_a_validation_of_its_own(tmp_path: Path, name: str) -> None:
+    root = str(tmp_path)
+    tiny_imagefolder(tmp_path, "test")
+    before = imagefolder.digest(root)
+    assert not imagefolder.has_validation(root)
+    for number, kind in enumerate(("cat", "dog")):
+        (tmp_path / name / kind).mkdir(parents=True)
+        Image.new("RGB", (8, 6), (200, 10 * number, 0)).save(tmp_path / name / kind / "0.png")
+    assert imagefolder.has_validation(root)
+    loaded = sets.load("imagefolder", root)
+    found = [sum(len(y) for _, y in part) for part in loaded[:3]]
+    assert found == [4, 2, 4]
+    ((inputs, targets),) = loaded.validation
+    assert targets.tolist() == [0, 1]
+    assert inputs[0, 1, 0, 0] < inputs[1, 1, 0, 0]
+    with pytest.raises(ValueError, match=rf"^validation_fraction: got 0.25; expected 0: .*{name} "):
+        sets.load("imagefolder", root, 0.25)
+    with_it = imagefolder.digest(root)
+    Image.new("RGB", (80, 60), (1, 2, 3)).save(tmp_path / name / "cat" / "0.png")
+    changed = imagefolder.digest(root)
+    (tmp_path / name / "cat" / "0.png").rename(tmp_path / name / "cat" / "1.png")
+    (tmp_path / "train" / "cat" / "notes.txt").write_text("no image")
+    renamed = imagefolder.digest(root)
+    assert len({before, with_it, changed, renamed}) == 4
+    tmp_path.rename(tmp_path.with_name("moved"))
+    assert imagefolder.digest(str(tmp_path.with_name("moved"))) == renamed
+    tmp_path.with_name("moved").rename(tmp_path)
 
 
 def test_a_folder_of_classes_is_divided(tmp_path: Path) -> None:
@@ -224,14 +254,15 @@ def add_a_class(root: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda r: (r / "val").rename(r / "validation"), "expected a folder with train/ and val/"),
+        (lambda r: (r / "val").rename(r / "held"), "expected a folder with train/ and val/"),
+        (lambda r: (r / "valid").mkdir(), "expected one of val/ and valid/"),
         (lambda r: (r / "train").rename(r / "training"), "expected a folder with train/ and val/"),
-        (lambda r: (r / "val" / "dog").rename(r / "dog"), "('dog' is in one only)"),
+        (lambda r: (r / "val" / "dog").rename(r / "dog"), "train ('dog' is in one only)"),
         (add_a_class, "('cow' is in one only)"),
         (lambda r: (r / "train" / "cat" / "1.png").write_bytes(b"\x89PNG"), "expected an image"),
         (lambda r: [p.unlink() for p in (r / "val" / "dog").iterdir()], "expected a folder with"),
     ],
-    ids=["val", "train", "class", "surplus", "image", "empty"],
+    ids=["val", "valid", "train", "class", "surplus", "image", "empty"],
 )
 def test_a_folder_that_does_not_fit_is_refused(tmp_path: Path, damage: Any, message: str) -> None:
     tiny_imagefolder(tmp_path)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from l0fast import DensityConstraint, load_pruned, param_groups, prune, save_pruned, sparsify_
 from l0fast.graph import capture
 from l0fast.layers.handle import gated_layers
-from tests.helpers.zoo import ZOO
 from tests.helpers.thinned import thinned
+from tests.helpers.zoo import ZOO
 
 
 def wide(value: Any) -> tuple[Any, ...]:
@@ -148,7 +148,8 @@ def test_saved_and_loaded_into_a_dense_model(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     thinned(
-        ["mobilenet", "vgg", "channelwise", "llama", "autoencoder", "gpt2 with attributes", "bert"], 3
+        ["mobilenet", "vgg", "channelwise", "llama", "autoencoder", "gpt2 with attributes", "bert"],
+        3,
     ),
 )
 def test_it_is_an_ordinary_model(name: str) -> None:

@@ -41,8 +41,8 @@ from tests.helpers.steps import (
     set_density,
     step,
 )
-from tests.helpers.tolerance import rounding_tolerance
 from tests.helpers.thinned import thinned_product
+from tests.helpers.tolerance import rounding_tolerance
 
 
 @pytest.mark.parametrize("name", MODELS)

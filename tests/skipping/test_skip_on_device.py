@@ -56,9 +56,7 @@ def found(model: nn.Module) -> list[Any]:
     return [one for one in own if one is not None]
 
 
-@pytest.mark.parametrize(
-    ("name", "density"), thinned_product(3, [*UNREAD, *READ], DENSITIES)
-)
+@pytest.mark.parametrize(("name", "density"), thinned_product(3, [*UNREAD, *READ], DENSITIES))
 def test_loss_and_gradients_are_those_of_the_masked_step(
     name: str, density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

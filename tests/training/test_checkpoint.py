@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from l0fast.training.checkpoint import CHECKPOINT, Checkpoint, rng_state
+from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
+from l0fast.training.generators import host_rng, rng_state
 
 CPU = torch.device("cpu")
 
@@ -38,7 +42,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     state = torch.load(path, weights_only=True)
     assert list(state) == [
         "format", "identity", "epoch", "step", "seconds", "history", "model", "optimizer", "term",
-        "rng",
+        "rng", "host_rng",
     ]  # fmt: skip
     read = Checkpoint.read(path, CPU)
     for name in ("identity", "epoch", "step", "seconds", "history", "optimizer", "term", "format"):
@@ -48,11 +52,35 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     read.refuse_other(path, {"lr": 0.1, "dataset": "digits"}, nn.Linear(3, 2))
 
 
-def test_the_generator_goes_back() -> None:
-    saved = checkpoint(nn.Linear(3, 2))
-    wanted = torch.rand(5)
-    saved.restore_rng(CPU)
-    assert torch.equal(torch.rand(5), wanted)
+def test_the_generators_go_back(tmp_path: Path) -> None:
+    """Of torch, Python and NumPy; between the two normal numbers that are made at once, too."""
+
+    def drawn() -> list[Any]:
+        numbers = [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn()]
+        return [*torch.rand(5).tolist(), *numbers]
+
+    for _ in range(3):
+        checkpoint(nn.Linear(3, 2)).write(tmp_path / CHECKPOINT)
+        wanted = drawn()
+        drawn()
+        Checkpoint.read(tmp_path / CHECKPOINT, CPU).restore_rng(CPU)
+        assert drawn() == wanted
+    earlier = replace(checkpoint(nn.Linear(3, 2)), host_rng=None)
+    random.seed(7)
+    wanted = random.random()
+    random.seed(7)
+    earlier.restore_rng(CPU)  # it says nothing of Python's
+    assert random.random() == wanted
+
+
+def test_another_generator_of_numpy_is_not_saved() -> None:
+    module: Any = np.random
+    before = module.get_bit_generator()
+    module.set_bit_generator(np.random.PCG64(1))
+    try:
+        assert host_rng().keys() == {"python"}
+    finally:
+        module.set_bit_generator(before)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import l0fast
 from l0fast.data.sets import Data, Split
@@ -18,6 +19,7 @@ from l0fast.layers.handle import gated_layers
 from l0fast.pruning import shrink
 from l0fast.skipping import attach
 from l0fast.training import cuda_graph
+from l0fast.training import trainer as trainers
 from l0fast.training.cuda_graph import ORDINARY, Steps
 from l0fast.training.models import build
 from l0fast.training.settings import TrainerSettings
@@ -320,7 +322,9 @@ def test_where_there_is_no_graph(data: Data, monkeypatch: pytest.MonkeyPatch) ->
     assert "read" in (cuda_graph.why_not(lenet, gpu) or "")
 
 
-def test_the_trainer_says_why_and_refuses_what_cannot_be(data: Data) -> None:
+def test_the_trainer_says_why_and_refuses_what_cannot_be(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert trainer(data)._stepping.graph.status == "the model is on the device 'cpu'"
     assert trainer(data, cuda_graph=False)._stepping.graph.status == "cuda_graph=False"
     with pytest.MonkeyPatch.context() as patch:
@@ -330,6 +334,15 @@ def test_the_trainer_says_why_and_refuses_what_cannot_be(data: Data) -> None:
     settings = dataclasses.replace(SETTINGS, cuda_graph=True)
     with pytest.raises(ValueError, match="cuda_graph: got True; expected 'auto' or False on the"):
         Trainer(model, data, settings, device="cpu")
+    monkeypatch.setattr(trainers, "usable_device", lambda device: torch.device("cuda"))
+    streamed = data._replace(train=DataLoader(TensorDataset(*data.train), 8))
+    fp16 = dataclasses.replace(settings, precision="fp16")
+    for given, asked, why in (
+        (streamed, settings, "batches are streamed"),
+        (data, fp16, "fp16 scales its loss step by step"),
+    ):
+        with pytest.raises(ValueError, match=rf"cuda_graph: got True; expected .* \({why}\)$"):
+            Trainer(model, given, asked)
     assert not list(gated_layers(model))  # nothing was changed
     with pytest.raises(ValueError, match="cuda_graph: got 'yes'; expected 'auto', True or False"):
         dataclasses.replace(SETTINGS, cuda_graph="yes")

@@ -97,9 +97,7 @@ def test_each_target_goes_on_from_the_one_before(digits: Data, tmp_path: Path) -
     assert TARGETS[1] < left[0] < left[1] < 0.8
 
 
-@pytest.mark.parametrize(
-    "stop", thinned([((0.5, 1),), ((0.7, 2),), ((0.3, 2),), ((0.5, 3),)], 4)
-)
+@pytest.mark.parametrize("stop", thinned([((0.5, 1),), ((0.7, 2),), ((0.3, 2),), ((0.5, 3),)], 4))
 def test_an_interruption_changes_nothing(
     digits: Data, tmp_path: Path, stop: tuple[float, int], undisturbed: Any
 ) -> None:

@@ -17,9 +17,9 @@ from l0fast import Trainer, TrainerSettings, prune
 from l0fast.data.sets import Data, Split
 from l0fast.layers.handle import gated_layers
 from l0fast.training.average import Average
-from l0fast.training.checkpoint import CHECKPOINT
+from l0fast.training.checkpoint import CHECKPOINT, Checkpoint
 from l0fast.training.stepping import parts_of
-from tests.helpers.runs import quick, small_mlp
+from tests.helpers.runs import evaluate, quick, small_mlp
 from tests.helpers.same_run import Stop, assert_same_run, state
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -94,6 +94,29 @@ def test_resumed_bit_for_bit(changes: Any, few: Data, tmp_path: Path) -> None:
     again = trainer(few, tmp_path / "out", model, **changes)
     again.fit(resume=True)
     assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+# torch.compile looks at the draw's tensors, and hides this warning only where it is no error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_each_stage_and_each_shape_has_compiled_code(few: Data) -> None:
+    """PyTorch's limit, here 2, does not hold for the codes of three stages."""
+    torch._dynamo.reset()
+    codes: list[Any] = []
+    compiling = torch.compiler.is_compiling
+    backend = "l0fast_counted"
+    torch._dynamo.register_backend(lambda graph, _: codes.append(graph) or graph, name=backend)  # type: ignore[func-returns-value]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+    settings = quick(density=0.5, epochs=4, batch_size=110, skip=False, compile=backend)
+    one = Trainer(model, few, settings, device="cpu")
+    uncompiled: list[bool] = []
+    model[1].register_forward_pre_hook(
+        lambda layer, _: None if compiling() else uncompiled.append(layer.training)
+    )
+    with torch._dynamo.config.patch(recompile_limit=2):
+        one.fit()
+    assert len(codes) == 3
+    assert uncompiled
+    assert not any(uncompiled)  # evaluation alone
 
 
 def test_parts_of_a_batch_are_the_batch(few: Data) -> None:
@@ -255,6 +278,30 @@ def test_a_mask_is_not_averaged() -> None:
     assert torch.equal(average.state_dict()["mask"], torch.tensor([0.0, -torch.inf]))
 
 
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_dense_run_has_the_average_everywhere(few: Data, tmp_path: Path, select: str) -> None:
+    """Metrics of both splits, summary and checkpoint; the model itself goes on from its weights."""
+    dense: dict[str, Any] = {"density": None, "ema": 0.9, "epochs": 2, "select": select}
+    one = trainer(few, tmp_path, Normed, **dense)
+    summary = one.fit()
+    plain = trainer(few, None, Normed, **dense | {"ema": None})
+    plain.fit()
+    assert torch.equal(weights(one), weights(plain))
+    read = Checkpoint.read(tmp_path / CHECKPOINT, torch.device("cpu"))
+    epoch, saved = read.selected
+    assert epoch == summary["selected_epoch"]
+    twin = Normed()
+    twin.load_state_dict(saved)
+    row = one.history[epoch - 1]
+    assert evaluate(twin, few.test) == pytest.approx(row["test_error_percent"])
+    assert evaluate(twin, few.validation) == pytest.approx(row["validation_error_percent"])
+    assert summary["test_error_percent"] == row["test_error_percent"]
+    if epoch == one.epoch:
+        with one.state.evaluated():
+            assert torch.equal(twin.fc1.weight, one.model.fc1.weight)  # type: ignore[union-attr, arg-type]
+    assert not torch.equal(twin.fc1.weight, one.model.fc1.weight)  # type: ignore[union-attr, arg-type]
+
+
 def test_the_selected_model_has_the_average_under_every_name(few: Data) -> None:
     """Tied weights have two names in a state; a buffer that is not saved has none."""
     tied, other, mean = (torch.full((2,), float(value)) for value in range(3))
@@ -277,8 +324,10 @@ def test_what_cannot_be_is_refused(few: Data, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="expected") as caught:
             TrainerSettings(**changes)  # type: ignore[arg-type]
         assert str(caught.value).startswith(message)
+    model = small_mlp()
     with pytest.raises(ValueError, match=r"^compile: got 'fast'; expected a backend of torch.comp"):
-        trainer(few, compile="fast")
+        Trainer(model, few, quick(density=0.5, compile="fast"), device="cpu")
+    assert not gated_layers(model)  # it was not changed
     trainer(few, tmp_path, precision="fp16", ema=0.5, epochs=1).fit()
     content = torch.load(tmp_path / CHECKPOINT, weights_only=True)
     assert content["average"].keys() >= {"fc1.weight"}

@@ -57,7 +57,7 @@ def warm_up() -> None:
     for name in ("sklearn.datasets", "torch.utils.flop_counter", "tqdm", "l0fast.cli"):
         importlib.import_module(name)
     with contextlib.suppress(ImportError):
-        importlib.import_module("torch.utils.tensorboard")
+        importlib.import_module("tensorboard.summary.writer.record_writer")
     torch.set_num_threads(1)
     model = sparsify_(models.build("mlp", (1, 8, 8), 10, (4,)))
     torch.optim.AdamW(model.parameters(), fused=True).zero_grad()

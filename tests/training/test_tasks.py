@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Sampler, TensorDataset, default_collate
 
 from l0fast import Trainer, TrainerSettings
-from l0fast.data.sets import Data, Split
+from l0fast.data.sets import SPLITS, Data, Split
+from l0fast.layers.handle import gated_layers
 from l0fast.training.batches import STRIDE
 from l0fast.training.folder import METRICS, SUMMARY
 from tests.helpers.runs import quick, small_mlp
@@ -125,6 +127,56 @@ def test_a_resumed_stream_draws_what_it_would_have(
     assert len({float(epoch.double().sum()) for epoch in epochs}) == 4  # another noise in each
 
 
+def test_batches_that_do_not_fit_the_task(digits: Data) -> None:
+    x, y = (part[:40] for part in digits.train)
+    for tensors, message in (
+        ((x, y.int()), "targets: got 'torch.int32 of shape (40,)'; expected int64 classes of"),
+        ((x, F.one_hot(y)), "targets: got 'torch.int64 of shape (40, 10)'; expected int64 classes"),
+        ((x, y, y), "batch: got 'tuple of 3'; expected (inputs, targets), or a loss_fn"),
+    ):
+        one = Trainer(small_mlp(), Data([tensors], None, digits.test), quick(), device="cpu")
+        with pytest.raises(ValueError, match="expected") as caught:
+            one.fit()
+        assert str(caught.value).startswith(message)
+
+
+def test_what_no_training_can_be_made_of(digits: Data) -> None:
+    x, y = digits.train
+    model, frozen = small_mlp(), small_mlp().requires_grad_(False)
+    arrays: Any = (x.numpy(), y.numpy())
+    splits: Any = tuple(digits[:3])
+    for given, data, error, message in (
+        (frozen, digits, ValueError, "model: got 'Sequential'; expected a model with a para"),
+        (model, splits, TypeError, "data: got 'tuple'; expected l0fast.data.sets.Data(train, val"),
+        (model, Data(arrays, None, digits.test), TypeError, "data.train: got '(ndarray (1"),
+        (model, Data((x, y[0]), None, digits.test), TypeError, "data.train: got '(Tensor torch"),
+    ):
+        with pytest.raises(error, match="expected") as caught:
+            Trainer(given, data, quick(density=0.5), device="cpu")
+        assert str(caught.value).startswith(message)
+        assert len(str(caught.value)) < 200
+        assert not gated_layers(given)
+
+
+def test_few_batches_of_a_stream_are_held_at_once(digits: Data, tmp_path: Path) -> None:
+    """The first one, as the example, and those of one step, however many there are."""
+    made: list[weakref.ref[Tensor]] = []
+    most: list[int] = []
+
+    def collated(examples: Any) -> Any:
+        inputs, targets = default_collate(examples)
+        made.append(weakref.ref(inputs))
+        most.append(sum(one() is not None for one in made))
+        return inputs, targets
+
+    options: dict[str, Any] = {"batch_size": 20, "collate_fn": collated}
+    splits: Any = [loader(getattr(digits, name), **options) for name in SPLITS]
+    chosen = quick(**SETTINGS | {"epochs": 1}, accumulate=2)
+    Trainer(small_mlp(), Data(*splits), chosen, out=tmp_path / "x", device="cpu").fit()
+    assert len(most) >= sum(map(len, splits)) == 90
+    assert max(most) <= 4
+
+
 def test_what_is_no_stream_is_refused(digits: Data, tmp_path: Path) -> None:
     good = loader(digits.test)
     persistent = loader(digits.train, num_workers=1, persistent_workers=True)
@@ -201,13 +253,15 @@ def test_regression_and_labels(digits: Data, tmp_path: Path) -> None:
 
 
 def test_the_users_own_loss_and_metric(digits: Data, tmp_path: Path) -> None:
-    """Batches are dicts, the loss is of a reconstruction, the metric has its function's name."""
+    """Batches are dicts, the loss is of a reconstruction and draws from Python and NumPy, the
+    metric has its function's name."""
 
     def batches(split: Split) -> list[dict[str, Tensor]]:
         return [{"pixels": x.flatten(1)} for x in split.inputs.split(100)]
 
     def loss_fn(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        return F.mse_loss(model(batch["pixels"]), batch["pixels"])
+        loss = F.mse_loss(model(batch["pixels"]), batch["pixels"])
+        return loss * random.gauss(1, 0.1) * np.random.uniform(0.9, 1) if model.training else loss
 
     def worst_pixel(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return (model(batch["pixels"]) - batch["pixels"]).abs().amax(1)
@@ -221,6 +275,8 @@ def test_the_users_own_loss_and_metric(digits: Data, tmp_path: Path) -> None:
 
     def make(out: Path, **options: Any) -> Trainer:
         torch.manual_seed(0)
+        random.seed(0)
+        np.random.seed(0)
         chosen = quick(**SETTINGS, select="best")
         options = {"example_inputs": example, "out": out, "device": "cpu"} | options
         return Trainer(build(), data, chosen, loss_fn, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
 from typing import Any
@@ -86,10 +87,56 @@ def test_a_run_writes_all_its_rows(tmp_path: Path) -> None:
     assert read_scalars(tmp_path / "run") == found
 
 
+class Full:
+    """A file on a disk that has no room from its `left`-th write on."""
+
+    def __init__(self, file: Any, left: int) -> None:
+        self.file, self.left = file, left
+
+    def write(self, data: Any) -> int:
+        if not self.left:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        self.left -= 1
+        return self.file.write(data)
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@pytest.mark.parametrize("left", [0, 2])
+def test_a_full_disk_ends_no_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int
+) -> None:
+    """One warning; all else is written, and what was written can be read; a resumed run has it
+    all."""
+    pytest.importorskip("tensorboard")
+    opened = Path.open
+
+    def full(path: Path, *args: Any, **options: Any) -> Any:
+        file = opened(path, *args, **options)
+        return Full(file, left) if "tfevents" in path.name else file
+
+    run(tmp_path / "whole", 3).fit()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", full)
+        with pytest.warns(UserWarning, match=r"tensorboard cannot be written \(OSError: ") as told:
+            run(tmp_path / "full", 3).fit()
+    assert len(told) == 1
+    texts = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("whole", "full")]
+    assert texts[0] == texts[1]
+    assert (tmp_path / "full" / "summary.json").exists()
+    whole = read_scalars(tmp_path / "whole")
+    assert read_scalars(tmp_path / "full") == (
+        {tag: points[:1] for tag, points in whole.items()} if left else {}
+    )
+    run(tmp_path / "full", 3).fit(resume=True)
+    assert read_scalars(tmp_path / "full") == whole
+
+
 def test_without_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run, and no folder."""
     run(tmp_path / "with", 2).fit()
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
     run(tmp_path / "without", 2).fit()
     assert not (tmp_path / "without" / TENSORBOARD).exists()
     metrics = [(tmp_path / name / "metrics.jsonl").read_bytes() for name in ("with", "without")]
