@@ -10,6 +10,7 @@ from torch import Tensor
 from l0fast import _checks
 from l0fast.autograd import Pull
 from l0fast.constraints.attachment import Attachment
+from l0fast.constraints.defaults import SETTLE
 from l0fast.constraints.processes import check_sharding, mesh_of
 from l0fast.constraints.start import START, Starting, start_steps
 from l0fast.constraints.watch import Watch
@@ -96,7 +97,7 @@ class Attachable(Starting):
         self,
         optimizer: Any,
         *,
-        settle: float = 0.1,
+        settle: float = SETTLE,
         start: float | None = None,
         steps: int | None = None,
         gate_lr: float | None = None,

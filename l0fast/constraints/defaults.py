@@ -11,6 +11,8 @@ from l0fast.constraints.schedule import TargetSchedule
 
 WARMUP = 0.45
 """The share of a training over which the target comes down."""
+SETTLE = 0.3
+"""The share of a training at its end in which the gates are decided."""
 DUAL_GAIN = 33.0
 DUAL_LR_MOST = 0.1
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from l0fast import _checks
-from l0fast.constraints.defaults import WARMUP
+from l0fast.constraints.defaults import SETTLE, WARMUP
 from l0fast.constraints.dual import DUALS
 from l0fast.constraints.schedule import POWERS
 from l0fast.constraints.start import START
@@ -120,7 +120,7 @@ class TrainerSettings:
     target_schedule: str = "cubic"
     start: float = START
     target_warmup: float = WARMUP
-    settle: float = 0.1
+    settle: float = SETTLE
     augment: str = "none"
     precision: str = "fp32"
     accumulate: int = 1

@@ -23,7 +23,7 @@ from tests import ROOT
 from tests.helpers.command import run
 from tests.helpers.same_run import Stop, assert_same, assert_same_run, state
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SETTINGS: dict[str, Any] = {
     "density": 0.5, "epochs": 3, "batch_size": 55, "lr": 5e-3, "gate_lr": 0.05, "dual_lr": 0.1,
@@ -130,7 +130,7 @@ def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
         fit(plain, streams(few()), tmp_path / "two" / "streams")
 
 
-@pytest.mark.usefixtures("a_folder_of_its_own", "one_thread")
+@pytest.mark.usefixtures("a_folder_of_its_own")
 def test_the_command_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same model as one process makes; files and words are the first process's alone."""
     words = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--density", "0.5"]
