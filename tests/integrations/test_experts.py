@@ -104,7 +104,8 @@ def test_closed_experts_are_gone_exactly(build: Any, tmp_path: Path) -> None:
     close(model)
     model.eval()
     small: Any = prune(model, EXAMPLE).eval()
-    assert small.report.max_error < 1e-14  # in float64
+    # In float64; but DeepSeek's router computes in float32, whatever its input.
+    assert small.report.max_error < (1e-6 if build is deepseek else 1e-14)
     mixture = small.model.layers[1].mlp
     router = getattr(mixture, "gate", None) or mixture.router
     assert router.num_experts == mixture.experts.num_experts == 4
