@@ -210,7 +210,7 @@ def test_a_trainer_has_it(options: dict[str, Any]) -> None:
     one = trainer(**options)
     stages: list[str] = []
     one.fit(on_epoch=lambda _row: stages.append(gates(one.model).stage))
-    assert stages == [OPEN, *[QUIET] * 6, SETTLED]
+    assert stages == [OPEN, *[QUIET] * 5, SETTLED, SETTLED]
     assert one.history[0]["expected_density"] == 1
     assert one.history[1]["expected_density"] < 1
 
