@@ -16,6 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_modul
 from torch.nn.parallel import DistributedDataParallel
 
 from l0fast import DensityConstraint, gates, prune, sparsify_
+from tests.helpers.processes import run_processes
 
 STEPS = 200
 X = torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
@@ -81,7 +82,7 @@ def process(rank: int, out: str) -> None:
 
 @pytest.mark.slow
 def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_processes(process, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2))
     model = made()
     constraint, _ = train(model, model, slice(None))

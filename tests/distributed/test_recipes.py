@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
 from l0fast import DensityConstraint, DualAscent, gates, prune, sparsify_
+from tests.helpers.processes import run_processes
 
 STEPS = 40
 X = torch.randn(32, 12, generator=torch.Generator().manual_seed(1))
@@ -189,7 +190,7 @@ def process(rank: int, out: str) -> None:
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Of each process."""
     out = str(tmp_path_factory.mktemp("processes"))
-    torch.multiprocessing.spawn(process, (out,), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_processes(process, out)
     return [torch.load(f"{out}/{rank}.pt", weights_only=False) for rank in range(2)]
 
 

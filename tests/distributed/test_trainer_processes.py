@@ -21,6 +21,7 @@ from l0fast.data.sets import Data, Split
 from l0fast.training.folder import METRICS, SUMMARY
 from tests import ROOT
 from tests.helpers.command import run
+from tests.helpers.processes import run_processes
 from tests.helpers.same_run import Stop, assert_same, assert_same_run, state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -110,7 +111,7 @@ def process(rank: int, out: str) -> None:
 def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     runs(tmp_path / "one")
-    torch.multiprocessing.spawn(process, (str(tmp_path),), nprocs=2)  # pyright: ignore[reportPrivateImportUsage]
+    run_processes(process, str(tmp_path))
     one, two = (state(tmp_path / number / "streams") for number in ("one", "two"))
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-4, atol=1e-5)
     for first, second in zip(one["history"], two["history"], strict=True):

@@ -237,7 +237,7 @@ def test_gates_are_not_shared_with_a_layer_that_has_none() -> None:
 
 def test_without_structure_each_layer_is_by_itself() -> None:
     table = sparsify_(plain.Partial(), dry_run=True)
-    assert "no example_inputs" in table.note
+    assert "pass example_inputs" in table.note
     assert [row.gates for row in table.layers] == ["output"] * 2 + ["input"] * 4
     table = sparsify_(plain.DataDependent(), example_inputs=torch.rand(2, 6), dry_run=True)
     assert "torch.export refuses the model" in table.note
@@ -254,7 +254,7 @@ def test_a_dry_run_changes_nothing_and_prints() -> None:
     assert isinstance(table, GateTable)
     assert [row.name for row in table.layers] == ["conv1", "body.0", "fc1"]
     lines = str(table).splitlines()
-    assert lines[0].split() == ["layer", "kind", "gates", "each", "on", "of", "reason"]
+    assert lines[0].split() == ["layer", "kind", "gates", "units", "each", "number", "reason"]
     assert lines[2].split() == ["body.0", "Conv2d", "input", "1", "4"]
     assert lines[3].split() == ["fc1", "Linear", "input", "4", "5"]
     assert "the model's input 'x'" in lines[1]

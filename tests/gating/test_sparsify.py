@@ -268,6 +268,6 @@ class Sorted(nn.Module):
 
 def test_a_refusal_names_the_op_and_the_line_that_stops_the_units() -> None:
     with pytest.raises(
-        ValueError, match=r"units can go \('b': .*aten::sort \(test_sparsify\.py:\d+"
+        ValueError, match=r"units can be removed \('b': .*aten::sort \(test_sparsify\.py:\d+"
     ):
         sparsify_(Sorted(), example_inputs=torch.randn(2, 3, 4, 4))

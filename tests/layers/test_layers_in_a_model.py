@@ -28,6 +28,7 @@ from l0fast.layers.handle import gated_layers
 from l0fast.layers.linear import L0Linear
 from l0fast.layers.sampling import attach_draw, detach
 from l0fast.maths.hard_concrete import HardConcrete
+from tests.helpers.processes import run_processes
 
 
 def net() -> nn.Sequential:
@@ -549,9 +550,7 @@ def train_in_parallel(rank: int, world: int, store: str, out: str) -> None:
 
 @pytest.mark.slow
 def test_ddp_trains_gates_that_agree(tmp_path: Any) -> None:
-    torch.multiprocessing.spawn(  # pyright: ignore[reportPrivateImportUsage]
-        train_in_parallel, (2, str(tmp_path / "store"), str(tmp_path)), nprocs=2
-    )
+    run_processes(train_in_parallel, 2, str(tmp_path / "store"), str(tmp_path))
     (state, multiplier), (other, other_multiplier) = (
         torch.load(tmp_path / f"{rank}.pt") for rank in range(2)
     )
