@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -82,17 +83,18 @@ def poisoned_memory(request: pytest.FixtureRequest) -> Iterator[None]:
     poison(True)
 
 
-@pytest.fixture(autouse=True)
-def unplotted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A trainer's plot takes seconds: the file has the numbers in place of their picture."""
-    folder = sys.modules.get("l0fast.training.folder")
-    if folder is None or request.node.get_closest_marker("plots") is not None:
-        return
+@pytest.fixture(autouse=True, scope="session")
+def unplotted() -> Iterator[None]:
+    """A trainer's plot takes seconds: in this process its file has the numbers in place of their
+    picture. The command in test_resume.py draws it."""
 
     def write(history: Any, targets: Any, summary: Any, path: Path) -> None:
-        path.write_bytes(b"\x89PNG" + repr((history, targets)).encode())
+        path.write_bytes(b"\x89PNG" + json.dumps([history, targets], sort_keys=True).encode())
 
-    monkeypatch.setattr(folder, "plot_dynamics", write)
+    with pytest.MonkeyPatch.context() as patch:
+        if (folder := sys.modules.get("l0fast.training.folder")) is not None:
+            patch.setattr(folder, "plot_dynamics", write)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -31,6 +31,8 @@ def check_removals(entries: Entries, removals: object, model: nn.Module, example
     for number, entry in enumerate(removals):
         place = f"removals.{number}"
         entries.names(place, entry, ("edits", "mends", "gates"))
+        for name in ("edits", "mends"):
+            entries.kind(f"{place}.{name}", entry[name], list)
         try:
             removal = Removal.from_json(entry)
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

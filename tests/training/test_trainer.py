@@ -347,7 +347,7 @@ def test_the_rules_for_the_multiplier(digits: Data) -> None:
 
 def test_a_stall_is_told(digits: Data) -> None:
     """A multiplier that hardly grows closes nothing; its words come with the rows and the end."""
-    one = trainer(digits, epochs=8, density=0.1, dual_lr=1e-4, start=0)
+    one = trainer(digits, epochs=8, density=0.1, dual_lr=1e-4, start=0, settle=0.1)
     summary = one.fit()
     words = one.history[-2]["stalls"]["model"]
     assert one.history[-1]["stalls"] == {}  # its gates are decided by then
