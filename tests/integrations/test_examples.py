@@ -37,8 +37,9 @@ WANTED = {
     "tabular_inputs": Wanted(1 / 3, 0.93),
     "single_weights": Wanted(0.1, 0.86),
 }
-ALIKE = {"loop_accelerate", "loop_lightning", "loop_timm", "decoder_trainer"}
-"""Loops whose packages have tests of their own in this folder: they run in `make test-all`."""
+LONG = {name for name in WANTED if name.startswith("loop_")} - {"loop_plain"}
+LONG |= {"resnet_macs", "vit_latency", "decoder_trainer"}
+"""They run in `make test-all`, and as pages of the site in `make docs`."""
 LAST = re.compile(r"(accuracy|loss) ([\d.]+), [a-zA-Z ]+ ([\d.]+) -> ([\d.]+)")
 EXAMPLES = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
 
@@ -52,7 +53,7 @@ def test_each_is_short_and_has_a_target() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in ALIKE)) for name in WANTED],
+    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LONG)) for name in WANTED],
 )
 def test_it_runs(name: str, tmp_path: os.PathLike[str]) -> None:
     wanted = WANTED[name]

@@ -17,6 +17,7 @@ from l0fast import (
     save_pruned,
     sparsify_,
 )
+from tests.helpers.thinned import thinned
 
 transformers = pytest.importorskip("transformers")
 
@@ -98,7 +99,7 @@ def same_text(one: Any, other: Any) -> None:
         assert torch.equal(one.generate(prompt, **options), other.generate(prompt, **options))
 
 
-@pytest.mark.parametrize("build", [mixtral, qwen2, qwen3, deepseek, gpt_oss])
+@pytest.mark.parametrize("build", thinned([mixtral, qwen2, qwen3, deepseek, gpt_oss], 3))
 def test_closed_experts_are_gone_exactly(build: Any, tmp_path: Path) -> None:
     model = gated(build)
     close(model)
@@ -121,7 +122,7 @@ def test_closed_experts_are_gone_exactly(build: Any, tmp_path: Path) -> None:
     same_text(plain, small)
 
 
-@pytest.mark.parametrize("build", [mixtral, qwen2])
+@pytest.mark.parametrize("build", thinned([qwen2, mixtral], 2))
 def test_what_is_left_is_reckoned(build: Any) -> None:
     model = gated(build)
     close(model)
@@ -144,7 +145,7 @@ def test_products_of_experts_count() -> None:
     assert macs["model.layers.0.mlp.experts"] == 24 * 2 * 3 * 32 * 48  # two experts a token
 
 
-@pytest.mark.parametrize("options", [{}, {"uniform": True}])
+@pytest.mark.parametrize("options", thinned([{"uniform": True}, {}], 2))
 def test_a_training_a_state_and_other_axes(options: Any, tmp_path: Path) -> None:
     model, steps = gated(mixtral, depth=True, **options), 200
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, steps=steps))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from l0fast import DensityConstraint, gates, prune, sparsify_
+from l0fast.constraints.defaults import SETTLE
 from l0fast.constraints.start import START, start_steps
 from tests.helpers.digits import (
     BATCH,
@@ -50,7 +51,7 @@ def test_accelerate(parts: int, precision: str) -> None:
         expected, other = plain()
         assert_same_training(net, expected)
         torch.testing.assert_close(constraint.multiplier, other.multiplier)
-    assert int(constraint.taken) == STEPS - start_steps(START, STEPS) - STEPS // 10
+    assert int(constraint.taken) == STEPS - start_steps(START, STEPS) - round(SETTLE * STEPS)
     assert_within(net)
 
 

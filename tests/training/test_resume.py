@@ -296,6 +296,7 @@ def test_killed_in_the_baseline(server: Server, tmp_path: Path, writes: int) -> 
 
 @needs_fork
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_process_killed_while_it_starts(server: Server, tmp_path: Path) -> None:
     """`python -m l0fast` itself, which ends as its fork does."""
     out, wanted = tmp_path / "out", server.undisturbed("1")
