@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.quality.methods import DEFAULT, DENSE
 from bench.quality.table import Cell, Place
-from l0fast.plots.dynamics import canvas
+from l0fast.plots.dynamics import canvas, logarithmic
 
 
 def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
@@ -27,7 +27,10 @@ def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
             width = 2.5 if name == DEFAULT else 1.0
             axis.plot(sizes, values, marker="o", ms=3, lw=width, label=name)
         axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.set_xticks([100 * size for size in own if size < 1], minor=False)
+        axis.set_xticks([], minor=True)
+        axis.xaxis.set_major_formatter("{x:g}")
+        logarithmic(axis)
         axis.set_title(f"{task}, {length}")
         axis.set_xlabel("parameters, % of the dense model's")
         axis.grid(alpha=0.25, which="both")
