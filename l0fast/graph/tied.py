@@ -176,10 +176,10 @@ class Tied:
         return self._told(self.stops, labels)
 
     def _told(self, reasons: Reasons, labels: Tensor) -> str:
-        """Reasons of the layers that make some units: of each kind the first, with its place."""
         return ", ".join(self._by_kind(reasons, labels))
 
     def _by_kind(self, reasons: Reasons, labels: Tensor) -> list[str]:
+        """Reasons of the layers that make some units: of each kind the first, with its place."""
         found: dict[str, dict[str, Node | None]] = {}
         for name in self.makers(labels):
             for reason, node in reasons[name].items():

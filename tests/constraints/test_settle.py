@@ -641,7 +641,7 @@ def test_a_collapse_before_is_told(digits: Data) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "stop"),
-    thinned_product(4, [{}, {"shrink": 2}, {"select": "best"}], [3, 4, 5]),
+    thinned_product(3, [{}, {"shrink": 2}, {"select": "best"}], [3, 4, 5]),
     ids=str,
 )
 def test_an_interruption_changes_nothing(

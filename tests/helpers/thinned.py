@@ -11,13 +11,22 @@ import pytest
 
 def thinned(cases: Iterable[Any], every: int) -> list[Any]:
     """The cases for pytest.mark.parametrize: all but each `every`-th are marked exhaustive."""
-    chosen = [case if isinstance(case, tuple) else (case,) for case in cases]
     return [
-        pytest.param(*case, marks=[pytest.mark.exhaustive] * bool(place % every))
-        for place, case in enumerate(chosen)
+        _case(case if isinstance(case, tuple) else (case,), place % every)
+        for place, case in enumerate(cases)
     ]
 
 
-def thinned_product(every: int, *values: Iterable[Any]) -> list[Any]:
-    """The same for all combinations of some values."""
-    return thinned(itertools.product(*values), every)
+def thinned_product(every: int, first: Iterable[Any], *others: Iterable[Any]) -> list[Any]:
+    """The same for all combinations of some values. Each value of the first argument stays with
+    other values of the others than its neighbour does, if `every` is at most their combinations."""
+    rest = list(itertools.product(*others))
+    return [
+        _case((value, *values), (place + shift) % every)
+        for shift, value in enumerate(first)
+        for place, values in enumerate(rest)
+    ]
+
+
+def _case(values: tuple[Any, ...], left_out: int) -> Any:
+    return pytest.param(*values, marks=[pytest.mark.exhaustive] * bool(left_out))

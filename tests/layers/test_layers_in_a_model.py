@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -269,6 +270,13 @@ def test_expected_open_of_layers_of_two_models() -> None:
     other(example())
     got = expected_open([one.conv, other.fc1, one.fc2])
     assert got.tolist() == pytest.approx([6 * 0.25, 96 * 0.75, 8 * 0.25])
+
+
+def test_expected_open_of_layers_on_several_devices() -> None:
+    with FakeTensorMode():  # which has devices that are not there
+        model = nn.Sequential(nn.Linear(4, 6, device="cuda:0"), nn.Linear(6, 5, device="cuda:1"))
+        got = expected_open(list(gated_layers(sparsify_(model)).values()))
+    assert (got.shape, got.device) == ((2,), torch.device("cuda:0"))
 
 
 @pytest.mark.parametrize("gates", ["auto", "weight"])
