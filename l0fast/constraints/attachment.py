@@ -13,14 +13,13 @@ An attached training, from its first step to its last:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast.constraints.at_once import moved_at_once
 from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
@@ -237,7 +236,7 @@ class Attachment:
     def _warn(self, words: str) -> None:
         if words not in self._warned:
             self._warned.add(words)
-            warnings.warn(f"attach: {words}", stacklevel=2)
+            _warnings.warn(f"attach: {words}")
 
     # --- the state -----------------------------------------------------------------------------
 

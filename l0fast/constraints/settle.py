@@ -8,12 +8,11 @@ not the model that was trained.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import torch
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast.layers.handle import ModelGates, gate_owners, own_gates
 from l0fast.layers.stages import SETTLED
 from l0fast.maths.advance import Limits
@@ -53,7 +52,7 @@ def lag_in_words(
 def warn_of(lag: str | None) -> None:
     """Warns the caller of a `settle`."""
     if lag is not None:
-        warnings.warn(lag, stacklevel=3)
+        _warnings.warn(lag)
 
 
 def _closed(of: HardConcrete) -> float:

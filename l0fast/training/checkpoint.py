@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast._digest import check_sealed, write_sealed
 from l0fast._files import open_regular, write_atomically
 from l0fast.measures.latency import LatencyTable
@@ -221,7 +220,7 @@ class Checkpoint:
         for name, got, before in pairs:
             if got != before:
                 words = f"{name}: got {got}; the run began with {before}"
-                warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=4)
+                _warnings.warn(f"{words}: its results will differ in their last bits")
 
     def restore_rng(self, device: torch.device) -> None:
         """Sets the generators to where the run had them."""

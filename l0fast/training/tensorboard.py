@@ -8,13 +8,12 @@ import itertools
 import os
 import socket
 import time
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast.training.metrics import Row
 
 TENSORBOARD = "tensorboard"
@@ -107,7 +106,7 @@ def scalar_writer(out: Path | None, history: list[Row]) -> Generator[Callable[[R
                 with suppress(OSError):
                     opened.pop().file.close()
             words = f"{folder} cannot be written ({_checks.one_line(error)}); the run goes on"
-            warnings.warn(f"{words}, and metrics.jsonl has its metrics", stacklevel=2)
+            _warnings.warn(f"{words}, and metrics.jsonl has its metrics")
 
     def begin() -> None:
         opened.append(_Events(folder))
