@@ -314,7 +314,9 @@ def test_prune_makes_what_the_run_made(
     assert run(*FAST, *options, "--quiet", "--out", "x") == 0
     wanted = Path("x", PRUNED).read_bytes()
     message = refused(capsys, "prune", "x/checkpoint.pt")
-    assert "out: got 'x/pruned.safetensors'; expected a file that is not there yet (--f" in message
+    assert (
+        "out: got 'x/pruned.safetensors'; expected a file that does not exist yet (--f" in message
+    )
     Path("x", PRUNED).unlink()
     assert run("prune", "x/checkpoint.pt") == 0
     assert "saved x/pruned.safetensors" in capsys.readouterr().out
@@ -398,7 +400,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--dense", "--pretrained", "no.pt"), "pretrained: got 'no.pt'; expected a file with the"),
         (
             ("--dense", "--pretrained", "no.pt", "--recipe", "published"),
-            "pretrained: got 'no.pt'; expected none: --recipe published initialises anew",
+            "pretrained: got 'no.pt'; expected none: --recipe published initialises the",
         ),
         (
             ("--density", "0.5", "--latency-table", "t.json"),
@@ -415,7 +417,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--dense", "--select", "x"), "select: got 'x'; expected one of 'last', 'best'"),
         (
             ("--dense", "--select", "best", "--validation-fraction", "0"),
-            "select: got 'best'; expected 'last' without a validation split",
+            "select: got 'best'; expected 'last', as there is no validation",
         ),
         (("--density", "0.5,0.6"), "targets: got [0.5, 0.6]; expected targets that fall"),
         (("--density", "0.5,x"), "targets[1]: got 'x'; expected a density in (0, 1], or an amount"),
