@@ -30,10 +30,15 @@ target, is worth a warning."""
 
 
 def lag_in_words(
-    densities: Mapping[str, float], targets: Mapping[str, float], steps: int | None
+    densities: Mapping[str, float],
+    targets: Mapping[str, float],
+    steps: int | None,
+    attached: bool,
 ) -> str | None:
-    """What to say where settling closes much at once, or None; `steps` of the constraint."""
-    if steps is None:
+    """A warning if settling closes much at once, else None; `steps` of the constraint."""
+    if attached:
+        advice = "The gates had too few steps to follow: train for longer, or with a larger gate_lr"
+    elif steps is None:
         advice = "Give the constraint the `steps` of the training, or a larger dual learning rate"
     else:
         advice = (
