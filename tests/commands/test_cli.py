@@ -411,7 +411,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
             "No such file or directory: 't.json'",
         ),
         (("--dense", "--image-size", "x"), "image_size: got 'x'; expected a whole number"),
-        (("--dense", "--image-size", "8"), "image_size: got 8; expected none: digits has a size"),
+        (("--dense", "--image-size", "8"), "image_size: got 8; expected none: the images"),
         (("--dense", "--dataset", "cifar10"), "data_root: got None; expected a torchvision data f"),
         (("--dense", "--dataset", "imagefolder", "--data-root", "no"), "data_root: got 'no'; expe"),
         (("--dense", "--select", "x"), "select: got 'x'; expected one of 'last', 'best'"),
