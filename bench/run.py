@@ -1,4 +1,4 @@
-"""Drives the measuring process: whatever happens in one case, the others are still measured."""
+"""Runs the measuring process. If a case fails, the others are still measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Short trainings, many of them: one CSV row each; rows that are there are not trained again."""
+"""Many short trainings, one CSV row each. Rows in the file are not trained again."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from l0fast.training import models
 WIDTHS = {"mlp": ("mlp", [300, 100]), "lenet 8-16-64": ("lenet5", [8, 16, 64])}
 LATENCY_BATCH = 1024
 LATE = 3
-"""Multipliers and densities are looked at over the last third of the epochs before settling."""
+"""Multipliers and densities are taken from the last third of the epochs before settling."""
 
 
 class _Attention(nn.Module):
-    """Four heads, with the projections apart."""
+    """Attention with four heads and separate projections."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def _bn_conv() -> nn.Sequential:
 
 
 def build(name: str, in_shape: tuple[int, ...]) -> nn.Module:
-    """A dense model by the name that the results have for it."""
+    """Builds a dense model by its name in the results."""
     if name == "bn conv":
         return _bn_conv()
     if name == "vit":

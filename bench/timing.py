@@ -42,7 +42,7 @@ def paired_ratios(samples: Sequence[float], baseline: Sequence[float]) -> Quarti
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: rounds of at least `sample_ms` for each variant, after a warm-up."""
+    """The length of a measurement: rounds of at least `sample_ms` a variant, after a warm-up."""
 
     rounds: int
     warmup: int

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """Trains the runs that are not done yet, and writes the tables and the figure of all done."""
+    """Trains the runs that are not done yet; writes tables and figure of all finished runs."""
     shared = {
         name: getattr(args, name) for name in ("data_root", "dataset", "skip", "threads", "device")
     }

@@ -1,4 +1,4 @@
-"""What is trained: a net, its data, and how long."""
+"""The trainings: a net, its data, and the number of epochs."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Task:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Of every method but the published ones."""
+        """The settings of every method, except the published ones."""
         return {"lr": self.lr, "batch_size": self.batch_size}
 
 

@@ -49,7 +49,7 @@ EFFORT = Effort(rounds=15, warmup=2, sample_ms=5.0)
 
 @dataclass
 class Result:
-    """What is known of one model; a row of the table."""
+    """The results of one model; a row of the table."""
 
     name: str
     seed: int
@@ -226,7 +226,7 @@ def _weights(layer: nn.Module) -> int:
 
 
 def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Result:
-    """Everything that a row says of one model.
+    """Measures one row.
 
     Args:
         name: of the row.
