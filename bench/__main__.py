@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def emit(more: Sequence[Row]) -> None:
         rows.extend(more)
-        report.write(rows, about, out)  # what is measured is kept, whatever comes after
+        report.write(rows, about, out)  # keep what is measured, even if a later step fails
 
     try:
         emit([])
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(rows))
     try:
         picture = plot(rows, title, out)
-    except Exception as error:  # the numbers stand without it
+    except Exception as error:  # the numbers are of use without the picture
         print(f"no plot: {error}", file=sys.stderr)
         picture = None
     names = ["results.csv", "results.json", *([picture.name] if picture else [])]

@@ -145,7 +145,7 @@ def _run(name: str, net: Net, density: float, most: float | None, effort: Effort
         (_batch(net.shape), torch.randint(net.classes, net.shape[:1])) for _ in range(BATCHES)
     ]
     small = [max(round(density * width), 1) for width in net.widths]
-    # Fewer inputs arrive, where a compacted model has fewer.
+    # A compacted model has fewer inputs.
     fewer = net.shape
     if net.make in (_mlp, _ffn):
         fewer = (*net.shape[:-1], small[0])

@@ -61,7 +61,7 @@ def ffn(
 ) -> list[Row]:
     """Forward and backward of an FFN block, all gradients included."""
     width, _, tokens = sizes
-    graph = device == "cuda"  # as the trainer runs a step: the host's time is none of it
+    graph = device == "cuda"  # as the trainer runs a step, without the host's time
 
     def tensor() -> Tensor:
         return torch.randn(tokens, width, device=device, dtype=torch.bfloat16)

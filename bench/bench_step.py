@@ -145,7 +145,7 @@ def _small(name: str, model: str, device: str, effort: Effort) -> list[Row]:
         goals.append(Goal(ours, 68, "<= 68 ops", count="ops"))
         goals.append(Goal(ours, 0.5, half, "published, structured"))
     if device == "cuda":
-        # Eager steps of this size wait for the host: the goals are the graphs'.
+        # Eager steps of this size wait for the host, so the goals are for graphs.
         goals = [goal for goal in goals if goal.count is not None]
         pair = ("dense, CUDA graph", "l0fast, CUDA graph")
         variants += [

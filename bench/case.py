@@ -104,7 +104,7 @@ def measure(
                 calls[variant.name] = variant.build()
             except Exception as error:
                 failures[variant.name] = one_line(error)
-                _free(device)  # what it had is not missing for the next
+                _free(device)  # free its memory for the next variant
         sample = cuda_sample if device == "cuda" else cpu_sample
         samples, late = interleaved(calls, sample, effort)
         failures |= late

@@ -106,12 +106,12 @@ class Run:
 
     @property
     def key(self) -> dict[str, str]:
-        """What tells its row from others', as a CSV has it."""
+        """The columns that identify its row, as strings."""
         return {name: str(value) for name, value in asdict(self).items() if name != "options"}
 
 
 def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Its row, and its metrics by epoch."""
+    """Trains a run; returns its row, and its metrics by epoch."""
     dataset = sets.load(run.dataset, data_root, 1 / 12, run.seed)
     torch.manual_seed(run.seed)
     example = dataset.train.inputs[:1]
@@ -123,7 +123,7 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
         density=run.target, epochs=run.epochs, seed=run.seed, **size, **run.options
     )
     table = None
-    if settings.measure == "latency":  # of one image it is all overhead
+    if settings.measure == "latency":  # that of one image would be overhead only
         table = measure_latency(model, dataset.train.inputs[:LATENCY_BATCH])
     trainer = Trainer(model, dataset, settings, device="cpu", table=table)
     summary = trainer.fit()
@@ -165,7 +165,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def train_all(runs: Iterable[Run], path: Path, data_root: str | None) -> list[dict[str, str]]:
-    """The rows of `runs`, of which those not in `path` yet are trained and put there.
+    """The rows of `runs`; those that are not in `path` yet are trained and added.
 
     A run that is refused or fails has its reason in `error` and no numbers.
     """

@@ -63,7 +63,7 @@ def reproduce(args: argparse.Namespace) -> int:
     done = earlier.finished(every, out, elsewhere)
 
     def write() -> None:
-        with locked(out):  # other processes train other runs of these tables, and write them, too
+        with locked(out):  # other processes may train and write other runs of these tables
             done.update(earlier.finished(every, out, elsewhere))
             tables.write(every, done, out, epochs)
 

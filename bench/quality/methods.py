@@ -106,7 +106,7 @@ def train(run: Run, data_root: str | None) -> list[dict[str, Any]]:
     trainer = _fitted(run, model, data)
     if run.method == DENSE:
         return [_row(run, model, data, count)]
-    if run.method in PENALISED:  # it has no target: what is beyond it goes now
+    if run.method in PENALISED:  # it has no target, so prune to the size now
         small = prune(trainer.model, example, run.target, measure=MEASURE)
         return [_row(run, small, data, count)]
     small = trainer.pruned

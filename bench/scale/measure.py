@@ -144,7 +144,7 @@ def measure(name: str, entry: Entry) -> Iterator[Row]:
 def main() -> int:
     """Measures the model named by the first argument."""
     name = sys.argv[1]
-    # What libraries print must not get among the rows.
+    # Prints of libraries must not mix with the rows.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

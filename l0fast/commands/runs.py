@@ -71,7 +71,7 @@ class Run:
             for name, value in ours.items()
             if name not in unused
         )
-        return same and summary.get("digest") == values.digest(args)  # it takes the longest
+        return same and summary.get("digest") == values.digest(args)  # last, as it takes longest
 
 
 def words(**changed: Any) -> argparse.Namespace:

@@ -171,7 +171,7 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
         images = torch.tensor(batch["data"], dtype=torch.uint8).view(-1, 3, 32, 32)
         key = "labels" if "labels" in batch else "fine_labels"
         targets = torch.tensor(batch[key], dtype=torch.int64)
-    except Exception as error:  # whatever a damaged pickle leads to
+    except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split())
         _checks.refuse("data_root", str(path), f"{wanted} ({type(error).__name__}: {reason})")
     if targets.shape != images.shape[:1]:

@@ -171,7 +171,7 @@ def _of_size(small: Any) -> Any:
         try:
             with torch.device("meta"):
                 fits = _shapes(kind(copy.deepcopy(config))) == wanted
-        except Exception:  # numbers that do not go together
+        except Exception:  # numbers that contradict each other
             continue
         if fits:
             _check(config)
@@ -204,7 +204,9 @@ def _configs(small: Any, before: Any, wanted: Any) -> Iterator[Any]:
             became.setdefault(old, set()).add(new)
     heads = getattr(config, "num_attention_heads", None)
     if heads and getattr(config, "head_dim", None) is None:
-        config.head_dim = config.hidden_size // heads  # no longer the quotient
+        config.head_dim = (
+            config.hidden_size // heads
+        )  # or else it would be computed from the new sizes
     each: list[list[tuple[str, int]]] = []
     for key in (key for key in WIDTHS if isinstance(getattr(config, key, None), int)):
         value = getattr(config, key)

@@ -61,9 +61,7 @@ def lenet5(
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, first, kernel, padding=padding),
-            pool1=nn.MaxPool2d(
-                2
-            ),  # pooling before ReLU: the same function, with a quarter of the ReLUs
+            pool1=nn.MaxPool2d(2),  # before ReLU: the same function, a quarter of the ReLUs
             relu1=nn.ReLU(),
             conv2=nn.Conv2d(first, second, kernel, padding=padding),
             pool2=nn.MaxPool2d(2),

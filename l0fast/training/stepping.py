@@ -77,7 +77,7 @@ class Stepping:
                 size = self._train.size(item)
                 count += size
                 state.step += 1
-                if size % self._ranks.size:  # what else is drawn may have other sizes
+                if size % self._ranks.size:  # dropout and the like drew other sizes on each process
                     self._ranks.same_noise_(state.device)
                 if state.average is not None:
                     state.average.update()

@@ -23,10 +23,7 @@ MetricFn = Callable[[Any, Any], Tensor]
 
 def total(values: Tensor, size: int) -> Tensor:
     """0-d: the sum over the examples of a batch. `values` has a number for each, or their mean."""
-    if values.dtype in (
-        torch.float16,
-        torch.bfloat16,
-    ):  # a sum of many values would be rounded too much
+    if values.dtype in (torch.float16, torch.bfloat16):  # a sum of many would be inexact
         values = values.float()
     if values.dim() == 0:
         return values * size

@@ -265,9 +265,7 @@ class Trainer:
             self._as_asked.check(checkpoint, path)
             checkpoint.warn_of_rounding()
             self.state.load_(checkpoint, path)
-            self.folder.write_metrics(
-                self.history
-            )  # a run that was killed may have left them an epoch behind
+            self.folder.write_metrics(self.history)  # a killed run may be an epoch behind in them
             return
         if start_from is not None:
             self._as_asked.check_start(start_from, self.folder.path or Path("start_from"))
