@@ -137,7 +137,7 @@ def _example(small: Any, example_inputs: Any) -> Example:
 
 
 def _plain(small: Any, example: Example) -> Any:
-    """A model of a mended configuration that computes what a pruned one does.
+    """A model of a corrected configuration that computes the same as a pruned one.
 
     Raises:
         _NotPlain: there is none.
