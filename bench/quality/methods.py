@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -48,12 +49,15 @@ class Run:
 
     @property
     def epochs(self) -> int:
-        """Of the training."""
-        return TASKS[self.task].epochs[LENGTHS.index(self.length)]
+        """Of the training; from scratch it has those of the dense net before, too."""
+        task = TASKS[self.task]
+        before = task.pretraining if self.method == SCRATCH else 0
+        return before + task.epochs[LENGTHS.index(self.length)]
 
 
 def _settings(run: Run) -> TrainerSettings:
-    chosen: dict[str, Any] = {**TASKS[run.task].settings, "epochs": run.epochs, "seed": run.seed}
+    chosen: dict[str, Any] = TASKS[run.task].settings(fresh=run.method == SCRATCH)
+    chosen |= {"epochs": run.epochs, "seed": run.seed}
     if run.method in PENALISED:
         return TrainerSettings(penalty=PENALISED[run.method], **chosen)
     if run.method in (DENSE, SCRATCH):
@@ -65,11 +69,26 @@ def _settings(run: Run) -> TrainerSettings:
     return TrainerSettings(density=run.target, measure=MEASURE, **chosen)
 
 
-def _fitted(run: Run, model: nn.Module, data: Data) -> Trainer:
+def _fitted(model: nn.Module, data: Data, settings: TrainerSettings) -> Trainer:
     few = Split(data.test.inputs[:FEW], data.test.targets[:FEW])
-    trainer = Trainer(model, data._replace(validation=None, test=few), _settings(run), device="cpu")
+    trainer = Trainer(model, data._replace(validation=None, test=few), settings, device="cpu")
     trainer.fit()
     return trainer
+
+
+@functools.lru_cache(maxsize=1)
+def _dense(name: str, seed: int, data_root: str | None) -> tuple[nn.Module, Data]:
+    """The dense net that a training starts from, with random weights or trained ones; its data."""
+    task, data = TASKS[name], load(TASKS[name], seed, data_root)
+    torch.manual_seed(seed)
+    model = task.build(tuple(data.train.inputs.shape[1:]))
+    if task.pretraining:
+        settings = task.settings(fresh=True)
+        trainer = _fitted(
+            model, data, TrainerSettings(epochs=task.pretraining, seed=seed, **settings)
+        )
+        model = trainer.model
+    return model, data
 
 
 def _error(model: nn.Module, split: Split) -> float:
@@ -96,16 +115,14 @@ def _row(run: Run, model: nn.Module, data: Data, dense_params: int) -> dict[str,
 
 def train(run: Run, data_root: str | None) -> list[dict[str, Any]]:
     """The row of a run; after constrained L0 also that of its shape, trained from scratch."""
-    data = load(TASKS[run.task], run.seed, data_root)
-    example = data.train.inputs[:1]
-    torch.manual_seed(run.seed)
-    model = TASKS[run.task].build(tuple(example.shape[1:]))
+    start, data = _dense(run.task, run.seed, data_root)
+    model, example = copy.deepcopy(start), data.train.inputs[:1]
     count = sum(parameter.numel() for parameter in model.parameters())
     if run.method == PUBLISHED:
         sparsify_published_(model, example)
-    trainer = _fitted(run, model, data)
+    trainer = _fitted(model, data, _settings(run))
     if run.method == DENSE:
-        return [_row(run, model, data, count)]
+        return [_row(run, trainer.model, data, count)]
     if run.method in PENALISED:  # it has no target, so prune to the size now
         small = prune(trainer.model, example, run.target, measure=MEASURE)
         return [_row(run, small, data, count)]
@@ -120,6 +137,6 @@ def train(run: Run, data_root: str | None) -> list[dict[str, Any]]:
             reset: Any = getattr(module, "reset_parameters", None)
             if reset is not None:
                 reset()
-        _fitted(again, fresh, data)
+        _fitted(fresh, data, _settings(again))
         rows.append(_row(again, fresh, data, count) | {"collapsed": []})
     return rows

@@ -8,13 +8,19 @@ from bench.quality.methods import DEFAULT, DENSE
 from bench.quality.table import Cell, Place
 from l0fast.plots.dynamics import canvas, logarithmic
 
+MOST_COLUMNS = 4
+
 
 def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
     """Writes the picture."""
     panels = list(dict.fromkeys((task, length) for task, length, _ in shown))
-    figure = canvas(4.6 * len(panels), 4.0)
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (task, length) in zip(axes, panels, strict=True):
+    columns = min(len(panels), MOST_COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure = canvas(4.6 * columns, 4.0 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    for axis, (task, length) in zip(axes, panels, strict=False):
         own = {place[2]: methods for place, methods in shown.items() if place[:2] == (task, length)}
         for name in dict.fromkeys(name for methods in own.values() for name in methods):
             points = sorted(
@@ -34,6 +40,7 @@ def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
         axis.set_title(f"{task}, {length}")
         axis.set_xlabel("parameters, % of the dense model's")
         axis.grid(alpha=0.25, which="both")
-    axes[0].set_ylabel("test error, %")
+    for axis in axes[::columns]:
+        axis.set_ylabel("test error, %")
     axes[0].legend(frameon=False, fontsize=7)
     figure.savefig(path)

@@ -23,6 +23,7 @@ class Cell(NamedTuple):
     """Standard error of the mean; NaN of one seed."""
     collapsed: int
     """Runs that ended with a layer through which nothing passes."""
+    runs: int
 
     def __str__(self) -> str:
         text = f"{self.mean:.1f}"
@@ -39,7 +40,8 @@ def cell(rows: Sequence[Row]) -> Cell:
     """Of rows that differ in their seeds alone."""
     tests = [row["test"] for row in rows]
     spread = statistics.stdev(tests) / math.sqrt(len(tests)) if len(tests) > 1 else math.nan
-    return Cell(statistics.fmean(tests), spread, sum(bool(row["collapsed"]) for row in rows))
+    collapsed = sum(bool(row["collapsed"]) for row in rows)
+    return Cell(statistics.fmean(tests), spread, collapsed, len(rows))
 
 
 def cells(rows: Iterable[Row]) -> dict[Place, dict[str, Cell]]:
@@ -79,7 +81,7 @@ def ratios(shown: dict[Place, dict[str, Cell]], other: str | None = None) -> dic
         own, best = methods[DEFAULT], min(rest.values(), key=lambda one: one.mean)
         ratio = own.mean / best.mean
         error = ratio * math.hypot(own.error / own.mean, best.error / best.mean)
-        found[place] = Cell(ratio, error, own.collapsed)
+        found[place] = Cell(ratio, error, own.collapsed, own.runs)
     return found
 
 
@@ -110,24 +112,29 @@ def markdown(rows: Sequence[Row], about: Facts) -> str:
     order = [name for name in METHODS if name not in PENALISED]
     order.insert(order.index(DEFAULT), PENALISED_BEST)
     names = [name for name in order if any(name in methods for methods in shown.values())]
-    seeds = sorted({row["seed"] for row in rows})
     lines = [
         "# Errors at equal size",
         "",
-        f"Test error in %, mean of seeds {', '.join(map(str, seeds))} ± standard error. The models "
-        "of a row have at most that share of the parameters, after as many epochs. "
+        "Test error in %, mean ± standard error over seeds 0, 1, ... The models of a row have at "
+        "most that share of the parameters, after as many epochs. Fine-tuned: from one dense net; "
+        "the small net from scratch has the epochs of both trainings. "
         f"`{about['command']}`, torch {about['torch']}, {about['cpu']}, one thread.",
         "",
-        "| task | training | parameters | " + " | ".join(names) + " | default / best other |",
-        "| --- " * (len(names) + 4) + "|",
+        "| task | training | parameters | seeds | "
+        + " | ".join(names)
+        + " | default / best other |",
+        "| --- " * (len(names) + 5) + "|",
     ]
     against = ratios(shown)
     for place, methods in shown.items():
         task, length, target = place
         values = [str(methods.get(name, "")) for name in names]
         ratio = f"{against[place].mean:.2f}" if place in against else ""
+        count = max(one.runs for name, one in methods.items() if name != DENSE)
         lines.append(
-            f"| {task} | {length} | {target:.0%} | " + " | ".join(values) + f" | {ratio} |"
+            f"| {task} | {length} | {target:.0%} | {count} | "
+            + " | ".join(values)
+            + f" | {ratio} |"
         )
     others = [name for name in names if name not in (DENSE, DEFAULT)]
     said = [

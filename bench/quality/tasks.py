@@ -24,28 +24,40 @@ class Task:
     net: str
     """The name that `build` has for it."""
     dataset: str
-    epochs: tuple[int, int]
-    """Of a short training and of a medium one."""
+    epochs: tuple[int, int, int]
+    """Of a short training, a medium one and a long one."""
     lr: float
     batch_size: int
+    finetuning: float | None = None
+    """Learning rate. Training then starts from a dense net, trained for a medium number of epochs
+    before; the small net from scratch has the epochs of both. None: from a random start."""
 
     def build(self, in_shape: tuple[int, ...]) -> nn.Module:
         """The dense net, from torch's seed."""
         return build(self.net, in_shape)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The settings of every method, except the published ones."""
-        return {"lr": self.lr, "batch_size": self.batch_size}
+    def pretraining(self) -> int:
+        """Epochs in which the dense net is trained before fine-tuning."""
+        return 0 if self.finetuning is None else self.epochs[LENGTHS.index("medium")]
+
+    def settings(self, fresh: bool) -> dict[str, Any]:
+        """The settings of every method, except the published ones; `fresh` for random weights."""
+        tuned = None if fresh else self.finetuning
+        return {"lr": tuned or self.lr, "batch_size": self.batch_size}
 
 
+LENGTHS = ("short", "medium", "long")
 TASKS = {
-    "MLP, digits": Task("mlp", "digits", (20, 60), 3e-3, 64),
-    "LeNet 8-16-64, digits": Task("lenet 8-16-64", "digits", (20, 60), 3e-3, 64),
-    "BN conv net, digits": Task("bn conv", "digits", (20, 60), 3e-3, 64),
-    "MLP, MNIST": Task("mlp", "mnist", (10, 30), 1e-3, 128),
+    "MLP, digits": Task("mlp", "digits", (20, 60, 180), 3e-3, 64),
+    "LeNet 8-16-64, digits": Task("lenet 8-16-64", "digits", (20, 60, 180), 3e-3, 64),
+    "BN conv net, digits": Task("bn conv", "digits", (20, 60, 180), 3e-3, 64),
+    "ViT, digits": Task("vit", "digits", (20, 60, 180), 3e-3, 64),
+    "MLP, MNIST": Task("mlp", "mnist", (10, 30, 90), 1e-3, 128),
+    "MLP, digits, fine-tuned": Task("mlp", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
+    "BN conv net, digits, fine-tuned": Task("bn conv", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
+    "ViT, digits, fine-tuned": Task("vit", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
 }
-LENGTHS = ("short", "medium")
 
 
 def load(task: Task, seed: int, data_root: str | None) -> Data:

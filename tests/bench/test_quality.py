@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from bench.quality import __main__ as command
 from bench.quality import methods
 from bench.quality.methods import DEFAULT, DENSE, SCRATCH, Run, train
 from bench.quality.table import PENALISED_BEST, cells, geometric_mean, markdown, ratios
 from bench.quality.tasks import TASKS, Task
+from l0fast import Trainer, TrainerSettings
 from l0fast.data import sets
 from l0fast.data.formats import Split
 from l0fast.data.sets import Data
@@ -34,8 +36,9 @@ def few(*_: Any) -> Data:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TASKS, TASK, Task("mlp", "digits", (2, 3), 3e-3, 48))
+    monkeypatch.setitem(TASKS, TASK, Task("mlp", "digits", (2, 3, 4), 3e-3, 48))
     monkeypatch.setattr(methods, "load", few)
+    methods._dense.cache_clear()
 
 
 def row(method: str, seed: int, test: float, **values: Any) -> dict[str, Any]:
@@ -71,6 +74,26 @@ def test_a_method_is_trained_to_its_size(method: str) -> None:
         assert rows[0]["validation"] != rows[1]["validation"]
 
 
+@pytest.mark.usefixtures("one_thread", "short")
+def test_a_fine_tuning_starts_from_a_trained_dense_net(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(TASKS, TASK, Task("mlp", "digits", (2, 3, 4), 3e-3, 48, 1e-4))
+    asked: list[tuple[int, float]] = []
+    fitted = methods._fitted
+
+    def noted(model: nn.Module, data: Data, settings: TrainerSettings) -> Trainer:
+        asked.append((settings.epochs, settings.lr))
+        return fitted(model, data, settings)
+
+    monkeypatch.setattr(methods, "_fitted", noted)
+    tuned, fresh = train(Run(TASK, "short", 0.5, DEFAULT, 0), None)
+    # The dense net first; the small one from scratch has as many epochs in all.
+    assert asked == [(3, 3e-3), (2, 1e-4), (5, 3e-3)]
+    assert (tuned["epochs"], fresh["epochs"]) == (2, 5)
+    start, data = methods._dense(TASK, 0, None)  # as it was: each training has a copy
+    assert methods._error(start, data.train) < 40  # of random weights: about 90
+    assert len(asked) == 3
+
+
 def test_the_table_compares_with_the_best_other_method() -> None:
     shown = cells(ROWS)
     place = (TASK, "short", 0.2)
@@ -88,7 +111,7 @@ def test_the_table_compares_with_the_best_other_method() -> None:
 
 def test_the_page_says_it() -> None:
     page = markdown(ROWS, ABOUT)
-    assert "| MLP, digits | short | 20% | 1.0 | 4.0 |" in page
+    assert "| MLP, digits | short | 20% | 2 | 1.0 | 4.0 |" in page
     assert "5.0 ± 1.0 | 1.25 |" in page
     assert (
         "that of gradual magnitude: geometric mean 0.50 over 1 rows; below 1 in 1, above 1.05 by "
