@@ -80,15 +80,15 @@ class Attachment:
         self._idle = Idle()
         self._resumed = _has_stepped(optimizers[0])
         self._joined: list[Tensor] = []
-        gates = self.gates()
-        self._adam = GateAdam(gates, self.gate_lr)
-        for optimizer in self._optimizers:
-            self._join(optimizer, gates)
-        if term.learns and steps < FEW_STEPS:
+        if term.learns and steps < FEW_STEPS:  # before anything is changed: it may be an error
             self._warn(
                 f"{steps} steps are few for gates to learn in: the pruned model will be much worse "
                 f"than the dense one. Train for {FEW_STEPS} or more, or use magnitude pruning"
             )
+        gates = self.gates()
+        self._adam = GateAdam(gates, self.gate_lr)
+        for optimizer in self._optimizers:
+            self._join(optimizer, gates)
         self._removers = [remove for one in self._optimizers for remove in self._hook(one)]
         self._removers += mark_partial(gates, term.handle.layers)
 
