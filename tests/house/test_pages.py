@@ -92,6 +92,11 @@ def large(names: Names) -> None:
     names["optimizer"] = torch.optim.AdamW(names["model"].parameters())
 
 
+def several(names: Names) -> None:
+    """The same, of which a latency is measured."""
+    large(names)
+
+
 def hugging_face(names: Names) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
@@ -157,6 +162,13 @@ def averaged(names: Names) -> None:
     names["trainer"] = l0fast.Trainer(mlp(16, 4), names["data"], settings)
 
 
+def resnet(names: Names) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    x = torch.randn(2, 3, 64, 64)
+    model = l0fast.sparsify_(torchvision.models.resnet18(num_classes=10), example_inputs=x)
+    names |= {"l0fast": l0fast, "x": x, "model": model}
+
+
 def timed(names: Names) -> None:
     large(names)
     names["table"] = l0fast.measure_latency(names["model"], names["x"])
@@ -168,8 +180,9 @@ BEFORE: dict[str, list[Before]] = {
     "guides/latency.md": [timed],
     "guides/loops.md": [loop, hugging_face, lightning, written_out, captured, pruned],
     "guides/several_processes.md": [plain, gated_blocks],
-    "guides/targets.md": [large, large],
+    "guides/targets.md": [large, several],
     "guides/trainer.md": [trainer, datasets, own_task, averaged],
+    "guides/vision_models.md": [resnet],
 }
 """Page -> what makes the names that each of its blocks takes for granted."""
 
@@ -182,8 +195,8 @@ def blocks_of(page: Path) -> list[str]:
     return found
 
 
-LONG = (hugging_face, lightning)
-"""They import much; the examples go the same way."""
+LONG = (hugging_face, lightning, resnet, several)
+"""They take long; the examples and other blocks go the same way."""
 CASES = [
     pytest.param(page, at, marks=[pytest.mark.exhaustive] * (before in LONG))
     for page, befores in BEFORE.items()
