@@ -139,7 +139,7 @@ def test_done_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
         (("poster",), "unrecognized arguments: poster"),
         (
             (*SHORT, "--only", "x*"),
-            "only: got 'x*'; expected a pattern that matches a run ROW-seed-N",
+            "only: got 'x*'; expected a pattern that matches a run:",
         ),
         ((*SHORT, "--seeds", "0-x"), "seeds: got '0-x'; expected seeds such as 0-4 or 0,1,2"),
         ((*SHORT, "--seeds", "4-0"), "seeds: got '4-0'; expected seeds such as"),
