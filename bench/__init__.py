@@ -18,7 +18,7 @@ if str(KERNELS) not in sys.path:
 
 
 def environment(threads: int) -> dict[str, str]:
-    """What a child process runs with: this checkout first on its path, and that many threads."""
+    """The environment of a child process: this checkout first on its path, and its threads."""
     paths = [str(ROOT), str(KERNELS), os.environ.get("PYTHONPATH", "")]
     return {
         **os.environ,

@@ -39,9 +39,9 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help=f"stop then (--gpu: {GPU_MINUTES:g})")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch (default 1)")
     parser.add_argument("--out", type=Path, help="folder for results.csv, .json and .png, replaced")
-    parser.add_argument("--list", action="store_true", help="only say which cases there are")
+    parser.add_argument("--list", action="store_true", help="only list the cases")
     parser.add_argument(
-        "--skip-tests", action="store_true", help="for development: time what was not tested"
+        "--skip-tests", action="store_true", help="for development: time without running the tests"
     )
     arguments = parser.parse_args(argv)
     if arguments.threads < 1:
@@ -54,7 +54,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _out(arguments: argparse.Namespace) -> Path:
-    """Where results go: --out, else $OUT, else a folder that git ignores."""
+    """The folder for results: --out, else $OUT, else a folder that git ignores."""
     if arguments.out is not None:
         return arguments.out
     named = os.environ.get("OUT")
@@ -62,7 +62,7 @@ def _out(arguments: argparse.Namespace) -> Path:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """How to get the same again; where the results went does not matter for that."""
+    """The command that repeats this run, without the folder of the results."""
     words = ["python", "-m", "bench", *arguments.names]
     words += [f"--{flag}" for flag in ("quick", "gpu") if getattr(arguments, flag)]
     words += [f"--threads={arguments.threads}"] if arguments.threads != 1 else []
@@ -73,7 +73,7 @@ def _command(arguments: argparse.Namespace) -> str:
 def _tested(
     arguments: argparse.Namespace, cases: Sequence[Case], limit_s: float | None
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """(stem -> why it is not timed, stem -> why its times are marked), by the tests."""
+    """Runs the tests; (stem -> why it is not timed, stem -> why its times are marked)."""
     stems = list(dict.fromkeys(registry.stem(case.name) for case in cases))
     if arguments.skip_tests:
         print(UNTESTED, file=sys.stderr)
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def emit(more: Sequence[Row]) -> None:
         rows.extend(more)
-        report.write(rows, about, out)  # what is measured is kept, whatever comes after
+        report.write(rows, about, out)  # keep what is measured, even if a later step fails
 
     try:
         emit([])
@@ -172,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(report.table(rows))
     try:
         picture = plot(rows, title, out)
-    except Exception as error:  # the numbers stand without it
+    except Exception as error:  # the numbers are of use without the picture
         print(f"no plot: {error}", file=sys.stderr)
         picture = None
     names = ["results.csv", "results.json", *([picture.name] if picture else [])]

@@ -131,7 +131,7 @@ def train(
 
 @torch.no_grad()
 def held_out(model: nn.Module, text: Tensor) -> float:
-    """The mean loss on the same pieces of the test text, in nats for a byte."""
+    """The mean loss on the same pieces of the test text, in nats per byte."""
     generator = torch.Generator().manual_seed(0)
     batches = (_batch(text, generator) for _ in range(TEST_BATCHES))
     return sum(float(_loss(model, batch)) for batch in batches) / TEST_BATCHES
@@ -140,7 +140,7 @@ def held_out(model: nn.Module, text: Tensor) -> float:
 def fine_tuned(
     method: str, model: nn.Module, target: float, text: Tensor, steps: int, seed: int
 ) -> tuple[nn.Module, float]:
-    """A dense model after `steps` more by a method, pruned; and seconds."""
+    """(pruned model, seconds) of a dense model after `steps` more steps by a method."""
     if method == DENSE:
         return model, 0.0
     more = method == ALL
@@ -205,7 +205,7 @@ def _row(method: str, seed: int, model: Any, dense: float, test: Tensor) -> dict
 
 
 def run(arguments: argparse.Namespace, about: report.Facts) -> list[dict[str, Any]]:
-    """Does what is not done yet; each row is written as soon as it is there."""
+    """Trains what is not done yet; writes each row as soon as it is finished."""
     out, results = arguments.out, arguments.out / "results.json"
     out.mkdir(parents=True, exist_ok=True)
     text, test = docstrings(arguments.packages)

@@ -20,7 +20,7 @@ OPEN = 0.3
 
 
 def by_nonzero(alive: Tensor, sizes: tuple[int, ...]) -> list[tuple[Tensor, Tensor, int]]:
-    """(index, place, count) of each layer, as the sentence says it: the host waits for a count."""
+    """(index, place, count) of each layer, in plain PyTorch: the host waits for a count."""
     orders: list[tuple[Tensor, Tensor, int]] = []
     for part in alive.split(sizes):
         opened = part.nonzero().flatten()

@@ -65,7 +65,7 @@ Way = Callable[[Block, Tensor, Tensor, Tensor], Results]
 
 
 def masked(block: Block, x: Tensor, dy: Tensor, z: Tensor | None) -> Results:
-    """All of it, with V multiplied by z; by nothing if z is None (a dense block)."""
+    """The whole block, with V multiplied by z; if z is None, the dense block."""
     weight, bias, second, second_bias = block
     h = F.linear(x, weight, bias)
     activated = F.gelu(h)
@@ -80,19 +80,19 @@ def masked(block: Block, x: Tensor, dy: Tensor, z: Tensor | None) -> Results:
 
 
 def _packed(block: Block, z: Tensor, units: Tensor) -> tuple[Block, Tensor]:
-    """The block of some units, and their gates."""
+    """The part of the block that belongs to some units, and their gates."""
     weight, bias, second = [one.index_select(0, units) for one in block[:3]]
     return Block(weight, bias, second, block.second_bias), z.index_select(0, units)
 
 
 def order_of(z: Tensor) -> Order:
-    """Which units are open, on the device: those first."""
+    """The order of the units, with the open ones first, computed on the device."""
     (order,) = functional.compaction(z > 0, (len(z),))
     return order
 
 
 def bucket_of(last: int, hidden: int) -> int:
-    """How many units a step makes room for, by how many the last step had open."""
+    """The number of units that a step has room for, from the number that the last step had open."""
     share = last / hidden
     room = last + MARGIN * math.sqrt(hidden * share * (1 - share))
     return min(hidden, BUCKET * math.ceil(room / BUCKET))
@@ -136,7 +136,7 @@ def prefix_or_masked(room: int) -> Way:
 
 
 def kernels(block: Block, x: Tensor, dy: Tensor, z: Tensor) -> Results:
-    """By l0fast's own kernels, which read the count on the device."""
+    """l0fast's own kernels, which read the count on the device."""
     weight, bias, second, second_bias = block
     order = order_of(z)
     leaves = [one.detach().requires_grad_() for one in (x, weight, bias, second.t(), z)]
@@ -190,7 +190,7 @@ def grouped(block: Block, x: Tensor, dy: Tensor, z: Tensor) -> Results:
 
 
 def block_of(sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> Block:
-    """Weights as a Linear's at its start."""
+    """Weights as a new Linear has them."""
     width, hidden, _ = sizes
 
     def tensor(*shape: int, fan: int) -> Tensor:

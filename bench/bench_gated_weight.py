@@ -32,7 +32,8 @@ Op = Callable[[Tensor, Tensor], Any]
 
 
 def bytes_per_element(dtype: torch.dtype, which: str) -> int:
-    """The least a pass moves: weights and gradients of `dtype`, log_alpha and its own in fp32."""
+    """The fewest bytes that a pass moves: weights and gradients in `dtype`, log_alpha and its
+    gradient in fp32."""
     wide = dtype.itemsize
     forward, backward = wide + 4 + wide, wide + wide + 4 + wide + 4
     return {"forward": forward, "backward": backward}.get(which, forward + backward)

@@ -41,7 +41,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def kept_by_autograd(model: nn.Module, x: Tensor) -> int:
-    """Bytes of the tensors that a backward would read, but for parameters and buffers."""
+    """Bytes of the tensors that a backward reads, without parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 

@@ -25,7 +25,7 @@ OPEN = 0.5
 
 
 class Take(nn.Module):
-    """The inputs that a model written by hand reads, of those that arrive."""
+    """Picks the inputs that a model written by hand reads."""
 
     index: Tensor
 
@@ -47,7 +47,7 @@ def _half_closed(model: nn.Module) -> None:
 
 
 def _as_pruned(small: nn.Module) -> nn.Sequential:
-    """What a user writes who knows which units are kept, with the pruned model's weights."""
+    """The model that a user would write by hand for the kept units, with the pruned weights."""
     parts: list[nn.Module] = []
     for module in small.modules():
         if isinstance(module, nn.Linear):
@@ -144,7 +144,7 @@ def _compare(
     goals: list[Goal],
     effort: Effort,
 ) -> list[Row]:
-    """One forward of each, side by side; those by hand and pruned have to agree."""
+    """Times one forward of each, side by side; the pruned model and that by hand must agree."""
     small: Any = models["pruned by l0fast"]
     by_hand = models["by hand"]
     with torch.no_grad():

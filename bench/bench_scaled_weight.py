@@ -27,12 +27,12 @@ Op = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def bytes_per_element(dtype: torch.dtype) -> int:
-    """The least that both passes move: two weights forward, three backward."""
+    """The fewest bytes that both passes move: two weights forward, three backward."""
     return 5 * dtype.itemsize
 
 
 def by_autograd(weight: Tensor, log_alpha: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The same gates, multiplied by PyTorch, whose autograd differentiates the product."""
+    """The same gates by plain PyTorch: autograd differentiates the product."""
     z, expected_open = functional.hard_concrete(log_alpha)
     shape = [-1 if d == dim else 1 for d in range(weight.dim())]
     return weight * z.view(shape).to(weight.dtype), expected_open

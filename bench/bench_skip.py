@@ -145,7 +145,7 @@ def _run(name: str, net: Net, density: float, most: float | None, effort: Effort
         (_batch(net.shape), torch.randint(net.classes, net.shape[:1])) for _ in range(BATCHES)
     ]
     small = [max(round(density * width), 1) for width in net.widths]
-    # Fewer inputs arrive, where a compacted model has fewer.
+    # A compacted model has fewer inputs.
     fewer = net.shape
     if net.make in (_mlp, _ffn):
         fewer = (*net.shape[:-1], small[0])
@@ -179,7 +179,7 @@ AT_THE_END = {"conv1": 20, "conv2": 23, "fc1": 57, "fc2": 246}
 
 
 def _settled(skip: str | bool, shrunk: bool = False) -> nn.Module:
-    """LeNet with those gates open and no others; or without the others for good."""
+    """LeNet with only those gates open, or with all others removed."""
     net = NETS["lenet5"]
     model, example = _place(net.make(LENET), net), _batch(net.shape)[:1]
     l0fast.sparsify_(model, example_inputs=example, skip=skip)
@@ -201,7 +201,7 @@ def _settled(skip: str | bool, shrunk: bool = False) -> nn.Module:
 
 
 def at_the_end(name: str, effort: Effort) -> list[Row]:
-    """A step of LeNet at the end of a training: what is left to do, and what shrinking saves."""
+    """A step of LeNet at the end of a training, with and without shrinking."""
     net = NETS["lenet5"]
     batches = [(_batch(net.shape), torch.randint(10, net.shape[:1])) for _ in range(BATCHES)]
 

@@ -61,7 +61,7 @@ def ffn(
 ) -> list[Row]:
     """Forward and backward of an FFN block, all gradients included."""
     width, _, tokens = sizes
-    graph = device == "cuda"  # as the trainer runs a step: the host's time is none of it
+    graph = device == "cuda"  # as the trainer runs a step, without the host's time
 
     def tensor() -> Tensor:
         return torch.randn(tokens, width, device=device, dtype=torch.bfloat16)
@@ -107,7 +107,7 @@ def _mlp_step(density: float, skip: bool) -> Callable[[Tensor, Tensor], None]:
 
 
 def mlp(name: str, density: float, effort: Effort) -> list[Row]:
-    """The MLP's whole step in one CUDA graph: its kernels are counted."""
+    """The whole step of the MLP in one CUDA graph; its kernels are counted."""
     x, y = torch.randn(MLP, device="cuda"), torch.randint(10, MLP[:1], device="cuda")
 
     def replayed(step: Callable[[Tensor, Tensor], None]) -> Call:

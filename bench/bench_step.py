@@ -32,7 +32,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 
 def _place(model: nn.Module, device: str) -> nn.Module:
-    """On the device; convolutions with channels last, as the trainer has them."""
+    """Moves a model or batch to the device, images with channels last, as the trainer does."""
     return model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
 
 
@@ -145,7 +145,7 @@ def _small(name: str, model: str, device: str, effort: Effort) -> list[Row]:
         goals.append(Goal(ours, 68, "<= 68 ops", count="ops"))
         goals.append(Goal(ours, 0.5, half, "published, structured"))
     if device == "cuda":
-        # Eager steps of this size wait for the host: the goals are the graphs'.
+        # Eager steps of this size wait for the host, so the goals are for graphs.
         goals = [goal for goal in goals if goal.count is not None]
         pair = ("dense, CUDA graph", "l0fast, CUDA graph")
         variants += [
@@ -175,7 +175,7 @@ def _large(
     effort: Effort,
     device: str = "cuda",
 ) -> list[Row]:
-    """bf16 autocast: what open gates cost, or, where they close, what skipping saves."""
+    """Large models in bf16: the cost of open gates, or the savings of closed ones."""
     batches = _batches(shape, 10, device, 2)
 
     def fresh() -> nn.Module:

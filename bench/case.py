@@ -39,7 +39,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Goal:
-    """At most so much, of a variant: its time over the baseline's, or one of its counts."""
+    """A limit for a variant: of its time over the baseline's, or of one of its counts."""
 
     variant: str
     at_most: float
@@ -49,14 +49,14 @@ class Goal:
     """"ops", "items" or "launches"."""
 
     def reached(self, ratio: float | None, counts: dict[str, int]) -> bool | None:
-        """Whether it is; None if it was not measured."""
+        """Whether the goal is reached; None if it was not measured."""
         value = ratio if self.count is None else counts.get(self.count)
         return None if value is None else value <= self.at_most
 
 
 @dataclass(frozen=True)
 class Case:
-    """What one line of `--list` names."""
+    """A case: one line of `--list`."""
 
     name: str
     device: str
@@ -64,7 +64,7 @@ class Case:
 
 
 def _side_stream(device: str) -> AbstractContextManager[object]:
-    """Where all of a case runs: a graph is captured on no other stream than its inputs' own."""
+    """The stream on which a whole case runs, as a graph must be captured on its inputs' stream."""
     if device != "cuda":
         return nullcontext()
     torch.cuda.synchronize()  # inputs were made on the stream before
@@ -104,7 +104,7 @@ def measure(
                 calls[variant.name] = variant.build()
             except Exception as error:
                 failures[variant.name] = one_line(error)
-                _free(device)  # what it had is not missing for the next
+                _free(device)  # free its memory for the next variant
         sample = cuda_sample if device == "cuda" else cpu_sample
         samples, late = interleaved(calls, sample, effort)
         failures |= late
@@ -139,7 +139,7 @@ class _Extra:
 
 
 def _counts(variant: Variant, call: Call, device: str, ops: bool, launches: bool) -> _Extra:
-    """What is counted of a variant; a count that fails is a note, its times stay."""
+    """The counts of a variant; a count that fails becomes a note, and the times stay."""
     extra = _Extra({}, notes=(variant.note,) if variant.note else ())
     if ops and not variant.graphed and not variant.compiled:
         extra.counts["ops"], extra.counts["items"] = counting.dispatched(call)

@@ -1,4 +1,4 @@
-"""What a call costs besides time: dispatched ops, reads by the host, kernels, memory."""
+"""The costs of a call besides time: dispatched ops, reads by the host, kernels, memory."""
 
 from __future__ import annotations
 

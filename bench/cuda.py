@@ -1,4 +1,4 @@
-"""The GPU's side of a measurement: its cache, its copy, its graphs."""
+"""Parts of a measurement on a GPU: its cache, a copy, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def available() -> bool:
 
 
 def sets_beyond_cache(bytes_per_set: int) -> int:
-    """How many input sets lie beyond the L2 cache together; at least two."""
+    """The number of input sets that exceed the L2 cache together; at least two."""
     cache = int(torch.cuda.get_device_properties(0).L2_cache_size)
     return max(2, min(64, math.ceil(BEYOND * cache / max(bytes_per_set, 1))))
 

@@ -10,7 +10,7 @@ from typing import Any
 from bench.registry import stem
 from bench.report import Row
 
-# Okabe and Ito's palette: told apart by those who see few colours too.
+# Okabe and Ito's palette: can be told apart with any colour vision.
 REACHED, MISSED, PLAIN = "#009E73", "#D55E00", "#0072B2"
 
 

@@ -43,7 +43,7 @@ def hard_concrete(log_alphas: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]
 
 
 class GatedLayer(nn.Module):
-    """A Linear or Conv2d with gates on inputs, outputs or single weights, masked by itself."""
+    """A Linear or Conv2d with gates on inputs, outputs or single weights; it masks by itself."""
 
     def __init__(self, dense: nn.Linear | nn.Conv2d, gates: str) -> None:
         super().__init__()

@@ -50,7 +50,7 @@ LAST = (
 
 
 def cases(quick: bool) -> list[Case]:
-    """All of them, in the order of their worth; fewer sizes where it should be quick."""
+    """All cases, the most important first; with `quick`, fewer sizes."""
     found = [case for module in MODULES.values() for case in module.cases(quick)]
     return sorted(found, key=lambda case: _rank(case.name))
 
@@ -63,7 +63,7 @@ def _rank(name: str) -> int:
 
 
 def stem(case: str) -> str:
-    """What a case measures, the first part of its name."""
+    """The first part of a case's name: what it measures."""
     return case.partition("/")[0]
 
 

@@ -66,7 +66,7 @@ def failure(case: str, variant: str, device: str, why: str) -> Row:
 
 
 def marked(row: Row, why: str | None) -> Row:
-    """The row, with its times marked as those of code that may be wrong, if it is known why."""
+    """The row; if `why` is given, its times are marked, as the code may be wrong."""
     if why is None or row.status != MEASURED:
         return row
     note = "; ".join(filter(None, (f"UNTESTED: {why}", row.note)))
@@ -110,7 +110,7 @@ def checksum(root: Path) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name, as far as the system tells it."""
+    """The name of the processor, if the system tells it."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -121,7 +121,7 @@ def cpu_name() -> str:
 
 
 def facts(command: str, threads: int, tested: bool) -> Facts:
-    """What the results hold for: where, with what, when, by which command."""
+    """The conditions of the results: machine, versions, date, command."""
     on_gpu = torch.cuda.is_available()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     return {
@@ -150,7 +150,7 @@ def _own_version() -> str:
 
 
 def as_csv(rows: Iterable[Row], about: Facts) -> str:
-    """One line a row, each with the facts it holds for."""
+    """One line for each row, with the conditions."""
     names = [field.name for field in fields(Row)]
     text = io.StringIO()
     writer = csv.DictWriter(text, [*names, *about], lineterminator="\n")
@@ -178,7 +178,7 @@ def write(rows: Sequence[Row], about: Facts, out: Path) -> None:
 
 
 def significant(value: float) -> str:
-    """Three digits, without an exponent where that can be read."""
+    """Three digits, without an exponent if that is readable."""
     if value == 0 or 1e-4 <= abs(value) < 1e5:
         digits = 3 - len(str(int(abs(value)))) if abs(value) >= 1 else None
         return f"{value:.3g}" if digits is None else f"{value:.{max(digits, 0)}f}"

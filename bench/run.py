@@ -1,4 +1,4 @@
-"""Drives the measuring process: whatever happens in one case, the others are still measured."""
+"""Runs the measuring process. If a case fails, the others are still measured."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run(
         )
         if not left:
             return
-        if current is None and why:  # it never got to a case: the next would not either
+        if current is None and why:  # no case was started, so the next process would fail, too
             emit([Row(name, "all", cases[name], status="failed", note=why) for name in left])
             return
         if current is not None:
@@ -102,7 +102,7 @@ def _one_process(
         process.stdin.write(json.dumps(asked))
         process.stdin.close()
     except BrokenPipeError:
-        pass  # it ended at once: its exit code says so below
+        pass  # it ended at once; its exit code is reported below
     current: str | None = None
     finished = 0
     try:

@@ -1,4 +1,4 @@
-"""Short trainings, many of them: one CSV row each; rows that are there are not trained again."""
+"""Many short trainings, one CSV row each. Rows in the file are not trained again."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from l0fast.training import models
 WIDTHS = {"mlp": ("mlp", [300, 100]), "lenet 8-16-64": ("lenet5", [8, 16, 64])}
 LATENCY_BATCH = 1024
 LATE = 3
-"""Multipliers and densities are looked at over the last third of the epochs before settling."""
+"""Multipliers and densities are taken from the last third of the epochs before settling."""
 
 
 class _Attention(nn.Module):
-    """Four heads, with the projections apart."""
+    """Attention with four heads and separate projections."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ def _bn_conv() -> nn.Sequential:
 
 
 def build(name: str, in_shape: tuple[int, ...]) -> nn.Module:
-    """A dense model by the name that the results have for it."""
+    """Builds a dense model by its name in the results."""
     if name == "bn conv":
         return _bn_conv()
     if name == "vit":
@@ -106,12 +106,12 @@ class Run:
 
     @property
     def key(self) -> dict[str, str]:
-        """What tells its row from others', as a CSV has it."""
+        """The columns that identify its row, as strings."""
         return {name: str(value) for name, value in asdict(self).items() if name != "options"}
 
 
 def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Its row, and its metrics by epoch."""
+    """Trains a run; returns its row, and its metrics by epoch."""
     dataset = sets.load(run.dataset, data_root, 1 / 12, run.seed)
     torch.manual_seed(run.seed)
     example = dataset.train.inputs[:1]
@@ -123,7 +123,7 @@ def train(run: Run, data_root: str | None) -> tuple[dict[str, Any], list[dict[st
         density=run.target, epochs=run.epochs, seed=run.seed, **size, **run.options
     )
     table = None
-    if settings.measure == "latency":  # of one image it is all overhead
+    if settings.measure == "latency":  # that of one image would be overhead only
         table = measure_latency(model, dataset.train.inputs[:LATENCY_BATCH])
     trainer = Trainer(model, dataset, settings, device="cpu", table=table)
     summary = trainer.fit()
@@ -165,7 +165,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def train_all(runs: Iterable[Run], path: Path, data_root: str | None) -> list[dict[str, str]]:
-    """The rows of `runs`, of which those not in `path` yet are trained and put there.
+    """The rows of `runs`; those that are not in `path` yet are trained and added.
 
     A run that is refused or fails has its reason in `error` and no numbers.
     """

@@ -1,7 +1,7 @@
 """Interleaved timing: A B A B ..., quartiles, and ratios of samples taken side by side.
 
-What else a machine does comes and goes: it hits the A and the B of one round alike, so a ratio of
-neighbours holds where times of separate runs do not.
+Other work on the machine slows the A and the B of one round alike. So ratios within a round are
+reliable, where times of separate runs are not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def paired_ratios(samples: Sequence[float], baseline: Sequence[float]) -> Quarti
 
 @dataclass(frozen=True)
 class Effort:
-    """How much is measured: rounds of at least `sample_ms` for each variant, after a warm-up."""
+    """The length of a measurement: rounds of at least `sample_ms` a variant, after a warm-up."""
 
     rounds: int
     warmup: int

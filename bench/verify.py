@@ -1,4 +1,4 @@
-"""No speed without green: what is timed is tested first.
+"""Nothing is timed before its tests pass.
 
 A stem whose own tests are red is not timed. One whose own are green, and some other of its tests
 red, is timed, and its rows say so.
@@ -88,7 +88,7 @@ def on_the_chip(folder: Path) -> list[str]:
 
 
 def red_files(report: Path) -> dict[str, list[str]]:
-    """Test file -> what failed in it (collection included), from pytest's JUnit report."""
+    """Test file -> its failures, those of collection included, from pytest's JUnit report."""
     red: dict[str, list[str]] = {}
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         if case.find("failure") is None and case.find("error") is None:

@@ -36,7 +36,7 @@ def _usable(device: str) -> bool:
 def main() -> int:
     """Measures the cases of {"cases": [names], "quick": bool, "threads": int}."""
     asked: dict[str, Any] = json.load(sys.stdin)
-    # What libraries print must not get among the answers.
+    # Prints of libraries must not mix with the answers.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -55,7 +55,7 @@ def main() -> int:
                 raise RuntimeError("no CUDA device")
             rows = case.run(effort)
         except Exception as error:
-            # Out of memory, for one: the next case starts from what this one has freed.
+            # For example out of memory: the next case needs what this one frees.
             rows = [failure(name, "all", case.device, one_line(error))]
         usable = _usable(case.device)
         say(rows=[asdict(row) for row in rows], done=name)

@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def reproduce(args: argparse.Namespace) -> int:
-    """Trains the runs that are not done yet, and writes the tables and the figure of all done."""
+    """Trains the runs that are not done yet; writes tables and figure of all finished runs."""
     shared = {
         name: getattr(args, name) for name in ("data_root", "dataset", "skip", "threads", "device")
     }
@@ -63,7 +63,7 @@ def reproduce(args: argparse.Namespace) -> int:
     done = earlier.finished(every, out, elsewhere)
 
     def write() -> None:
-        with locked(out):  # other processes train other runs of these tables, and write them, too
+        with locked(out):  # other processes may train and write other runs of these tables
             done.update(earlier.finished(every, out, elsewhere))
             tables.write(every, done, out, epochs)
 

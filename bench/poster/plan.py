@@ -1,4 +1,4 @@
-"""What the paper reported, row by row, and the trainings that reproduce each row."""
+"""The rows of the paper's table, and the trainings that reproduce each row."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from l0fast.plots.dynamics import (
 
 Rows = list[dict[str, Any]]
 
-# Colour says the settings, the line's style the method.
+# The colour stands for the settings, the line style for the method.
 METHODS = {"constrained": "-", "penalised": "--"}
 COLORS = {"constrained": (SKY, BLUE, GREEN), "penalised": (ORANGE, VERMILLION)}
 

@@ -1,8 +1,8 @@
 """`python -m bench.quality`: which method makes the fewest errors at the same size?
 
-Each row is one training; the methods of a place have as many parameters and epochs. Rows go into
-results.jsonl, one line each, as soon as they are there; the same command goes on where it was, and
-writes quality.md and quality.png of all rows in the file.
+Each row is one training. All methods of a task and target have the same parameters and epochs. Each
+row is added to results.jsonl when it is finished. The same command goes on after an interruption,
+and writes quality.md and quality.png of all rows in the file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ KEY = ("task", "length", "target", "method", "seed")
 
 
 def runs(arguments: argparse.Namespace) -> Iterator[Run]:
-    """All of them, a seed at a time; "from scratch" is trained with the default, whose shape it
-    has, and the dense model has a target of 1."""
+    """All runs, seed by seed. "from scratch" is trained with the default, since it has its shape.
+    The dense model has a target of 1."""
     for seed in range(arguments.seeds):
         for length in arguments.lengths:
             for task in arguments.tasks:
@@ -42,7 +42,7 @@ def runs(arguments: argparse.Namespace) -> Iterator[Run]:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The rows that are there; a line that was cut off is none."""
+    """The rows of the file; a line that was cut off is left out."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

@@ -1,4 +1,4 @@
-"""How a net is made as small as asked: every method, at the same size and in the same epochs."""
+"""The methods that make a net smaller, each to the same size and in the same epochs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _error(model: nn.Module, split: Split) -> float:
 
 
 def _row(run: Run, model: nn.Module, data: Data, dense_params: int) -> dict[str, Any]:
-    """What came out; a layer through which nothing passes is a failure."""
+    """The row of a result; a layer through which nothing passes is a failure."""
     assert data.validation is not None
     report: Any = getattr(model, "report", None)
     params = sum(parameter.numel() for parameter in model.parameters())
@@ -114,7 +114,7 @@ def _row(run: Run, model: nn.Module, data: Data, dense_params: int) -> dict[str,
 
 
 def train(run: Run, data_root: str | None) -> list[dict[str, Any]]:
-    """Its row; after constrained L0 also that of its shape trained from scratch."""
+    """The row of a run; after constrained L0 also that of its shape, trained from scratch."""
     start, data = _dense(run.task, run.seed, data_root)
     model, example = copy.deepcopy(start), data.train.inputs[:1]
     count = sum(parameter.numel() for parameter in model.parameters())
@@ -123,7 +123,7 @@ def train(run: Run, data_root: str | None) -> list[dict[str, Any]]:
     trainer = _fitted(model, data, _settings(run))
     if run.method == DENSE:
         return [_row(run, trainer.model, data, count)]
-    if run.method in PENALISED:  # it has no target: what is beyond it goes now
+    if run.method in PENALISED:  # it has no target, so prune to the size now
         small = prune(trainer.model, example, run.target, measure=MEASURE)
         return [_row(run, small, data, count)]
     small = trainer.pruned

@@ -1,4 +1,4 @@
-"""The rows as a table: errors at equal size, and how the default does beside the best other."""
+"""The rows as a table: errors at equal size, and the default compared with the best other."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def geometric_mean(found: Iterable[Cell]) -> float:
 
 
 def sentence(shown: dict[Place, dict[str, Cell]], other: str | None, name: str) -> str:
-    """How the default does beside another method, over all rows."""
+    """A sentence that compares the default with another method, over all rows."""
     found = ratios(shown, other)
     if not found:
         return ""

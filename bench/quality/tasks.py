@@ -1,4 +1,4 @@
-"""What is trained: a net, its data, and how long."""
+"""The trainings: a net, its data, and the number of epochs."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class Task:
 
     @property
     def pretraining(self) -> int:
-        """Epochs of the dense net before."""
+        """Epochs in which the dense net is trained before fine-tuning."""
         return 0 if self.finetuning is None else self.epochs[LENGTHS.index("medium")]
 
     def settings(self, fresh: bool) -> dict[str, Any]:
-        """Of every method but the published ones, with random weights (`fresh`) or trained ones."""
+        """The settings of every method, except the published ones; `fresh` for random weights."""
         tuned = None if fresh else self.finetuning
         return {"lr": tuned or self.lr, "batch_size": self.batch_size}
 

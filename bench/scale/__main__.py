@@ -39,7 +39,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--limit-gib", type=float, default=20.0, help="a process that takes more is ended"
     )
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "scale")
-    parser.add_argument("--list", action="store_true", help="only say which models there are")
+    parser.add_argument("--list", action="store_true", help="only list the models")
     arguments = parser.parse_args(argv)
     if arguments.threads < 1:
         parser.error(f"--threads: got {arguments.threads}; expected a whole number >= 1")
@@ -47,7 +47,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _command(arguments: argparse.Namespace) -> str:
-    """How to get the same again; where the results went does not matter for that."""
+    """The command that repeats this run, without the folder of the results."""
     words = ["python", "-m", "bench.scale"]
     words += ["--models", *arguments.models] if arguments.models else []
     if arguments.max_params != math.inf:
@@ -59,7 +59,7 @@ def _command(arguments: argparse.Namespace) -> str:
 def one(
     name: str, threads: int, limit_s: float, limit_gib: float, worker: Sequence[str] = WORKER
 ) -> Row:
-    """Measures a model in a process of its own, and ends that where it takes too much."""
+    """Measures a model in its own process; ends the process if it takes too much."""
     with tempfile.TemporaryFile("w+") as answers, tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             [*worker, name], cwd=ROOT, env=environment(threads), stdout=answers, stderr=said

@@ -34,7 +34,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Step:
-    """What one call took. Memory is resident memory of the process, in bytes."""
+    """The costs of one call. Memory is resident memory of the process, in bytes."""
 
     name: str
     seconds: float
@@ -51,7 +51,7 @@ class Step:
 
 @dataclass
 class Row:
-    """What is known of one model; a row of the table."""
+    """The results of one model; a row of the table."""
 
     name: str
     params: int = 0
@@ -96,7 +96,7 @@ def _first_export() -> float:
 
 
 def measure(name: str, entry: Entry) -> Iterator[Row]:
-    """The row of one model, each time that more of it is known."""
+    """Yields the row of one model, each time that a step has been added."""
     row = Row(name)
     torch.manual_seed(SEED)
     model, example = dense_model(entry), entry.example()
@@ -144,7 +144,7 @@ def measure(name: str, entry: Entry) -> Iterator[Row]:
 def main() -> int:
     """Measures the model named by the first argument."""
     name = sys.argv[1]
-    # What libraries print must not get among the rows.
+    # Prints of libraries must not mix with the rows.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 

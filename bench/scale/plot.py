@@ -11,7 +11,7 @@ from bench.scale.measure import STEPS, Row, Step
 from bench.scale.memory import GIB
 from bench.scale.table import DENSE_TIMES, EXTRA_GIB, peak_budget
 
-# Okabe and Ito's palette: told apart by those who see few colours too.
+# Okabe and Ito's palette: can be told apart with any colour vision.
 COLOURS = dict(zip(STEPS, ("#0072B2", "#E69F00", "#D55E00"), strict=True))
 LINE = "llama/"
 """Models of one kind in several sizes are joined by a line, others stand alone."""

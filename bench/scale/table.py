@@ -35,7 +35,7 @@ model, on the example."""
 
 
 def peak_budget(row: Row) -> float:
-    """Bytes that each step's peak may reach."""
+    """The largest peak of a step that is allowed, in bytes."""
     return DENSE_TIMES * row.dense + EXTRA_GIB * GIB
 
 
@@ -45,7 +45,7 @@ def in_all(row: Row) -> float:
 
 
 def over_budget(row: Row, entry: Entry) -> list[str]:
-    """What a row took too much of, in words; empty where it is within every budget."""
+    """The budgets that a row exceeds, in words; empty if it is within all of them."""
     found: list[str] = []
     for step in row.steps:
         if step.peak > peak_budget(row):

@@ -42,7 +42,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--untimed", action="store_true", help="leave latencies out")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "zoo")
     parser.add_argument("--keep", action="store_true", help="keep the rows of other commits, too")
-    parser.add_argument("--list", action="store_true", help="only say which models there are")
+    parser.add_argument("--list", action="store_true", help="only list the models")
     arguments = parser.parse_args(argv)
     listed = HELD_OUT if arguments.held_out else tuple(ZOO)
     arguments.models = [model for model in listed if _fits(model, arguments.names)]
@@ -61,7 +61,7 @@ def _fits(model: str, names: Sequence[str]) -> bool:
 
 
 def _measured(path: Path, commit: str, arguments: argparse.Namespace) -> dict[str, Result]:
-    """What an earlier run left: from the same commit, or of models that are not asked for now."""
+    """Rows of an earlier run: of the same commit, or of models that are not asked for now."""
     if not path.is_file():
         return {}
     rows = [Result(**row) for row in json.loads(path.read_text(encoding="utf-8"))["rows"]]

@@ -49,7 +49,7 @@ EFFORT = Effort(rounds=15, warmup=2, sample_ms=5.0)
 
 @dataclass
 class Result:
-    """What is known of one model; a row of the table."""
+    """The results of one model; a row of the table."""
 
     name: str
     seed: int
@@ -226,7 +226,7 @@ def _weights(layer: nn.Module) -> int:
 
 
 def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Result:
-    """Everything that a row says of one model.
+    """Measures one row.
 
     Args:
         name: of the row.
@@ -279,7 +279,7 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
 
 def main() -> int:
     """Measures the model and seed that the command line names, within its seconds."""
-    # What libraries print must not get into the answer.
+    # Prints of libraries must not mix with the answer.
     answer = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     name, seed, timed = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "timed"

@@ -270,6 +270,6 @@ def to_compare(
     try:
         with torch.no_grad():
             wide.call(model)
-    except Exception:  # each model has its own way to say so
+    except Exception:  # each model raises another error
         return copy.deepcopy(dense), example.args or dict(example.kwargs), float64_for_float32
     return model, wide.args or dict(wide.kwargs), nullcontext

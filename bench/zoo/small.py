@@ -28,7 +28,7 @@ def _first_that_runs(library: str, tries: list[tuple[Callable[[], nn.Module], Ex
         try:
             with torch.no_grad():
                 build().eval()(*example())
-        except Exception:  # each library has its own way to refuse a size of image
+        except Exception:  # each library refuses a size of image with another error
             continue
         return Entry(library, build, example)
     return Entry(library, *tries[-1])

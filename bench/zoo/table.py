@@ -1,4 +1,4 @@
-"""What came out of the zoo, as a table in Markdown and as CSV."""
+"""The results of the zoo, as a table in Markdown and as CSV."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The commands: from words to what they do, a file for each."""
+"""The commands of the command line: a file for each, and what they share."""

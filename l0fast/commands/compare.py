@@ -28,21 +28,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "magnitude-one-shot": {"method": "magnitude-one-shot"},
     "constrained": {"method": "l0"},
 }
-"""What each changes in the words of `l0fast train`."""
+"""Method -> the options of `l0fast train` that it changes."""
 DEFAULT = ("dense", "magnitude", "magnitude-one-shot", "constrained")
 TABLE = "compare.md"
 NUMBERS = "compare.json"
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """The options of `l0fast compare`, beside those of a training."""
+    """Adds the options of `l0fast compare`: those of a training, and some of its own."""
     options.add_training(parser)
     add = parser.add_argument
     names = ", ".join(METHODS)
     add(
         "--methods",
         metavar="A,B",
-        help=f"of {names}; default: all, penalised where a --penalty is named",
+        help=f"which of {names} to compare; default: all, but penalised only with --penalty",
     )
     add("--seeds", default="0-2", metavar="A-B", help="default: 0-2; in place of --seed")
     add("--only", metavar="A,B", help="patterns of runs to train, such as 'magnitude-*'")
@@ -50,10 +50,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def compare(args: argparse.Namespace) -> int:
-    """Trains what is not done yet, and writes the table."""
+    """Trains the runs that are not done yet, and writes the table."""
     values.check(args)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        _checks.refuse("compare", "several processes", "one, or `l0fast train` on several")
+        _checks.refuse(
+            "compare", "several processes", "one process (`l0fast train` can use several)"
+        )
     every = plan(args)
     chosen = runs.select(every, args.only)
     out = Path(args.out)
@@ -64,7 +66,7 @@ def compare(args: argparse.Namespace) -> int:
 
     def write() -> None:
         title = f"# {args.model} on {values.dataset(args)[0]}\n"
-        with locked(out):  # other processes train other runs of this table, and write it, too
+        with locked(out):  # other processes may train other runs of this table and write it
             done.update(runs.finished(every, out))
             write_text(out / TABLE, f"{title}\n{markdown_table(rows())}")
             named = {run.name: done[run.name] for run in every if run.name in done}
@@ -80,11 +82,11 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def plan(args: argparse.Namespace) -> list[Run]:
-    """Every training of the table.
+    """Lists every training of the table.
 
     Raises:
-        ValueError: an unknown method, or a target or penalty that its methods need and do not
-            have, or have and do not need.
+        ValueError: a method is unknown, or the target or penalty of a method is missing or is not
+            needed.
     """
     names = list(DEFAULT) + (["penalised"] if args.penalty is not None else [])
     if args.methods is not None:
@@ -96,11 +98,13 @@ def plan(args: argparse.Namespace) -> list[Run]:
     if args.layer_density is not None and "=" not in args.layer_density:
         _checks.refuse("layer_density", args.layer_density, "NAME=DENSITY,...")
     if args.dense or args.compare_dense:
-        _checks.refuse("dense", True, "--methods dense,...: it is one of the methods")
+        _checks.refuse("dense", True, "--methods dense,... in its place")
     if args.method != DEFAULTS.method:
-        _checks.refuse("method", args.method, f"--methods {args.method}: which are compared")
+        _checks.refuse("method", args.method, f"--methods {args.method} in its place")
     if (args.penalty is not None) != ("penalised" in names):
-        _checks.refuse("penalty", args.penalty, "a --penalty if penalised is among the methods")
+        _checks.refuse(
+            "penalty", args.penalty, "a --penalty and penalised among the methods, or neither"
+        )
     shared = {name: value for name, value in vars(args).items() if name in vars(runs.words())}
     every: list[Run] = []
     for name in names:

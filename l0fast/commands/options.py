@@ -1,4 +1,4 @@
-"""The options of a training, by theme. `values` reads them."""
+"""The options of a training, by theme. `values` reads what they say."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def _add_data(add: Add) -> None:
     )
     add(
         "--task",
-        help="what the targets are for: classification, regression or multilabel; default: by "
-        "their kind (whole numbers, floating numbers, booleans)",
+        help="classification, regression or multilabel; default: by the kind of the targets (whole "
+        "numbers, floating numbers, booleans)",
     )
     add(
         "--data-root",
         metavar="DIR",
-        help="torchvision data, or an imagefolder with train/ and val/ (or test/, or both), or "
-        f"with a folder for each class; default: {DATA_ROOT_VARIABLE}",
+        help="folder of torchvision's data sets, or an imagefolder: train/ and val/ (or test/, or "
+        f"both), or a folder for each class; default: {DATA_ROOT_VARIABLE}",
     )
     add(
         "--image-size",
@@ -52,14 +52,14 @@ def _add_data(add: Add) -> None:
         "--workers",
         metavar="N",
         help="processes that load the images of an imagefolder; default: one for each CPU core; 0: "
-        "none beside the training",
+        "the training process loads them",
     )
     add(
         "--augment",
         default=DEFAULTS.augment,
         help="random changes of training images: none (the default), crop (shifts by up to an "
-        "eighth of a side), crop-flip (mirror images, too), or of an imagefolder "
-        "resized-crop-flip (a random part of the image, at --image-size)",
+        "eighth of a side), crop-flip (shifts and mirror images), or for an imagefolder "
+        "resized-crop-flip (a random part of the image, at --image-size, and mirror images)",
     )
     add(
         "--validation-fraction",
@@ -105,14 +105,14 @@ def _add_sparsity(add: Add) -> None:
     add(
         "--measure",
         default=DEFAULTS.measure,
-        help="what targets are shares or amounts of: gates (the default), or params, macs, memory "
-        "(of activations) or latency (on this device) of the pruned model",
+        help="what a target counts: gates (the default), or the params, macs, memory (of "
+        "activations) or latency (on this device) of the pruned model",
     )
     add(
         "--latency-table",
         metavar="FILE",
-        help="latencies of this model that were measured before, perhaps on another device; "
-        "default: measure them here; a resumed run uses the table it began with",
+        help="a table of latencies of this model, measured earlier, on this or another device; "
+        "default: measure them now; a resumed run uses the table it began with",
     )
     add("--penalty", metavar="C", help="coefficient of the penalised method instead of a target")
     add(
@@ -145,31 +145,31 @@ def _add_constraint(add: Add) -> None:
     add("--no-restarts", action="store_true", help="no dual restarts")
     add(
         "--target-schedule",
-        help="how targets come down to what is asked: cubic (the default), linear, or constant (in "
-        "force from the start, as in the published recipe)",
+        help="how the target falls to what you ask for: cubic (the default), linear, or constant "
+        "(in force from the start, as in the published recipe)",
     )
     add(
         "--start",
         metavar="F",
-        help="the share of the training at its beginning in which all gates are open, before they "
-        f"are set by the magnitudes of their units; default: {DEFAULTS.start:g}; 0: none",
+        help="the first share of the training: all gates are open, and at its end they are set by "
+        f"the magnitudes of their units; default: {DEFAULTS.start:g}; 0: no such share",
     )
     add(
         "--target-warmup",
         metavar="F",
-        help="the share of the training in which targets come down after that; default: "
+        help="the share of the training after --start in which the target falls; default: "
         f"{DEFAULTS.target_warmup:g}",
     )
     add(
         "--settle",
         metavar="F",
-        help="the share of the epochs at the end that trains without noise, after the gates are "
-        f"decided; default: {DEFAULTS.settle:g}; 0: none",
+        help="the last share of the epochs: the gates are decided, and the weights train without "
+        f"noise; default: {DEFAULTS.settle:g}; 0: no such share",
     )
     add(
         "--shrink",
         metavar="N",
-        help="remove for good, during training, gates that have seldom been open for N epochs",
+        help="during training, remove gates for good that have seldom been open for N epochs",
     )
 
 
@@ -181,24 +181,24 @@ def _add_optimisation(add: Add) -> None:
     add(
         "--warmup",
         metavar="E",
-        help="epochs, or a part of one, over which the learning rate of the weights rises",
+        help="number of epochs, such as 2 or 0.5, over which the weights' learning rate rises",
     )
     add("--precision", default=DEFAULTS.precision, help="fp32 (the default), bf16 or fp16")
     add(
         "--accumulate",
         metavar="N",
-        help="compute the batch of a step in N parts, one after the other, with less memory",
+        help="compute the batch of a step in N parts, one after the other, to save memory",
     )
-    add("--clip-grad-norm", metavar="G", help="the most that the norm of the gradient may be")
+    add("--clip-grad-norm", metavar="G", help="limit the norm of the weights' gradient to G")
     add("--ema", metavar="D", help="prune a moving average of the weights, with this decay")
     add(
         "--compile",
         nargs="?",
         const="inductor",
         metavar="BACKEND",
-        help="compile the forward of a step by torch.compile; default backend: inductor",
+        help="compile the forward of a step with torch.compile; default backend: inductor",
     )
-    add("--weight-decay", metavar="W", help="decoupled weight decay of the weights")
+    add("--weight-decay", metavar="W", help="weight decay of the weights, decoupled as in AdamW")
     add("--seed", default=DEFAULTS.seed, metavar="N")
     add(
         "--recipe",
@@ -209,8 +209,8 @@ def _add_optimisation(add: Add) -> None:
     add(
         "--select",
         default=DEFAULTS.select,
-        help="the epoch whose model is pruned: last, or best (the least validation error once the "
-        "gates have settled; with --settle 0, where the evaluation gates meet the target)",
+        help="the epoch whose model is pruned: last, or best (lowest validation error after the "
+        "gates have settled; with --settle 0, among epochs whose evaluation gates meet the target)",
     )
 
 
@@ -220,12 +220,12 @@ def _add_running(add: Add) -> None:
     add(
         "--skip",
         default="auto",
-        help="leave closed units out of a training step: auto (where it pays), on or off",
+        help="leave closed units out of a training step: auto (where it saves time), on or off",
     )
     add(
         "--cuda-graph",
         default="auto",
-        help="take a step as one CUDA graph: auto (where it can be), on or off",
+        help="run a step as one CUDA graph: auto (where that is possible), on or off",
     )
     add("--threads", metavar="N", help="CPU threads")
     add("--device", help="cpu, cuda, ...; default: cuda if there is one")

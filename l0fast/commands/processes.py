@@ -15,8 +15,10 @@ from l0fast.training.ranks import Ranks
 
 @contextmanager
 def joined(args: argparse.Namespace) -> Generator[Ranks]:
-    """Joins the processes of torchrun, if it has started this one: over NCCL on CUDA, each on the
-    device of its number, else over gloo. Only the first shows its progress.
+    """Joins the other processes, if torchrun has started this one.
+
+    On CUDA they use NCCL, each on the device of its LOCAL_RANK; else gloo. Only the first process
+    shows its progress.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
         yield Ranks()

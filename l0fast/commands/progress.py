@@ -1,4 +1,4 @@
-"""How a training shows itself while it runs."""
+"""Shows the progress of a training while it runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _progress(settings: TrainerSettings, done: int, quiet: bool) -> Any:
 
 
 def collapse(layers: list[str], trainer: Trainer) -> str:
-    """That nothing passes through those layers, and what may help."""
+    """A message: nothing passes through these layers; and what may help."""
     remedy = "a smaller --penalty"
     if isinstance(trainer.term, MagnitudePruning):
         remedy = "a higher density"
@@ -33,8 +33,8 @@ def collapse(layers: list[str], trainer: Trainer) -> str:
 
 
 def run(trainer: Trainer, quiet: bool) -> dict[str, Any]:
-    """Trains an open trainer to the end, with a bar on stderr unless `quiet`; its summary."""
-    told: set[str] = set()  # each thing once
+    """Trains an open trainer to its end, and returns its summary; shows a bar unless `quiet`."""
+    told: set[str] = set()  # each message is shown once
     with _progress(trainer.settings, trainer.epoch, quiet) as bar:
 
         def tell(row: dict[str, Any], what: str, words: str) -> None:

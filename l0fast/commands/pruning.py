@@ -1,4 +1,4 @@
-"""`l0fast prune` and `l0fast report`: the smaller model of a checkpoint, and what it would be."""
+"""`l0fast prune` writes the pruned model of a checkpoint; `l0fast report` only describes it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from l0fast.training.settings import BEFORE, TrainerSettings
 from l0fast.training.task import TASKS
 
 LARGEST = 2**16
-"""The most that a side of an example, or the number of classes, is believed to be."""
+"""The largest side of an example, and the largest number of classes, that are accepted."""
 
 
 class Trained(NamedTuple):
@@ -49,7 +49,7 @@ class Trained(NamedTuple):
 
 
 def _settings(entries: Entries, identity: dict[str, Any]) -> TrainerSettings:
-    """How the run was trained, as its checkpoint says."""
+    """The settings of the run, from its checkpoint."""
     missing = {"dataset", "model", "widths", "recipe", "epochs", "density"} - identity.keys()
     if missing:
         entries.refuse("identity", f"has no {min(missing)!r}: `l0fast train` did not write it")
@@ -62,7 +62,7 @@ def _settings(entries: Entries, identity: dict[str, Any]) -> TrainerSettings:
     try:
         return TrainerSettings(**saved)
     except (ValueError, TypeError) as error:
-        entries.refuse("identity", f"is none of a run ({_checks.one_line(error)})")
+        entries.refuse("identity", f"does not describe a run ({_checks.one_line(error)})")
 
 
 def _sizes(entries: Entries, identity: dict[str, Any]) -> tuple[tuple[int, ...], int]:
@@ -79,16 +79,16 @@ def _sizes(entries: Entries, identity: dict[str, Any]) -> tuple[tuple[int, ...],
 
 
 def _refuse_unnamed_code(path: Path, name: str, named: str | None) -> None:
-    """Refuses to import what a checkpoint names, unless the user names it, too."""
+    """Refuses to import code that a checkpoint names, unless the user names the same."""
     if ":" in name and named is None:
-        words = f"--model {name} beside it: this checkpoint names code of yours, which will run"
+        words = f"--model {name} beside it: the checkpoint names code, which pruning would run"
         _checks.refuse("checkpoint", str(path), words)
     if named is not None and named != name:
         _checks.refuse("model", named, f"{name!r}, which the checkpoint {path} names")
 
 
 def _rebuilt(path: Path, named: str | None) -> Trained:
-    """A checkpoint of `train`, and the gated model in it; `named` as in `--model`."""
+    """Reads a checkpoint of `train` and builds its gated model; `named` is that of `--model`."""
     checkpoint = Checkpoint.read(path, torch.device("cpu"), "checkpoint")
     entries = Entries(path, "checkpoint", "one that `l0fast train` wrote")
     identity = checkpoint.identity
@@ -125,9 +125,9 @@ def _rebuilt(path: Path, named: str | None) -> Trained:
 
 
 def _pruned(trained: Trained, target: str | None) -> nn.Module:
-    """The smaller model, within `target` (by the run's measure) or else what the run asked for."""
+    """The pruned model, within `target` (by the run's measure) or else the run's own target."""
     checkpoint, settings, model, example = trained
-    # Latency as the run has measured it.
+    # The latency that the run has measured.
     measure = checkpoint.table or settings.measure
     if target is not None:
         wanted = values.layer_densities(target, []) if "=" in target else values.target(target)
@@ -140,11 +140,11 @@ def _pruned(trained: Trained, target: str | None) -> nn.Module:
 
 
 def prune(args: argparse.Namespace) -> int:
-    """Writes the smaller model of a checkpoint, and says what it came to."""
+    """Writes the pruned model of a checkpoint, and prints its report."""
     path = Path(args.checkpoint)
     out = path.with_name(PRUNED) if args.out is None else Path(args.out)
     if out.exists() and not args.force:
-        _checks.refuse("out", str(out), "a file that is not there yet (--force replaces it)")
+        _checks.refuse("out", str(out), "a file that does not exist yet (--force replaces it)")
     small = _pruned(_rebuilt(path, args.model), args.target)
     save_pruned(small, out)
     print(required_report(small))
@@ -153,7 +153,7 @@ def prune(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Says what is gated in a checkpoint, how dense it is, and what pruning would remove."""
+    """Prints the gated layers of a checkpoint, their densities, and what pruning would remove."""
     trained = _rebuilt(Path(args.checkpoint), args.model)
     checkpoint = trained.checkpoint
     table = density(trained.model, trained.example)

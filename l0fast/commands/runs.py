@@ -1,4 +1,4 @@
-"""Many trainings of one comparison: each in a folder of its own, done ones skipped."""
+"""The trainings of one comparison: each in its own folder. Those that are done are skipped."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ Row = dict[str, Any]
 
 
 MANY = 10_000
-"""More seeds than anyone trains with."""
+"""A range of more seeds than this is refused."""
 OF_TARGETS = ("dual", "dual_first", "dual_lr", "restarts", "target_schedule", "target_warmup")
-"""Settings of which a penalised run has no use."""
+"""Settings that a penalised run does not use."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: of which row of the table, and with which words of `l0fast train`."""
+    """One training: its row of the table, and its options of `l0fast train`."""
 
     row: str
     args: argparse.Namespace
 
     @property
     def name(self) -> str:
-        """Of its folder."""
+        """The name of its folder."""
         return f"{self.row}-seed-{self.args.seed}"
 
     def folder(self, out: Path) -> Path:
-        """Where it lies."""
+        """Its folder."""
         return out / self.name
 
     def is_of(self, summary: Mapping[str, Any]) -> bool:
-        """Whether a summary is of this very training.
+        """Whether a summary belongs to this training.
 
-        Not compared: whether closed units were skipped (the steps are the same); settings newer
-        than the summary, unless `BEFORE` has them; how a target is met, where a run has none.
+        These are not compared: `skip` (the steps are the same); settings that the version of the
+        summary did not have, unless `BEFORE` has them; for a run without a target, how it is met.
         """
         args = self.args
         kind = values.dataset(args)[0]
@@ -71,18 +71,18 @@ class Run:
             for name, value in ours.items()
             if name not in unused
         )
-        return same and summary.get("digest") == values.digest(args)  # it takes the longest
+        return same and summary.get("digest") == values.digest(args)  # last, as it takes longest
 
 
 def words(**changed: Any) -> argparse.Namespace:
-    """The words of `l0fast train`, all at their defaults but for some."""
+    """The options of `l0fast train`: the defaults, but for those in `changed`."""
     parser = argparse.ArgumentParser()
     options.add_training(parser)
     return argparse.Namespace(**vars(parser.parse_args([])) | changed)
 
 
 def seeds(text: str) -> list[int]:
-    """`0-4` or `0,1,2`."""
+    """The seeds of `0-4` or `0,1,2`."""
     expected = "seeds such as 0-4 or 0,1,2"
     found: list[int] = []
     for part in text.split(","):
@@ -99,10 +99,10 @@ def seeds(text: str) -> list[int]:
 
 
 def select(runs: Sequence[Run], only: str | None) -> list[Run]:
-    """The runs whose names one of the patterns `A,B` matches.
+    """The runs whose names match one of the patterns `A,B`.
 
     Raises:
-        ValueError: a pattern matches none.
+        ValueError: a pattern matches no run.
     """
     if only is None:
         return list(runs)
@@ -110,12 +110,16 @@ def select(runs: Sequence[Run], only: str | None) -> list[Run]:
     for pattern in patterns:
         if not any(fnmatchcase(run.name, pattern) for run in runs):
             names = sorted({run.row for run in runs})
-            _checks.refuse("only", pattern, f"a pattern of names ROW-seed-N with a row of {names}")
+            _checks.refuse(
+                "only",
+                pattern,
+                f"a pattern that matches a run: their names are ROW-seed-N, with a row of {names}",
+            )
     return [run for run in runs if any(fnmatchcase(run.name, one) for one in patterns)]
 
 
 def read_summary(path: Path) -> Row:
-    """A run's summary; empty if there is none, or none that is whole."""
+    """The summary of a run; empty if there is none, or if it is damaged."""
     try:
         summary = json.loads(read_text(path))
         if not is_summary(summary):
@@ -137,7 +141,7 @@ def finished(runs: Iterable[Run], out: Path) -> dict[str, Row]:
 
 
 def by_row(runs: Iterable[Run], done: Mapping[str, Row]) -> dict[str, list[Row]]:
-    """Row -> summaries of its runs that are done, for rows that have one."""
+    """Row -> the summaries of its finished runs; rows without one are left out."""
     rows: dict[str, list[Row]] = {}
     for run in runs:
         if run.name in done:
@@ -152,11 +156,14 @@ def train_all(
     quiet: bool,
     on_done: Callable[[], None],
 ) -> None:
-    """Trains what is not done yet, one after the other, each from its last checkpoint.
+    """Trains the runs that are not done yet, one after the other, each from its last checkpoint.
 
     Args:
-        done: name -> summary; a run that ends adds its own, and so do those of other processes.
-        on_done: called after each.
+        runs: to train.
+        out: folder of their folders.
+        done: name -> summary; the summaries of runs that end here or in other processes are added.
+        quiet: shows no progress bar.
+        on_done: called after each run.
     """
     for index, run in enumerate(runs, 1):
         done |= finished([run], out)  # another process may have trained it since

@@ -1,4 +1,4 @@
-"""From the words of the command to a model, its data and how to train it."""
+"""Makes the model, the data and the settings that the options of the command ask for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from l0fast.training.trainer import Trainer
 MAX_THREADS = 2**16
 MAX_WORKERS = 2**10
 AUGMENT = "image_augment"
-"""What the identity of a run calls the random changes of images that are streamed."""
+"""The name, in the identity of a run, of the random changes of streamed images."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Setup:
 
     @property
     def in_shape(self) -> tuple[int, ...]:
-        """Of one example."""
+        """The shape of one example."""
         return tuple(self.example.shape[1:])
 
     @property
@@ -73,16 +73,16 @@ class Setup:
 
     @cached_property
     def digest(self) -> str | None:
-        """As of `values`; what is read for it may be large."""
+        """As `values.digest`; computed once, as it may read much."""
         return values.digest(self.args)
 
     @cached_property
     def example(self) -> Tensor:
-        """[1, ...]: what the model takes."""
+        """[1, ...]: an example of the model's input."""
         return sets.example_of(self.data)
 
     def build(self, gated: bool) -> nn.Module:
-        """The model, from the seed anew; only the published recipe puts gates in here."""
+        """Builds the model from the seed; puts gates in only for the published recipe."""
         args = self.args
         for begin in (torch.manual_seed, random.seed, np.random.seed):
             begin(self.seed)
@@ -96,9 +96,9 @@ class Setup:
         return model
 
     def settings(self) -> TrainerSettings:
-        """How to train."""
+        """The settings of the training."""
         layers: list[str] = []
-        if self.args.layer_density is not None:  # a single number stands for each of them
+        if self.args.layer_density is not None:  # a single number is the target of each of them
             where, example = self.args.gates, self.example
             layers = list(
                 gated_layers(sparsify_(self.build(False), gates=where, example_inputs=example))
@@ -106,7 +106,7 @@ class Setup:
         return values.settings(self.args, layers, self.data.task)
 
     def trainer(self, settings: TrainerSettings, out: Path) -> Trainer:
-        """A new trainer, which has written nothing yet."""
+        """A new trainer, before it has written anything."""
         return Trainer(
             self.build(settings.gated),
             self.data,
@@ -120,10 +120,10 @@ class Setup:
 
 
 def set_up(args: argparse.Namespace) -> Setup:
-    """Checks the words, loads the data, and sets the process up for training.
+    """Checks the options, loads the data, and prepares the process for training.
 
     Raises:
-        ValueError, TypeError: a word that stands for nothing.
+        ValueError, TypeError: an option has a value that is not valid.
     """
     values.check(args)
     kind, data_root = values.dataset(args)
@@ -139,7 +139,9 @@ def set_up(args: argparse.Namespace) -> Setup:
     seed = _checks.whole("seed", values.number("seed", args.seed, int), 0, MAX_SEED)
     fraction = values.validation_fraction(args)
     if args.pretrained is not None and args.recipe == "published":
-        _checks.refuse("pretrained", args.pretrained, "none: --recipe published initialises anew")
+        _checks.refuse(
+            "pretrained", args.pretrained, "none: --recipe published initialises the weights itself"
+        )
     path = args.latency_table
     table = None if path is None else LatencyTable.load(path, "latency_table")
     loading = _loading(args, kind)
@@ -153,7 +155,7 @@ def set_up(args: argparse.Namespace) -> Setup:
 
 
 def _loading(args: argparse.Namespace, kind: str) -> Loading:
-    """How images become batches."""
+    """How images are loaded as batches."""
     workers = values.number("workers", args.workers, int)
     if workers is not None and kind != sets.IMAGES:
         _checks.refuse("workers", workers, f"none: {kind} is in memory")

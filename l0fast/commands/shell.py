@@ -1,4 +1,4 @@
-"""How a command answers the shell: an exit code, and one line on stderr when it did not succeed."""
+"""How a command ends: with an exit code, and with one line on stderr if it fails."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ BAD_INPUT = 2
 INTERRUPTED = 130
 TERMINATED = 143
 TRACEBACK_VARIABLE = "L0FAST_TRACEBACK"
-"""Environment variable: set, an error shows its traceback."""
+"""If this environment variable is set, an error shows its traceback."""
 
 
 NO_MEMORY = ("not enough memory", "out of memory", "can't allocate memory")
-"""What torch says where memory ends."""
+"""Words of PyTorch's errors when memory runs out."""
 
 
 class Terminated(BaseException):
@@ -30,7 +30,7 @@ class Terminated(BaseException):
 
 
 def print_all_letters() -> None:
-    """Shows letters that the terminal's encoding lacks as escapes, where they would be errors."""
+    """Lets letters that the terminal's encoding lacks be printed as escapes, without an error."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -45,13 +45,13 @@ class Parser(argparse.ArgumentParser):
 
 
 class _Printable(io.TextIOBase):
-    """A stream that shows control characters, which a terminal would obey, as escapes."""
+    """A stream that prints control characters as escapes, so that a terminal does not obey them."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Writes the text, with its lines as they are."""
+        """Writes the text; line breaks and tabs stay."""
         self._stream.write(_checks.printable(text, keep="\n\t"))
         return len(text)
 
@@ -75,7 +75,7 @@ class _Printable(io.TextIOBase):
 
 @contextlib.contextmanager
 def _printing() -> Generator[None]:
-    """What is printed holds no control characters."""
+    """Within it, nothing that is printed holds control characters."""
     out: Any = _Printable(sys.stdout)
     with contextlib.redirect_stdout(out):
         yield
@@ -83,13 +83,13 @@ def _printing() -> Generator[None]:
 
 @contextlib.contextmanager
 def _termination() -> Generator[None]:
-    """SIGTERM ends the work as Ctrl-C does: what is half written goes, what is done stays."""
+    """Within it, SIGTERM ends the work as Ctrl-C does: temporary files go, finished ones stay."""
 
     def stop(*_: object) -> NoReturn:
         raise Terminated
 
     if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread is told of signals
+        yield  # only the main thread gets signals
         return
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -99,12 +99,12 @@ def _termination() -> Generator[None]:
 
 
 def answer(work: Callable[[], int], name: str, goes_on: str | None) -> int:
-    """Runs a command and turns what stops it into one line on stderr.
+    """Runs a command; whatever stops it becomes one line on stderr.
 
     Args:
         work: the command; returns its exit code.
         name: what the line of an error begins with.
-        goes_on: how an interrupted command goes on, in words; None if it does not.
+        goes_on: how to continue an interrupted command, in words; None if that is not possible.
 
     Returns:
         The exit code: that of `work`, 2 for bad input or an error, 130 for Ctrl-C, 143 for SIGTERM.
@@ -129,7 +129,7 @@ def _stopped(name: str, how: str, goes_on: str | None, code: int) -> int:
 
 
 def _in_words(error: Exception) -> str:
-    """One line for an error: the library's own words, or what is known of one that has none."""
+    """One line for an error: its message, with the class in front if it is not a usual one."""
     words = " ".join(str(error).split())
     if isinstance(error, ModuleNotFoundError):
         return words

@@ -1,4 +1,4 @@
-"""`l0fast train`: trains, prunes, and says what it came to."""
+"""`l0fast train`: trains, prunes, and prints the result."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
 
 
 def train(args: argparse.Namespace) -> int:
-    """Trains, prunes, writes all into --out, and says what it came to."""
+    """Trains, prunes, writes everything into --out, and prints the result."""
     with joined(args) as ranks:
         return _train(args, ranks)
 
@@ -63,7 +63,7 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
 
 
 def _frontier(args: argparse.Namespace) -> int:
-    """Trains to several targets, one after the other."""
+    """Trains to several targets, one after the other, and prints their table."""
     if args.compare_dense:
         _checks.refuse("compare_dense", True, "one --density beside it")
     targets = [values.target(part.strip()) for part in args.density.split(",")]
@@ -94,7 +94,7 @@ def _dense(settings: TrainerSettings) -> TrainerSettings:
 
 
 def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
-    """What the run came to, on standard output."""
+    """Prints the result of the run."""
     metric = metric_of(summary)
     error = f"test {in_words(metric, summary[held_key(metric)])}"
     dense = summary.get(f"dense_{held_key(metric)}")
@@ -113,7 +113,9 @@ def _result(summary: dict[str, Any], out: Path, trainer: Trainer) -> None:
             print(collapse(summary["collapsed"], trainer))
         if summary["reopened"]:
             names = ", ".join(summary["reopened"])
-            print(f"reopened: all gates of {names} were closed until the gates were decided")
+            print(
+                f"reopened: all gates of {names} were closed before settling; some are open again"
+            )
         beside = "" if dense is None else f" (dense: {number(metric, dense)})"
         print(f"pruned model {summary['architecture']}: {error}{beside}")
         for unit in ("params", "macs"):

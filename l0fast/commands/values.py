@@ -1,4 +1,4 @@
-"""What the values of a training's options mean."""
+"""Turns the values of a training's options into settings."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def check(args: argparse.Namespace) -> None:
 
 
 def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
-    """(kind of data set, its root): a folder of images and a file of arrays may be named as they
-    are."""
+    """(kind of data set, its root). --dataset may also be the path of a folder of images, or of a
+    file of arrays."""
     named = args.dataset
     kind = sets.IMAGES if Path(named).is_dir() else sets.ARRAYS
     if named in sets.DATASETS:
@@ -46,7 +46,9 @@ def dataset(args: argparse.Namespace) -> tuple[str, str | None]:
         known = ", ".join(map(repr, sets.DATASETS))
         _checks.refuse("dataset", named, f"one of {known}, a folder of images, or a .npz or .pt")
     if args.data_root is not None:
-        _checks.refuse("data_root", args.data_root, f"none beside --dataset {named}")
+        _checks.refuse(
+            "data_root", args.data_root, f"no --data-root: --dataset {named} is a path already"
+        )
     return kind, named
 
 
@@ -68,8 +70,8 @@ def widths(text: str | None) -> list[int] | None:
 
 
 def validation_fraction(args: argparse.Namespace) -> float:
-    """The share of the training examples held out; default: 1/12, but 0 in the published recipe and
-    where a folder of images has a validation of its own."""
+    """The share of the training examples to hold out. The default is 1/12; it is 0 in the published
+    recipe, and for a folder of images that has a validation part."""
     fraction: float | None = number("validation_fraction", args.validation_fraction)
     if fraction is None:
         kind, root = dataset(args)
@@ -79,7 +81,8 @@ def validation_fraction(args: argparse.Namespace) -> float:
 
 
 def digest(args: argparse.Namespace) -> str | None:
-    """What tells the user's own data from others of the same shapes; None of a known data set."""
+    """A digest that tells the user's own data from other data of the same shapes; None for a data
+    set that the command knows."""
     kind, root = dataset(args)
     if kind == sets.ARRAYS:
         return arrays.digest(args.dataset)
@@ -92,7 +95,7 @@ def default_widths(model: str) -> list[int] | None:
 
 
 def target(text: str) -> Asked:
-    """A density if `text` is a number; else `text`, which may be an amount."""
+    """The density, if `text` is a number; else `text` itself, which may be an amount."""
     try:
         return float(text)
     except ValueError:
@@ -115,7 +118,7 @@ def layer_densities(text: str | None, layers: list[str]) -> dict[str, Asked] | N
 
 
 def chosen_numbers(args: argparse.Namespace) -> dict[str, Any]:
-    """The settings that are numbers, where they are named or are the data set's or the recipe's."""
+    """The numeric settings that the options name, or that the data set or the recipe has."""
     chosen: dict[str, Any] = dict(DATASET_SETTINGS[dataset(args)[0]])
     if args.recipe == "published":
         chosen.update(models.PUBLISHED_SETTINGS)
@@ -142,7 +145,7 @@ def settings(args: argparse.Namespace, layers: list[str], task: str) -> TrainerS
     layer_density = layer_densities(args.layer_density, layers)
     penalty = number("penalty", args.penalty)
     if args.dense and (density, layer_density, penalty) != (None, None, None):
-        _checks.refuse("dense", True, "no --density, --layer-density or --penalty beside it")
+        _checks.refuse("dense", True, "no --density, --layer-density or --penalty with it")
     if not args.dense and density is layer_density is penalty is None:
         _checks.refuse("density", None, "--density, --layer-density, --penalty or --dense")
     return TrainerSettings(
@@ -156,7 +159,7 @@ def settings(args: argparse.Namespace, layers: list[str], task: str) -> TrainerS
         seed=number("seed", args.seed, int),
         restarts=not args.no_restarts,
         select=args.select,
-        # Images are changed as they are loaded.
+        # A folder of images is augmented when it is loaded.
         precision=args.precision,
         compile=args.compile,
         augment="none" if dataset(args)[0] == sets.IMAGES else args.augment,

@@ -13,14 +13,13 @@ An attached training, from its first step to its last:
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast.constraints.at_once import moved_at_once
 from l0fast.constraints.gate_adam import GateAdam
 from l0fast.constraints.hidden import HiddenGradients
@@ -81,15 +80,15 @@ class Attachment:
         self._idle = Idle()
         self._resumed = _has_stepped(optimizers[0])
         self._joined: list[Tensor] = []
-        gates = self.gates()
-        self._adam = GateAdam(gates, self.gate_lr)
-        for optimizer in self._optimizers:
-            self._join(optimizer, gates)
-        if term.learns and steps < FEW_STEPS:
+        if term.learns and steps < FEW_STEPS:  # before anything is changed: it may be an error
             self._warn(
                 f"{steps} steps are few for gates to learn in: the pruned model will be much worse "
                 f"than the dense one. Train for {FEW_STEPS} or more, or use magnitude pruning"
             )
+        gates = self.gates()
+        self._adam = GateAdam(gates, self.gate_lr)
+        for optimizer in self._optimizers:
+            self._join(optimizer, gates)
         self._removers = [remove for one in self._optimizers for remove in self._hook(one)]
         self._removers += mark_partial(gates, term.handle.layers)
 
@@ -237,7 +236,7 @@ class Attachment:
     def _warn(self, words: str) -> None:
         if words not in self._warned:
             self._warned.add(words)
-            warnings.warn(f"attach: {words}", stacklevel=2)
+            _warnings.warn(f"attach: {words}")
 
     # --- the state -----------------------------------------------------------------------------
 

@@ -209,11 +209,12 @@ class DensityConstraint(SavedTargets):
 
     @torch.no_grad()
     def lag(self) -> str | None:
-        """What to say where settling closes much at once, or None."""
+        """A warning if settling closes much at once, else None."""
         if self.settled:
             return None
         densities = dict(zip(self.names, self.densities().tolist(), strict=True))
-        return lag_in_words(densities, self.targets, self.steps)
+        attached = self.attachment is not None
+        return lag_in_words(densities, self.targets, self.steps, attached)
 
     @torch.no_grad()
     def lags(self) -> list[float]:

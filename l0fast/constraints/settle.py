@@ -8,12 +8,11 @@ not the model that was trained.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import torch
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast.layers.handle import ModelGates, gate_owners, own_gates
 from l0fast.layers.stages import SETTLED
 from l0fast.maths.advance import Limits
@@ -31,10 +30,15 @@ target, is worth a warning."""
 
 
 def lag_in_words(
-    densities: Mapping[str, float], targets: Mapping[str, float], steps: int | None
+    densities: Mapping[str, float],
+    targets: Mapping[str, float],
+    steps: int | None,
+    attached: bool,
 ) -> str | None:
-    """What to say where settling closes much at once, or None; `steps` of the constraint."""
-    if steps is None:
+    """A warning if settling closes much at once, else None; `steps` of the constraint."""
+    if attached:
+        advice = "The gates had too few steps to follow: train for longer, or with a larger gate_lr"
+    elif steps is None:
         advice = "Give the constraint the `steps` of the training, or a larger dual learning rate"
     else:
         advice = (
@@ -53,7 +57,7 @@ def lag_in_words(
 def warn_of(lag: str | None) -> None:
     """Warns the caller of a `settle`."""
     if lag is not None:
-        warnings.warn(lag, stacklevel=3)
+        _warnings.warn(lag)
 
 
 def _closed(of: HardConcrete) -> float:

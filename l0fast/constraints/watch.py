@@ -4,11 +4,12 @@ fast enough."""
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from l0fast import _warnings
 
 STILL = 10
 """After so many steps in which no gate has changed there is a warning."""
@@ -107,4 +108,4 @@ class Watch:
             )
 
     def _warn(self, words: str) -> None:
-        warnings.warn(f"constraint: {words}", stacklevel=5)
+        _warnings.warn(f"constraint: {words}")

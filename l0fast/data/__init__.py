@@ -1,1 +1,1 @@
-"""The data sets of the command, and their files."""
+"""The data sets of the command, and how their files are read."""

@@ -1,4 +1,4 @@
-"""A data set of the user's own, as arrays in one file: .npz of NumPy, or .pt of torch.save."""
+"""The user's own data as arrays in one file: a .npz of NumPy, or a .pt of torch.save."""
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ SUFFIXES = (".npz", ".pt")
 WHOLE = {"inputs", "targets"}
 APART = {"train_inputs", "train_targets", "test_inputs", "test_targets"}
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
-"""What PyTorch has few operations for."""
+"""PyTorch has few operations for these types, so they are converted to int64."""
 WANTED = f"a file .npz or .pt with the arrays {', '.join(sorted(WHOLE))}, or with {sorted(APART)}"
 
 
 def load(path: str, task: str | None) -> tuple[Split, Split, int, str]:
-    """(train, test, number of outputs, task).
+    """Reads (train, test, number of outputs, task) from a file.
 
-    The inputs are taken as they are, as float32. Without a test of its own, a fifth of the examples
-    is the test, the same one for every seed.
+    The inputs become float32 and are not normalised. If the file has no test arrays, a fifth of the
+    examples is the test, the same fifth for every seed.
 
     Args:
         path: of the file.
-        task: as in `TrainerSettings`; None: by the targets. Floating targets are a regression,
-            booleans (or a matrix of 0 and 1) labels, other whole numbers classes.
+        task: as in `TrainerSettings`. None takes it from the targets: floating numbers are a
+            regression, booleans (or a matrix of 0 and 1) are labels, other whole numbers are
+            classes.
 
     Raises:
-        ValueError: the file is none of these, or its arrays do not fit together or to the task.
+        ValueError: the file is of another kind, or its arrays do not fit each other or the task.
     """
     found = _read(path)
     if found.keys() == WHOLE:
         inputs, targets = found["inputs"], found["targets"]
         _refuse_lengths(path, "", inputs, targets)
         if len(inputs) < 2:
-            _refuse(path, "this one has a single example, none beside it to test on")
+            _refuse(path, "this one has a single example, so there is none to test on")
         kept, tested = (torch.tensor(part) for part in held_out(len(inputs), TESTED, 0))
         parts = {
             "train": (inputs[kept], targets[kept]),
@@ -63,7 +64,7 @@ def load(path: str, task: str | None) -> tuple[Split, Split, int, str]:
 
 
 def digest(path: str) -> str:
-    """What tells a file from another of the same shapes."""
+    """A digest that tells a file from another one with the same shapes."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -73,7 +74,7 @@ def _refuse(path: str, problem: str) -> NoReturn:
 
 
 def _read(path: str) -> dict[str, Tensor]:
-    """Name -> array of a file; nothing in it is run."""
+    """Name -> array of a file; no code in it is run."""
     if not Path(path).is_file():
         _refuse(path, "there is no such file")
     try:
@@ -82,10 +83,10 @@ def _read(path: str) -> dict[str, Tensor]:
                 found: Any = {name: torch.from_numpy(file[name]) for name in file.files}
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file can raise anything
         _refuse(path, _checks.one_line(error))
     if not isinstance(found, dict) or not all(isinstance(one, Tensor) for one in found.values()):
-        _refuse(path, f"this one holds a {type(found).__name__} that is not of tensors")
+        _refuse(path, f"this one holds a {type(found).__name__} that is not a dict of tensors")
     for name, array in found.items():
         if array.layout != torch.strided or array.is_complex() or array.is_quantized:
             _refuse(path, f"its {name} are {array.dtype}, {array.layout}")
@@ -100,7 +101,7 @@ def _refuse_lengths(path: str, name: str, inputs: Tensor, targets: Tensor) -> No
 
 
 def _refuse_unlike(path: str, name: str, other: str, found: dict[str, Tensor]) -> None:
-    """Refuses arrays whose examples have other shapes, or are of another kind."""
+    """Refuses test arrays whose examples differ from the training's in shape or kind."""
     wanted, got = found[name], found[other]
     if got.shape[1:] != wanted.shape[1:]:
         shape = f"(N, {', '.join(map(str, wanted.shape[1:]))})".replace(", )", ",)")
@@ -112,14 +113,14 @@ def _refuse_unlike(path: str, name: str, other: str, found: dict[str, Tensor]) -
 
 
 def _kind(array: Tensor) -> str:
-    """What its entries are, in words."""
+    """The kind of its entries, in words."""
     if array.is_floating_point():
         return "floating numbers"
     return "booleans" if array.dtype == torch.bool else "whole numbers"
 
 
 def _task_of(targets: Tensor) -> str:
-    """What targets of this kind are for."""
+    """The task for targets of this kind."""
     if targets.is_floating_point():
         return "regression"
     labels = targets.dtype == torch.bool or (targets.dim() > 1 and bool((targets >> 1 == 0).all()))
@@ -127,11 +128,11 @@ def _task_of(targets: Tensor) -> str:
 
 
 def _split(path: str, task: str, inputs: Tensor, targets: Tensor) -> Split:
-    """Inputs as float32, targets as the task has them."""
+    """The split, with inputs as float32 and targets as the task needs them."""
     inputs = inputs.to(torch.float32)
     if task != "classification":
         return Split(inputs, targets.to(torch.float32).reshape(len(targets), -1))
     if targets.is_floating_point() or targets.dim() > 1:
         kind = f"{targets.dtype} of shape {tuple(targets.shape)}"
-        _refuse(path, f"its targets are {kind}, which are no classes; name a --task")
+        _refuse(path, f"its targets are {kind}, which cannot be classes; name another --task")
     return Split(inputs, targets.to(torch.int64))

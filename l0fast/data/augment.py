@@ -11,27 +11,28 @@ WHOLE = slice(None)
 
 
 def padding(size: int) -> int:
-    """By how many pixels an image of that height or width is shifted at most: an eighth of it."""
+    """The most pixels by which an image of this height or width is shifted: an eighth of it."""
     return max(1, size // PADDING)
 
 
 def augmented(images: Tensor, index: Tensor, augment: str, part: slice = WHOLE) -> Tensor:
     """images[index][part], each example cropped, and perhaps mirrored, at random.
 
-    Equals, of each example: padded by `padding` pixels that repeat its border, a crop of the
-    image's own size is taken anywhere; with "crop-flip" half of them are mirrored left to right.
+    Equals, for each example: its border is repeated for `padding` pixels, and a crop of the image's
+    own size is taken at a random place. With "crop-flip", half of the examples are also mirrored
+    left to right.
 
     Args:
         images: [N, channels, height, width], with channels last in memory (else they are copied).
         index: [B] int64, on the images' device.
         augment: "none", "crop" or "crop-flip".
-        part: of the batch; what is drawn is drawn for all of it.
+        part: the part of the batch to return; the random numbers are drawn for the whole batch.
 
     Returns:
-        [B or the part of it, channels, height, width], with channels last in memory unless augment
-        is "none". Drawn from torch's generator of the device.
+        [B, or the length of the part, channels, height, width], with channels last in memory unless
+        augment is "none". The random numbers come from the device's generator.
 
-    Source: the crops and mirror images of He et al., 2016 (CIFAR), but for the border.
+    Source: the crops and mirror images of He et al., 2016 (CIFAR), who pad with zeros.
     """
     if augment == "none":
         return images.index_select(0, index[part])
@@ -41,7 +42,7 @@ def augmented(images: Tensor, index: Tensor, augment: str, part: slice = WHOLE) 
     if augment == "crop-flip":
         flip = torch.randint(2, (batch, 1), device=images.device, dtype=torch.bool)
         cols = torch.where(flip, cols.flip(1), cols)
-    # Pixel by pixel, with all channels at once: half the time of indexing by three tensors.
+    # Indexing pixels, each with all channels, takes half the time of indexing by three tensors.
     index, rows, cols = index[part], rows[part], cols[part]
     pixels = images.permute(0, 2, 3, 1).reshape(-1, images.shape[1])
     places = (index.view(-1, 1, 1) * height + rows.unsqueeze(2)) * width + cols.unsqueeze(1)
@@ -50,7 +51,7 @@ def augmented(images: Tensor, index: Tensor, augment: str, part: slice = WHOLE) 
 
 
 def _window(size: int, batch: int, device: torch.device) -> Tensor:
-    """[batch, size]: the pixels of a row or column that are seen after a random shift."""
+    """[batch, size]: which pixels of a row or column are seen after a random shift."""
     most = padding(size)
     shift = torch.randint(-most, most + 1, (batch, 1), device=device)
     return (torch.arange(size, device=device) + shift).clamp_(0, size - 1)

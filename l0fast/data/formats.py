@@ -1,6 +1,6 @@
 """The files of torchvision's MNIST, FashionMNIST, CIFAR-10 and CIFAR-100, as tensors.
 
-They are read without writing into their folder; torchvision's own classes download and list.
+Reading writes nothing into their folder. torchvision's own classes download the files.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from l0fast._files import open_regular
 DATA_ROOT_VARIABLE = "L0FAST_DATA_ROOT"
 MNIST_KINDS = ("images-idx3-ubyte", "labels-idx1-ubyte")
 MOST_BYTES = 2**30
-"""The most that a file of MNIST's format is believed to hold; MNIST's own has 2**26."""
+"""The largest size that a file of MNIST's format may state; MNIST's own have less than 2**26."""
 MNIST_STATISTICS = {"mnist": ((0.1307,), (0.3081,)), "fashionmnist": ((0.2860,), (0.3530,))}
 CIFAR_STATISTICS = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -42,13 +42,13 @@ class Split(NamedTuple):
 
 
 TESTED = 0.2
-"""The share of the examples that is the test where the data do not say."""
+"""The share of the examples that is the test, if the data have no test of their own."""
 
 
 def held_out(
     examples: int | Sequence[int], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """(what is kept, what is held out): a share of some indices, drawn by `seed`.
+    """Splits indices by `seed` into (those that are kept, the share that is held out).
 
     Raises:
         ValueError: nothing would be kept.
@@ -74,7 +74,7 @@ def _idx(raw: Path, name: str) -> Tensor:
         packed = not path.is_file()
         path = raw / f"{name}.gz" if packed else path
         with open_regular(path) as plain, gzip.open(plain) if packed else plain as file:
-            # No more than it says it holds: what is packed may unpack to any size.
+            # Read no more than the size that it states: a small gzip may unpack to any size.
             content = bytearray(file.read(4))
             dims = content[3] if len(content) > 3 else 0
             start = 4 + 4 * dims
@@ -101,7 +101,7 @@ def _normalised(images: Tensor, statistics: tuple[tuple[float, ...], ...]) -> Te
 
 
 def root_of(root: str | None, wanted: str) -> Path:
-    """The data folder: the one named, else the variable's."""
+    """The data folder: `root`, or else that of the environment variable."""
     root = root or os.environ.get(DATA_ROOT_VARIABLE)
     if root is None:
         _checks.refuse("data_root", root, f"{wanted} (--data-root or {DATA_ROOT_VARIABLE})")
@@ -111,7 +111,7 @@ def root_of(root: str | None, wanted: str) -> Path:
 
 
 def _download(kind: str, root: Path, wanted: str) -> None:
-    """Has torchvision's class `kind` put its files into the folder."""
+    """Lets torchvision's class `kind` download its files into the folder."""
     require("train", "torchvision")
     from torchvision import datasets
 
@@ -142,7 +142,7 @@ def mnist(dataset: str, data_root: str | None) -> tuple[Split, Split]:
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickles of plain values and NumPy arrays, and calls nothing else that one may name."""
+    """Reads pickles of plain values and NumPy arrays; refuses to call anything else."""
 
     ALLOWED = frozenset(
         {
@@ -171,7 +171,7 @@ def _cifar_batch(path: Path) -> tuple[Tensor, Tensor]:
         images = torch.tensor(batch["data"], dtype=torch.uint8).view(-1, 3, 32, 32)
         key = "labels" if "labels" in batch else "fine_labels"
         targets = torch.tensor(batch[key], dtype=torch.int64)
-    except Exception as error:  # whatever a damaged pickle leads to
+    except Exception as error:  # a damaged pickle can raise anything
         reason = " ".join(str(error).split())
         _checks.refuse("data_root", str(path), f"{wanted} ({type(error).__name__}: {reason})")
     if targets.shape != images.shape[:1]:

@@ -1,5 +1,8 @@
-"""A folder of images, by torchvision's ImageFolder, as streams: an image is read and decoded when
-its batch is due, by DataLoader's workers. Nothing is held as a whole."""
+"""A folder of images as streams of batches, by torchvision's ImageFolder.
+
+DataLoader's workers read and decode an image when its batch is needed. The images are never all in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ IMAGE_AUGMENTS = (*AUGMENTS, RESIZED)
 STATISTICS = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 """Mean and standard deviation of ImageNet's channels, which pretrained models expect."""
 VALIDATIONS = ("val", "valid", "validation")
-"""What the folder of the examples to select by may be called."""
+"""Possible names of the folder with the validation examples."""
 WANTED = (
     "a folder with train/ and val/ (or test/, or both), or of a folder of images for each class"
 )
@@ -33,17 +36,17 @@ WANTED = (
 
 @dataclass(frozen=True)
 class Loading:
-    """How images become batches.
+    """How images are loaded as batches.
 
     Args:
-        batch_size: examples a batch.
-        image_size: height and width of what the model sees; None takes images that are all of one
-            size as they are.
+        batch_size: examples in a batch.
+        image_size: height and width to resize and crop to; None keeps the images as they are, which
+            must then all have one size.
         augment: random changes of training images: "none", "crop" or "crop-flip" (as for tensors,
             see `l0fast.data.augment`), or "resized-crop-flip", a random part of the image at
             image_size and half of them mirrored.
-        workers: processes that load; 0 loads in this one.
-        pin_memory: whether batches lie in pinned memory, from where a GPU copies them by itself.
+        workers: number of processes that load; 0 loads in this process.
+        pin_memory: whether batches are in pinned memory, which a GPU copies without the CPU.
     """
 
     batch_size: int = 128
@@ -60,14 +63,15 @@ def load(
 
     Args:
         data_root: the folder; L0FAST_DATA_ROOT by default. It has train/ and test/, and perhaps
-            val/, valid/ or validation/; one of these is the test where there is no test/. Or it has
-            the folders of the classes itself: a fifth of the images is the test.
-        loading: how its images become batches.
-        validation_fraction, seed: as of `l0fast.data.sets.load`; 0 where the folder has a
-            validation of its own.
+            val/, valid/ or validation/; without test/, that one is the test. Or the folders of the
+            classes are directly in it: then a fifth of the images is the test.
+        loading: how its images are loaded.
+        validation_fraction, seed: as in `l0fast.data.sets.load`; the fraction must be 0 if the
+            folder has a validation part.
 
     Raises:
-        ValueError: it is no such folder, its parts do not fit, or an option is out of range.
+        ValueError: it is not such a folder, its parts have different classes, or an option is out
+            of range.
     """
     require("train", "torchvision")
     _checks.one_of("augment", loading.augment, IMAGE_AUGMENTS)
@@ -78,7 +82,7 @@ def load(
     for other in folders.values():
         _refuse_other_classes(train, other)
     if "validation" in folders and validation_fraction:
-        expected = f"0: {folders['validation'].root} is the validation"
+        expected = f"0: {folders['validation'].root} has the validation examples"
         _checks.refuse("validation_fraction", validation_fraction, expected)
     parts: dict[str, Any] = {name: (one, range(len(one))) for name, one in folders.items()}
     if "test" not in parts:
@@ -99,7 +103,7 @@ def load(
 
 
 def digest(data_root: str | None) -> str:
-    """What tells a folder from another: the names and sizes of its images, part by part."""
+    """A digest of the names and sizes of a folder's images, part by part."""
     root = root_of(data_root, WANTED)
     found = hashlib.sha256()
     for name, path in _parts(root).items():
@@ -110,18 +114,18 @@ def digest(data_root: str | None) -> str:
 
 
 def has_validation(data_root: str | None) -> bool:
-    """Whether a folder has a part of its own to select by."""
+    """Whether a folder has a validation part."""
     return "validation" in _parts(root_of(data_root, WANTED))
 
 
 def _parts(root: Path) -> dict[str, Path]:
-    """Part of the data set -> its folder; "train" alone where the classes lie in the root."""
+    """Part of the data set -> its folder; only "train" if the classes are in the root itself."""
     if not any((root / name).is_dir() for name in ("train", "val", "test")):
         return {"train": root}
     held = [root / name for name in VALIDATIONS if (root / name).is_dir()]
     if len(held) > 1:
         names = " and ".join(f"{path.name}/" for path in held)
-        _checks.refuse("data_root", str(root), f"one of {names}")
+        _checks.refuse("data_root", str(root), f"only one of {names}")
     parts = {"train": root / "train"}
     if (root / "test").is_dir():
         return parts | {"test": root / "test"} | ({"validation": held[0]} if held else {})
@@ -145,14 +149,14 @@ def _refuse_other_classes(train: Any, other: Any) -> None:
 
 
 def _image(path: str) -> Any:
-    """The image in a file, in colour."""
+    """Reads an image from a file, with three channels."""
     from torchvision.datasets.folder import default_loader
 
     if not Path(path).is_file():  # a FIFO would block
-        _checks.refuse("data_root", path, "an image (it is no regular file)")
+        _checks.refuse("data_root", path, "an image (it is not a regular file)")
     try:
         return default_loader(path)
-    except Exception as error:  # a damaged image, or one that would fill the memory
+    except Exception as error:  # a damaged image, or one that is too large
         _checks.refuse("data_root", path, f"an image ({_checks.one_line(error)})")
 
 
@@ -163,7 +167,7 @@ def _size_of_first(folder: Any, indices: Sequence[int]) -> tuple[int, int]:
 
 
 def _transform(size: int | tuple[int, int], loading: Loading, augment: str) -> Any:
-    """What makes an image [3, height, width] float32, by torchvision's transforms."""
+    """torchvision's transforms that make an image [3, height, width] float32."""
     from torchvision.transforms import v2
 
     steps: list[Any] = []
@@ -182,7 +186,7 @@ def _transform(size: int | tuple[int, int], loading: Loading, augment: str) -> A
 
 
 def _with(folder: Any, transform: Any, indices: Sequence[int]) -> Subset[Any]:
-    """Some images of a folder, which is not listed again."""
+    """Some images of a folder, without listing the folder again."""
     folder = copy.copy(folder)
     folder.transform = transform
     return Subset(folder, indices)
@@ -201,13 +205,17 @@ def _loader(images: Subset[Any], loading: Loading, shuffle: bool = False) -> Dat
 
 
 def _collated(examples: list[Any]) -> Any:
-    """The batch of some examples, which must be of one size."""
+    """The batch of some examples, which must have one size."""
     sizes = sorted({"x".join(map(str, image.shape[1:])) for image, _ in examples})
     if len(sizes) > 1:
-        _checks.refuse("image_size", None, f"a number: images are {' and '.join(sizes[:2])}")
+        _checks.refuse(
+            "image_size",
+            None,
+            f"a number, as the images have several sizes: {' and '.join(sizes[:2])}",
+        )
     return default_collate(examples)
 
 
 def _begin_worker(_number: int) -> None:
-    """A worker ends at once when it is asked to; its parent tells the user."""
+    """Lets SIGTERM end a worker at once; the main process tells the user."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,7 +1,7 @@
-"""The data sets of the command: digits (embedded in scikit-learn), those that torchvision knows,
-and the user's own.
+"""The data sets of the command: digits (part of scikit-learn), some of torchvision's, and the
+user's own.
 
-Folders of images are streamed. Every other data set has to fit into memory, and onto the device, as
+Folders of images are streamed. Every other data set must fit into memory, and onto the device, as
 float32.
 """
 
@@ -33,36 +33,36 @@ FIXED = {
 IMAGES, ARRAYS = "imagefolder", "arrays"
 DATASETS = (*FIXED, IMAGES)
 KINDS = (*DATASETS, ARRAYS)
-"""What a data set may be; one of ARRAYS is named by its file."""
+"""The kinds of data sets; for ARRAYS, the path of the file is the name."""
 
 
 class Data(NamedTuple):
-    """A data set: to train on, to select by (None where nothing is held out), to report.
+    """A data set: examples to train on, to validate on (or None), and to test on.
 
-    Each is a `Split`, whose tensors are held as a whole, or streams: a DataLoader, or anything else
-    that has a length and gives batches each time it is iterated.
+    Each part is a `Split` of tensors, or a stream: a DataLoader, or any object that has a length
+    and gives its batches each time it is iterated.
     """
 
     train: Any
     validation: Any
     test: Any
     num_classes: int | None = None
-    """Outputs of the model: classes, labels or numbers of an example; None where nobody asks."""
+    """Number of outputs of the model: classes, labels or numbers of an example; None if unknown."""
     task: str = CLASSES
-    """What the targets are for, as in `TrainerSettings`."""
+    """What the targets are, as in `TrainerSettings`."""
 
 
 def check_split(name: str, split: Any, task: str | None, num_classes: int | None) -> None:
-    """Refuses a split of tensors that no model could be trained or tested on.
+    """Refuses tensors on which no model can be trained or tested.
 
     Args:
         name: of the split, for messages.
-        split: it should be inputs and targets.
-        task: as in `TrainerSettings`; None where the targets may be anything.
+        split: inputs and targets.
+        task: as in `TrainerSettings`; None if the targets may be anything.
         num_classes: as in `Data`.
 
     Raises:
-        ValueError, TypeError: the first thing that is wrong.
+        ValueError, TypeError: the first problem that is found.
     """
     kinds = [isinstance(part, Tensor) and part.dim() > 0 for part in split]
     if kinds != [True, True]:
@@ -89,8 +89,10 @@ def check_split(name: str, split: Any, task: str | None, num_classes: int | None
 
 
 def in_colour(data: Data) -> Data:
-    """The data with three equal channels in place of one, which torchvision's models take; streams
-    have them already."""
+    """The data with three equal channels in place of one, as torchvision's models need them.
+
+    Streams of images have three already.
+    """
 
     def three(split: Any) -> Any:
         if not isinstance(split, Split) or split.inputs.dim() != 4:
@@ -120,7 +122,7 @@ def example_of(data: Data) -> Tensor:
     """[1, ...]: the inputs of one example."""
     if isinstance(data.train, Split):
         return data.train.inputs[:1]
-    inputs, _ = data.test.dataset[0]  # those of the training are changed at random
+    inputs, _ = data.test.dataset[0]  # training images are changed at random
     return inputs[None]
 
 
@@ -136,16 +138,16 @@ def load(
 
     Args:
         dataset: one of KINDS.
-        data_root: torchvision's root folder; L0FAST_DATA_ROOT by default; digits needs none. Of
-            "imagefolder" and "arrays" the folder or file itself (see their modules).
-        validation_fraction: of the training examples, in [0, 1), held out at random.
-        seed: of that choice.
-        loading: how the images of an "imagefolder" become batches.
-        task: as in `TrainerSettings`; None: what the targets are for.
+        data_root: torchvision's root folder; L0FAST_DATA_ROOT by default; digits needs none. For
+            "imagefolder" and "arrays" it is the folder or file itself (see their modules).
+        validation_fraction: share of the training examples, in [0, 1), to hold out at random.
+        seed: of the random choice.
+        loading: how the images of an "imagefolder" are loaded.
+        task: as in `TrainerSettings`; None takes it from the targets.
 
     Raises:
-        ValueError: an unknown data set, data that is not there or does not fit together, or a
-            fraction out of range.
+        ValueError: the data set is unknown, its files are missing or do not fit together, or the
+            fraction is out of range.
     """
     _checks.one_of("dataset", dataset, KINDS)
     _checks.number(
@@ -163,7 +165,7 @@ def load(
         _checks.whole("image_size", loading.image_size)
         if dataset != IMAGES:
             _checks.refuse(
-                "image_size", loading.image_size, f"none: {dataset} has a size of its own"
+                "image_size", loading.image_size, f"none: the images of {dataset} have a fixed size"
             )
     if dataset == IMAGES:
         return Data(*imagefolder.load(data_root, loading, validation_fraction, seed))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, overload
 
 from torch import nn
 
+from l0fast import _warnings
 from l0fast.gating.attention import Unfused, unfuse_
 from l0fast.gating.checks import (
     check_call,
@@ -214,7 +214,7 @@ def sparsify_(
     if stream is not None and not stream.controls:
         refuse_hidden(model, stream)
     if chosen.structure is not None and chosen.structure.trace is None:
-        warnings.warn(f"sparsify_: {chosen.note}; {UNFOLLOWED}", stacklevel=2)
+        _warnings.warn(f"sparsify_: {chosen.note}; {UNFOLLOWED}")
     if depth and not branches:
         refuse_no_branches(refused)
     if experts and not mixtures:

@@ -38,7 +38,7 @@ class L0Callback(Callback):  # pyright: ignore[reportGeneralTypeIssues, reportUn
         constraint: the constraint, once the fit has started.
 
     Raises:
-        ValueError, TypeError: neither a constraint nor a target, or both.
+        ValueError, TypeError: there is neither a constraint nor a target, or both.
     """
 
     def __init__(
@@ -64,17 +64,16 @@ class L0Callback(Callback):  # pyright: ignore[reportGeneralTypeIssues, reportUn
         return self._recipe.constraint
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Attaches the constraint; Lightning loads the optimizers' states after that."""
+        """Attaches the constraint, before Lightning loads the states of the optimizers."""
         steps = int(trainer.estimated_stepping_batches)
         self._recipe.begin(pl_module, trainer.optimizers, steps)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Notes what a checkpoint has restored."""
+        """Notes whether the gates of a loaded checkpoint have settled."""
         self._settled = self.constraint.settled
 
     def on_train_batch_end(self, trainer: Any, *args: Any, **kwargs: Any) -> None:
-        """Forgets the best models of before the gates have settled: they are larger than the
-        target."""
+        """Forgets the best models from before settling: they are larger than the target."""
         if self.constraint.settled and not self._settled:
             self._settled = True
             for checkpoint in trainer.checkpoint_callbacks:

@@ -1,7 +1,7 @@
 """A pruned model of Hugging Face as a folder that plain `from_pretrained` loads.
 
-A configuration says each width by one number: that is enough where the widths are uniform, see
-`prune(uniform=True)`. Else the folder has l0fast's own file, and a README that says so.
+A configuration has one number for each width. So all layers must have the same widths (see
+`prune(uniform=True)`). Else the folder has a file of l0fast, and a README that says so.
 """
 
 from __future__ import annotations
@@ -31,29 +31,30 @@ WIDTHS = (
     *("d_model", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "num_hidden_layers"),
     *("moe_intermediate_size", "shared_expert_intermediate_size"),
 )
-"""Attributes of configurations that say a size."""
+"""Attributes of configurations that are sizes."""
 EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
-"""Those that say eps of norms."""
+"""Attributes that are the eps of norms."""
 MOST_TRIES = 256
 OWN, CONFIG, README = "pruned.safetensors", "dense", "README.md"
 """The names in a folder that l0fast loads: its file, the folder of the dense model's configuration,
 and a note."""
 NOTE = """# A pruned {kind}
 
-Its layers have different widths, which no configuration can say: `from_pretrained` does not load
-it.
+Its layers have different widths, and a configuration has one number for all layers. So
+`from_pretrained` does not load this folder.
 
 ```python
 from l0fast.integrations.transformers import load_pretrained
 model = load_pretrained("{folder}")
 ```
 
-`prune(model, x, uniform=True)` keeps widths that a configuration can say. Why these are not: {why}.
+`prune(model, x, uniform=True)` keeps widths that a configuration can hold. The reason why this one
+cannot: {why}.
 """
 
 
 class _NotPlain(Exception):
-    """Why no configuration says what a model has become."""
+    """The reason why no configuration describes a pruned model."""
 
 
 def save_pretrained(
@@ -102,10 +103,10 @@ def save_pretrained(
 
 
 def load_pretrained(folder: str | os.PathLike[str]) -> Any:
-    """The model of a folder that `save_pretrained` wrote, of either kind, in evaluation.
+    """Loads the model of a folder that `save_pretrained` wrote, in evaluation mode.
 
     Raises:
-        ValueError: there is no such folder, or it is none of `save_pretrained`'s.
+        ValueError: there is no such folder, or `save_pretrained` did not write it.
     """
     folder = Path(folder)
     own, config = folder / OWN, folder / CONFIG
@@ -136,7 +137,7 @@ def _example(small: Any, example_inputs: Any) -> Example:
 
 
 def _plain(small: Any, example: Example) -> Any:
-    """A model of a mended configuration that computes what a pruned one does.
+    """A model of a corrected configuration that computes the same as a pruned one.
 
     Raises:
         _NotPlain: there is none.
@@ -170,7 +171,7 @@ def _of_size(small: Any) -> Any:
         try:
             with torch.device("meta"):
                 fits = _shapes(kind(copy.deepcopy(config))) == wanted
-        except Exception:  # numbers that do not go together
+        except Exception:  # numbers that contradict each other
             continue
         if fits:
             _check(config)
@@ -203,7 +204,9 @@ def _configs(small: Any, before: Any, wanted: Any) -> Iterator[Any]:
             became.setdefault(old, set()).add(new)
     heads = getattr(config, "num_attention_heads", None)
     if heads and getattr(config, "head_dim", None) is None:
-        config.head_dim = config.hidden_size // heads  # no longer the quotient
+        config.head_dim = (
+            config.hidden_size // heads
+        )  # or else it would be computed from the new sizes
     each: list[list[tuple[str, int]]] = []
     for key in (key for key in WIDTHS if isinstance(getattr(config, key, None), int)):
         value = getattr(config, key)
@@ -219,8 +222,7 @@ def _configs(small: Any, before: Any, wanted: Any) -> Iterator[Any]:
 
 
 def _follow_eps(small: Any, config: Any) -> None:
-    """Takes over eps of the norms that have become smaller, which changes with their number of
-    channels."""
+    """Puts the eps of smaller norms into the configuration; eps changes with their channels."""
     new: set[float] = set()
     for entry in required_report(small).layers:
         norm = small.get_submodule(entry["name"])
@@ -242,7 +244,7 @@ def _follow_eps(small: Any, config: Any) -> None:
 
 @torch.no_grad()
 def _make_up_for_eps(small: Any, plain: Any) -> None:
-    """Gives norms that have another eps now inputs of another scale.
+    """Corrects norms whose eps has changed, by scaling their inputs.
 
     Equals, for a norm of heads behind a projection:
         projection.weight *= sqrt(eps now / eps before)
@@ -264,8 +266,11 @@ def _make_up_for_eps(small: Any, plain: Any) -> None:
 
 @torch.no_grad()
 def _make_up_for_scales(small: Any, plain: Any) -> None:
-    """Gives embeddings that are multiplied by a root of the hidden size, as in Gemma, the weight
-    that makes up for another root; a head with the same weight reads it behind the last norm."""
+    """Scales embeddings that the model multiplies by the root of the hidden size, as Gemma does.
+
+    The new weight makes up for the new root. If the head shares this weight, the last norm in front
+    of it is scaled the other way.
+    """
     for name, layer in plain.named_modules():
         scale, before = (
             getattr(one, "embed_scale", None) for one in (layer, small.get_submodule(name))

@@ -1,4 +1,4 @@
-"""What the callbacks share: a constraint, or how to make one when the training begins."""
+"""Shared by the callbacks: a constraint, or the options to make one when the training begins."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ class Recipe:
     """A constraint that a callback attaches to its trainer's optimizer.
 
     Args:
-        constraint: a term on the model, or None: then `DensityConstraint(model, **options)` is made
-            when the training begins and its number of steps is known.
-        options: of the constraint; target at least.
+        constraint: a constraint on the model. None makes `DensityConstraint(model, **options)` when
+            the training begins, as the number of steps is known then.
+        options: of the constraint; at least `target`.
         attach: options of `attach`: settle, start, gate_lr.
 
     Raises:
-        ValueError, TypeError: neither a constraint nor a target, or both.
+        ValueError, TypeError: there is neither a constraint nor a target, or both.
     """
 
     def __init__(self, constraint: Any, options: dict[str, Any], attach: dict[str, Any]) -> None:
@@ -40,13 +40,13 @@ class Recipe:
         self._attachment: Attachment | None = None
 
     def begin(self, model: nn.Module, optimizers: list[Any], steps: int) -> Attachment:
-        """Makes the constraint of this training, if none was given, and attaches it."""
+        """Attaches the constraint of this training; makes it first if none was given."""
         refuse_adapters("attach", model)
-        # A training that was interrupted has left it on the optimizer of then.
+        # A training that was interrupted has left it attached to its own optimizer.
         if self._attachment is not None and self.constraint.attachment is self._attachment:
             self.constraint.detach()
         if self._options:
-            # The gates may be on a part of it, as those of the network in a LightningModule.
+            # The gates may be on a part of the model, such as the network in a LightningModule.
             parts = list(handles_in(unwrapped(model)))
             if len(parts) == 1:
                 model = unwrapped(model).get_submodule(parts[0])
@@ -59,7 +59,7 @@ class Recipe:
         return attached
 
     def end(self) -> None:
-        """Takes the constraint off the optimizers; it stays on the model, for `prune`."""
+        """Detaches the constraint from the optimizers. It stays on the model, for `prune`."""
         if self.constraint is not None:
             self.constraint.detach()
         self._attachment = None

@@ -1,4 +1,4 @@
-"""Hugging Face transformers: a callback for its Trainer, and pruned models as its folders."""
+"""Hugging Face transformers: a callback for its Trainer, and pruned models as folders."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["L0Callback", "load_pretrained", "save_pretrained"]
 
 STATE = "attachment"
 RESTORE = "restore_callback_states_from_checkpoint"
-"""The Trainer's option to make callbacks anew, from what a checkpoint has of them, on resume."""
+"""The Trainer's option to make new callbacks from a checkpoint when it resumes."""
 
 
 def _refuse_without_gates(model: nn.Module, optimizer: Any) -> None:
-    """The Trainer loads an optimizer's state before `attach` puts the gates into its groups: their
-    sizes would not match."""
+    """Refuses an optimizer without the gates. The Trainer loads its state before `attach` puts the
+    gates into its groups, so the sizes of the groups would not match."""
     held = {id(one) for group in optimizer.param_groups for one in group["params"]}
     missing = [name for name, one in gated_layers(model).items() if id(one.log_alpha) not in held]
     if missing:
@@ -58,8 +58,9 @@ class L0Callback(TrainerCallback, ExportableState):
         constraint: the constraint, once the training has begun.
 
     Raises:
-        ValueError, TypeError: neither a constraint nor a target, or both; when the training begins,
-            an optimizer without the gates, or `load_best_model_at_end` where they never settle.
+        ValueError, TypeError: there is neither a constraint nor a target, or both. When the
+            training begins: the optimizer does not have the gates, or `load_best_model_at_end` is
+            set and they never settle.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class L0Callback(TrainerCallback, ExportableState):
     ) -> None:
         options = given(target=target, measure=measure, example_inputs=example_inputs)
         if constraint is None and target is None:
-            # The Trainer may ask for this, see RESTORE; it has lost the options by then.
+            # With RESTORE the Trainer makes the callback without its options.
             expected = f"one of the two, or {RESTORE}=False where a training is resumed"
             _checks.refuse("constraint, target", "neither", expected)
         self._recipe = Recipe(
@@ -90,7 +91,7 @@ class L0Callback(TrainerCallback, ExportableState):
         return self._recipe.constraint
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Attaches the constraint, and goes on where a checkpoint was saved."""
+        """Attaches the constraint, and goes on from a checkpoint if there is one."""
         if getattr(args, RESTORE, False):
             got, expected = True, "False (this callback restores its state without it)"
             _checks.refuse(RESTORE, got, expected)
@@ -98,18 +99,20 @@ class L0Callback(TrainerCallback, ExportableState):
         saved = self._saved(state)
         with warnings.catch_warnings():
             if saved is not None:
-                # The optimizer has been loaded before; what it lacks is in `saved`.
+                # The optimizer was loaded before; `saved` has the state that it lacks.
                 warnings.filterwarnings("ignore", "attach: the optimizer had a state")
             attachment = self._recipe.begin(kwargs["model"], [kwargs["optimizer"]], state.max_steps)
         if args.load_best_model_at_end and attachment.last is None:
             self._recipe.end()
-            expected = "gates that settle (settle > 0): no model before is within the target"
+            expected = (
+                "gates that settle (settle > 0), as no model before that is within the target"
+            )
             _checks.refuse("load_best_model_at_end", True, expected)
         self._attachment = attachment
         if saved is not None:
             attachment.load_state_dict(saved)
         self._settled = self.constraint.settled
-        # The Trainer saves into this entry, which a checkpoint without the callback lacks.
+        # The Trainer saves into this entry; a checkpoint without the callback does not have it.
         state.stateful_callbacks.setdefault(L0Callback.__name__, {})
 
     @staticmethod
@@ -122,7 +125,7 @@ class L0Callback(TrainerCallback, ExportableState):
         return torch.load(io.BytesIO(base64.b64decode(text)), weights_only=True)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Forgets the best model of before the gates have settled: it is larger than the target."""
+        """Forgets the best model from before the gates settled: it is larger than the target."""
         if self.constraint.settled and not self._settled:
             self._settled = True
             state.best_metric = state.best_model_checkpoint = state.best_global_step = None
@@ -142,7 +145,7 @@ class L0Callback(TrainerCallback, ExportableState):
         self._attachment = None
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the callback."""
+        """The state of the callback, for a checkpoint."""
         attributes: dict[str, Any] = {}
         if self._attachment is not None:
             buffer = io.BytesIO()

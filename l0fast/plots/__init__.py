@@ -1,1 +1,1 @@
-"""The pictures of a run, of a frontier, of the published comparison."""
+"""The pictures of a run and of a frontier."""

@@ -16,7 +16,7 @@ from l0fast._metrics import (
     validation_key,
 )
 
-# Okabe and Ito's palette: told apart with any kind of colour vision; line styles say it again.
+# Okabe and Ito's palette can be told apart with any colour vision; line styles differ as well.
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 PURPLE, SKY, BLACK, GREY = "#CC79A7", "#56B4E9", "#000000", "#777777"
 CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)
@@ -28,7 +28,7 @@ Rows = list[dict[str, Any]]
 
 
 def canvas(width: float, height: float) -> Any:
-    """An empty figure that needs no display; in inches."""
+    """An empty figure of this size in inches; it needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -80,7 +80,7 @@ def _title(summary: Mapping[str, Any]) -> str:
 
 
 def _legend(axis: Any) -> None:
-    """Beside the panel, where no curve can be."""
+    """Puts the legend beside the panel, where it hides no curve."""
     handles, labels = axis.get_legend_handles_labels()
     if not handles:
         return
@@ -105,12 +105,12 @@ def _short(name: str) -> str:
 
 
 def absent(axis: Any, words: str) -> None:
-    """Says why a panel is empty."""
+    """Writes into a panel why it is empty."""
     axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center")
 
 
 def logarithmic(axis: Any) -> None:
-    """A logarithmic y axis with plain numbers at 1, 2 and 5, or at more where it is short."""
+    """Makes the y axis logarithmic, with labels at 1, 2 and 5, or at more if the range is short."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     axis.set_yscale("log")
@@ -122,7 +122,7 @@ def logarithmic(axis: Any) -> None:
 
 
 def _style(index: int) -> dict[str, Any]:
-    """Colour and line style of curve `index`: neighbours differ in both, 24 in one at least."""
+    """Colour and line style of curve `index`: neighbours differ in both, and 24 curves in one."""
     return {
         "color": CYCLE[index % len(CYCLE)],
         "ls": STYLES[(index + index // 12) % len(STYLES)],
@@ -130,13 +130,13 @@ def _style(index: int) -> dict[str, Any]:
 
 
 def _curve(axis: Any, history: Rows, values: list[float], **style: Any) -> None:
-    # A single point makes no line.
+    # A single point is not a line, so it gets a marker.
     marker = {"marker": "o", "ms": 3} if len(history) == 1 else {}
     axis.plot([row["epoch"] for row in history], values, **marker, **style)
 
 
 def _result(axis: Any, history: Rows, value: float, label: str) -> None:
-    """The pruned model's value, at the last epoch."""
+    """Marks the value of the pruned model at the last epoch."""
     at = [history[-1]["epoch"]]
     axis.plot(at, [value], marker="o", ls="", color=BLACK, label=label, clip_on=False, zorder=5)
 

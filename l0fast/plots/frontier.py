@@ -15,7 +15,7 @@ def plot_frontier(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws a point for each pruned model, in three panels.
 
     Args:
-        rows: as `frontier` returns them.
+        rows: as returned by `frontier`.
         path: of the PNG file.
     """
     figure = canvas(14, 4.4)

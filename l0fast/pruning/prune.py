@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast.graph.calls import Example, unwrapped
 from l0fast.graph.sharding import on_full_weights
 from l0fast.graph.structure import structure_of
@@ -147,11 +146,10 @@ def _warn_of_force(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> N
     total = sum(int(gates.sum()) for gates in opened.values())
     closed = sum(int((gates & ~kept[n].to(gates.device)).sum()) for n, gates in opened.items())
     if closed > FORCED * total:
-        warnings.warn(
+        _warnings.warn(
             f"prune: closes {closed} of the {total} gates that are open, to hold the target. The "
             "model was trained with these units, so it will be worse. Train to the end under the "
-            "constraint, and do not prune a checkpoint from before the target was met",
-            stacklevel=4,  # the caller of `on_full_weights`
+            "constraint, and do not prune a checkpoint from before the target was met"
         )
 
 

@@ -1,1 +1,1 @@
-"""The trainer: its settings, its steps, and what a run measures, goes on from and leaves."""
+"""The trainer: its settings and steps, and the metrics, checkpoints and results of a run."""

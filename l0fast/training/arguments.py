@@ -1,4 +1,4 @@
-"""Checks of what a `Trainer` is given, before it changes or writes anything."""
+"""Checks of the arguments of a `Trainer`, before it changes or writes anything."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def check_arguments(
     table: LatencyTable | None,
     own_loss: bool = False,
 ) -> None:
-    """Refuses a model that is no module, bad data, and settings that do not fit data or table.
+    """Refuses a model that is not a module, bad data, and settings that do not fit data or table.
 
     Args:
-        model, data, settings, table: as of `Trainer`.
-        own_loss: whether the loss is the user's, of batches that only they know.
+        model, data, settings, table: as in `Trainer`.
+        own_loss: whether the user gives the loss; then batches may be of any form.
 
     Raises:
-        ValueError, TypeError: with the first argument that is wrong.
+        ValueError, TypeError: the message names the first argument that is wrong.
     """
     if not isinstance(model, nn.Module):
         _checks.refuse("model", type(model).__name__, "a torch.nn.Module", TypeError)
@@ -53,7 +53,7 @@ def check_arguments(
         else:
             check_stream(title, split)
     if settings.select == "best" and data.validation is None:
-        _checks.refuse("select", settings.select, "'last' without a validation split")
+        _checks.refuse("select", settings.select, "'last', as there is no validation split")
     check_backend(settings.compile)
     if settings.shrink is not None and Ranks.here().size > 1:
         _checks.refuse("shrink", settings.shrink, "None on several processes")
@@ -61,7 +61,7 @@ def check_arguments(
         streamed = not isinstance(data.train, tuple)
         what = "a stream" if streamed else f"inputs {list(data.train[0].shape)}"
         if streamed or not are_images(data.train[0]):
-            why = "change the images in it" if streamed else "no images"
+            why = "augment in its data set" if streamed else "they are not images"
             _checks.refuse("augment", settings.augment, f"'none' for {what}: {why}")
     if not (table is None or isinstance(table, LatencyTable)):
         _checks.refuse("table", table, "a LatencyTable or None", TypeError)
@@ -70,7 +70,7 @@ def check_arguments(
 
 
 def json_facts(identity: Mapping[str, Any] | None) -> dict[str, Any]:
-    """`identity` as JSON gives it back, so that it equals what a checkpoint or summary holds.
+    """`identity` after a round trip through JSON, so that it can be compared with a checkpoint's.
 
     Raises:
         TypeError: JSON cannot hold it.
@@ -82,22 +82,24 @@ def json_facts(identity: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def inputs_of(batch: Any) -> Tensor | None:
-    """What a batch begins with, if that is a tensor."""
+    """The first part of a batch, if that is a tensor."""
     first = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
     return first if isinstance(first, Tensor) else None
 
 
 def example_of(batches: Batches, given: Any, device: torch.device) -> Any:
-    """What the model's forward takes: as given, on the device, or of one training example.
+    """Inputs of the model's forward, on the device: those given, or those of a training example.
 
     Raises:
-        ValueError: nothing is given, and a batch does not begin with inputs.
+        ValueError: none are given, and a batch does not begin with a tensor.
     """
     if given is not None:
         return tree_map(lambda leaf: placed(leaf, device), given)
     batch = batches.first(1)
     inputs = inputs_of(batch)
     if inputs is None:
-        expected = f"what the model takes, as batches are {type(batch).__name__}s without it"
+        expected = (
+            f"the model's inputs: a batch, a {type(batch).__name__}, does not begin with them"
+        )
         _checks.refuse("example_inputs", None, expected)
     return inputs

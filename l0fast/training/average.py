@@ -13,16 +13,16 @@ from l0fast.layers.handle import gated_layers
 
 
 class Average:
-    """The exponential moving average of weights and of floating buffers (those of batch norms).
+    """The exponential moving average of the weights and of floating-point buffers (batch norms).
 
-    Equals, after each step, from the values after the first one:
+    Equals, after each step, beginning with the values after the first step:
         average = decay * average + (1 - decay) * value
 
-    The gates are not averaged: which units stay, and by how much they count, is decided on the
-    model itself, where the constraint holds.
+    The gates are not averaged: the constraint holds for the model's own gates, and they decide
+    which units stay.
 
     Args:
-        model: it is changed only within `in_force`.
+        model: only `in_force` changes it.
         decay: in [0, 1).
     """
 
@@ -39,20 +39,20 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Takes the values after a step in."""
+        """Updates the average after a step."""
         current = self._current()
         if not self._values:
             self._values = {name: value.clone() for name, value in current.items()}
             return
         self._update(list(self._values.values()), list(current.values()), 0)
         for name, _ in self._model.named_buffers():
-            if name in current:  # a mask of -inf has no average
+            if name in current:  # the average of -inf (in a mask) would be NaN
                 value, average = current[name], self._values[name]
                 average.copy_(average.where(value.isfinite(), value))
 
     @contextmanager
     def in_force(self) -> Generator[None]:
-        """Within it the model has the average; its own values come back after it, bit for bit."""
+        """Within it the model has the average; afterwards its own values, bit for bit."""
         self._exchange()
         try:
             yield
@@ -61,7 +61,7 @@ class Average:
 
     @torch.no_grad()
     def _exchange(self) -> None:
-        """In place: a CUDA graph refers to the model's tensors."""
+        """Exchanges values and averages, in place: a CUDA graph refers to these tensors."""
         for name, value in self._current().items() if self._values else ():
             kept = value.clone()
             value.copy_(self._values[name])
@@ -72,10 +72,10 @@ class Average:
         return dict(self._values)
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Goes on from a state."""
+        """Loads the averages of a state."""
         current = self._current()
         self._values = {name: value.to(current[name], copy=True) for name, value in state.items()}
 
     def names(self) -> list[str]:
-        """Of all that is averaged."""
+        """The names of the averaged tensors."""
         return list(self._current())

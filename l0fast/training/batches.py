@@ -1,6 +1,7 @@
-"""What the batches of a split are, and those of tensors that lie on the device as a whole.
+"""The interface of batches, and the batches of tensors that are on the device as a whole.
 
-An epoch depends on (seed, epoch) alone, so that a resumed run sees what it would have seen.
+The batches of an epoch depend on (seed, epoch) alone. So a resumed run gets the same batches as a
+run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from l0fast.training.settings import TrainerSettings
 
 EVALUATION_BATCH = 1000
 STRIDE = 1_000_003
-"""Between the seeds of the epochs of two runs."""
+"""Difference between the seeds of epoch 0 of two runs with consecutive seeds."""
 
 
 def size_of(batch: Any) -> int:
@@ -29,14 +30,14 @@ def size_of(batch: Any) -> int:
     found = (leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
     if (first := next(found, None)) is None:
         expected = (
-            "a tensor, or a tuple, list or dict with tensors, the first dimension the examples"
+            "a tensor, or a tuple, list or dict of tensors whose first dimension is the examples"
         )
         _checks.refuse("batch", type(batch).__name__, expected, TypeError)
     return len(first)
 
 
 def rows_of(batch: Any, rows: slice) -> Any:
-    """A part of a batch: those rows of each tensor that has one for each example."""
+    """Some examples of a batch: these rows of each tensor that has one row an example."""
     size = size_of(batch)
 
     def of(leaf: Any) -> Any:
@@ -52,9 +53,9 @@ def are_images(tensor: Tensor) -> bool:
 
 
 def placed(tensor: Any, device: torch.device) -> Any:
-    """A tensor on the device, images with channels last in memory; what is no tensor as it is.
+    """Moves a tensor to the device, images with channels last in memory.
 
-    A copy from pinned memory does not wait.
+    Any other object is returned as it is. A copy from pinned memory does not block.
     """
     if not isinstance(tensor, Tensor):
         return tensor
@@ -71,38 +72,38 @@ class Batches(Protocol):
     """The batches of one split."""
 
     examples: int | None
-    """How many there are; None where that is not known."""
+    """Number of examples; None if it is not known."""
     streamed: bool
-    """Whether each batch lies at another place in memory."""
+    """Whether each batch has new memory; a CUDA graph needs the same memory each time."""
 
     def __len__(self) -> int:
-        """Batches an epoch."""
+        """Number of batches in an epoch."""
         ...
 
     def epoch(self, epoch: int) -> Iterator[Any]:
-        """What stands for each batch of an epoch in training; `batch` makes it one."""
+        """Yields an item for each training batch of an epoch; `batch` makes the batch from it."""
         ...
 
     def size(self, item: Any) -> int:
-        """The examples of that batch, of all processes."""
+        """The number of examples in the batch of an item, of all processes."""
         ...
 
     def batch(self, item: Any) -> Any:
-        """This process's rows of the batch, on the device (see `Ranks.rows`)."""
+        """This process's rows of an item's batch, on the device (see `Ranks.rows`)."""
         ...
 
     def whole(self, epoch: int) -> Iterator[Any]:
-        """This process's share of all examples, in batches on the device, for evaluation after
-        that epoch."""
+        """Yields this process's share of all examples, in batches on the device, for the evaluation
+        after that epoch."""
         ...
 
     def first(self, most: int) -> Any:
-        """A batch of at most so many examples."""
+        """A batch of at most `most` examples."""
         ...
 
 
 class InMemory:
-    """A split whose tensors lie on the device as a whole."""
+    """A split whose tensors are on the device as a whole."""
 
     streamed = False
 
@@ -127,17 +128,17 @@ class InMemory:
         return len(item)
 
     def batch(self, item: Tensor) -> Any:
-        """(inputs, targets) at those positions; nothing is read back."""
+        """(inputs, targets) at these positions, without a host sync."""
         rows = self._ranks.rows(len(item))
         inputs = augmented(self.split.inputs, item, self._augment, rows)
         return inputs, self.split.targets.index_select(0, item[rows])
 
     def whole(self, epoch: int) -> Iterator[Any]:
-        """(inputs, targets), in their order."""
+        """Yields (inputs, targets), in the order of the split."""
         mine = self._ranks.share(len(self.split.targets))
         inputs, targets = (part[mine].split(EVALUATION_BATCH) for part in self.split)
         return zip(inputs, targets, strict=True) if mine.start < mine.stop else iter(())
 
     def first(self, most: int) -> Any:
-        """(inputs, targets)."""
+        """The first (inputs, targets)."""
         return self.split.inputs[:most], self.split.targets[:most]

@@ -1,8 +1,7 @@
-"""Checkpoints: all that a run needs to go on bit for bit, in one file."""
+"""Checkpoints: one file with all that a run needs to go on bit for bit."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast._digest import check_sealed, write_sealed
 from l0fast._files import open_regular, write_atomically
 from l0fast.measures.latency import LatencyTable
@@ -22,24 +21,24 @@ from l0fast.training.settings import BEFORE
 
 CHECKPOINT = "checkpoint.pt"
 FORMAT = 2
-"""With a digest of the file behind it; checkpoints of format 1 have none."""
+"""The file ends with a digest; checkpoints of format 1 have none."""
 EARLIER = 1
 OPTIONAL = {
     *("cuda_rng", "host_rng", "best", "removals", "idle"),
     *("threads", "average", "scaler", "ranks"),
 }
-"""Entries that not every run has."""
+"""Entries that some runs do not have."""
 WHOLE = "a whole checkpoint of this project"
 
 
 def _place(value: Any) -> Any:
-    """The same for two names of one tensor."""
+    """A key that is the same for two names of one tensor."""
     named = isinstance(value, Tensor) and value.numel() > 0
     return (value.data_ptr(), value.shape) if named else id(value)
 
 
 def _check_kinds(entries: Entries, state: dict[str, Any]) -> None:
-    """Refuses entries that are not of their class; what is in them is checked against a run."""
+    """Refuses entries of a wrong class; `Run.check` (matching.py) checks their contents."""
     entries.names("keys", state)
     for name in ("identity", "optimizer"):
         entries.names(name, state[name])
@@ -72,7 +71,7 @@ class Checkpoint:
 
     format: int = FORMAT
     identity: dict[str, Any]
-    """Facts about data, model and settings that a run must share to go on from here."""
+    """Facts about data, model and settings; a run that goes on from here must have the same."""
     epoch: int
     step: int
     seconds: float
@@ -84,11 +83,11 @@ class Checkpoint:
     rng: Tensor
     cuda_rng: Tensor | None = None
     host_rng: dict[str, Any] | None = None
-    """Of Python and NumPy, see `host_rng` in generators.py; None in an earlier version's."""
+    """Generators of Python and NumPy (`host_rng` in generators.py); earlier versions have none."""
     removals: list[dict[str, Any]] | None = None
-    """What `shrink` has removed so far, in order."""
+    """The removals of `shrink` so far, in order."""
     idle: dict[str, Any] | None = None
-    """With `shrink`: for how many epochs each gate left has seldom been open."""
+    """With `shrink`: for how many epochs each remaining gate has seldom been open."""
     best: dict[str, Any] | None = None
     """With `select="best"`: "epoch" and "model" (a state dict) of the best epoch so far."""
     average: dict[str, Any] | None = None
@@ -96,34 +95,34 @@ class Checkpoint:
     scaler: dict[str, Any] | None = None
     """With fp16: the state of the loss's scale."""
     threads: int | None = None
-    """CPU threads of the run: with another number, sums are rounded otherwise."""
+    """CPU threads of the run; with another number, sums are rounded differently."""
     ranks: int | None = None
-    """Processes of the run, if there are several: the same holds for them."""
+    """Number of processes, if there are several; it changes rounding as well."""
 
     @property
     def selected(self) -> tuple[int, dict[str, Any]]:
         """The epoch whose model the run would prune, and the state of that model."""
         if self.best is None:
             averages = self.average or {}
-            # Tied tensors have several names in a state, and one among the averages.
+            # A tied tensor has several names in a state, but only one among the averages.
             tied = {_place(self.model[n]): x for n, x in averages.items() if n in self.model}
             return self.epoch, {n: tied.get(_place(x), x) for n, x in self.model.items()}
         return self.best["epoch"], self.best["model"]
 
     @property
     def of_term(self) -> dict[str, Any]:
-        """What the state of its term has beside tensors; nothing where that is no dict."""
+        """The entries of the term's state that are not tensors; empty if that is not a dict."""
         extra: Any = (self.term or {}).get("_extra_state")
         return extra if isinstance(extra, dict) else {}
 
     @property
     def table(self) -> LatencyTable | None:
-        """The latency table of the run, if its targets are shares or amounts of latency."""
+        """The latency table of the run, if its targets are about latency."""
         state = self.of_term
         return LatencyTable.from_json(state["latency"]) if "latency" in state else None
 
     def write(self, path: Path) -> None:
-        """Writes the checkpoint into a file, whole or not at all.
+        """Writes the checkpoint into a file, completely or not at all.
 
         Raises:
             OSError: the file cannot be written.
@@ -148,16 +147,16 @@ class Checkpoint:
         Args:
             path: of the file.
             device: for its tensors.
-            name: of the user's option that led here, for the message.
+            name: the user's option that named the file, for messages.
 
         Raises:
-            ValueError: the file holds no whole checkpoint.
+            ValueError: the file is not a whole checkpoint.
         """
         try:
             with open_regular(path) as file:
                 sealed = check_sealed(file)
                 state: Any = torch.load(file, map_location=device, weights_only=True)
-        except Exception as error:  # whatever a damaged file leads to
+        except Exception as error:  # a damaged file can raise anything
             _checks.refuse(name, str(path), f"{WHOLE} ({_checks.one_line(error)})")
         if not isinstance(state, dict):
             _checks.refuse(name, str(path), f"{WHOLE} (this one is a {type(state).__name__})")
@@ -176,16 +175,16 @@ class Checkpoint:
         )
 
     def refuse_other(self, path: Path, identity: Mapping[str, Any], model: nn.Module) -> None:
-        """Refuses a run of another identity, or a model of other shapes.
+        """Refuses a run with another identity, or a model with other shapes.
 
         Raises:
-            ValueError: with the first fact or shape that differs; the message names `path`.
+            ValueError: the message has the first fact or shape that differs, and `path`.
         """
         self.refuse_other_run(path, identity)
         self.refuse_other_model(path, model)
 
     def refuse_other_run(self, path: Path, identity: Mapping[str, Any]) -> None:
-        """Refuses a run of another identity.
+        """Refuses a run with another identity.
 
         A checkpoint of an earlier version counts as one with the settings in `BEFORE`.
         """
@@ -199,7 +198,7 @@ class Checkpoint:
                 _checks.refuse(key, ours, f"{theirs!r}, as in the checkpoint {path}")
 
     def refuse_other_model(self, path: Path, model: nn.Module) -> None:
-        """Refuses a model of other shapes; repeat the checkpoint's removals on the model first."""
+        """Refuses a model with other shapes; repeat the checkpoint's removals on it first."""
         shapes = [
             {name: getattr(value, "shape", None) for name, value in state.items()}
             for state in (model.state_dict(), self.model)
@@ -212,7 +211,7 @@ class Checkpoint:
                 _checks.refuse(f"model.{name}", mine, f"shape {saved}, as in the checkpoint {path}")
 
     def warn_of_rounding(self) -> None:
-        """Warns where a run goes on with another number of CPU threads, or of processes."""
+        """Warns if a run goes on with another number of CPU threads or processes."""
         now = torch.get_num_threads()
         pairs = (
             ("threads", now, self.threads or now),
@@ -221,10 +220,10 @@ class Checkpoint:
         for name, got, before in pairs:
             if got != before:
                 words = f"{name}: got {got}; the run began with {before}"
-                warnings.warn(f"{words}: its results will differ in their last bits", stacklevel=4)
+                _warnings.warn(f"{words}: its results will differ in their last bits")
 
     def restore_rng(self, device: torch.device) -> None:
-        """Sets the generators to where the run had them."""
+        """Sets the generators to the states that they had in the run."""
         torch.set_rng_state(self.rng.cpu())
         if self.host_rng is not None:
             set_host_rng(self.host_rng)

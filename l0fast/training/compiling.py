@@ -1,4 +1,4 @@
-"""A step's forward by torch.compile."""
+"""The forward of a step, compiled by torch.compile."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import nn
 from l0fast import _checks
 
 MOST_CODES = 256
-"""How many codes a forward may have: one for each shape of a batch, in each stage of the gates.
-PyTorch's own limit is 8, which three shapes exceed; what comes after it is not compiled."""
+"""The most compiled codes of a forward: it needs one for each shape of a batch in each stage of the
+gates. PyTorch's own limit is 8, which three shapes exceed; past the limit nothing is compiled."""
 
 
 def check_backend(backend: str | None) -> None:
@@ -21,9 +21,9 @@ def check_backend(backend: str | None) -> None:
 
 
 def compiled(model: nn.Module, backend: str | None) -> Any:
-    """What a step calls, within `room_for_codes`: the model, or torch.compile's form of it.
+    """The model that a step calls, within `room_for_codes`: compiled if there is a backend.
 
-    Each shape has code of its own, so that a resumed run computes what it would have computed.
+    Each shape has its own code, so that a resumed run computes the same bits.
 
     Raises:
         ValueError: there is no such backend.
@@ -40,8 +40,8 @@ def compiled(model: nn.Module, backend: str | None) -> Any:
 def room_for_codes(backend: str | None) -> AbstractContextManager[object]:
     """Within it a compiled forward may have MOST_CODES codes.
 
-    A run that has met the limit and one that was resumed behind it would not have the same codes,
-    and so not the same bits.
+    A run that exceeds the limit, and one that is resumed after that, would have different codes,
+    and so different bits.
     """
     if backend is None:
         return nullcontext()

@@ -1,9 +1,9 @@
-"""A whole training step as one CUDA graph: the host launches it and does not wait.
+"""A whole training step as one CUDA graph: the host launches it without a host sync.
 
 Forward, Lagrangian, backward, optimizer, projection and dual ascent are captured once and replayed.
 Each replay has new noise and the current learning rates, since it reads both from the device. The
-first few steps of a training run as they are; then one is captured, and again whenever parameters
-or the optimizer's state have been replaced. Batches of another size always run as they are.
+first few steps of a training run without a graph; then a step is captured, and again whenever
+parameters or the optimizer's state have been replaced. Batches of another size run without it.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
 
 ORDINARY = 3
-"""Steps to run before a capture: they choose algorithms, make tables and fill the optimizer's
+"""Ordinary steps before a capture: they choose algorithms, make tables and fill the optimizer's
 state."""
 
 Step = Callable[[Any], None]
 
 
 def why_not(model: nn.Module, device: torch.device) -> str | None:
-    """Why a step of this model cannot be a CUDA graph, in words; None if it can."""
+    """The reason why a step of this model cannot be a CUDA graph; None if it can."""
     if device.type != "cuda":
         return f"the model is on the device {device.type!r}"
     handle = handle_of(model)
@@ -42,11 +42,11 @@ def why_not(model: nn.Module, device: torch.device) -> str | None:
 
 
 def prevented(settings: TrainerSettings, streamed: bool) -> str | None:
-    """Why no step of a run can be a CUDA graph, whatever the model, in words; None if one may be.
+    """The reason why no step of a run can be a CUDA graph, whatever the model; None if it may.
 
     Args:
         settings: of the run.
-        streamed: whether its batches lie at another place in memory each time.
+        streamed: whether each batch has new memory.
     """
     if Ranks.here().size > 1:
         return "several processes average their gradients"
@@ -56,8 +56,8 @@ def prevented(settings: TrainerSettings, streamed: bool) -> str | None:
 
 
 def check_asked(settings: TrainerSettings, streamed: bool, device: torch.device) -> None:
-    """Refuses `cuda_graph=True` on a device that has no CUDA graphs, and in a run that can have
-    none."""
+    """Refuses `cuda_graph=True` on a device without CUDA graphs, and in a run that cannot use
+    them."""
     if settings.cuda_graph is not True:
         return
     if device.type != "cuda":
@@ -67,7 +67,7 @@ def check_asked(settings: TrainerSettings, streamed: bool, device: torch.device)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float]) -> None:
-    """Gives each group its learning rate; in place if it is a tensor, which a graph reads."""
+    """Sets the learning rate of each group; in place if it is a tensor, which a graph reads."""
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(rate)
@@ -76,12 +76,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Sequence[float])
 
 
 def _stream(device: torch.device) -> Any:
-    """A new stream: the steps before a capture must run on the stream that captures."""
+    """A new stream: the ordinary steps before a capture must run on the capturing stream."""
     return torch.cuda.Stream(device)
 
 
 def _capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
-    """Captures `step` without running it; returns the replay."""
+    """Captures `step` without running it; returns the function that replays it."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step()
@@ -89,13 +89,13 @@ def _capture(step: Callable[[], None], stream: Any) -> Callable[[], None]:
 
 
 def release_(generator: Any, draw: Callable[[], object]) -> None:
-    """Lets a generator draw again after a capture that failed, from where it was.
+    """Lets a generator draw again after a capture that failed, from its earlier state.
 
-    PyTorch 2.11 leaves it in the capture, and every draw raises from then on. A copy of its state
-    is in no capture.
+    PyTorch 2.11 leaves it in the capture, so that every later draw raises an error. A copy of its
+    state does not belong to the capture.
 
     Args:
-        generator: the device's own.
+        generator: the default generator of the device.
         draw: draws from it.
     """
     state = generator.get_state()
@@ -107,7 +107,7 @@ def release_(generator: Any, draw: Callable[[], object]) -> None:
 
 
 def _after_failure(device: torch.device) -> None:
-    """Makes the device as usable as before a capture that failed."""
+    """Makes the device usable again after a capture that failed."""
     if device.type == "cuda":
         index = torch.cuda.current_device() if device.index is None else device.index
         release_(torch.cuda.default_generators[index], lambda: torch.rand(1, device=device))
@@ -121,17 +121,17 @@ class Steps:
     """Takes the steps of a training, as a CUDA graph if possible; call it within `running()`.
 
     Args:
-        step: takes the positions of its examples (or what else stands for a batch, where there is
-            no graph). It must add what it counts to the same tensors
-            each time, and leave no gradients.
+        step: a function of the positions of its examples (or of any other item for a batch, if
+            there is no graph). It must add its sums to the same tensors each time, and leave no
+            gradients.
         model: the one that `step` trains.
         optimizer: the one that `step` uses; it is made capturable if a graph is possible.
         size: of the batches to capture.
         asked: "auto", True (a capture that fails is refused) or False.
-        prevented: what makes a graph impossible from the start, in words.
+        prevented: the reason why a graph is not possible; None if it may be.
 
     Attributes:
-        failure: why there is no graph, in words; "" if one is possible so far.
+        failure: the reason why there is no graph; "" if one is possible so far.
         captures: number of captures.
 
     Raises:
@@ -163,7 +163,7 @@ class Steps:
         return self.failure or ("captured" if self.captures else "too few whole batches")
 
     def _give_up(self, reason: str) -> None:
-        """Runs all further steps as they are, or refuses, if a graph was asked for."""
+        """Runs all further steps without a graph; raises an error if a graph was asked for."""
         self.failure = reason
         if self._asked is True:
             _checks.refuse("cuda_graph", True, f"'auto' or False ({reason[:200]})")
@@ -174,11 +174,11 @@ class Steps:
         self._ordinary = 0
 
     def renew(self) -> None:
-        """Captures anew: the step computes something else from here on."""
+        """Captures again, since the step computes something else from now on."""
         self._drop_graph()
 
     def _places(self) -> list[tuple[int, torch.Size]]:
-        """Address and shape of all tensors that a graph of the step refers to."""
+        """Addresses and shapes of all tensors that a graph of the step refers to."""
         tensors: list[Any] = []
         for group in self._optimizer.param_groups:
             tensors += [*group["params"], group["lr"]]
@@ -194,7 +194,7 @@ class Steps:
 
     @contextmanager
     def running(self) -> Generator[None]:
-        """Runs the steps within it on a stream of their own; the caller's stream waits for it."""
+        """Within it the steps run on a stream of their own; the caller's stream waits for it."""
         if self.failure:
             yield
             return
@@ -233,7 +233,7 @@ class Steps:
         try:
             self._replay = _capture(lambda: self._step(index), self._stream)
         except RuntimeError as error:
-            # Nothing has run, but the recorded backward may have left gradients.
+            # The step has not run, but recording its backward may have left gradients.
             self._optimizer.zero_grad()
             _after_failure(self._device)
             self._give_up((str(error).strip().splitlines() or ["it could not be captured"])[0])

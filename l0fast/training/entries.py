@@ -1,4 +1,4 @@
-"""What the entries of a checkpoint must be, before anything is taken from it."""
+"""Checks of the entries of a checkpoint, before any of them is used."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from l0fast import _checks
 
 @dataclass(frozen=True)
 class Entries:
-    """Checks of a checkpoint's entries; each refuses the first that is wrong, by its name.
+    """Checks of a checkpoint's entries. A check that fails raises an error with the entry's name.
 
     Args:
         path: of the checkpoint.
-        option: the user's option that led to it.
+        option: the user's option that named it.
         expected: what it should be, in words.
     """
 
@@ -29,17 +29,17 @@ class Entries:
     expected: str = "a whole checkpoint of this run"
 
     def refuse(self, entry: str, problem: str) -> NoReturn:
-        """Raises the ValueError that says so."""
+        """Raises a ValueError that names the entry and the problem."""
         _checks.refuse(self.option, str(self.path), f"{self.expected} (its {entry} {problem})")
 
     def kind(self, entry: str, value: object, *kinds: type) -> None:
-        """Refuses a value of another class; a bool is no int."""
+        """Refuses a value of another class; a bool is not an int."""
         if type(value) not in kinds:
             names = " or ".join(kind.__name__ for kind in kinds)
             self.refuse(entry, f"is {_short(value)}, not a {names}")
 
     def whole(self, entry: str, value: object, low: int, high: float = math.inf) -> None:
-        """Refuses what is no whole number between `low` and `high`."""
+        """Refuses anything but a whole number between `low` and `high`."""
         self.kind(entry, value, int)
         assert isinstance(value, int)
         if not low <= value <= high:
@@ -49,14 +49,14 @@ class Entries:
     def real(
         self, entry: str, value: object, low: float = -math.inf, high: float = math.inf
     ) -> None:
-        """Refuses what is no finite number between `low` and `high`."""
+        """Refuses anything but a finite number between `low` and `high`."""
         self.kind(entry, value, int, float)
         assert isinstance(value, (int, float))
         if not (math.isfinite(value) and low <= value <= high):
             self.refuse(entry, f"is {value!r}, not a finite number from {low:g} to {high:g}")
 
     def names(self, entry: str, value: object, wanted: Iterable[str] | None = None) -> None:
-        """Refuses what is no dict by strings, or has other keys than `wanted`."""
+        """Refuses anything but a dict with strings as keys; `wanted` are the only keys allowed."""
         if not isinstance(value, dict):
             self.refuse(entry, f"is {_short(value)}, not a dict")
         odd = next((key for key in value if not isinstance(key, str)), None)
@@ -68,7 +68,7 @@ class Entries:
             self.refuse(entry, f"has {'an unknown' if key in value else 'no'} {key!r}")
 
     def equal(self, entry: str, value: object, wanted: object) -> None:
-        """Refuses a plain value that is not the one wanted; True is not 1, nor 1 1.0."""
+        """Refuses a value that is not the one wanted; True, 1 and 1.0 are different values."""
         if not _same(value, wanted):
             self.refuse(entry, f"is {_short(value)}, not {_short(wanted)}")
 
@@ -80,8 +80,8 @@ class Entries:
         low: float = -math.inf,
         finite: bool = True,
     ) -> None:
-        """Refuses what is no tensor of the shape and dtype of `like`, or holds NaN, a number under
-        `low`, or (where `finite`) infinity."""
+        """Refuses anything but a tensor with the shape and dtype of `like`; also NaN, numbers under
+        `low`, and (if `finite`) infinity."""
         if not isinstance(value, Tensor):
             self.refuse(entry, f"is {_short(value)}, not a tensor")
         for what, got, wanted in (
@@ -100,21 +100,21 @@ class Entries:
             self.refuse(entry, f"holds a number under {low:g}")
 
     def indices(self, entry: str, value: object, size: int) -> None:
-        """Refuses what is no list of ascending numbers in [0, size), at least one."""
+        """Refuses anything but a list of ascending whole numbers in [0, size), at least one."""
         self.kind(entry, value, list)
         assert isinstance(value, list)
         ascending = all(type(one) is int for one in value) and value == sorted(set(value))
         if not value or not ascending or value[0] < 0 or value[-1] >= size:
-            self.refuse(entry, f"is no list of ascending numbers in [0, {size})")
+            self.refuse(entry, f"is not a list of ascending numbers in [0, {size})")
 
     def generator(self, entry: str, value: object, device: torch.device) -> None:
-        """Refuses what is no state of a generator of that device."""
+        """Refuses anything but the state of a generator of that device."""
         if not isinstance(value, Tensor) or value.dtype != torch.uint8 or value.dim() != 1:
             self.refuse(entry, f"is {_short(value)}, not the state of a generator")
         try:
             torch.Generator(device).set_state(value.cpu())
         except (RuntimeError, TypeError) as error:
-            self.refuse(entry, f"is no state of a generator ({_checks.one_line(error)})")
+            self.refuse(entry, f"is not the state of a generator ({_checks.one_line(error)})")
 
 
 def _same(value: object, wanted: object) -> bool:

@@ -1,4 +1,4 @@
-"""The folder of a run: what its files are called, and how they are written."""
+"""The folder of a run: the names of its files, and how they are written."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ PRUNED = "pruned.safetensors"
 PLOT = "dynamics.png"
 FILES = (CHECKPOINT, METRICS, SUMMARY, PRUNED, PLOT)
 UNSETTLED = "unsettled.pt"
-"""The checkpoint from before the gates settled; only where another run starts from this one."""
+"""The checkpoint from before the gates settled; only if another run starts from this one."""
 LATENCY = "latency.json"
-"""The latency table; only where the targets are shares or amounts of latency."""
+"""The latency table; only if the targets are about latency."""
 
 
 class RunFolder:
-    """The folder that holds one run, or will; without a path nothing is written.
+    """The folder of one run, which need not exist yet; without a path nothing is written.
 
     Args:
         path: of the folder, or None.
@@ -46,20 +46,20 @@ class RunFolder:
         self._lock: FolderLock | None = None
 
     def open(self, resume: bool) -> Path | None:
-        """Makes the folder ready: the checkpoint to go on from, or None for a new run.
+        """Prepares the folder; returns the checkpoint to go on from, or None for a new run.
 
-        It is locked from here to `close`: no other process can train in it. What dead processes
-        have left in it is removed.
+        It is locked until `close`, so that no other process can train in it. Temporary files of
+        dead processes are removed.
 
         Raises:
-            ValueError: it is no folder, another run is writing into it, or it holds a run that is
-                not to be resumed.
+            ValueError: it is not a folder, another run is writing into it, or it holds a run and
+                `resume` is False.
             OSError: it cannot be made.
             ModuleNotFoundError: matplotlib is not installed.
         """
         if self.path is None:
             return None
-        require("train", "matplotlib")  # a run ends with its picture
+        require("train", "matplotlib")  # a finished run draws a picture
         if self.path.exists() and not self.path.is_dir():
             _checks.refuse("out", str(self.path), "a folder")
         self.path.mkdir(parents=True, exist_ok=True)
@@ -84,20 +84,20 @@ class RunFolder:
             _checks.refuse("out", str(path), expected)
 
     def close(self) -> None:
-        """Gives the lock back."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.release()
 
     def latency_table(
         self, given: LatencyTable | None, identity: Mapping[str, Any], device: torch.device
     ) -> LatencyTable | None:
-        """The latency table of the run in this folder if that run has this identity; else `given`.
+        """The latency table of the run in this folder, if that run has this identity; else `given`.
 
-        A resumed run keeps its table: its multipliers and targets count in shares of the table's
-        total, and another measurement has another total.
+        A resumed run keeps its table: its multipliers and targets are shares of the table's total,
+        and another measurement would have another total.
 
         Raises:
-            ValueError: the run has another table than `given`.
+            ValueError: the table of the run is not `given`.
         """
         path = None if self.path is None else self.path / CHECKPOINT
         if path is None or not path.is_file():
@@ -106,7 +106,7 @@ class RunFolder:
             checkpoint = Checkpoint.read(path, device)
             checkpoint.refuse_other_run(path, identity)
             known = checkpoint.table
-        except ValueError:  # another run's, or a broken one: `Trainer.open` refuses it
+        except ValueError:  # of another run, or damaged: `Trainer.open` refuses it
             return given
         if known is None:
             return given
@@ -144,7 +144,7 @@ class RunFolder:
         history: list[Row],
         summary: Mapping[str, Any],
     ) -> None:
-        """Writes what a finished run leaves: pruned model, latency table, summary, plot."""
+        """Writes the results of a finished run: pruned model, latency table, summary, plot."""
         if self.path is None:
             return
         if pruned is not None:
@@ -160,6 +160,6 @@ class RunFolder:
         )
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
-        """Writes the summary as JSON with its digest, in place of the one that is there."""
+        """Writes the summary as JSON with its digest, over the present one."""
         if self.path is not None:
             write_text(self.path / SUMMARY, json.dumps(sealed_json(summary), indent=2) + "\n")

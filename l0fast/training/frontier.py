@@ -59,21 +59,21 @@ def frontier(
 ) -> list[Summary]:
     """Trains to the first target, prunes a copy, trains on to the next target, and so on.
 
-    Each target has `settings.epochs` epochs, a schedule and multipliers of its own. Weights, gates,
-    the optimizer's moments and the noise go on from the target before: from its end, or, where its
-    gates were decided, from the epoch before that. (Its last epochs serve its own model alone, and
-    a gate that is closed there may open in the next.) Each target is a run of a `Trainer`, in the
-    folder OUT/density-TARGET (density-0.5, density-100k-params); OUT/frontier.json has the rows,
-    and OUT/frontier.png shows them. An interrupted frontier goes on in the middle of any target,
-    bit for bit but for the times of a forward, which are measured again.
+    Each target has its own `settings.epochs` epochs, schedule and multipliers. Weights, gates,
+    moments and generators continue from the run of the target before: from before its gates
+    settled, or from its end if they do not settle. (The epochs after settling train only that
+    target's own model; gates that settling closed may open again in the next run.) Each target is
+    a run of a `Trainer` in the folder OUT/density-TARGET (density-0.5, density-100k-params).
+    OUT/frontier.json has the rows, and OUT/frontier.png shows them. An interrupted frontier can be
+    resumed within any target; all is the same bit for bit, except the times of a forward.
 
     Args:
-        model, data, loss_fn, metric, example_inputs, out, identity, device, table: as of `Trainer`;
-            the model is trained in place. Without a table, the first target's serves all.
-        settings: for each target, whose density takes the place of theirs.
-        targets: of the whole model by `settings.measure`, falling: densities, or amounts such as
-            "100k params".
-        resume: goes on from the checkpoints in `out`.
+        model, data, loss_fn, metric, example_inputs, out, identity, device, table: as in `Trainer`;
+            the model is trained in place. Without a table, all targets use that of the first.
+        settings: of every run; the target replaces their density.
+        targets: falling targets of the whole model, by `settings.measure`: densities, or amounts
+            such as "100k params".
+        resume: whether to go on from the checkpoints in `out`.
         train: trains an open trainer to its end and returns its summary, for example with a
             progress bar; `Trainer.fit` by default.
 
@@ -82,21 +82,23 @@ def frontier(
         forward of LATENCY_BATCH test examples, timed side by side on this machine.
 
     Raises:
-        ValueError, TypeError: targets that do not fall, one that cannot be met, or settings that
-            name others; `out` holds a run and is not resumed; and as `Trainer` does. All before
-            anything is trained.
+        ValueError, TypeError: the targets do not fall, or one cannot be met; the settings have
+            other targets; `out` holds a run and `resume` is False; and as in `Trainer`. All this is
+            checked before anything is trained.
     """
     targets = _checked_targets(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
-        _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
+        _checks.refuse(
+            "settings", "a penalty or layer_density", "neither, as `targets` has the densities"
+        )
     if Ranks.here().size > 1:
-        _checks.refuse("targets", targets, "one at a time on several processes")
+        _checks.refuse("targets", targets, "one process, or a `Trainer` for each target")
     folder = None if out is None else Path(out)
     places = [None if folder is None else folder / folder_name(target) for target in targets]
     for place in filter(None, places):
         if place.exists() and not resume:
-            _checks.refuse("out", str(place), "no such folder yet (or resume it)")
-    # A model that comes with gates has plain layers where it is timed as the dense one.
+            _checks.refuse("out", str(place), "a folder that does not exist yet (or resume it)")
+    # If the model has gates already, the dense model to be timed is a copy without them.
     dense = opened(model) if gated_layers(model) else copied(model)
     options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
     options |= {"loss_fn": loss_fn, "metric": metric, "example_inputs": example_inputs}
@@ -133,7 +135,7 @@ def folder_name(target: Asked) -> str:
 
 
 def _timed(trainer: Trainer) -> Any:
-    """What a forward is timed on: test examples, if batches begin with what the model takes."""
+    """The inputs of a timed forward: test examples, if batches begin with the model's inputs."""
     example = trainer.example_inputs
     inputs = inputs_of(trainer.evaluation.test.first(LATENCY_BATCH))
     if inputs is None or not isinstance(example, Tensor):
@@ -150,7 +152,7 @@ def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], exampl
 
 
 def _checked_targets(targets: Sequence[Asked], measure: str) -> list[Asked]:
-    """The targets, if each of them is one by that measure."""
+    """The targets, each checked for this measure."""
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         _checks.refuse("targets", targets, FALLING, TypeError)
     checked = [amounts.check(f"targets[{i}]", each, measure) for i, each in enumerate(targets)]

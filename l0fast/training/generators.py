@@ -1,4 +1,4 @@
-"""The random generators of a run, as a checkpoint holds them: those of PyTorch, Python, NumPy."""
+"""The states of a run's random generators (PyTorch, Python, NumPy), as a checkpoint holds them."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import torch
 from l0fast.training.entries import Entries
 
 MERSENNE = "MT19937"
-"""What NumPy's own generator is, unless np.random.set_bit_generator has changed it."""
+"""The kind of NumPy's generator, unless np.random.set_bit_generator has changed it."""
 WORDS = 624
-"""Of 32 bits, in the state of a Mersenne Twister; after the last of them it makes new ones."""
+"""Number of 32-bit words in the state of a Mersenne Twister."""
 
 
 def rng_state(device: torch.device) -> dict[str, Any]:
-    """The states of all generators that a run on `device` draws from, by field of `Checkpoint`."""
+    """Field of `Checkpoint` -> state of a generator, for all that a run on `device` draws from."""
     states: dict[str, Any] = {"rng": torch.get_rng_state(), "host_rng": host_rng()}
     if device.type == "cuda":
         states["cuda_rng"] = torch.cuda.get_rng_state(device)
@@ -26,11 +26,11 @@ def rng_state(device: torch.device) -> dict[str, Any]:
 
 
 def host_rng() -> dict[str, Any]:
-    """The states of Python's `random` and of NumPy's `np.random`, in plain tensors and numbers.
+    """The states of Python's `random` and of NumPy's `np.random`, as tensors and numbers.
 
     Returns:
-        "python", and "numpy" if that is a Mersenne Twister: "words" ([624] int64), "position" in
-        them, and "gauss", the next normal number where it is known, else None.
+        "python", and "numpy" if that is a Mersenne Twister. Each has "words" ([624] int64),
+        "position" (in the words) and "gauss" (the next normal number if it is known, else None).
     """
     _, (*words, position), gauss = random.getstate()
     found: dict[str, Any] = {"python": _entry(words, position, gauss)}
@@ -56,7 +56,7 @@ def set_host_rng(state: dict[str, Any]) -> None:
 
 
 def check_rng(entries: Entries, states: Mapping[str, Any], device: torch.device) -> None:
-    """Refuses what is no state of generators, by field of `Checkpoint`; those of the device, Python
+    """Refuses fields of `Checkpoint` that are not states of generators; those of the device, Python
     and NumPy may be missing."""
     entries.generator("rng", states["rng"], torch.device("cpu"))
     if device.type == "cuda" and states["cuda_rng"] is not None:
@@ -72,7 +72,7 @@ def check_rng(entries: Entries, states: Mapping[str, Any], device: torch.device)
         words: Any = one["words"]
         entries.tensor(f"{place}.words", words, torch.empty(WORDS, dtype=torch.int64))
         if bool((words < 0).any()) or bool((words >= 2**32).any()):
-            entries.refuse(f"{place}.words", "holds a number that is not of 32 bits")
+            entries.refuse(f"{place}.words", "holds a number that has more than 32 bits")
         entries.whole(f"{place}.position", one["position"], 0, WORDS)
         if one["gauss"] is not None:
             entries.real(f"{place}.gauss", one["gauss"])

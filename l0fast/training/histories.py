@@ -1,4 +1,4 @@
-"""Whether the rows of metrics in a checkpoint are what a run has measured."""
+"""Checks whether the rows of metrics in a checkpoint are rows of such a run."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ OF_GATES = ("expected_density", "realised_density", "layers", "settled", "collap
 OF_CONSTRAINTS = ("density", "measure", "feasible")
 OF_MULTIPLIERS = ("aim", "lambda", "restarts", "stalls")
 ROUNDED = 1.0 + 1e-3
-"""The most that a share may be: sums of float32 may be a little over 1."""
+"""The largest share that is accepted: sums of float32 may be slightly above 1."""
 
 
 def best_epoch(history: Sequence[Row], settings: TrainerSettings, metric: str) -> int | None:
-    """The epoch that `RunState.keep_if_best` has kept, by the rows of the epochs."""
+    """The epoch that `RunState.keep_if_best` keeps, computed from the rows of the epochs."""
     best: Row | None = None
     name = validation_key(metric)
     for row in history:
@@ -35,15 +35,15 @@ def best_epoch(history: Sequence[Row], settings: TrainerSettings, metric: str) -
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows of a run are like.
+    """The form of the rows of a run.
 
     Args:
         settings: of the run.
         layers: names of its gated layers.
         constraints: names of its constraints.
-        validation: whether it has a validation split; None where that is not known.
-        metric: what is reported of each split.
-        trained: whether it is of the training examples, too.
+        validation: whether it has a validation split; None if that is not known.
+        metric: name of the metric.
+        trained: whether it is also measured on the training examples.
     """
 
     settings: TrainerSettings
@@ -54,7 +54,7 @@ class Rows:
     trained: bool = True
 
     def check(self, entries: Entries, checkpoint: Checkpoint) -> None:
-        """Refuses rows that are not those of `checkpoint.epoch` epochs of such a run."""
+        """Refuses rows that cannot be those of `checkpoint.epoch` epochs of such a run."""
         history = checkpoint.history
         entries.kind("history", history, list)
         if len(history) != checkpoint.epoch:
@@ -62,7 +62,7 @@ class Rows:
         for number, row in enumerate(history, 1):
             place = f"history.{number}"
             entries.names(place, row)
-            # Rows of earlier versions lack some, and have others.
+            # Rows of earlier versions lack some names, and have others.
             known = self._names(row)
             if checkpoint.format != EARLIER:
                 entries.names(place, row, known)
@@ -95,13 +95,13 @@ class Rows:
         return names if settings.shrink is None else [*names, "params"]
 
     def _check_value(self, entries: Entries, place: str, key: str, value: Any) -> None:
-        """What one metric may be."""
+        """Checks the value of one metric."""
         keys = [key_of(self.metric) for key_of in (train_key, held_key, validation_key)]
         if key == "loss":
             entries.real(place, value, 0.0 if self.trained else -math.inf)
         elif key in keys and self.metric == TASKS[self.settings.task].metric:
             entries.real(place, value, 0.0, 100.0 if self.metric.endswith(PERCENT) else math.inf)
-        elif key in keys:  # the user's own: it may be anything
+        elif key in keys:  # the user's own metric may have any value
             entries.kind(place, value, int, float)
         elif key in ("expected_density", "realised_density"):
             entries.real(place, value, 0.0, ROUNDED)

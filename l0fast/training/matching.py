@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the run that goes on from it: every entry, before any is taken."""
+"""Checks whether a checkpoint fits the run that goes on from it, before any entry is used."""
 
 from __future__ import annotations
 
@@ -29,21 +29,21 @@ from l0fast.training.run_state import RunState
 from l0fast.training.settings import TrainerSettings
 
 NEAR = 1e-6
-"""How far a learning rate may be from the schedule's, relative to the first."""
+"""The largest difference of a learning rate from its schedule, relative to the first rate."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a checkpoint must fit.
+    """The run that a checkpoint must fit.
 
     Args:
-        state: of the run, as it is before anything is trained.
+        state: of the run, before anything is trained.
         settings: of the run.
         steps_per_epoch: of its data.
         validation: whether it has a validation split.
         lrs: learning rates of the optimizer's groups in the first step.
-        trained: whether the metric is of the training examples, too.
+        trained: whether it also measures the metric on the training examples.
     """
 
     state: RunState
@@ -57,7 +57,7 @@ class Run:
         """Refuses a checkpoint of another run, or one that this run cannot have written.
 
         Raises:
-            ValueError: with the first entry that is wrong; nothing is changed.
+            ValueError: the message names the first entry that is wrong. Nothing is changed.
         """
         entries, settings = Entries(path), self.settings
         entries.whole("epoch", checkpoint.epoch, 0, settings.epochs)
@@ -88,7 +88,7 @@ class Run:
         check_rng(entries, vars(checkpoint), self.state.device)
 
     def check_start(self, checkpoint: Checkpoint, path: Path) -> None:
-        """The same for one that this run starts from: its model, optimizer and noise are taken."""
+        """The same for a checkpoint to start from: its model, optimizer and generators are used."""
         entries = Entries(path, "start_from")
         model, optimizer = self.state.model, self.state.optimizer
         checkpoint.refuse_other_model(path, model)
@@ -99,8 +99,8 @@ class Run:
     def _as_removed(
         self, entries: Entries, checkpoint: Checkpoint
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        """The model as small as the checkpoint's, and an optimizer of it; a copy where `shrink` has
-        removed something."""
+        """A model of the checkpoint's size, and its optimizer; copies if `shrink` has removed
+        something, else the run's own."""
         model, optimizer, shrinking = self.state.model, self.state.optimizer, self.state.shrinking
         if shrinking is None:
             for name in ("removals", "idle"):
@@ -124,7 +124,7 @@ class Run:
             like = torch.zeros(layers[name].num_gates, dtype=torch.int64)
             entries.tensor(f"idle.epochs.{name}", count, like)
             if bool((count < 0).any()) or bool((count > checkpoint.epoch).any()):
-                entries.refuse(f"idle.epochs.{name}", "holds no numbers of epochs")
+                entries.refuse(f"idle.epochs.{name}", "does not hold numbers of epochs")
         entries.kind("idle.stuck", idle["stuck"], list)
         for name in idle["stuck"]:
             entries.kind("idle.stuck, in part,", name, str)
@@ -136,14 +136,14 @@ class Run:
         return checkpoint.epoch > self.settings.settles_at
 
     def _open_left(self, checkpoint: Checkpoint) -> int:
-        """The steps of the start that are left; none of a run that began with another's gates."""
+        """The steps of the start that are left; 0 if the run began with another run's gates."""
         term, said = self.state.term, checkpoint.of_term.get("open_left", 0)
         if term is None or said == 0 or self._settled(checkpoint):
             return 0
         return max(term.open_left - checkpoint.step, 0)
 
     def _stage(self, checkpoint: Checkpoint) -> str:
-        """What its gates are to be; whether drawn ones are quiet is for it to say."""
+        """The stage that its gates must have; the checkpoint says whether drawn gates are quiet."""
         if self._settled(checkpoint):
             return SETTLED
         drawn = QUIET if checkpoint.of_term.get("quiet") is True else DRAWN
@@ -181,7 +181,7 @@ class Run:
             extra["done"] = checkpoint.step
         got: Any = saved["_extra_state"]
         entries.names("term._extra_state", got, extra)
-        if "latency" in extra:  # the one that it went on with: see `RunFolder.latency_table`
+        if "latency" in extra:  # the table that the run went on with: see `RunFolder.latency_table`
             extra["latency"] = LatencyTable.from_json(extra["latency"]).as_json()
         for name, value in extra.items():
             entries.equal(f"term._extra_state.{name}", got[name], value)
@@ -200,14 +200,14 @@ class Run:
         if "taken" in own:
             drawn = min(checkpoint.epoch, self.settings.settles_at) * self.steps_per_epoch
             wanted = max(drawn - term.open_left, 0)  # all gates are open in the first of them
-            # A run that began with another's gates has no such steps.
+            # A run that began with the gates of another run has no such steps.
             found = float(saved["taken"])
             entries.equal("term.taken", found, float(drawn if found == drawn else wanted))
 
     def _check_optimizer(
         self, entries: Entries, saved: Any, optimizer: torch.optim.Optimizer, step: int | None
     ) -> None:
-        """`step` is None where the learning rates are another run's."""
+        """`step` is None if the learning rates are those of another run."""
         own: Mapping[str, Any] = optimizer.state_dict()
         entries.names("optimizer", saved, own)
         groups, wanted = saved["param_groups"], own["param_groups"]
@@ -232,17 +232,17 @@ class Run:
             taken: Any = moments["step"]
             entries.tensor(f"{place}.step", taken, torch.zeros(()), 0.0)
             if float(taken) != round(float(taken)):
-                entries.refuse(f"{place}.step", "is no number of steps")
+                entries.refuse(f"{place}.step", "is not a number of steps")
 
     def _check_lr(
         self, entries: Entries, place: str, lr: Any, number: int, step: int | None
     ) -> None:
-        """The rate is the schedule's; each step sets it anew, so this only shows a damage."""
-        if isinstance(lr, Tensor):  # as a CUDA graph reads it
+        """Checks that the rate is that of the schedule; another rate shows a damaged file."""
+        if isinstance(lr, Tensor):  # a tensor, for a CUDA graph
             entries.tensor(f"{place}.lr", lr, torch.zeros((), dtype=lr.dtype), 0.0)
             lr = float(lr)
         entries.real(f"{place}.lr", lr, 0.0)
-        if not step:  # not taken yet, or another run's
+        if not step:  # no step yet, or a step of another run
             return
         total = self.settings.epochs * self.steps_per_epoch
         wanted = rates_at(self.lrs, self.settings, step - 1, total)[number]
@@ -276,8 +276,8 @@ class Run:
 
 
 def check_model(entries: Entries, entry: str, saved: object, model: nn.Module) -> None:
-    """Refuses a state that is not one of this model: other names, shapes or dtypes, numbers that
-    are none, indices of other units, unknown stages of gates."""
+    """Refuses a state that does not fit this model: other names, shapes or dtypes, NaN, indices of
+    other units, unknown stages of gates."""
     own: Mapping[str, Any] = model.state_dict()
     entries.names(entry, dict(saved) if isinstance(saved, Mapping) else saved, own)
     assert isinstance(saved, Mapping)
@@ -293,4 +293,4 @@ def check_model(entries: Entries, entry: str, saved: object, model: nn.Module) -
         if name.endswith(f".{INDEX}"):
             entries.equal(place, got, value)
         if name in stages and not 0 <= int(got) < len(STAGES):
-            entries.refuse(place, "is no stage of gates")
+            entries.refuse(place, "is not a stage of gates")

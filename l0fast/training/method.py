@@ -1,4 +1,4 @@
-"""From the settings of a run to the term of its loss, its optimizer and its learning rates."""
+"""Makes the term of the loss, the optimizer and the learning rates from the settings of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from l0fast.pruning.timing import with_table
 from l0fast.training.settings import TrainerSettings
 
 DUAL_DAMPING = 0.3
-"""The gain of the part of a dual that damps its multipliers, times the least target."""
+"""The gain of the damping part of a dual, times the lowest target."""
 
 Term = DensityConstraint | L0Penalty
 
@@ -42,9 +42,9 @@ def make_term(
         model: with gates, unless the training is dense.
         settings: of the run.
         steps: of the whole run.
-        examples: number of training examples, or None if a stream does not tell.
+        examples: number of training examples; None if a stream has no number.
         example_inputs: as in `sparsify_`.
-        table: the latency table, where latency was measured before.
+        table: the latency table, if latency was measured before.
     """
     if settings.penalty is not None:
         per_example = examples if settings.penalty_per_example else None
@@ -82,14 +82,13 @@ def make_term(
 
 
 def _warmup(settings: TrainerSettings, steps: int) -> int:
-    """The steps in which the targets come down: after the start, and before the gates settle."""
+    """Number of steps in which the targets fall: after the start, and before the gates settle."""
     drawn = steps * settings.settles_at // settings.epochs - start_steps(settings.start, steps)
     return max(min(math.ceil(settings.target_warmup * steps), drawn), 1)
 
 
 def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
-    """The dual that moves the multipliers, in a training of that many steps whose lowest target is
-    `least`."""
+    """The dual that moves the multipliers, for `steps` steps and the lowest target `least`."""
     lr = settings.dual_lr
     if lr is None:
         lr = default_dual_lr(least, steps if settings.target_schedule == "constant" else None)
@@ -106,7 +105,7 @@ def _dual(settings: TrainerSettings, steps: int, least: float) -> Dual:
 def make_optimizer(
     model: nn.Module, settings: TrainerSettings, steps: int
 ) -> torch.optim.Optimizer:
-    """AdamW with a learning rate for the weights and, where there are gates, one for the gates."""
+    """AdamW, with one learning rate for the weights and, if there are gates, one for the gates."""
     groups: Any = [{"params": list(model.parameters())}]
     if settings.gated:
         groups = param_groups(
@@ -118,9 +117,11 @@ def make_optimizer(
 def rates_at(
     first: Sequence[float], settings: TrainerSettings, step: int, steps: int
 ) -> list[float]:
-    """The learning rate of each group in step number `step` of `steps`; `first` are those of the
-    first step, but for the warm-up. That of the gates, the second group, stays: they are decided
-    while it would fall."""
+    """The learning rate of each group in step number `step` of `steps`.
+
+    `first` are the rates before warm-up and schedule. The rate of the second group, the gates, does
+    not change, as they are decided late.
+    """
     rising = round(settings.warmup * steps / settings.epochs)
     if step < rising:
         return [first[0] * (step + 1) / rising, *first[1:]]

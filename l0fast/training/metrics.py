@@ -1,4 +1,4 @@
-"""What is measured of a model between two epochs."""
+"""The metrics of a model, measured between two epochs."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ Row = dict[str, Any]
 
 
 def check_finite(model: nn.Module, loss: float, epoch: int) -> None:
-    """Refuses to go on after an epoch that left NaN or infinity.
+    """Raises an error if an epoch has left NaN or infinity.
 
     Raises:
         ValueError: the mean loss of the epoch, or a weight after it, is NaN or infinite.
     """
-    # The loss does not show what the last step of the epoch did.
+    # The loss does not show the weights after the last step of the epoch.
     weights_finite = all(bool(tensor.isfinite().all()) for tensor in model.parameters())
     if math.isfinite(loss) and weights_finite:
         return
@@ -43,7 +43,7 @@ def check_finite(model: nn.Module, loss: float, epoch: int) -> None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model is evaluated by, after an epoch."""
+    """How a model is evaluated after an epoch."""
 
     task: Task
     validation: Batches | None
@@ -51,7 +51,7 @@ class Evaluation:
     precision: Precision
 
     def validated(self, model: nn.Module, epoch: int) -> Row:
-        """The metric of the examples held out, by its key; nothing without such examples."""
+        """Key -> the metric of the validation examples; empty without such examples."""
         if self.validation is None:
             return {}
         with self.precision.forward():
@@ -59,13 +59,13 @@ class Evaluation:
         return {validation_key(self.task.metric): found}
 
     def tested(self, model: nn.Module, epoch: int) -> Row:
-        """The metric of the test examples, by its key."""
+        """Key -> the metric of the test examples."""
         with self.precision.forward():
             return {held_key(self.task.metric): self.task.mean(model, self.test.whole(epoch))}
 
 
 def measure(model: nn.Module, evaluation: Evaluation, epoch: int, term: Term | None) -> Row:
-    """The metrics of a model as it is now: its errors, its gates, and where constraints stand."""
+    """The present metrics of a model: its errors, its gates, and the state of its constraints."""
     row = {**evaluation.validated(model, epoch), **evaluation.tested(model, epoch)}
     if term is not None:
         row |= _gate_metrics(model)
@@ -75,11 +75,11 @@ def measure(model: nn.Module, evaluation: Evaluation, epoch: int, term: Term | N
 
 
 def stall_metrics(term: Term | None, history: Sequence[Row], epochs: int, gate_lr: float) -> Row:
-    """ "stalls": name of each constraint that stalls -> a message; nothing if no multiplier moves.
+    """{"stalls": name of each constraint that stalls -> message}; empty without multipliers.
 
     Args:
         term: of the loss.
-        history: all rows of metrics so far, up to the one that this belongs to.
+        history: all rows so far, with the row to which this is added.
         epochs: of the whole training.
         gate_lr: the learning rate of the gates, for the message.
     """
@@ -92,7 +92,7 @@ def stall_metrics(term: Term | None, history: Sequence[Row], epochs: int, gate_l
 
 
 def _gate_metrics(model: nn.Module) -> Row:
-    """How dense the model is, in all and by layer, and which layers have no open gate."""
+    """The density of the model and of each layer, and the layers without an open gate."""
     table = density(model)
     return {
         "expected_density": table.total.expected,
@@ -111,9 +111,10 @@ def _gate_metrics(model: nn.Module) -> Row:
 
 
 def _constraint_metrics(term: DensityConstraint) -> Row:
-    """Where each constraint stands: its density, its current target ("aim"), its multiplier and the
-    number of its restarts. "feasible": the evaluation gates meet all targets, so that pruning would
-    close none of them."""
+    """The state of each constraint: density, current target ("aim"), multiplier, restarts.
+
+    "feasible" says whether the evaluation gates meet all targets; then pruning closes no open gate.
+    """
     with torch.no_grad():
         by_constraint = {"density": term.densities()}
         if not isinstance(term, MagnitudePruning):

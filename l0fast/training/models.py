@@ -1,4 +1,4 @@
-"""The models of the command, dense: the published MLP and LeNet, torchvision's, and the user's."""
+"""The dense models of the command: the published MLP and LeNet, torchvision's, the user's own."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def lenet5(
     """[N, channels, height, width] -> [N, num_classes]: two 5x5 convolutions, two Linear.
 
     28x28 images give the published 20-50-800-500. Images under 16 pixels get padded 3x3
-    convolutions, so that there is something left to pool.
+    convolutions, so that they are large enough to be pooled twice.
     """
     channels, height, width = in_shape
     first, second, hidden = widths
@@ -61,7 +61,7 @@ def lenet5(
     return nn.Sequential(
         OrderedDict(
             conv1=nn.Conv2d(channels, first, kernel, padding=padding),
-            pool1=nn.MaxPool2d(2),  # pooling first: the same function, a quarter of the ReLUs
+            pool1=nn.MaxPool2d(2),  # before ReLU: the same function, a quarter of the ReLUs
             relu1=nn.ReLU(),
             conv2=nn.Conv2d(first, second, kernel, padding=padding),
             pool2=nn.MaxPool2d(2),
@@ -75,10 +75,10 @@ def lenet5(
 
 
 def from_torchvision(name: str) -> bool:
-    """Whether `name` is one of torchvision's classifiers, rather than ours or the user's.
+    """Whether `name` is a classifier of torchvision, and not a model of l0fast or of the user.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: there is no such model.
     """
     if name in MODELS or ":" in name:
         return False
@@ -91,7 +91,7 @@ def from_torchvision(name: str) -> bool:
 
 
 def _load_callable(name: str) -> Callable[..., Any]:
-    """Imports what `package.module:callable` names; also finds it in the working directory."""
+    """Imports `package.module:callable`; the working directory is searched, too."""
     module_name, _, path = name.partition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")
@@ -111,7 +111,7 @@ def _one_line(error: Exception) -> str:
 
 
 def _build_other(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Module:
-    """Builds a model of torchvision's or of the user's, and tries it on one example."""
+    """Builds a model of torchvision or of the user, and runs it on one example."""
     options: dict[str, Any] = {"num_classes": num_classes}
     if from_torchvision(name):
         from torchvision import models
@@ -131,7 +131,7 @@ def _build_other(name: str, in_shape: Sequence[int], num_classes: int) -> nn.Mod
         if not isinstance(model, nn.Module):
             expected = f"a callable that returns a torch.nn.Module, not {type(model).__name__}"
             _checks.refuse("model", name, expected)
-    expected = f"a model that makes {num_classes} numbers of an example of shape {tuple(in_shape)}"
+    expected = f"a model with {num_classes} outputs for an example of shape {tuple(in_shape)}"
     try:
         with torch.no_grad():
             output = model.eval()(torch.zeros(1, *in_shape))
@@ -153,12 +153,12 @@ def build(
             "package.module:callable"; the callable gets num_classes if it takes that argument.
         in_shape: of one example; (channels, height, width) of an image.
         num_classes: outputs.
-        widths: of the hidden layers. The MLP has any number of them (300-100 by default), LeNet
-            two convolutions and one hidden layer (20-50-500). Other models take no widths.
+        widths: of the hidden layers. The MLP takes any number of them (300-100 by default); LeNet
+            takes two convolutions and one hidden layer (20-50-500). Other models take none.
 
     Raises:
-        ValueError: an unknown name, widths that do not fit it, or a model that does not take
-            such an example or makes other outputs of it.
+        ValueError: the name is unknown, the widths do not fit it, or the model does not accept such
+            an example or has other outputs.
     """
     if name not in MODELS:
         if widths is not None:
@@ -172,16 +172,19 @@ def build(
     if len(widths) != 3:
         _checks.refuse("widths", widths, "three numbers for lenet5: conv, conv, hidden")
     if len(in_shape) != 3:
-        _checks.refuse("model", name, f"another for examples of shape {tuple(in_shape)}: no images")
+        _checks.refuse(
+            "model", name, f"another model: examples of shape {tuple(in_shape)} are not images"
+        )
     return lenet5(in_shape, num_classes, widths)
 
 
 def load_pretrained_(model: nn.Module, path: Path) -> None:
-    """Loads the weights in a file into a dense model, in place: all of them, or none.
+    """Loads the weights of a file into a dense model, in place: all of them, or none.
 
     Args:
-        model: as `build` made it.
-        path: of a state dict: .safetensors, or else what torch.load reads with weights_only.
+        model: made by `build`.
+        path: of a state dict, as .safetensors, or in a file that torch.load reads with
+            weights_only.
 
     Raises:
         ValueError: the file cannot be read, or its state does not fit this model.
@@ -225,21 +228,21 @@ PUBLISHED_SETTINGS: dict[str, Any] = {
     "start": 0.0,
     "settle": 0.0,
 }
-"""The published optimiser: Adam for weights and gates, gradient ascent for the multiplier."""
+"""The published settings: Adam for weights and gates, gradient ascent for the multiplier."""
 
 
 def sparsify_published_(
     model: nn.Module, example_inputs: Any = None, skip: str | bool = "auto"
 ) -> nn.Module:
-    """Gates and initialisation of the published MNIST runs, in place.
+    """Puts in the gates of the published MNIST runs, and initialises as they do, in place.
 
     Gates on conv outputs and Linear inputs; droprate 0.5 (0.2 on an MLP's first layer); weights
     He-normal (fan-out for Linear, fan-in for convolutions) divided by (1 - droprate), biases 0;
     log_alpha kept within log(100).
 
-    The fan of the Linear weights is inferred, not read: of six initialisations tried on the MLP it
-    is the one whose density, multiplier and error at epoch 10 are those of the authors' code. That
-    of the convolutions is an assumption.
+    The publication does not say which fan is used. Of six initialisations tried on the MLP, this
+    one has the density, multiplier and error of the authors' code at epoch 10. The fan of the
+    convolutions is an assumption.
 
     Args:
         model: the MLP or LeNet.

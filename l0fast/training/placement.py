@@ -1,4 +1,4 @@
-"""The device of a run, and the batches of its data on that device."""
+"""Chooses the device of a run, and makes the batches of its data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from l0fast.training.streams import Streamed
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """`device`, with its index; by default CUDA if there is one, else the CPU.
+    """`device` with its index; the default is CUDA if there is one, else the CPU.
 
     Raises:
         ValueError: this machine has no such device.
@@ -28,7 +28,7 @@ def usable_device(device: str | torch.device | None) -> torch.device:
 
 
 def make_batches(name: str, split: Any, settings: TrainerSettings, device: torch.device) -> Batches:
-    """The batches of a split on that device; `name` is for messages."""
+    """The batches of a split, for that device; `name` is for messages."""
     if isinstance(split, tuple):
         return InMemory(Split(*split), settings, device)
     return Streamed(name, split, settings.seed, device)

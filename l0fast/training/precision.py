@@ -1,4 +1,4 @@
-"""The precision of a run: autocast around the forward, and for fp16 a scaled loss."""
+"""The precision of a run: autocast around the forward, and a scaled loss for fp16."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ DTYPES: dict[str, torch.dtype | None] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
-"""What matrix products and convolutions are computed in; weights stay in float32."""
+"""The dtype of matrix products and convolutions; weights stay in float32."""
 
 
 class Precision:
-    """How one step computes, from the forward to the optimizer.
+    """The precision of a step, from the forward to the optimizer.
 
     Args:
         name: one of DTYPES.
         device: of the run.
 
     Attributes:
-        scaler: of the loss, with fp16: gradients below what the type can hold would be lost. A step
-            whose scaled gradients overflow leaves weights and gates as they are.
+        scaler: scales the loss, with fp16, so that small gradients are not rounded to 0. If the
+            scaled gradients overflow, the step does not change weights and gates.
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
@@ -33,19 +33,19 @@ class Precision:
         self.scaler = torch.amp.GradScaler(device.type) if fp16 else None  # type: ignore[attr-defined]
 
     def forward(self) -> AbstractContextManager[object]:
-        """Within it, a forward has this precision."""
+        """Within it, a forward runs in this precision."""
         if self._dtype is None:
             return nullcontext()
         return torch.autocast(self._device.type, self._dtype)
 
     def backward(self, objective: Tensor) -> None:
-        """The gradients of `objective`, 0-d; those of fp16 are scaled."""
+        """Computes the gradients of `objective` (0-d); with fp16 they are scaled."""
         (objective if self.scaler is None else self.scaler.scale(objective)).backward()
 
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None) -> None:
         """One step of the optimizer, with the norm of the weights' gradient at most `clip`.
 
-        The gates are not clipped: their gradient has the constraint's part in it.
+        The gates are not clipped, as their gradient contains that of the constraint.
         """
         if clip is not None:
             if self.scaler is not None:
@@ -59,6 +59,6 @@ class Precision:
 
 
 def steps_of(optimizer: torch.optim.Optimizer) -> int:
-    """How many steps Adam has taken; one that a scaler has skipped is none."""
+    """Number of steps that Adam has taken; those that a scaler skipped do not count."""
     taken = [float(state["step"]) for state in optimizer.state.values() if "step" in state]
     return int(max(taken, default=0))

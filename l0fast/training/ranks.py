@@ -1,6 +1,6 @@
-"""The processes that train together: which examples of a batch are whose, and what they agree on.
+"""The processes that train together: who gets which examples, and how they keep in step.
 
-One process is the usual case, for which nothing here communicates.
+With one process, the usual case, nothing here communicates.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the default process group.
+    """This process, among those of the default process group.
 
     Args:
         rank: of this process.
-        size: how many there are.
+        size: number of processes.
     """
 
     rank: int = 0
@@ -34,7 +34,7 @@ class Ranks:
 
     @classmethod
     def here(cls) -> Ranks:
-        """As torch.distributed has been set up."""
+        """As torch.distributed is set up."""
         if not several_processes():
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
@@ -45,21 +45,21 @@ class Ranks:
         return self.rank == 0
 
     def share(self, examples: int) -> slice:
-        """Which of the examples of a batch are this process's; none, if there are too few."""
+        """This process's examples of a batch; an empty slice if there are too few examples."""
         return slice(examples * self.rank // self.size, examples * (self.rank + 1) // self.size)
 
     def count(self, examples: int) -> int:
-        """How many those are."""
+        """The number of this process's examples."""
         mine = self.share(examples)
         return mine.stop - mine.start
 
     def rows(self, examples: int) -> slice:
-        """Those of `share`, or in its place one that does not count: a step has a forward on every
-        process."""
+        """As `share`, but never empty: every process needs a forward in each step. The caller does
+        not count the example that stands in for an empty share."""
         return self.share(examples) if self.count(examples) else slice(0, 1)
 
     def summed(self, numbers: Sequence[float], device: torch.device) -> list[float]:
-        """The sums over all processes, the same on each."""
+        """Sums numbers over all processes; the result is the same on each."""
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64, device=device)
@@ -67,7 +67,7 @@ class Ranks:
         return found.tolist()
 
     def of_first(self, work: Callable[[], T]) -> T:
-        """What `work` returns or raises on the first process, which alone runs it, on all."""
+        """Runs `work` on the first process only; returns or raises its result on all."""
         if self.size == 1:
             return work()
         told: list[Any] = [None]
@@ -83,8 +83,7 @@ class Ranks:
         return value
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """What `work` returns here, once the first process has done it: what one has downloaded,
-        the others find."""
+        """Runs `work` on the first process, then on the others: they find what it downloaded."""
         if self.size == 1:
             return work()
         if not self.first:
@@ -95,7 +94,7 @@ class Ranks:
         return value
 
     def same_noise_(self, device: torch.device) -> None:
-        """Sets the generators to those of the first process, on all: gates are drawn alike."""
+        """Sets all processes' generators to the first one's, so that all draw the same gates."""
         if self.size == 1:
             return
         states = [torch.get_rng_state()]
@@ -110,14 +109,14 @@ class Ranks:
             torch.cuda.set_rng_state(states[1], device)
 
     def same_generators_(self, device: torch.device) -> None:
-        """The same, and those of Python and NumPy, which a loss of the user's may draw from."""
+        """As `same_noise_`, and also for Python and NumPy, which the user's loss may draw from."""
         self.same_noise_(device)
         if self.size > 1:
             set_host_rng(self.of_first(host_rng))
 
     @torch.no_grad()
     def same_tensors_(self, tensors: Sequence[Tensor]) -> None:
-        """Sets tensors to those of the first process, on all."""
+        """Sets tensors of all processes to those of the first one."""
         if self.size > 1:
             for tensor in tensors:
                 there = tensor.detach().contiguous()
@@ -125,7 +124,7 @@ class Ranks:
                 tensor.detach().copy_(there)
 
     def parallel(self, model: Any, device: torch.device) -> Any:
-        """What a step calls, so that gradients are averaged over the processes."""
+        """The model that a step calls, so that gradients are averaged over the processes."""
         if self.size == 1:
             return model
         module: nn.Module = model

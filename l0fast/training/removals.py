@@ -1,4 +1,4 @@
-"""Whether what a checkpoint says was removed can be removed from the model."""
+"""Checks whether the removals in a checkpoint can be repeated on the model."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from l0fast.training.entries import Entries
 
 
 def check_removals(entries: Entries, removals: object, model: nn.Module, example: Example) -> None:
-    """Carries removals out on a model, in place, each after it has been checked.
+    """Checks removals one by one, and carries each out on a model, in place.
 
     Args:
         entries: of the checkpoint.
-        removals: its entry.
-        model: a copy of the run's, as it was at first.
-        example: of what it takes.
+        removals: the entry of the checkpoint.
+        model: a copy of the run's model, as it was before the training.
+        example: of the model's inputs.
 
     Raises:
-        ValueError: one of them does not fit the model as the ones before have left it.
+        ValueError: a removal does not fit the model that the earlier removals have left.
     """
     entries.kind("removals", removals, list)
     assert isinstance(removals, list)
@@ -58,13 +58,13 @@ def _check_layers(entries: Entries, place: str, removal: Removal, model: nn.Modu
     for edit in removal.edits:
         check_edit(part(edit.name), edit, differs)
         if edit.gather or edit.scatter or edit.scale:
-            entries.refuse(place, f"moves the units of {edit.name!r}")
+            entries.refuse(place, f"reorders or scales the units of {edit.name!r}")
 
 
 def _check_gates(
     entries: Entries, place: str, gates: Any, removal: Removal, model: nn.Module
 ) -> None:
-    """The gates that stay are those of the units that stay."""
+    """Checks that the gates that stay belong to the units that stay."""
     layers, by_name = gated_layers(model), {edit.name: edit for edit in removal.edits}
     entries.names(f"{place}.gates", gates)
     wanted: dict[str, list[int]] = {}

@@ -17,7 +17,7 @@ ASKED = ("penalty", "target_density", "target_layer_density")
 
 
 def is_summary(summary: object) -> bool:
-    """Whether something read from a file has all that a row of a table is made of."""
+    """Whether an object read from a file has all that a row of a table needs."""
     if not isinstance(summary, dict):
         return False
     get = summary.get
@@ -46,7 +46,7 @@ def mean(values: Sequence[float]) -> float:
 
 
 def deviation(values: Sequence[float]) -> float | None:
-    """The standard deviation (of the sample: over N - 1); None of a single value."""
+    """The standard deviation of the sample (over N - 1); None for a single value."""
     if len(values) < 2:
         return None
     middle = mean(values)
@@ -92,7 +92,7 @@ def aggregate(name: str, summaries: Sequence[Mapping[str, Any]]) -> Row:
 
 
 def _asked(summary: Mapping[str, Any]) -> str:
-    """What a run was asked for, in words."""
+    """The target of a run, in words."""
     if summary["penalty"] is not None:
         unit = " / N" if summary["settings"]["penalty_per_example"] else ""
         return f"lambda {summary['penalty']:g}{unit}"
@@ -111,7 +111,7 @@ def _asked(summary: Mapping[str, Any]) -> str:
 
 
 def head(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
-    """What the columns of a table of these rows are called."""
+    """The names of the columns of a table of these rows."""
     metric = metric_of(rows[0]) if rows else ERROR
     percent = metric.endswith(PERCENT)
     return (

@@ -1,4 +1,4 @@
-"""The state of a run: all that training changes. A checkpoint is made from it and read into it."""
+"""The state of a run: all that training changes, and that a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ class RunState:
     """All that changes while a run trains, between two epochs."""
 
     device: torch.device
-    """Its generator is part of the state, beside that of the CPU."""
+    """Its generator is part of the state, as well as that of the CPU."""
     model: nn.Module
     optimizer: torch.optim.Optimizer
     term: Term | None
     """The constraint or penalty, with its multipliers; None for a dense training."""
     shrinking: Shrinking | None = None
-    """None where the model keeps its size."""
+    """None if the model keeps its size."""
     metric: str = ERROR
-    """The name of what is reported of each split."""
+    """The name of the metric."""
     average: Average | None = None
-    """Of the weights: the model that is evaluated and pruned; None: the weights themselves."""
+    """The average of the weights, which is evaluated and pruned; None to use the weights."""
     scaler: Any = None
     """torch's GradScaler, with fp16."""
     epoch: int = 0
@@ -52,10 +52,10 @@ class RunState:
     """With `select="best"`: "epoch" and "model" (a state dict) of the best epoch so far."""
 
     def checkpoint(self, identity: dict[str, Any]) -> Checkpoint:
-        """The state as it is now, with the tensors that training goes on to change.
+        """The present state. Its tensors are not copies: training goes on to change them.
 
         Args:
-            identity: what another run must share to go on from it.
+            identity: facts that a run must have to go on from it.
         """
         return Checkpoint(
             identity=identity,
@@ -76,12 +76,12 @@ class RunState:
         )
 
     def load_(self, checkpoint: Checkpoint, path: Path) -> None:
-        """Goes on where a checkpoint of this run was made, in place.
+        """Loads a checkpoint of this run, in place.
 
-        What it holds is taken as it is: `Run.check` (matching.py) comes first.
+        Its contents are not checked here: call `Run.check` (matching.py) first.
 
         Raises:
-            ValueError: its model has other shapes; `path` is named in the message.
+            ValueError: its model has other shapes; the message has `path`.
         """
         if self.shrinking is not None:
             self.shrinking.load_(checkpoint.removals, checkpoint.idle)
@@ -100,15 +100,15 @@ class RunState:
         checkpoint.restore_rng(self.device)
 
     def start_from_(self, checkpoint: Checkpoint) -> None:
-        """Takes weights, gates, moments and noise of another run; epochs and multipliers are new.
+        """Loads weights, gates, moments and generators of another run, not epochs and multipliers.
 
-        The targets come down from the densities that the model has now.
+        The targets fall from the present densities of the model.
         """
         self.model.load_state_dict(checkpoint.model)
         self.optimizer.load_state_dict(checkpoint.optimizer)
         checkpoint.restore_rng(self.device)
         if self.term is not None:
-            self.term.open_(0)  # its units are told apart already
+            self.term.open_(0)  # its gates have learned already
 
     def keep_if_best(self) -> None:
         """Keeps a copy of the model if it meets its targets, with the lowest validation metric."""
@@ -121,12 +121,11 @@ class RunState:
             self.best = {"epoch": self.epoch, "model": state}
 
     def evaluated(self) -> AbstractContextManager[object]:
-        """Within it the model is the one to evaluate and to prune: of averaged weights, if asked
-        for."""
+        """Within it the model has the weights to evaluate and to prune: with `ema`, the average."""
         return nullcontext() if self.average is None else self.average.in_force()
 
     def selected(self) -> tuple[int, nn.Module]:
-        """The epoch whose model is the run's result, and that model: the best one, or the last."""
+        """(epoch, model) of the result of the run: the best epoch, or the last."""
         if self.best is None or self.best["epoch"] == self.epoch:
             return self.epoch, self.model
         model = copied(self.model)

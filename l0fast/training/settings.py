@@ -1,4 +1,4 @@
-"""How to train: the settings."""
+"""The settings of a training."""
 
 from __future__ import annotations
 
@@ -21,83 +21,84 @@ KINDS = ("classification", "regression", "multilabel")
 METHODS = ("l0", "magnitude", "magnitude-one-shot")
 MAX_SEED = 2**32 - 1
 MOST = 2**31 - 1
-"""Epochs, and examples a batch."""
+"""The largest number of epochs, and of examples in a batch."""
 
 
 @dataclass(frozen=True)
 class TrainerSettings:
-    """How to train. The defaults are this project's own recipe.
+    """The settings of a training. The defaults are l0fast's own recipe.
 
     Args:
-        density: target of the whole model, in (0, 1] or an amount ("100k params"). Name one of
-            density, layer_density and penalty; with none of them the training is dense.
-        layer_density: layer name or pattern -> target, each its own constraint.
-        measure: what the targets are shares or amounts of: "gates", "params", "macs", "memory" or
-            "latency" (see `DensityConstraint`).
-        method: how a density is met: "l0" (gates are learned under a constraint), or by the
-            baselines "magnitude" (gradually) and "magnitude-one-shot" (see `MagnitudePruning`).
-        gates: where the gates sit, as in `sparsify_`, if the trainer puts them in.
+        density: target of the whole model, in (0, 1] or an amount ("100k params"). Set one of
+            density, layer_density and penalty; without any the training is dense.
+        layer_density: layer name or pattern -> target; each is a constraint of its own.
+        measure: what the targets count: "gates", "params", "macs", "memory" or "latency" (see
+            `DensityConstraint`).
+        method: how a density is met: "l0" (gates learn under a constraint), or a baseline:
+            "magnitude" (gradual pruning) or "magnitude-one-shot" (see `MagnitudePruning`).
+        gates: where gates are put, as in `sparsify_`, if the trainer puts them in.
         penalty: coefficient of the penalised method.
         penalty_per_example: `penalty` is in the unit of Louizos et al. (see `L0Penalty`).
-        task: what the targets of the examples are, unless the `Trainer` has a loss of its own:
-            "classification" (cross-entropy; reported is the error in percent), "regression" (the
-            mean squared error) or "multilabel" (binary cross-entropy of each label; reported is the
-            share of labels that are wrong, in percent).
+        task: what the targets of the examples are, unless the `Trainer` has a `loss_fn`:
+            "classification" (the loss is cross-entropy, the metric the error in percent),
+            "regression" (both are the mean squared error) or "multilabel" (the loss is the binary
+            cross-entropy of each label, the metric the percentage of wrong labels).
         epochs: passes over the training examples, >= 1.
-        batch_size: examples a step, >= 1; the last batch of an epoch may be smaller. A DataLoader
-            has its own.
-        seed: of the order of the examples; torch.manual_seed governs all other random numbers (and
-            `random.seed` and `np.random.seed` those that your own code draws there).
+        batch_size: examples in a step, >= 1; the last batch of an epoch may be smaller. A
+            DataLoader uses its own batch size.
+        seed: seed of the order of the examples. All other random numbers follow torch.manual_seed
+            (and `random.seed` and `np.random.seed`, if your code draws from those).
         lr: Adam's learning rate for the weights.
-        gate_lr: Adam's learning rate for the gates; None: by the number of steps (see
+        gate_lr: Adam's learning rate for the gates; None chooses it by the number of steps (see
             `param_groups`).
-        dual_lr: dual learning rate; None: by the lowest target, and with a constant target by the
-            number of steps, too (see `default_dual_lr`).
-        restarts: whether dual="ascent" has dual restarts.
+        dual_lr: learning rate of the multipliers; None chooses it by the lowest target, and with a
+            constant target also by the number of steps (see `default_dual_lr`).
+        restarts: whether dual="ascent" uses dual restarts.
         dual: how the multipliers move: "ascent", "pi" (PI control), "augmented" (Lagrangian) or
             "equality" (see `l0fast.constraints.dual`).
-        dual_first: whether the multipliers move before each step's loss is formed, rather than
-            after it.
-        target_schedule: how the targets come down from the densities at the start: "cubic",
-            "linear", or "constant" (in force from the start).
-        start: the share of the training at its beginning, in [0, 1), in which all gates are open,
-            without noise (see `DensityConstraint`). Magnitude pruning has none.
-        target_warmup: the share of the training in which the targets come down after that, in
-            (0, 1]; it ends where the gates settle at the latest.
-        settle: the share of the epochs at the end, in [0, 1), that train without noise, after the
-            gates have been decided (see `DensityConstraint.settle`). It is rounded to whole epochs:
-            at least one, if there are several; 0 for none. Dense training and magnitude pruning
-            have no such epochs.
+        dual_first: whether the multipliers move before the loss of a step is computed, rather than
+            after the step.
+        target_schedule: how the targets fall from the densities of the model at first: "cubic",
+            "linear", or "constant" (in force from the first step).
+        start: the first share of the training, in [0, 1): all gates are open, without noise (see
+            `DensityConstraint`). Magnitude pruning has no such share.
+        target_warmup: the share of the training after `start`, in (0, 1], in which the targets
+            fall; it ends when the gates settle at the latest.
+        settle: the last share of the epochs, in [0, 1): the gates are decided, and the weights
+            train without noise (see `DensityConstraint.settle`). It is rounded to whole epochs, at
+            least one if there are several epochs; 0 means none. Dense training and magnitude
+            pruning have no such epochs.
         augment: random changes of training images: "none", "crop" (each is shifted by up to an
-            eighth of its side, a pixel at least) or "crop-flip" (and half of them mirrored).
-        precision: of a training step: "fp32", or by autocast "bf16" or "fp16" (with a scaled loss).
-            Weights, gates and multipliers stay in float32. The model is evaluated in it after each
-            epoch, but the pruned one in float32.
-        accumulate: in how many parts the batch of a step is computed, one after the other, >= 1:
-            the same training with less memory. Each part draws its gates; the constraint's term and
-            the multipliers' step come once.
-        clip_grad_norm: the most that the norm of the weights' gradient may be, > 0; None: any.
-            That of the gates is not clipped.
-        warmup: epochs, or a part of one, over which the learning rate of the weights rises to `lr`
-            from nothing, before its schedule; >= 0, and less than `epochs`.
-        ema: the decay of an exponential moving average of the weights, in [0, 1), which is
-            evaluated and pruned in their place (see `l0fast.training.average`); None: no average.
-        compile: the backend of torch.compile for a step's forward, such as "inductor"; None does
+            eighth of its side, at least one pixel) or "crop-flip" (half of them are also mirrored).
+        precision: of a training step: "fp32", or with autocast "bf16" or "fp16" (with a scaled
+            loss). Weights, gates and multipliers stay in float32. The evaluation after each epoch
+            uses this precision, too; the pruned model is evaluated in float32.
+        accumulate: number of parts, >= 1, in which the batch of a step is computed, one after the
+            other, to save memory. Each part draws its own gates; the constraint's term and the
+            multipliers' step come once.
+        clip_grad_norm: limit of the norm of the weights' gradient, > 0; None for no limit. The
+            gradient of the gates is not clipped.
+        warmup: number of epochs (2, or 0.5) over which the weights' learning rate rises from 0 to
+            `lr`, before its schedule; >= 0, and less than `epochs`.
+        ema: decay of an exponential moving average of the weights, in [0, 1). The average is
+            evaluated and pruned in place of the weights (see the guide on the Trainer). None: no
+            average.
+        compile: backend of torch.compile for the forward of a step, such as "inductor"; None does
             not compile.
-        weight_decay: decoupled, of the weights.
+        weight_decay: of the weights, decoupled as in AdamW.
         schedule: of the weights' learning rate: "cosine" (it falls to 0 over the training) or
-            "constant". That of the gates stays.
-        select: the epoch whose model is pruned and reported: "last", or "best": the one of lowest
-            validation error (the latest of equals), among the epochs after settling. Without
-            settling, among those whose evaluation gates meet every target. If there is none, the
-            last.
-        shrink: gates that have been open with a probability under 1 % at the end of this many
-            epochs in a row are removed for good, with their units: the model in training gets
-            smaller. None removes nothing.
-        skip: whether a step leaves closed units out of its computation, as in `sparsify_`, if the
-            trainer puts the gates in.
-        cuda_graph: whether a step is captured as one CUDA graph and replayed: "auto" (where that is
-            possible; the summary says why not), True, or False.
+            "constant". The gates' learning rate stays constant.
+        select: the epoch whose model is pruned and reported: "last", or "best", the epoch after
+            settling with the lowest validation error (of equal ones the latest). Without settling,
+            only epochs count whose evaluation gates meet every target. If there is none, the last
+            epoch is taken.
+        shrink: number of epochs. Gates whose open probability was under 1 % at the end of so many
+            epochs in a row are removed for good, with their units, so the model gets smaller
+            during training. None removes nothing.
+        skip: whether a step leaves out closed units, as in `sparsify_`, if the trainer puts the
+            gates in.
+        cuda_graph: whether a step is captured as one CUDA graph and replayed: "auto" (if that is
+            possible; else the summary says why not), True, or False.
     """
 
     density: amounts.Asked | None = None
@@ -138,12 +139,12 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         self._check_words()
         self._check_what_goes_together()
-        # As plain numbers: a checkpoint holds no others.
+        # As plain numbers: a checkpoint can hold no others.
         for name, value in {**self._checked_targets(), **self._checked_numbers()}.items():
             object.__setattr__(self, name, value)
 
     def _check_words(self) -> None:
-        """Refuses words that stand for nothing."""
+        """Refuses words that are not among the choices."""
         _checks.one_of("measure", self.measure, MEASURES)
         _checks.one_of("method", self.method, METHODS)
         _checks.one_of("gates", self.gates, ("auto", *GATES))
@@ -161,7 +162,7 @@ class TrainerSettings:
         _checks.auto_or_bool("cuda_graph", self.cuda_graph)
 
     def _check_what_goes_together(self) -> None:
-        """Refuses settings that do not fit each other."""
+        """Refuses settings that contradict each other."""
         targets = ("density", "layer_density", "penalty")
         named = [name for name in targets if getattr(self, name) is not None]
         if len(named) > 1:
@@ -178,15 +179,17 @@ class TrainerSettings:
         if self.measure != "gates":
             _checks.refuse("shrink", self.shrink, "measure='gates' beside it")
         if self.select == "best":
-            _checks.refuse("shrink", self.shrink, "select='last': earlier models are larger")
+            _checks.refuse(
+                "shrink", self.shrink, "select='last', as the models of earlier epochs are larger"
+            )
         for name in ("ema", "compile"):
             if getattr(self, name) is not None:
                 _checks.refuse(
-                    "shrink", self.shrink, f"no {name}, which needs one size of the model"
+                    "shrink", self.shrink, f"no {name}: it needs a model that keeps its size"
                 )
 
     def _checked_targets(self) -> dict[str, Any]:
-        """The densities that are asked for."""
+        """The targets, checked."""
         checked: dict[str, Any] = {}
         if self.density is not None:
             checked["density"] = amounts.check("density", self.density, self.measure)
@@ -194,7 +197,7 @@ class TrainerSettings:
             if not isinstance(self.layer_density, Mapping):
                 expected = "layer names or patterns -> densities"
                 _checks.refuse("layer_density", self.layer_density, expected, TypeError)
-            # In one order, whichever the caller's: a checkpoint's multipliers have no names.
+            # Sorted, as the multipliers in a checkpoint have no names, only an order.
             checked["layer_density"] = {
                 name: amounts.check(
                     f"layer_density[{name!r}]", self.layer_density[name], self.measure
@@ -204,7 +207,7 @@ class TrainerSettings:
         return checked
 
     def _checked_numbers(self) -> dict[str, Any]:
-        """All other numbers."""
+        """All other numbers, checked."""
         checked: dict[str, Any] = {
             "epochs": _checks.whole("epochs", self.epochs, 1, MOST),
             "batch_size": _checks.whole("batch_size", self.batch_size, 1, MOST),
@@ -249,15 +252,14 @@ class TrainerSettings:
 
     @property
     def settles_at(self) -> int:
-        """How many epochs there are before the gates settle; all of them where they do not."""
+        """Number of epochs before the gates settle; all epochs if they do not settle."""
         if not self.gated or self.method != "l0" or self.settle == 0:
             return self.epochs
         last = max(1, round(self.settle * self.epochs))
         return max(self.epochs - last, 1)
 
     def may_select(self, epoch: int) -> bool:
-        """Whether select="best" may choose this epoch: the gates are decided in it, if they are in
-        any."""
+        """Whether select="best" may choose this epoch: one after settling, if the gates settle."""
         return self.select == "best" and not epoch <= self.settles_at < self.epochs
 
 
@@ -275,10 +277,10 @@ BEFORE: dict[str, Any] = {
     "ema": None,
     "compile": None,
 }
-"""What earlier versions did. Their summaries and checkpoints do not name these settings."""
+"""The values of settings that summaries and checkpoints of earlier versions do not have."""
 
 WITHOUT_GATES: dict[str, Any] = {
     name: getattr(TrainerSettings, name)
     for name in ("density", "layer_density", "penalty", "measure", "method", "gates", "shrink")
 }
-"""The settings about gates, at the values of a dense training."""
+"""The settings about gates, with the values of a dense training."""

@@ -1,4 +1,4 @@
-"""`TrainerSettings.shrink` in a run: the model gets smaller between two epochs."""
+"""`TrainerSettings.shrink`: makes the model smaller between two epochs."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from l0fast.training.settings import TrainerSettings
 
 @dataclass
 class Shrinking:
-    """Counts for how long gates have been idle, and removes them with their units, in place."""
+    """Counts for how many epochs gates have been idle, and removes idle ones with their units."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    """Of the model; it follows each removal."""
+    """Of the model; its state gets smaller with the model."""
     example: Example
-    """Of what the model's forward takes."""
+    """Of the inputs of the model's forward."""
     skip: str | bool
     """As in `TrainerSettings`."""
     idle: Idle
     removals: list[Removal] = field(default_factory=list)
-    """What has been removed so far, in order."""
+    """The removals so far, in order."""
 
     def remove_idle(self) -> None:
-        """Counts one more epoch, and removes what has been idle for long enough, if it pays."""
+        """Counts one more epoch, and removes gates that were idle for long enough, if it pays."""
         kept = self.idle.count(self.model)
         if worthwhile(kept):
             self._keep_only(kept)
 
     def remove_closed(self) -> None:
-        """Removes, however few they are, the gates that settling has closed for good."""
+        """Removes the gates that settling has closed for good, even if they are few."""
         self._keep_only(self.idle.count(self.model))
 
     def _keep_only(self, kept: dict[str, Tensor]) -> None:
-        """Removes what can go if only the gates in `kept` can ever open."""
+        """Removes all that can go if only the gates in `kept` may open again."""
         removal, stuck = plan_removal(self.model, self.example, kept)
         self.idle.stuck |= stuck
         if removal is not None:
@@ -57,7 +57,7 @@ class Shrinking:
         return {"removals": removals or None, "idle": self.idle.as_json()}
 
     def load_(self, removals: list[dict[str, Any]] | None, idle: Mapping[str, Any] | None) -> None:
-        """Repeats the removals of a checkpoint on the model as it was at first."""
+        """Repeats the removals of a checkpoint on the model as it was before the training."""
         for entry in removals or []:
             self._apply(Removal.from_json(entry))
         if idle is not None:
@@ -70,7 +70,7 @@ def make_shrinking(
     settings: TrainerSettings,
     example_inputs: Any,
 ) -> Shrinking | None:
-    """What shrinks the model of a run with these settings; None if they remove nothing."""
+    """The `Shrinking` of a run with these settings; None if they do not ask for it."""
     if settings.shrink is None:
         return None
     return Shrinking(

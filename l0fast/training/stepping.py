@@ -1,4 +1,4 @@
-"""The steps of a run: an epoch of them, and one from top to bottom."""
+"""The steps of a run: a whole epoch, and a single step from top to bottom."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Stepping:
 
     Args:
         state: of the run; the steps change it in place.
-        task: what is minimised.
-        train: what it is trained on.
+        task: has the loss.
+        train: the training examples.
         settings: of the run.
         precision: of a forward.
 
@@ -77,7 +77,7 @@ class Stepping:
                 size = self._train.size(item)
                 count += size
                 state.step += 1
-                if size % self._ranks.size:  # what else is drawn may have other sizes
+                if size % self._ranks.size:  # dropout and the like drew other sizes on each process
                     self._ranks.same_noise_(state.device)
                 if state.average is not None:
                     state.average.update()
@@ -96,14 +96,14 @@ class Stepping:
         return row
 
     def _steps_of_adam(self) -> int:
-        """How many steps the weights have taken; a scaler skips some."""
+        """Number of steps that the weights have taken; a scaler may skip some."""
         return 0 if self._precision.scaler is None else steps_of(self._state.optimizer)
 
     def _take_step(self, item: Any) -> None:
-        """One step on a batch (see `Batches.batch`); nothing is read back.
+        """One step on a batch (see `Batches.batch`), without a host sync.
 
-        The multipliers move even where a scaler has skipped the weights' step: what they see, the
-        density, is known all the same.
+        The multipliers move even if a scaler has skipped the step of the weights: they depend on
+        the density alone, which is known.
         """
         state, ranks, size = self._state, self._ranks, self._train.size(item)
         counts = ranks.count(size) > 0
@@ -123,7 +123,7 @@ class Stepping:
             if values is not None and counts:
                 self._metric_sum += total(values, here)
         if ranks.size > 1 and state.term is not None and state.term.starting:
-            # DDP gives open gates a gradient of 0, which would count in Adam's moments.
+            # DDP sets the gradient of open gates to 0, which would enter Adam's moments.
             for gate in state.term.handle.parameters():
                 gate.grad = None
         self._precision.step(state.optimizer, self._settings.clip_grad_norm)
@@ -133,7 +133,7 @@ class Stepping:
 
 
 def parts_of(batch: Any, parts: int) -> Iterator[tuple[Any, bool]]:
-    """(part of the batch, whether it is the last): as even as they can be, none empty."""
+    """Yields (part of the batch, whether it is the last); the parts are as even as possible."""
     size = size_of(batch)
     parts = min(parts, size)
     if parts == 1:

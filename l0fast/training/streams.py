@@ -1,7 +1,7 @@
-"""Batches that come in a stream: a DataLoader, or what else can be iterated again and again.
+"""Batches from a stream: a DataLoader, or any object that can be iterated again and again.
 
-What a stream draws in an epoch depends on (seed, epoch) alone, so that a resumed run sees what it
-would have seen.
+The random numbers of a stream in an epoch depend on (seed, epoch) alone. So a resumed run gets the
+same batches as a run that was not interrupted.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from l0fast.training.ranks import Ranks
 
 
 class Streamed:
-    """A split that comes in batches: a DataLoader, or anything else with a length that can be
-    iterated again and again.
+    """A split that comes in batches: a DataLoader, or any object with a length that can be iterated
+    again and again.
 
-    Its random numbers are its own (see `_Randomness`): the noise of the gates depends on nothing
-    that it draws. Before each epoch its `generator` and its sampler's are seeded, and `set_epoch`
-    of itself, its samplers and its data set is called, where there are such.
+    It has its own random numbers (see `_Randomness`), so the noise of the gates does not depend on
+    what it draws. Before each epoch its `generator` and that of its sampler are seeded, and
+    `set_epoch` of the stream, its samplers and its data set is called, if they have these.
     """
 
     streamed = True
@@ -46,10 +46,10 @@ class Streamed:
         return len(self._stream)  # type: ignore[arg-type]
 
     def epoch(self, epoch: int) -> Generator[tuple[Any, int]]:
-        """(this process's rows of each batch, on the host; the examples of all processes).
+        """Yields (this process's rows of a batch, on the host; examples of all processes).
 
         Raises:
-            ValueError: there are more or fewer of them than the stream's length says.
+            ValueError: the stream gives more or fewer batches than its length says.
         """
         self._begin(epoch)
         randomness = _Randomness(seed_of(self._seed, epoch))
@@ -85,7 +85,7 @@ class Streamed:
                 generator.manual_seed(seed_of(self._seed, epoch))
 
     def size(self, item: tuple[Any, int]) -> int:
-        """As it came with the batch."""
+        """The number of examples, which came with the batch."""
         return item[1]
 
     def batch(self, item: tuple[Any, int]) -> Any:
@@ -97,7 +97,7 @@ class Streamed:
         return (self.batch(item) for item in self.epoch(epoch) if self._ranks.count(item[1]))
 
     def first(self, most: int) -> Any:
-        """From the first batch of epoch 0."""
+        """Examples from the first batch of epoch 0."""
         if self._first is None:
             batches = self.epoch(0)
             self._first = self.batch(next(batches))
@@ -106,8 +106,10 @@ class Streamed:
 
 
 class _Randomness:
-    """The generators of PyTorch (on the CPU), Python and NumPy as one epoch of a stream sees them:
-    seeded anew, and apart from those of the rest of the run."""
+    """The generators of PyTorch (on the CPU), Python and NumPy for one epoch of a stream.
+
+    They are seeded for the epoch, and separate from the generators of the rest of the run.
+    """
 
     def __init__(self, seed: int) -> None:
         self._states: Any = None
@@ -115,7 +117,7 @@ class _Randomness:
 
     @contextmanager
     def swapped_in(self) -> Generator[None]:
-        """Within it, the stream's; after it, those of the run as they were."""
+        """Within it the stream's generators are in force; after it, those of the run, unchanged."""
         of_the_run = self._get()
         if self._states is None:
             torch.default_generator.manual_seed(self._seed)
@@ -141,10 +143,10 @@ class _Randomness:
 
 
 class Shares:
-    """The batches of a batch sampler, of each the indices of this process.
+    """The batches of a batch sampler, reduced to the indices of this process.
 
     Attributes:
-        sizes: of the batches that it has given, and that nobody has asked for yet.
+        sizes: whole sizes of the batches given so far; `Streamed.epoch` takes them out.
     """
 
     def __init__(self, batches: Iterable[list[int]], ranks: Ranks) -> None:
@@ -162,10 +164,10 @@ class Shares:
 
 
 def of_rank(name: str, stream: Any, ranks: Ranks) -> Any:
-    """A stream that loads only what this process needs of each batch, if it is a DataLoader with a
-    batch sampler; else the stream as it is."""
+    """The stream for one process: a DataLoader with a batch sampler loads only this process's part
+    of each batch; any other stream is returned as it is."""
     if isinstance(getattr(stream, "sampler", None), DistributedSampler):
-        expected = "a sampler of all examples: each process is given its share of every batch"
+        expected = "a sampler of all examples: each process gets its share of every batch"
         _checks.refuse(f"{name}.sampler", "DistributedSampler", expected)
     batches = getattr(stream, "batch_sampler", None)
     plain = isinstance(stream, DataLoader) and not isinstance(stream.dataset, IterableDataset)
@@ -181,7 +183,7 @@ def of_rank(name: str, stream: Any, ranks: Ranks) -> Any:
 
 
 def _begin_worker(rank: int, then: Callable[[int], None] | None, number: int) -> None:
-    """A worker of each process draws other numbers."""
+    """Seeds a worker so that the workers of each process draw different numbers."""
     seed = seed_of(torch.initial_seed(), rank) % 2**63
     torch.manual_seed(seed)
     random.seed(seed)
@@ -191,8 +193,7 @@ def _begin_worker(rank: int, then: Callable[[int], None] | None, number: int) ->
 
 
 def _of_worker(error: ValueError) -> ValueError:
-    """An error as the process that loads has raised it: a DataLoader hands on its whole traceback
-    as the message."""
+    """The error as the worker raised it: a DataLoader puts the whole traceback into its message."""
     lines = str(error).strip().splitlines()
     if len(lines) < 2 or not lines[0].startswith("Caught "):
         return error
@@ -215,18 +216,18 @@ def _parts(stream: Any) -> list[Any]:
 
 
 def check_stream(name: str, stream: Any) -> None:
-    """Refuses what is no stream, or one that a resumed run could not see again.
+    """Refuses an object that is not a stream, or a stream that a resumed run could not repeat.
 
     Raises:
-        TypeError, ValueError: with what is wrong, under that name.
+        TypeError, ValueError: the message says what is wrong and begins with `name`.
     """
     if not isinstance(stream, Iterable) or isinstance(stream, (str, bytes, Iterator)):
-        expected = "a Split, or batches that can be iterated again and again, as a DataLoader"
+        expected = "a Split, or batches that can be iterated again and again, such as a DataLoader"
         _checks.refuse(name, type(stream).__name__, expected, TypeError)
     if not _length(stream):
         _checks.refuse(name, type(stream).__name__, "a length: its number of batches, at least 1")
     if getattr(stream, "persistent_workers", False):
         expected = (
-            "False: workers that outlive an epoch go on with random numbers of before, which "
+            "False: workers that live on after an epoch keep their random state, which a resumed "
         )
-        _checks.refuse(f"{name}.persistent_workers", True, f"{expected}a resumed run does not have")
+        _checks.refuse(f"{name}.persistent_workers", True, f"{expected}run does not have")

@@ -1,4 +1,4 @@
-"""The summary of a finished run, as summary.json has it."""
+"""Makes the summary of a finished run: the contents of summary.json."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def summarise(
     """The summary of a run.
 
     Args:
-        identity: facts about model and data, which come first.
+        identity: facts about model and data; the summary begins with them.
         settings: of the run.
         state: after the last epoch.
-        epoch: the one whose model is the result.
-        outcome: of that model, by `result_of`.
+        epoch: whose model is the result.
+        outcome: of that model, as returned by `result_of`.
         cuda_graph: whether steps were captured, in words.
     """
     held, validation = held_key(state.metric), validation_key(state.metric)
@@ -59,7 +59,7 @@ def summarise(
 
 
 def _asked(settings: TrainerSettings) -> Summary:
-    """What the run was asked for."""
+    """The targets and settings of the run."""
     return {
         "seed": settings.seed,
         "epochs": settings.epochs,
@@ -74,8 +74,10 @@ def _asked(settings: TrainerSettings) -> Summary:
 def result_of(
     state: RunState, settings: TrainerSettings, evaluation: Evaluation, example_inputs: Any
 ) -> tuple[int, nn.Module | None, Summary]:
-    """(the epoch whose model is the result, that model pruned, its outcome), after the last epoch;
-    None without gates. The pruned model is evaluated in float32."""
+    """(epoch of the result, pruned model or None without gates, outcome), after the last epoch.
+
+    The pruned model is evaluated in float32.
+    """
     epoch, model = state.selected()
     if state.term is None:
         key = held_key(state.metric)
@@ -100,8 +102,8 @@ def outcome_of_pruned(
     Args:
         report: what `prune` reported.
         settings, history: of the run.
-        epoch: the one whose model was pruned.
-        tested: the metric of the pruned model, by its key.
+        epoch: whose model was pruned.
+        tested: key -> the metric of the pruned model.
     """
     before_settling = history[min(epoch, settings.settles_at) - 1]
     groups = report.groups.values()
@@ -134,7 +136,7 @@ def outcome_of_dense(model: nn.Module, example_inputs: Any, tested: Mapping[str,
 
 
 def _sizes(params: list[int], macs: list[int]) -> Summary:
-    """From [after, before] of each."""
+    """Sizes and shares, from [after, before] of each."""
     return {
         "params": params[0],
         "dense_params": params[1],
@@ -146,13 +148,13 @@ def _sizes(params: list[int], macs: list[int]) -> Summary:
 
 
 def _memory_and_latency(report: Report) -> Summary:
-    """Memory, and latency where the run has a table of it."""
+    """Memory, and latency if the run has a latency table."""
     after, before = report.memory
     found: Summary = {"memory": after, "dense_memory": before, "memory_fraction": after / before}
     if report.latency:
         after, before = report.latency
         shares = [group["density"] for group in report.groups.values()]
         found |= {"latency": after, "dense_latency": before}
-        # With one target, the share that the target is held to: the table's.
+        # With one target, its share by the table, which the target limits.
         found["latency_fraction"] = shares[0] if len(shares) == 1 else after / before
     return found

@@ -1,4 +1,4 @@
-"""What a training minimises, and what it reports of a split."""
+"""The loss that a training minimises, and the metric that it reports."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from l0fast.training.ranks import Ranks
 LossFn = Callable[[Any, Any], Tensor]
 """(model, batch) -> 0-d: the mean over the examples of the batch."""
 MetricFn = Callable[[Any, Any], Tensor]
-"""(model, batch) -> a number for each example, [N] or more, or their mean, 0-d."""
+"""(model, batch) -> a number for each example ([N], or more dimensions), or their mean (0-d)."""
 
 
 def total(values: Tensor, size: int) -> Tensor:
-    """0-d: the sum over the examples of a batch, of a number for each or of their mean."""
-    if values.dtype in (torch.float16, torch.bfloat16):  # a sum of many would be rounded
+    """0-d: the sum over the examples of a batch. `values` has a number for each, or their mean."""
+    if values.dtype in (torch.float16, torch.bfloat16):  # a sum of many would be inexact
         values = values.float()
     if values.dim() == 0:
         return values * size
@@ -32,14 +32,14 @@ def total(values: Tensor, size: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Task:
-    """What a training minimises, and what it reports of a split.
+    """The loss that a training minimises, and the metric that it reports.
 
     Args:
-        metric: the name of what is reported: lower is better.
-        step: (model, batch) -> the loss of the batch, 0-d, and the metric of its examples, or None
-            where that would take another forward.
+        metric: name of the metric; lower is better.
+        step: (model, batch) -> the loss of the batch (0-d), and the metric of its examples, or None
+            if that needs another forward.
         values: (model, batch) -> the metric of its examples.
-        scale: of the metric: 100 where the values are shares and the metric is in percent.
+        scale: factor of the metric: 100 if the values are shares and the metric is in percent.
     """
 
     metric: str
@@ -47,10 +47,10 @@ class Task:
     values: MetricFn
     scale: float = 1.0
     of_training: bool = False
-    """Whether `step` gives the metric."""
+    """Whether `step` returns the metric, too."""
 
     def mean(self, model: nn.Module, batches: Iterable[Any]) -> float:
-        """The metric over all examples, of all processes; puts the model into evaluation mode."""
+        """The metric over the examples of all processes; puts the model into evaluation mode."""
         device = next(model.parameters()).device
         found, count = Ranks.here().summed(self._sum(model, batches), device)
         return self.scale * found / count
@@ -74,7 +74,7 @@ def _supervised(
     values: Callable[[Tensor, Tensor], Tensor],
     scale: float = 1.0,
 ) -> Task:
-    """The task of batches (inputs, targets), by functions of (outputs, targets)."""
+    """A task for batches (inputs, targets), made of functions of (outputs, targets)."""
 
     def step(model: Any, batch: Any) -> tuple[Tensor, Tensor]:
         inputs, targets = _pair(batch)
@@ -89,10 +89,10 @@ def _supervised(
 
 
 def _pair(batch: Any) -> Any:
-    """(inputs, targets), if a batch is that."""
+    """The batch, if it is (inputs, targets)."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         many = f" of {len(batch)}" if hasattr(batch, "__len__") else ""
-        expected = "(inputs, targets), or a loss_fn and a metric of your own for such batches"
+        expected = "(inputs, targets), or a loss_fn and a metric that take such batches"
         _checks.refuse("batch", f"{type(batch).__name__}{many}", expected)
     return batch
 
@@ -100,13 +100,13 @@ def _pair(batch: Any) -> Any:
 def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     shape = (*outputs.shape[:1], *outputs.shape[2:])
     if targets.shape != shape or targets.dtype not in (torch.int64, torch.uint8):
-        expected = f"int64 classes of shape {shape}, one for each of the model's outputs"
+        expected = f"int64 classes of shape {shape}, one for each output of the model"
         _checks.refuse("targets", f"{targets.dtype} of shape {tuple(targets.shape)}", expected)
     return F.cross_entropy(outputs, targets)
 
 
 def _checked(outputs: Tensor, targets: Tensor) -> None:
-    """Refuses targets of another shape than the outputs, which would be broadcast."""
+    """Refuses targets whose shape differs from the outputs'; PyTorch would broadcast them."""
     if outputs.shape != targets.shape:
         expected = f"shape {tuple(outputs.shape)}, that of the model's outputs"
         _checks.refuse("targets", f"shape {tuple(targets.shape)}", expected)
@@ -140,14 +140,14 @@ TASKS: dict[str, Task] = {
 
 
 def make_task(name: str, loss_fn: LossFn | None, metric: MetricFn | None) -> Task:
-    """The task of that name, or one of the user's own functions.
+    """The task with that name, or a task made of the user's functions.
 
     Args:
-        name: of `TASKS`; what it minimises unless `loss_fn` is given.
+        name: in `TASKS`; its loss is used unless `loss_fn` is given.
         loss_fn, metric: as of `Trainer`.
 
     Raises:
-        ValueError, TypeError: what cannot be called, or a metric whose name makes no key.
+        ValueError, TypeError: one of them cannot be called, or the metric has no usable name.
     """
     for label, function in (("loss_fn", loss_fn), ("metric", metric)):
         if function is not None and not callable(function):
@@ -157,6 +157,6 @@ def make_task(name: str, loss_fn: LossFn | None, metric: MetricFn | None) -> Tas
         return known
     key = "loss" if metric is None else getattr(metric, "__name__", type(metric).__name__)
     if not key.isidentifier():
-        _checks.refuse("metric", key, "a function with a name of its own, no lambda")
+        _checks.refuse("metric", key, "a function with a name, not a lambda")
     loss: LossFn = loss_fn or (lambda model, batch: known.step(model, batch)[0])
     return Task(key, lambda model, batch: (loss(model, batch), None), metric or loss)

@@ -1,4 +1,4 @@
-"""Writes the metrics of a run as TensorBoard's scalars, if TensorBoard is installed."""
+"""Writes the metrics of a run as scalars of TensorBoard, if TensorBoard is installed."""
 
 from __future__ import annotations
 
@@ -8,33 +8,32 @@ import itertools
 import os
 import socket
 import time
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast.training.metrics import Row
 
 TENSORBOARD = "tensorboard"
-"""Name of the folder, in the run's."""
+"""Name of the folder, in the folder of the run."""
 
 
 def scalars(row: Row) -> dict[str, float]:
-    """Tag -> value of a row of metrics: its numbers by name, and those of each constraint by
-    name/constraint."""
+    """Tag -> value of a row of metrics. Tags are names, or name/constraint for numbers of a
+    constraint."""
     found: Row = {}
     for name, value in row.items():
         if isinstance(value, dict):
             found |= {f"{name}/{key}": part for key, part in value.items()}
-        elif name != "epoch":  # it is the step of all others
+        elif name != "epoch":  # the epoch is the step of the other values
             found[name] = value
     return {tag: float(value) for tag, value in found.items() if isinstance(value, (int, float))}
 
 
 _NUMBERS = itertools.count()
-"""Of the files of this process."""
+"""Numbers of the files of this process."""
 
 
 def _installed() -> bool:
@@ -46,7 +45,7 @@ def _installed() -> bool:
 
 
 class _Events:
-    """A new file of events, written in this thread: an error is raised where it happens."""
+    """A new file of events. It is written in this thread, so that errors are raised here."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto import event_pb2, summary_pb2
@@ -67,11 +66,11 @@ class _Events:
             event = self._event.Event(wall_time=time.time(), **entries)
             records.write(event.SerializeToString())
         left = memoryview(content.getvalue())
-        while left:  # a full disk may take a part
+        while left:  # a full disk may take only a part
             left = left[self.file.write(left) :]
 
     def begin(self, purge: bool) -> None:
-        """The head of the file; with `purge` TensorBoard leaves out all that earlier files have."""
+        """Writes the head of the file; with `purge` TensorBoard ignores all earlier files."""
         head: list[dict[str, Any]] = [{"file_version": "brain.Event:2"}]
         if purge:
             start = self._event.SessionLog(status=self._event.SessionLog.START)
@@ -89,10 +88,10 @@ class _Events:
 def scalar_writer(out: Path | None, history: list[Row]) -> Generator[Callable[[Row], None]]:
     """Yields a function that writes a row of metrics into OUT/tensorboard; its step is its epoch.
 
-    A resumed run first writes the rows of its `history` again, and they replace all that the folder
-    holds: a killed run may lack an epoch there, or be one ahead of its checkpoint. Without
-    TensorBoard, or without `out`, nothing is written. Where the folder cannot be written, the run
-    warns once and goes on without it: metrics.jsonl has all rows.
+    A resumed run first writes the rows of its `history` again, and they replace the earlier files:
+    the files of a killed run may be an epoch behind or ahead of its checkpoint. Without
+    TensorBoard, or without `out`, nothing is written. If the folder cannot be written, the run
+    warns once and goes on without it; metrics.jsonl has all rows.
     """
     if out is None or not _installed():
         yield lambda row: None
@@ -107,7 +106,7 @@ def scalar_writer(out: Path | None, history: list[Row]) -> Generator[Callable[[R
                 with suppress(OSError):
                     opened.pop().file.close()
             words = f"{folder} cannot be written ({_checks.one_line(error)}); the run goes on"
-            warnings.warn(f"{words}, and metrics.jsonl has its metrics", stacklevel=2)
+            _warnings.warn(f"{words}, and metrics.jsonl has its metrics")
 
     def begin() -> None:
         opened.append(_Events(folder))

@@ -1,4 +1,4 @@
-"""The constrained trainer: trains a model down to the density asked for, then prunes it."""
+"""The trainer: trains a model to the density that is asked for, then prunes it."""
 
 from __future__ import annotations
 
@@ -49,39 +49,37 @@ class Trainer:
     for bit, as a run that was never interrupted.
 
     Args:
-        model: trained in place, on all processes of torch.distributed, if it is set up (see the
-            guide of several processes). If the settings ask for gates and it has none, `sparsify_`
-            gives it some.
-        data: train, validation and test splits (see `l0fast.data.sets.Data`). A `Split` lies on
-            the device as a whole; a DataLoader, or what else gives batches each time it is
-            iterated, is streamed. Each epoch of a stream has random numbers of its own, by (seed,
-            epoch) alone.
+        model: trained in place, by all processes of torch.distributed if it is set up. If the
+            settings ask for gates and it has none, `sparsify_` puts them in.
+        data: train, validation and test splits (see `l0fast.data.sets.Data`). A `Split` is moved
+            to the device as a whole. A DataLoader, or any other object that gives batches each time
+            it is iterated, is streamed; its random numbers depend on (seed, epoch) alone.
         settings: how to train.
-        loss_fn: (model, batch) -> the mean loss of the batch, 0-d. By default that of
-            `settings.task`, of batches (inputs, targets).
-        metric: (model, batch) -> a number for each example, or their mean, 0-d; lower is better.
-            Its name is that of the function: `mae` is `test_mae` in the metrics. By default that of
-            `settings.task`, or the loss where `loss_fn` is given.
-        example_inputs: as in `sparsify_`; by default the inputs of one training example, which
-            are a batch's first part.
-        out: folder, seen by all processes, for checkpoint.pt, metrics.jsonl, summary.json,
-            dynamics.png and pruned.safetensors, and for tensorboard/ where TensorBoard is
-            installed; None writes nothing.
-        identity: facts about model and data ("dataset", "model", ...). They head the summary, and a
-            checkpoint is resumed only by a run that has the same.
+        loss_fn: (model, batch) -> the mean loss of the batch, 0-d. The default is the loss of
+            `settings.task`, for batches (inputs, targets).
+        metric: (model, batch) -> a number for each example, or their mean (0-d); lower is better.
+            It has the name of the function: `mae` is `test_mae` in the metrics. The default is the
+            metric of `settings.task`, or the loss if `loss_fn` is given.
+        example_inputs: as in `sparsify_`; by default the inputs (first part) of one example.
+        out: folder that all processes see, for checkpoint.pt, metrics.jsonl, summary.json,
+            dynamics.png, pruned.safetensors and (if it is installed) TensorBoard's files; None
+            writes nothing.
+        identity: facts about model and data ("dataset", "model", ...). The summary begins with
+            them, and only a run with the same facts can resume the checkpoint.
         device: where to train; CUDA if there is one, else the CPU.
-        table: the latency table for measure="latency". Without it, a resumed run takes its
-            checkpoint's, and a new one measures the model here.
+        table: the latency table for measure="latency". Without it, a resumed run takes the table of
+            its checkpoint, and a new run measures the model on this machine.
 
     Attributes:
-        model: as of the last epoch, with weights of its own (see `RunState.evaluated`).
-        pruned: after `fit`, the smaller plain model of the epoch that `settings.select` names; None
-            after dense training.
+        model: as it is after the last epoch; with `ema`, its own weights and not the average (see
+            `RunState.evaluated`).
+        pruned: after `fit`, the pruned model of the epoch that `settings.select` names; None after
+            a dense training.
         history: the metrics of each finished epoch.
-        state: all that training changes.
+        state: everything that the training changes.
 
     Raises:
-        ValueError, TypeError: settings, targets or data out of range, before anything is written.
+        ValueError, TypeError: settings, targets or data are not valid. Nothing is written then.
     """
 
     def __init__(
@@ -128,7 +126,7 @@ class Trainer:
                 lambda: self.folder.latency_table(given, self._run_identity, self.device)
             )
         if settings.gated:
-            gates(model).forget_constraints()  # only the settings' targets hold
+            gates(model).forget_constraints()  # only the targets of the settings count
         self.model = model
         self.term = make_term(
             model, settings, self.total_steps, train.examples, self.example_inputs, table
@@ -172,8 +170,8 @@ class Trainer:
             on_epoch: called with each row of metrics.
 
         Raises:
-            ValueError: `out` holds another run, or its checkpoint does not fit; or the loss or a
-                weight became NaN or infinite. Files of finished epochs stay as they are.
+            ValueError: `out` holds another run, or its checkpoint does not fit, or the loss or a
+                weight is NaN or infinite. The files of finished epochs stay.
             OSError: `out` cannot be written.
         """
         if not self._opened:
@@ -188,7 +186,7 @@ class Trainer:
             return self._finish()
 
     def _run_epoch(self) -> Row:
-        """One epoch: settles, trains, measures, shrinks and saves; returns its metrics."""
+        """Runs one epoch (settles, trains, measures, shrinks, saves) and returns its metrics."""
         state, settings, started = self.state, self.settings, time.perf_counter()
         if state.epoch == settings.settles_at:
             self._settle()
@@ -223,7 +221,7 @@ class Trainer:
             self.state.shrinking.remove_closed()
 
     def _finish(self) -> Summary:
-        """Prunes the selected model, writes what a finished run leaves, returns the summary."""
+        """Prunes the selected model, writes the results, and returns the summary."""
         with self.state.evaluated():
             epoch, self.pruned, outcome = result_of(
                 self.state, self.settings, self.evaluation, self.example_inputs
@@ -241,14 +239,14 @@ class Trainer:
         start_from: Checkpoint | None = None,
         another_follows: bool = False,
     ) -> None:
-        """Makes `out` ready: a new folder, or the checkpoint to go on from (see `fit`).
+        """Prepares `out`: makes the folder, or reads the checkpoint to go on from (see `fit`).
 
         Args:
             resume: as in `fit`.
-            start_from: a new run starts with the weights, gates, moments and noise of this one.
-            another_follows: another run will start from this one (see `next_start`), and may open
-                gates again that settling closes here. So the checkpoint from before settling is
-                kept, and closed gates are not removed.
+            start_from: a new run starts with its weights, gates, moments and generators.
+            another_follows: whether another run will start from this one (see `next_start`). It may
+                open gates again that settling closes here. So the checkpoint from before settling
+                is kept, and closed gates are not removed.
         """
         self._another_follows = another_follows
         path = self.ranks.of_first(lambda: self.folder.open(resume))
@@ -260,14 +258,14 @@ class Trainer:
         self._opened = True
 
     def _go_on_from(self, path: Path | None, start_from: Checkpoint | None) -> None:
-        """Takes the checkpoint of this run, or begins a new run."""
+        """Loads the checkpoint of this run, or begins a new run."""
         if path is not None:
             checkpoint = Checkpoint.read(path, self.device)
             checkpoint.refuse_other_run(path, self._run_identity)
             self._as_asked.check(checkpoint, path)
             checkpoint.warn_of_rounding()
             self.state.load_(checkpoint, path)
-            self.folder.write_metrics(self.history)  # a kill may have left them an epoch behind
+            self.folder.write_metrics(self.history)  # a killed run may be an epoch behind in them
             return
         if start_from is not None:
             self._as_asked.check_start(start_from, self.folder.path or Path("start_from"))
@@ -275,12 +273,12 @@ class Trainer:
         self.folder.save(self.checkpoint())
 
     def next_start(self) -> Checkpoint:
-        """Where another run starts from, after `fit`: before the gates settled, or the end."""
+        """After `fit`, the checkpoint that another run starts from: before settling, or last."""
         return self._unsettled or self.folder.read_unsettled(self.device) or self.checkpoint()
 
     @property
     def _as_asked(self) -> Run:
-        """What a checkpoint must fit."""
+        """The run that a checkpoint must fit."""
         return Run(
             self.state,
             self.settings,
@@ -291,9 +289,9 @@ class Trainer:
         )
 
     def checkpoint(self) -> Checkpoint:
-        """The state of the run as it is; its tensors are the model's own."""
+        """The present state of the run; its tensors are the model's own, not copies."""
         return self.state.checkpoint(self._run_identity)
 
     def write_summary(self, summary: Summary) -> None:
-        """Writes `summary` into summary.json, in place of the one that is there."""
+        """Writes `summary` into summary.json, over the present one."""
         self.folder.write_summary(summary)

@@ -137,7 +137,10 @@ def test_done_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     ("arguments", "message"),
     [
         (("poster",), "unrecognized arguments: poster"),
-        ((*SHORT, "--only", "x*"), "only: got 'x*'; expected a pattern of names ROW-seed-N"),
+        (
+            (*SHORT, "--only", "x*"),
+            "only: got 'x*'; expected a pattern that matches a run:",
+        ),
         ((*SHORT, "--seeds", "0-x"), "seeds: got '0-x'; expected seeds such as 0-4 or 0,1,2"),
         ((*SHORT, "--seeds", "4-0"), "seeds: got '4-0'; expected seeds such as"),
         ((*SHORT, "--seeds", "1,1"), "seeds: got '1,1'; expected seeds such as"),

@@ -314,7 +314,9 @@ def test_prune_makes_what_the_run_made(
     assert run(*FAST, *options, "--quiet", "--out", "x") == 0
     wanted = Path("x", PRUNED).read_bytes()
     message = refused(capsys, "prune", "x/checkpoint.pt")
-    assert "out: got 'x/pruned.safetensors'; expected a file that is not there yet (--f" in message
+    assert (
+        "out: got 'x/pruned.safetensors'; expected a file that does not exist yet (--f" in message
+    )
     Path("x", PRUNED).unlink()
     assert run("prune", "x/checkpoint.pt") == 0
     assert "saved x/pruned.safetensors" in capsys.readouterr().out
@@ -398,7 +400,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--dense", "--pretrained", "no.pt"), "pretrained: got 'no.pt'; expected a file with the"),
         (
             ("--dense", "--pretrained", "no.pt", "--recipe", "published"),
-            "pretrained: got 'no.pt'; expected none: --recipe published initialises anew",
+            "pretrained: got 'no.pt'; expected none: --recipe published initialises the",
         ),
         (
             ("--density", "0.5", "--latency-table", "t.json"),
@@ -409,13 +411,13 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
             "No such file or directory: 't.json'",
         ),
         (("--dense", "--image-size", "x"), "image_size: got 'x'; expected a whole number"),
-        (("--dense", "--image-size", "8"), "image_size: got 8; expected none: digits has a size"),
+        (("--dense", "--image-size", "8"), "image_size: got 8; expected none: the images"),
         (("--dense", "--dataset", "cifar10"), "data_root: got None; expected a torchvision data f"),
         (("--dense", "--dataset", "imagefolder", "--data-root", "no"), "data_root: got 'no'; expe"),
         (("--dense", "--select", "x"), "select: got 'x'; expected one of 'last', 'best'"),
         (
             ("--dense", "--select", "best", "--validation-fraction", "0"),
-            "select: got 'best'; expected 'last' without a validation split",
+            "select: got 'best'; expected 'last', as there is no validation",
         ),
         (("--density", "0.5,0.6"), "targets: got [0.5, 0.6]; expected targets that fall"),
         (("--density", "0.5,x"), "targets[1]: got 'x'; expected a density in (0, 1], or an amount"),

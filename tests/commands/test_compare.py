@@ -82,8 +82,8 @@ def test_a_latency_table_is_none_of_what_has_no_target() -> None:
         ),
         (("--methods", "x"), "methods: got 'x'; expected one of 'dense', 'penalised'"),
         (("--methods", "dense,dense"), "methods: got 'dense,dense'; expected each method once"),
-        (("--methods", "penalised"), "penalty: got None; expected a --penalty if penalised is"),
-        (("--methods", "dense", "--penalty", "1"), "penalty: got '1'; expected a --penalty if"),
+        (("--methods", "penalised"), "penalty: got None; expected a --penalty and penalised"),
+        (("--methods", "dense", "--penalty", "1"), "penalty: got '1'; expected a --penalty and"),
         ((), "density: got None; expected --density"),
         (("--density", "2"), "density: got 2.0; expected a density in (0, 1]"),
         (("--density", "0.5", "--dense"), "dense: got True; expected --methods dense"),
@@ -92,7 +92,10 @@ def test_a_latency_table_is_none_of_what_has_no_target() -> None:
             "method: got 'magnitude'; expected --methods magnitude",
         ),
         (("--layer-density", "0.5"), "layer_density: got '0.5'; expected NAME=DENSITY"),
-        (("--density", "0.5", "--only", "x"), "only: got 'x'; expected a pattern of names"),
+        (
+            ("--density", "0.5", "--only", "x"),
+            "only: got 'x'; expected a pattern that matches a run",
+        ),
         (("--density", "0.5", "--seeds", ""), "seeds: got ''; expected seeds such as"),
     ],
 )

@@ -150,7 +150,10 @@ def test_bad_words(capsys: pytest.CaptureFixture[str]) -> None:
         (("--dataset", "no.csv"), "dataset: got 'no.csv'; expected one of 'digits', 'mnist'"),
         (("--dataset", "no.npz"), "dataset: got 'no.npz'; expected a file .npz or .pt"),
         (("--dataset", "folder"), "data_root: got 'folder'; expected a folder with train/"),
-        (("--dataset", "folder", "--data-root", "x"), "data_root: got 'x'; expected none beside"),
+        (
+            ("--dataset", "folder", "--data-root", "x"),
+            "data_root: got 'x'; expected no --data-root",
+        ),
         (("--workers", "2"), "workers: got 2; expected none: digits is in memory"),
         (("--task", "regression"), "task: got 'regression'; expected 'classification', as the t"),
         (("--task", "sorting"), "task: got 'sorting'; expected one of 'classification'"),

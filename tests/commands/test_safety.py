@@ -67,7 +67,7 @@ def test_code_runs_only_if_the_user_names_it(
     write_checkpoint(Path("odd.pt"), replaced(state, ("identity", "widths"), None))
     path = "odd.pt"
     message = refused(capsys, command, path)
-    assert f"expected --model {name}:net beside it: this checkpoint names code of yours" in message
+    assert f"expected --model {name}:net beside it: the checkpoint names code, which" in message
     assert not Path("ran").exists()
     message = refused(capsys, command, path, "--model", "other:net")
     assert f"model: got 'other:net'; expected '{name}:net', which the checkpoint odd.pt" in message

@@ -605,6 +605,13 @@ def test_an_optimizer_with_a_state_before_its_first_step_is_new(model: nn.Module
 
 
 def test_a_training_that_is_too_short_is_told(model: nn.Module) -> None:
+    own = [p for name, p in model.named_parameters() if "log_alpha" not in name]
+    optimizer = torch.optim.AdamW(own)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="199 steps are few"):
+            constrained(model, steps=199).attach(optimizer)
+    assert len(optimizer.param_groups[0]["params"]) == len(own)  # nothing has changed
     with pytest.warns(UserWarning, match="199 steps are few"):
         constrained(model, steps=199).attach(adamw(model))
     with warnings.catch_warnings():

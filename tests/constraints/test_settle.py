@@ -250,6 +250,18 @@ def test_it_warns_where_much_is_closed_at_once() -> None:
     assert both.settled
 
 
+def test_the_advice_is_of_use() -> None:
+    model = undecided()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    attached = DensityConstraint(model, 0.3, steps=300, start=0).attach(optimizer)
+    with pytest.warns(UserWarning, match=r"^settle: .* closed now\. The gates had too few steps"):
+        attached.settle()
+    with pytest.warns(UserWarning, match=r"have not followed: give Adam .* or attach the con"):
+        DensityConstraint(undecided(), 0.3, steps=300, start=0).settle()
+    with pytest.warns(UserWarning, match=r"Give the constraint the `steps` of the training"):
+        DensityConstraint(undecided(), 0.3).settle()
+
+
 @pytest.mark.parametrize(("target", "most"), [(0.5, 0.6), (0.1, 0.15)])
 def test_what_much_is(target: float, most: float) -> None:
     """A tenth of all, or half of the target."""

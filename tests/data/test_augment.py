@@ -131,7 +131,7 @@ def test_it_refuses(digits: Data, capsys: pytest.CaptureFixture[str]) -> None:
         Split(part.inputs.flatten(1), part.targets) for part in digits[:3] if part is not None
     )
     rows = Data(train, validation, test, digits.num_classes)
-    line = r"^augment: got 'crop'; expected 'none' for inputs \[\d+, 64\]: no images"
+    line = r"^augment: got 'crop'; expected 'none' for inputs \[\d+, 64\]: they are not"
     with pytest.raises(ValueError, match=line):
         Trainer(small_mlp(), rows, quick(density=0.5, augment="crop"), out="o", device="cpu")
     assert not Path("o").exists()

@@ -239,7 +239,9 @@ def test_augmented_images_of_a_folder(tmp_path: Path) -> None:
 
 def test_images_of_several_sizes_need_one(tmp_path: Path) -> None:
     tiny_imagefolder(tmp_path, sizes=((8, 6), (5, 9)))
-    with pytest.raises(ValueError, match=r"^image_size: got None; expected a number: images are "):
+    with pytest.raises(
+        ValueError, match=r"^image_size: got None; expected a number, as the images have "
+    ):
         list(sets.load("imagefolder", str(tmp_path)).train)
     loading = imagefolder.Loading(image_size=4)
     ((inputs, _),) = sets.load("imagefolder", str(tmp_path), loading=loading).train
@@ -255,7 +257,7 @@ def add_a_class(root: Path) -> None:
     ("damage", "message"),
     [
         (lambda r: (r / "val").rename(r / "held"), "expected a folder with train/ and val/"),
-        (lambda r: (r / "valid").mkdir(), "expected one of val/ and valid/"),
+        (lambda r: (r / "valid").mkdir(), "expected only one of val/ and valid/"),
         (lambda r: (r / "train").rename(r / "training"), "expected a folder with train/ and val/"),
         (lambda r: (r / "val" / "dog").rename(r / "dog"), "train ('dog' is in one only)"),
         (add_a_class, "('cow' is in one only)"),
@@ -291,7 +293,7 @@ def test_no_root(dataset: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_only_an_imagefolder_has_an_image_size() -> None:
-    with pytest.raises(ValueError, match=r"^image_size: got 16; expected none: digits has a size"):
+    with pytest.raises(ValueError, match=r"^image_size: got 16; expected none: the images of"):
         sets.load("digits", loading=imagefolder.Loading(image_size=16))
     with pytest.raises(ValueError, match=r"^image_size: got 0; expected a whole number >= 1"):
         sets.load("imagefolder", loading=imagefolder.Loading(image_size=0))

@@ -18,6 +18,7 @@ LEVELS: dict[str, int] = {
     "_files": 0,
     "_metrics": 0,
     "_tables": 0,
+    "_warnings": 0,
     "maths": 1,
     "autograd": 2,
     "functional": 3,

@@ -209,6 +209,8 @@ def test_the_dense_model_that_is_timed_has_no_gates(
 
 def test_a_folder_with_a_run_of_any_target_is_refused(digits: Data, tmp_path: Path) -> None:
     (tmp_path / "density-0.3").mkdir()
-    with pytest.raises(ValueError, match=r"^out: got .*density-0\.3'; expected no such folder yet"):
+    with pytest.raises(
+        ValueError, match=r"^out: got .*density-0\.3'; expected a folder that does not"
+    ):
         run(digits, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["density-0.3"]

@@ -197,9 +197,9 @@ def test_a_users_model(path: str) -> None:
         ("users_own:number", "expected package.module:callable, not a int"),
         ("users_own:wrong", "expected a callable that returns a torch.nn.Module, not int"),
         ("users_own:fails", "expected a callable that builds a model (KeyError: "),
-        ("users_own:plain", "expected a model that makes 7 numbers of an example of shape (1, 8, "),
+        ("users_own:plain", "expected a model with 7 outputs for an example of shape (1, 8, "),
         ("resnet", "expected 'mlp', 'lenet5', a torchvision model such as 'resnet18', or"),
-        ("alexnet", "expected a model that makes 7 numbers of an example of shape (1, 8, 8) (Runt"),
+        ("alexnet", "expected a model with 7 outputs for an example of shape (1, 8, 8) (Runt"),
     ],
 )
 def test_a_model_that_is_none_is_refused(name: str, message: str) -> None:

@@ -319,7 +319,7 @@ def test_what_cannot_be_is_refused(few: Data, tmp_path: Path) -> None:
         ({"warmup": 20.0}, "warmup: got 20.0; expected a number of epochs >= 0, less than all"),
         ({"ema": 1.0}, "ema: got 1.0; expected a decay in [0, 1), or None"),
         ({"clip_grad_norm": 0}, "clip_grad_norm: got 0; expected a number > 0, or None"),
-        ({"shrink": 1, "density": 0.5, "ema": 0.9}, "shrink: got 1; expected no ema, which needs"),
+        ({"shrink": 1, "density": 0.5, "ema": 0.9}, "shrink: got 1; expected no ema: it needs"),
     ):
         with pytest.raises(ValueError, match="expected") as caught:
             TrainerSettings(**changes)  # type: ignore[arg-type]

@@ -108,5 +108,5 @@ def test_a_dense_training_selects_too(digits: Data, monkeypatch: pytest.MonkeyPa
 
 def test_without_a_validation_split_there_is_no_best(digits: Data) -> None:
     unsplit = Data(digits.train, None, digits.test, 10)
-    with pytest.raises(ValueError, match=r"^select: got 'best'; expected 'last' without a valid"):
+    with pytest.raises(ValueError, match=r"^select: got 'best'; expected 'last', as there is"):
         Trainer(small_mlp(), unsplit, quick(density=0.5, select="best"), device="cpu")

@@ -305,7 +305,7 @@ def test_the_users_own_loss_and_metric(digits: Data, tmp_path: Path) -> None:
     assert summary["test_loss"] == pytest.approx(float(wanted), rel=1e-4)
     with pytest.raises(ValueError, match=r"^metric: got 'loss'; expected 'worst_pixel', as in"):
         make(tmp_path / "whole").fit(resume=True)
-    with pytest.raises(ValueError, match=r"^example_inputs: got None; expected what the model"):
+    with pytest.raises(ValueError, match=r"^example_inputs: got None; expected the model's inputs"):
         make(tmp_path / "d", example_inputs=None)
     with pytest.raises(ValueError, match=r"^metric: got '<lambda>'; expected a function with a n"):
         make(tmp_path / "d", metric=lambda _model, _batch: torch.zeros(()))
