@@ -81,21 +81,26 @@ def _printing() -> Generator[None]:
         yield
 
 
+def _terminate(*_: object) -> NoReturn:
+    raise Terminated
+
+
 @contextlib.contextmanager
-def _termination() -> Generator[None]:
-    """SIGTERM ends the work as Ctrl-C does: what is half written goes, what is done stays."""
-
-    def stop(*_: object) -> NoReturn:
-        raise Terminated
-
+def _raising_signals() -> Generator[None]:
+    """SIGTERM and Ctrl-C raise within it: what is half written goes, what is done stays."""
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread is told of signals
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] != signal.SIG_IGN:  # the shell ignores it for this process
+            signal.signal(number, handler)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def answer(work: Callable[[], int], name: str, goes_on: str | None) -> int:
@@ -110,7 +115,7 @@ def answer(work: Callable[[], int], name: str, goes_on: str | None) -> int:
         The exit code: that of `work`, 2 for bad input or an error, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
-        with _printing(), _termination():
+        with _printing(), _raising_signals():
             return work()
     except KeyboardInterrupt:
         return _stopped(name, "interrupted", goes_on, INTERRUPTED)

@@ -391,6 +391,49 @@ def test_a_signal_ends_it_in_one_line(number: int, code: int, word: str) -> None
     assert torch.load(Path("run", CHECKPOINT), weights_only=True)["format"] == 2
 
 
+@pytest.mark.skipif(os.name == "nt", reason="no such signals here")
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, 143, "l0fast: terminated\n"),
+        (signal.SIGINT, 130, "l0fast: interrupted\n"),
+        # A shell has its jobs in the background ignore Ctrl-C: so does the command.
+        (signal.SIG_IGN, 1, "it went on\n"),
+    ],
+)
+def test_a_signal_while_pytorch_is_loaded(number: int, code: int, said: str) -> None:
+    sent = int(signal.SIGINT if number == signal.SIG_IGN else number)
+    source = f"import os, sys\nos.kill(os.getpid(), {sent})\nsys.exit('it went on')\n"
+    Path("torch.py").write_text(source)
+
+    def begin() -> None:
+        heed_interrupts()
+        if number == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "l0fast", *FAST],
+        env=ENVIRONMENT | {"PYTHONPATH": f".{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        preexec_fn=begin,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals here")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_ignores_a_signal_that_the_shell_ignores(number: int) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert answer(lambda: os.kill(os.getpid(), number) or 0, "name", None) == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+
+
 def test_a_command_without_resume_promises_none(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
