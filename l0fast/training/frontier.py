@@ -19,6 +19,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import copied
+from l0fast.graph.sites import unchanged_if_refused
 from l0fast.layers.handle import gated_layers
 from l0fast.measures import amounts
 from l0fast.measures.amounts import Asked, named
@@ -29,6 +30,7 @@ from l0fast.pruning.draft import opened
 from l0fast.pruning.stopwatch import whole_seconds
 from l0fast.training.arguments import inputs_of
 from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.folder import RunFolder
 from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.summary import Summary
@@ -86,7 +88,7 @@ def frontier(
             name others; `out` holds a run and is not resumed; and as `Trainer` does. All before
             anything is trained.
     """
-    targets = _checked_targets(targets, settings.measure)
+    targets = checked_targets(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
     if Ranks.here().size > 1:
@@ -96,14 +98,16 @@ def frontier(
     for place in filter(None, places):
         if place.exists() and not resume:
             _checks.refuse("out", str(place), "no such folder yet (or resume it)")
+        RunFolder(place).check()
     # A model that comes with gates has plain layers where it is timed as the dense one.
     dense = opened(model) if gated_layers(model) else copied(model)
     options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
     options |= {"loss_fn": loss_fn, "metric": metric, "example_inputs": example_inputs}
     first = replace(settings, density=targets[0])
-    trainer = Trainer(model, data, first, out=places[0], **options)
-    assert isinstance(trainer.term, DensityConstraint)
-    _refuse_rising(targets, trainer.term)
+    with unchanged_if_refused(model):
+        trainer = Trainer(model, data, first, out=places[0], **options)
+        assert isinstance(trainer.term, DensityConstraint)
+        _refuse_rising(targets, trainer.term)
     options["table"] = trainer.term.table
     start: Checkpoint | None = None
     rows: list[Summary] = []
@@ -149,7 +153,7 @@ def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], exampl
         row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * dense_seconds
 
 
-def _checked_targets(targets: Sequence[Asked], measure: str) -> list[Asked]:
+def checked_targets(targets: Sequence[Asked], measure: str) -> list[Asked]:
     """The targets, if each of them is one by that measure."""
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         _checks.refuse("targets", targets, FALLING, TypeError)

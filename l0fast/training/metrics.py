@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,18 +51,24 @@ class Evaluation:
     test: Batches
     precision: Precision
 
+    def _mean(self, key: str, model: nn.Module, batches: Iterable[Any]) -> Row:
+        """The metric of all examples, by its key."""
+        with self.precision.forward():
+            found = self.task.mean(model, batches)
+        if not math.isfinite(found):
+            expected = "the model, or the metric, gives NaN or infinity for some of the examples"
+            warnings.warn(f"{key} is {found}: {expected}", stacklevel=2)
+        return {key: found}
+
     def validated(self, model: nn.Module, epoch: int) -> Row:
         """The metric of the examples held out, by its key; nothing without such examples."""
         if self.validation is None:
             return {}
-        with self.precision.forward():
-            found = self.task.mean(model, self.validation.whole(epoch))
-        return {validation_key(self.task.metric): found}
+        return self._mean(validation_key(self.task.metric), model, self.validation.whole(epoch))
 
     def tested(self, model: nn.Module, epoch: int) -> Row:
         """The metric of the test examples, by its key."""
-        with self.precision.forward():
-            return {held_key(self.task.metric): self.task.mean(model, self.test.whole(epoch))}
+        return self._mean(held_key(self.task.metric), model, self.test.whole(epoch))
 
 
 def measure(model: nn.Module, evaluation: Evaluation, epoch: int, term: Term | None) -> Row:
