@@ -114,9 +114,9 @@ def test_new_gates_beside_a_constraint_are_refused(kind: str) -> None:
     if kind == "attached":
         term.attach(torch.optim.Adam(l0fast.param_groups(model, 1e-3, steps=300)))
     before = [(name, type(part)) for name, part in model.named_modules()]
-    for of, options in ((model, {"include": ["2"]}), (nn.Sequential(model, nn.Linear(3, 2)), {})):
+    for of, names in ((model, ["2"]), (nn.Sequential(model, nn.Linear(3, 2)), None)):
         with pytest.raises(ValueError, match=f"^sparsify_: the model has a {type(term).__name__},"):
-            sparsify_(of, example_inputs=X, **options)
+            sparsify_(of, include=names, example_inputs=X)
     assert [(name, type(part)) for name, part in model.named_modules()] == before
     sparsify_(model, dry_run=True)
     if kind == "attached":
