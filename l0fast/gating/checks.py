@@ -54,7 +54,7 @@ def refuse_constrained(model: nn.Module, new: Collection[object]) -> None:
             kind = type(handle.constraints[0]).__name__
             raise ValueError(
                 f"sparsify_: the model has a {kind}, which would not count new gates. Put all "
-                "gates in first, then build it; or delete it (after its detach(), if it is attached)"
+                "gates in first, then build it; or delete it (after detach(), if it is attached)"
             )
 
 
