@@ -51,7 +51,7 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     if args.density is not None and "," in args.density:
-        return _frontier(args)
+        return _frontier(args, ranks)
     out = _checked_out(args, ranks, args.density)
     setup = set_up(args)
     settings = setup.settings()
@@ -71,13 +71,13 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     return 0
 
 
-def _frontier(args: argparse.Namespace) -> int:
+def _frontier(args: argparse.Namespace, ranks: Ranks) -> int:
     """Trains to several targets, one after the other."""
     if args.compare_dense:
         _checks.refuse("compare_dense", True, "one --density beside it")
     targets = [values.target(part.strip()) for part in args.density.split(",")]
     first = argparse.Namespace(**vars(args) | {"density": targets[0]})
-    out = _checked_out(first, Ranks(), args.density)
+    out = _checked_out(first, ranks, args.density)
     checked_targets(targets, args.measure)
     setup = set_up(first)
     rows = frontier(
@@ -93,8 +93,9 @@ def _frontier(args: argparse.Namespace) -> int:
         resume=args.resume,
         train=lambda trainer: run(trainer, args.quiet),
     )
-    print(format_frontier(rows))
-    print(f"  plot   {out / FRONTIER_PLOT}\n  all    {out / FRONTIER}, {out}/density-*")
+    if ranks.first:
+        print(format_frontier(rows))
+        print(f"  plot   {out / FRONTIER_PLOT}\n  all    {out / FRONTIER}, {out}/density-*")
     return 0
 
 

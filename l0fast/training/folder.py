@@ -144,11 +144,10 @@ class RunFolder:
         if self.path is not None:
             checkpoint.write(self.path / UNSETTLED)
 
-    def read_unsettled(self, device: torch.device) -> Checkpoint | None:
+    def unsettled(self) -> Path | None:
         """The checkpoint that `save_unsettled` wrote, if it did."""
-        if self.path is None or not (self.path / UNSETTLED).exists():
-            return None
-        return Checkpoint.read(self.path / UNSETTLED, device)
+        path = None if self.path is None else self.path / UNSETTLED
+        return path if path is not None and path.exists() else None
 
     def write_results(
         self,

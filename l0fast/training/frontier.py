@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -91,14 +91,10 @@ def frontier(
     targets = checked_targets(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse("settings", "a penalty or layer_density", "neither beside targets")
-    if Ranks.here().size > 1:
-        _checks.refuse("targets", targets, "one at a time on several processes")
+    ranks = Ranks.here()
     folder = None if out is None else Path(out)
     places = [None if folder is None else folder / folder_name(target) for target in targets]
-    for place in filter(None, places):
-        if place.exists() and not resume:
-            _checks.refuse("out", str(place), "no such folder yet (or resume it)")
-        RunFolder(place).check()
+    ranks.of_first(lambda: _check_places(filter(None, places), resume))
     # A model that comes with gates has plain layers where it is timed as the dense one.
     dense = opened(model) if gated_layers(model) else copied(model)
     options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
@@ -121,11 +117,24 @@ def frontier(
         start = trainer.next_start()
         assert trainer.pruned is not None
         pruned.append(trainer.pruned)
-    _time(rows, dense, pruned, _timed(trainer))
-    if folder is not None:
-        write_text(folder / FRONTIER, json.dumps(rows, indent=2) + "\n")
-        write_atomically(folder / PLOT, lambda path: plot_frontier(rows, path))
-    return rows
+    example = _timed(trainer)
+
+    def finish() -> list[Summary]:
+        _time(rows, dense, pruned, example)
+        if folder is not None:
+            write_text(folder / FRONTIER, json.dumps(rows, indent=2) + "\n")
+            write_atomically(folder / PLOT, lambda path: plot_frontier(rows, path))
+        return rows
+
+    return ranks.of_first(finish)
+
+
+def _check_places(places: Iterable[Path], resume: bool) -> None:
+    """Refuses folders of targets that are there and not resumed, or that cannot be written."""
+    for place in places:
+        if place.exists() and not resume:
+            _checks.refuse("out", str(place), "no such folder yet (or resume it)")
+        RunFolder(place).check()
 
 
 def folder_name(target: Asked) -> str:

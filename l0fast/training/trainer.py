@@ -275,7 +275,9 @@ class Trainer:
 
     def next_start(self) -> Checkpoint:
         """Where another run starts from, after `fit`: before the gates settled, or the end."""
-        return self._unsettled or self.folder.read_unsettled(self.device) or self.checkpoint()
+        if self._unsettled is None and (path := self.ranks.of_first(self.folder.unsettled)):
+            self._unsettled = Checkpoint.read(path, self.device)
+        return self._unsettled or self.checkpoint()
 
     @property
     def _as_asked(self) -> Run:

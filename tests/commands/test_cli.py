@@ -470,6 +470,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--dense", "--validation-fraction", "1"), "validation_fraction: got 1.0; expected a num"),
         (("--dense", "--validation-fraction", "0.9999"), "validation_fraction: got 0.9999; expec"),
         (("--dense", "--device", "abc"), "device: got 'abc'; expected a device of this machine"),
+        (("--dense", "--device", "meta"), "a device of this machine (meta computes nothing)"),
         (("--dense", "--flag"), "unrecognized arguments: --flag"),
         (("--dense", "--dataset", "mnist"), "data_root: got None; expected a torchvision data fol"),
         (("--dense", "--dataset", "mnist", "--data-root", "no"), "data_root: got 'no'; expected"),
