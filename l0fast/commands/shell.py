@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any, NoReturn, TextIO
 
@@ -76,9 +77,27 @@ class _Printable(io.TextIOBase):
 @contextlib.contextmanager
 def _printing() -> Generator[None]:
     """What is printed holds no control characters."""
+    if sys.stdout is None:  # the shell has closed it: nothing is printed
+        yield
+        return
     out: Any = _Printable(sys.stdout)
     with contextlib.redirect_stdout(out):
         yield
+
+
+@contextlib.contextmanager
+def _short_warnings(name: str) -> Generator[None]:
+    """Warnings are shown in one line each, without the code that gives them."""
+    before = warnings.formatwarning
+
+    def in_one_line(message: Warning | str, *_: Any) -> str:
+        return _checks.printable(f"{name}: warning: {' '.join(str(message).split())}") + "\n"
+
+    warnings.formatwarning = in_one_line
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -115,7 +134,7 @@ def answer(work: Callable[[], int], name: str, goes_on: str | None) -> int:
         The exit code: that of `work`, 2 for bad input or an error, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
-        with _printing(), _raising_signals():
+        with _printing(), _short_warnings(name), _raising_signals():
             return work()
     except KeyboardInterrupt:
         return _stopped(name, "interrupted", goes_on, INTERRUPTED)

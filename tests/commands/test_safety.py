@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -294,6 +295,26 @@ def test_whatever_is_raised_is_one_line(
     monkeypatch.setenv("L0FAST_TRACEBACK", "1")
     with pytest.raises(type(error)):
         answer(work, "name", None)
+
+
+def test_a_closed_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as after >&- in a shell
+    assert answer(lambda: print("to nobody") or 0, "name", None) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.formatwarning
+
+    def work() -> int:
+        sys.stderr.write(warnings.formatwarning("two\nlines\x1b", UserWarning, "x.py", 3))
+        return 0
+
+    assert answer(work, "name", None) == 0
+    assert capsys.readouterr().err == "name: warning: two lines\\x1b\n"
+    assert warnings.formatwarning is before
 
 
 def test_escape_sequences_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -48,6 +49,18 @@ def test_the_content_is_on_the_disk_before_the_name(
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
     write_text(tmp_path / "x.txt", "x")
     assert events == ["fsync", "replace"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def write(temporary: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "x.txt"
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.txt'$") as caught:
+        write_atomically(path, write)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    with pytest.raises(OSError, match=r"^odd$"):
+        write_atomically(path, lambda _: (_ for _ in ()).throw(OSError("odd")))
 
 
 def test_where_files_can_be_written(tmp_path: Path) -> None:
