@@ -101,6 +101,10 @@ def _short_warnings(name: str) -> Generator[None]:
 
 
 def _terminate(*_: object) -> NoReturn:
+    if hasattr(signal, "SIGCHLD"):
+        # The workers of a DataLoader may have got the signal, too. PyTorch would raise an error of
+        # their end while this process ends.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise Terminated
 
 

@@ -445,6 +445,30 @@ def test_a_signal_while_pytorch_is_loaded(number: int, code: int, said: str) -> 
 
 
 @pytest.mark.skipif(os.name == "nt", reason="no such signals here")
+def test_workers_that_end_by_the_same_signal_are_no_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PyTorch's handler raises for each worker that was killed, also while a loader is deleted."""
+
+    def raises(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGCHLD)
+        return 0
+
+    before = signal.signal(signal.SIGCHLD, raises)
+    try:
+        assert answer(work, "name", None) == 143
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert capsys.readouterr().err == "name: terminated\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals here")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_command_ignores_a_signal_that_the_shell_ignores(number: int) -> None:
     before = signal.signal(number, signal.SIG_IGN)
