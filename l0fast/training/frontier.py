@@ -67,7 +67,8 @@ def frontier(
     a gate that is closed there may open in the next.) Each target is a run of a `Trainer`, in the
     folder OUT/density-TARGET (density-0.5, density-100k-params); OUT/frontier.json has the rows,
     and OUT/frontier.png shows them. An interrupted frontier goes on in the middle of any target,
-    bit for bit but for the times of a forward, which are measured again.
+    bit for bit but for the times of a forward, which are measured again. On several processes each
+    target is trained as by a `Trainer` there; the first process times and writes.
 
     Args:
         model, data, loss_fn, metric, example_inputs, out, identity, device, table: as of `Trainer`;

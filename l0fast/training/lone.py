@@ -49,9 +49,9 @@ def _refuses_one(model: nn.Module, example_inputs: Any) -> bool:
     """Whether the model cannot be trained on a single example because of a batch norm."""
     if not any(isinstance(module, _BatchNorm) for module in model.modules()):
         return False
-    example = Example.of(rows_of(example_inputs, slice(1)), model)
     with own_randomness(model), torch.no_grad():
         try:
+            example = Example.of(rows_of(example_inputs, slice(1)), model)
             example.call(copied(model).train())
         except Exception as error:  # what else is wrong, the training says
             return str(error).startswith(REFUSED)
