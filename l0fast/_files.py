@@ -8,6 +8,7 @@ import glob
 import os
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -41,6 +42,10 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error  # "disk full": where?
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -109,6 +114,19 @@ def read_text(path: Path) -> str:
     """
     with open_regular(path) as file:
         return file.read().decode("utf-8")
+
+
+def why_unwritable(folder: Path) -> str | None:
+    """Why no file can be written into a folder, there or still to be made; None if one can. It is
+    tried, by a file that never gets a name, or loses it at once."""
+    nearest = folder
+    try:
+        while not os.path.lexists(nearest) and nearest != nearest.parent:
+            nearest = nearest.parent
+        with tempfile.TemporaryFile(dir=nearest):
+            return None
+    except OSError as error:
+        return f"{nearest}: {error.strerror}"
 
 
 class FolderLock:

@@ -13,7 +13,7 @@ from l0fast._files import locked, write_text
 from l0fast.commands import options, runs, values
 from l0fast.commands.options import DEFAULTS
 from l0fast.commands.runs import Run
-from l0fast.data.sets import CLASSES
+from l0fast.training.folder import RunFolder
 from l0fast.training.results import aggregate, markdown_table, text_table
 from l0fast.training.settings import WITHOUT_GATES
 
@@ -59,6 +59,7 @@ def compare(args: argparse.Namespace) -> int:
     every = plan(args)
     chosen = runs.select(every, args.only)
     out = Path(args.out)
+    RunFolder(out).check()
     done = runs.finished(every, out)
 
     def rows() -> list[Row]:
@@ -112,6 +113,5 @@ def plan(args: argparse.Namespace) -> list[Run]:
         for seed in runs.seeds(args.seeds):
             every.append(Run(name, runs.words(**shared | given | {"seed": seed, "resume": True})))
     for run in every:
-        values.check(run.args)
-        values.settings(run.args, [], args.task or CLASSES)
+        values.asked(run.args)
     return every

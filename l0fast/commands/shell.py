@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any, NoReturn, TextIO
 
@@ -76,26 +77,53 @@ class _Printable(io.TextIOBase):
 @contextlib.contextmanager
 def _printing() -> Generator[None]:
     """Within it, nothing that is printed holds control characters."""
+    if sys.stdout is None:  # the shell has closed it: nothing is printed
+        yield
+        return
     out: Any = _Printable(sys.stdout)
     with contextlib.redirect_stdout(out):
         yield
 
 
 @contextlib.contextmanager
-def _termination() -> Generator[None]:
-    """Within it, SIGTERM ends the work as Ctrl-C does: temporary files go, finished ones stay."""
+def _short_warnings(name: str) -> Generator[None]:
+    """Warnings are shown in one line each, without the code that gives them."""
+    before = warnings.formatwarning
 
-    def stop(*_: object) -> NoReturn:
-        raise Terminated
+    def in_one_line(message: Warning | str, *_: Any) -> str:
+        return _checks.printable(f"{name}: warning: {' '.join(str(message).split())}") + "\n"
 
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread gets signals
-        return
-    before = signal.signal(signal.SIGTERM, stop)
+    warnings.formatwarning = in_one_line
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        warnings.formatwarning = before
+
+
+def _terminate(*_: object) -> NoReturn:
+    if hasattr(signal, "SIGCHLD"):
+        # The workers of a DataLoader may have got the signal, too. PyTorch would raise an error of
+        # their end while this process ends.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    raise Terminated
+
+
+@contextlib.contextmanager
+def _raising_signals() -> Generator[None]:
+    """SIGTERM and Ctrl-C raise within it: what is half written goes, what is done stays."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread is told of signals
+        return
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: _terminate}
+    before = {number: signal.getsignal(number) for number in handlers}
+    for number, handler in handlers.items():
+        if before[number] != signal.SIG_IGN:  # the shell ignores it for this process
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def answer(work: Callable[[], int], name: str, goes_on: str | None) -> int:
@@ -110,7 +138,7 @@ def answer(work: Callable[[], int], name: str, goes_on: str | None) -> int:
         The exit code: that of `work`, 2 for bad input or an error, 130 for Ctrl-C, 143 for SIGTERM.
     """
     try:
-        with _printing(), _termination():
+        with _printing(), _short_warnings(name), _raising_signals():
             return work()
     except KeyboardInterrupt:
         return _stopped(name, "interrupted", goes_on, INTERRUPTED)

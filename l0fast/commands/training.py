@@ -14,22 +14,31 @@ from l0fast.commands.processes import joined
 from l0fast.commands.progress import collapse, run
 from l0fast.commands.setup import set_up
 from l0fast.training.checkpoint import CHECKPOINT
-from l0fast.training.folder import METRICS, PLOT, PRUNED, SUMMARY
-from l0fast.training.frontier import FRONTIER, format_frontier, frontier
+from l0fast.training.folder import METRICS, PLOT, PRUNED, SUMMARY, RunFolder
+from l0fast.training.frontier import FRONTIER, checked_targets, format_frontier, frontier
 from l0fast.training.frontier import PLOT as FRONTIER_PLOT
 from l0fast.training.ranks import Ranks
 from l0fast.training.settings import WITHOUT_GATES, TrainerSettings
 from l0fast.training.trainer import Trainer
 
 
-def _default_out(args: argparse.Namespace, settings: TrainerSettings) -> Path:
+def _checked_out(args: argparse.Namespace, ranks: Ranks, named: str | None) -> Path:
+    """The folder of the run, or of the runs to the targets `named`. Words that can only be wrong,
+    and a folder that cannot be written, are refused here: before any data are read."""
+    settings = values.asked(args)
+    out = Path(args.out) if args.out else _default_out(args, settings, named)
+    ranks.of_first(lambda: RunFolder(out).check(args.resume))
+    return out
+
+
+def _default_out(args: argparse.Namespace, settings: TrainerSettings, named: str | None) -> Path:
     kind = "dense"
     method = "" if settings.method == "l0" else f"{settings.method}-"
     if settings.penalty is not None:
         kind = f"penalty-{args.penalty}"
     elif settings.gated:
         measure = "density" if settings.measure == "gates" else settings.measure
-        kind = f"{method}{measure}-{args.density or args.layer_density}".replace(" ", "")
+        kind = f"{method}{measure}-{named or args.layer_density}".replace(" ", "")
     model = args.model.replace(":", ".")
     return Path("runs") / f"{values.dataset(args)[0]}-{model}-{kind}-seed-{settings.seed}"
 
@@ -42,10 +51,10 @@ def train(args: argparse.Namespace) -> int:
 
 def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     if args.density is not None and "," in args.density:
-        return _frontier(args)
+        return _frontier(args, ranks)
+    out = _checked_out(args, ranks, args.density)
     setup = set_up(args)
     settings = setup.settings()
-    out = Path(args.out) if args.out else _default_out(args, settings)
     trainer = setup.trainer(settings, out)
     trainer.open(args.resume)
     summary = run(trainer, args.quiet)
@@ -62,18 +71,19 @@ def _train(args: argparse.Namespace, ranks: Ranks) -> int:
     return 0
 
 
-def _frontier(args: argparse.Namespace) -> int:
+def _frontier(args: argparse.Namespace, ranks: Ranks) -> int:
     """Trains to several targets, one after the other, and prints their table."""
     if args.compare_dense:
         _checks.refuse("compare_dense", True, "one --density beside it")
     targets = [values.target(part.strip()) for part in args.density.split(",")]
-    setup = set_up(argparse.Namespace(**vars(args) | {"density": targets[0]}))
-    settings = setup.settings()
-    out = Path(args.out) if args.out else _default_out(args, settings)
+    first = argparse.Namespace(**vars(args) | {"density": targets[0]})
+    out = _checked_out(first, ranks, args.density)
+    checked_targets(targets, args.measure)
+    setup = set_up(first)
     rows = frontier(
         setup.build(True),
         setup.data,
-        settings,
+        setup.settings(),
         targets,
         example_inputs=setup.example,
         out=out,
@@ -83,8 +93,9 @@ def _frontier(args: argparse.Namespace) -> int:
         resume=args.resume,
         train=lambda trainer: run(trainer, args.quiet),
     )
-    print(format_frontier(rows))
-    print(f"  plot   {out / FRONTIER_PLOT}\n  all    {out / FRONTIER}, {out}/density-*")
+    if ranks.first:
+        print(format_frontier(rows))
+        print(f"  plot   {out / FRONTIER_PLOT}\n  all    {out / FRONTIER}, {out}/density-*")
     return 0
 
 

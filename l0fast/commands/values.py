@@ -29,6 +29,7 @@ def check(args: argparse.Namespace) -> None:
     _checks.one_of("skip", args.skip, tuple(SWITCH))
     _checks.one_of("cuda_graph", args.cuda_graph, tuple(SWITCH))
     dataset(args)
+    models.from_torchvision(args.model)
     if args.task is not None:
         _checks.one_of("task", args.task, TASKS)
     if args.latency_table is not None and args.measure != "latency":
@@ -133,6 +134,17 @@ def chosen_numbers(args: argparse.Namespace) -> dict[str, Any]:
         if value is not None:
             chosen[name] = value
     return chosen
+
+
+def asked(args: argparse.Namespace) -> TrainerSettings:
+    """The settings as far as the words alone say them: before data and model are there.
+
+    Raises:
+        ValueError, TypeError: words that no data and no model could make right.
+    """
+    check(args)
+    every_layer = ["*"]  # a single number is the target of each
+    return settings(args, every_layer, args.task or sets.CLASSES)
 
 
 def settings(args: argparse.Namespace, layers: list[str], task: str) -> TrainerSettings:

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from l0fast import _checks
-from l0fast.data.formats import TESTED, Split, held_out
+from l0fast.data.formats import Split, hold_out_test
 
 SUFFIXES = (".npz", ".pt")
 WHOLE = {"inputs", "targets"}
 APART = {"train_inputs", "train_targets", "test_inputs", "test_targets"}
 UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
 """PyTorch has few operations for these types, so they are converted to int64."""
+FEW_CLASSES = 1000
+"""More classes than this, and than examples, are numbers that stand for something else."""
 WANTED = f"a file .npz or .pt with the arrays {', '.join(sorted(WHOLE))}, or with {sorted(APART)}"
 
 
@@ -43,7 +45,7 @@ def load(path: str, task: str | None) -> tuple[Split, Split, int, str]:
         _refuse_lengths(path, "", inputs, targets)
         if len(inputs) < 2:
             _refuse(path, "this one has a single example, so there is none to test on")
-        kept, tested = (torch.tensor(part) for part in held_out(len(inputs), TESTED, 0))
+        kept, tested = (torch.tensor(part) for part in hold_out_test(len(inputs)))
         parts = {
             "train": (inputs[kept], targets[kept]),
             "test": (inputs[tested], targets[tested]),
@@ -58,9 +60,14 @@ def load(path: str, task: str | None) -> tuple[Split, Split, int, str]:
         _refuse(path, f"this one has {sorted(found)}")
     every = torch.cat([targets for _, targets in parts.values()])
     task = task or _task_of(every)
-    outputs = 1 + int(every.max()) if task == "classification" else math.prod(every.shape[1:])
     train, test = (_split(path, task, *part) for part in parts.values())
-    return train, test, outputs, task
+    if task != "classification":
+        return train, test, math.prod(every.shape[1:]), task
+    classes = 1 + int(every.max())
+    if classes > max(len(every), FEW_CLASSES):
+        many = f"a class is number {classes - 1:,} of {len(every):,} examples"
+        _refuse(path, f"{many}: number the classes from 0, or name --task regression")
+    return train, test, classes, task
 
 
 def digest(path: str) -> str:

@@ -63,6 +63,11 @@ def held_out(
     return [indices[i] for i in kept], [indices[i] for i in order[:held].tolist()]
 
 
+def hold_out_test(examples: int) -> tuple[list[int], list[int]]:
+    """(what is trained on, what is the test) of two examples or more: of both one at least."""
+    return held_out(examples, max(TESTED, 1 / examples), 0)
+
+
 def _idx(raw: Path, name: str) -> Tensor:
     """The bytes of a file in MNIST's idx format, unpacked or gzipped; nothing is written.
 

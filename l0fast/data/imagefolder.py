@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Subset, default_collate
 from l0fast import _checks
 from l0fast._extras import require
 from l0fast.data.augment import AUGMENTS, padding
-from l0fast.data.formats import TESTED, held_out, root_of
+from l0fast.data.formats import held_out, hold_out_test, root_of
 
 RESIZED = "resized-crop-flip"
 IMAGE_AUGMENTS = (*AUGMENTS, RESIZED)
@@ -86,7 +86,9 @@ def load(
         _checks.refuse("validation_fraction", validation_fraction, expected)
     parts: dict[str, Any] = {name: (one, range(len(one))) for name, one in folders.items()}
     if "test" not in parts:
-        kept, tested = held_out(len(train), TESTED, 0)
+        if len(train) < 2:
+            _checks.refuse("data_root", str(train.root), "two images or more, to train and test on")
+        kept, tested = hold_out_test(len(train))
         parts |= {"train": (train, kept), "test": (train, tested)}
     kept, validated = held_out(parts["train"][1], validation_fraction, seed)
     parts["train"] = train, kept

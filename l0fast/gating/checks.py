@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import gc
+from collections.abc import Collection, Mapping
 from typing import NoReturn
 
 from torch import nn
@@ -16,6 +17,7 @@ from l0fast.layers.dense_types import inner_dims
 from l0fast.layers.gated import DENSITY_INIT, Gated
 from l0fast.layers.gated_types import gated_type_of
 from l0fast.layers.options import GATES
+from l0fast.layers.ties import ATTRIBUTE
 
 
 def check_call(
@@ -39,6 +41,21 @@ def check_call(
         _checks.refuse("skip", skip, "'auto' or False without example_inputs")
     if density_init is not None and droprate_init is not None:
         _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
+
+
+def refuse_constrained(model: nn.Module, new: Collection[object]) -> None:
+    """Refuses new gates on a model that has a constraint or penalty already: it has been built for
+    the gates of before, and would not count them."""
+    for module in model.modules() if new else ():
+        handle = module.__dict__.get(ATTRIBUTE)
+        if handle is not None and handle.constraints:
+            gc.collect()  # one that was attached refers to itself, and outlives its deletion
+        if handle is not None and handle.constraints:
+            kind = type(handle.constraints[0]).__name__
+            raise ValueError(
+                f"sparsify_: the model has a {kind}, which would not count new gates. Put all "
+                "gates in first, then build it; or delete it (after detach(), if it is attached)"
+            )
 
 
 def check_parts(

@@ -15,6 +15,7 @@ from l0fast.gating.checks import (
     check_weights,
     check_widths,
     initial_densities,
+    refuse_constrained,
     refuse_none,
 )
 from l0fast.gating.depth import (
@@ -172,7 +173,7 @@ def sparsify_(
 
     Raises:
         ValueError: no layer is left to gate, a pattern matches none, an option is out of range,
-            the model does not take its example, or it is sharded or in DistributedDataParallel.
+            the model does not take its example, has a constraint, is sharded or is in DDP.
         TypeError: an option of a wrong type.
 
     Source: Gallego-Posada, Ramirez, Erraqabi, 2021 (structured gates).
@@ -222,6 +223,7 @@ def sparsify_(
     names = [name for name in considered if choices[name].gates]
     if not names and not branches and not mixtures and not gated_layers(model):
         refuse_none(model, gates, choices, considered, computed)
+    refuse_constrained(model, [*names, *branches, *mixtures])
     initial = initial_densities(names, choices, density_init, droprate_init)
 
     with unchanged_if_refused(model):

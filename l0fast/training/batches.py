@@ -68,6 +68,12 @@ def seed_of(seed: int, epoch: int) -> int:
     return seed * STRIDE + epoch
 
 
+def sizes_of(examples: int, batch_size: int, drop_last: bool = False) -> set[int]:
+    """The sizes of the batches that so many examples make."""
+    whole, rest = divmod(examples, batch_size)
+    return ({batch_size} if whole else set()) | ({rest} if rest and not drop_last else set())
+
+
 class Batches(Protocol):
     """The batches of one split."""
 
@@ -75,6 +81,8 @@ class Batches(Protocol):
     """Number of examples; None if it is not known."""
     streamed: bool
     """Whether each batch has new memory; a CUDA graph needs the same memory each time."""
+    sizes: set[int]
+    """The numbers of examples that a batch of an epoch may have, as far as they are known."""
 
     def __len__(self) -> int:
         """Number of batches in an epoch."""
@@ -110,6 +118,7 @@ class InMemory:
     def __init__(self, split: Split, settings: TrainerSettings, device: torch.device) -> None:
         self.split = Split(placed(split.inputs, device), placed(split.targets, device))
         self.examples: int | None = len(split.targets)
+        self.sizes = sizes_of(len(split.targets), settings.batch_size)
         self._size, self._seed = settings.batch_size, settings.seed
         self._augment, self._device = settings.augment, device
         self._ranks = Ranks.here()

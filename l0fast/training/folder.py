@@ -13,7 +13,7 @@ from torch import nn
 from l0fast import _checks
 from l0fast._digest import sealed_json
 from l0fast._extras import require
-from l0fast._files import FolderLock, sweep, write_atomically, write_text
+from l0fast._files import FolderLock, sweep, why_unwritable, write_atomically, write_text
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.measures.latency import LatencyTable
 from l0fast.plots.dynamics import plot_dynamics
@@ -45,6 +45,22 @@ class RunFolder:
         self.path = None if path is None else Path(path)
         self._lock: FolderLock | None = None
 
+    def check(self, resume: bool = True) -> None:
+        """Refuses a folder that cannot be opened (see `open`), before anything is done.
+
+        Raises:
+            ValueError: nothing can be written there, or it holds a run that is not to be resumed.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        if self.path is None:
+            return
+        require("train", "matplotlib")  # a run ends with its picture
+        if (why := why_unwritable(self.path)) is not None:
+            _checks.refuse("out", str(self.path), f"a folder that can be written ({why})")
+        if not resume and any((self.path / name).exists() for name in (*FILES, TENSORBOARD)):
+            expected = "a folder without a run in it (or resume it)"
+            _checks.refuse("out", str(self.path), expected)
+
     def open(self, resume: bool) -> Path | None:
         """Prepares the folder; returns the checkpoint to go on from, or None for a new run.
 
@@ -52,28 +68,25 @@ class RunFolder:
         dead processes are removed.
 
         Raises:
-            ValueError: it is not a folder, another run is writing into it, or it holds a run and
-                `resume` is False.
+            ValueError: nothing can be written there, another run is writing into it, or it holds a
+                run and `resume` is False.
             OSError: it cannot be made.
             ModuleNotFoundError: matplotlib is not installed.
         """
         if self.path is None:
             return None
-        require("train", "matplotlib")  # a finished run draws a picture
-        if self.path.exists() and not self.path.is_dir():
-            _checks.refuse("out", str(self.path), "a folder")
+        self.check()
         self.path.mkdir(parents=True, exist_ok=True)
         self._take_lock(self.path)
         checkpoint = self.path / CHECKPOINT
-        if resume and checkpoint.exists():
-            sweep(self.path)
-            return checkpoint
-        if any((self.path / name).exists() for name in (*FILES, TENSORBOARD)):
+        goes_on = resume and checkpoint.exists()
+        try:
+            self.check(goes_on)
+        except ValueError:
             self.close()
-            expected = "a folder without a run in it (or resume it)"
-            _checks.refuse("out", str(self.path), expected)
+            raise
         sweep(self.path)
-        return None
+        return checkpoint if goes_on else None
 
     def _take_lock(self, path: Path) -> None:
         self._lock = FolderLock(path)
@@ -131,11 +144,10 @@ class RunFolder:
         if self.path is not None:
             checkpoint.write(self.path / UNSETTLED)
 
-    def read_unsettled(self, device: torch.device) -> Checkpoint | None:
+    def unsettled(self) -> Path | None:
         """The checkpoint that `save_unsettled` wrote, if it did."""
-        if self.path is None or not (self.path / UNSETTLED).exists():
-            return None
-        return Checkpoint.read(self.path / UNSETTLED, device)
+        path = None if self.path is None else self.path / UNSETTLED
+        return path if path is not None and path.exists() else None
 
     def write_results(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +19,7 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import copied
+from l0fast.graph.sites import unchanged_if_refused
 from l0fast.layers.handle import gated_layers
 from l0fast.measures import amounts
 from l0fast.measures.amounts import Asked, named
@@ -29,6 +30,7 @@ from l0fast.pruning.draft import opened
 from l0fast.pruning.stopwatch import whole_seconds
 from l0fast.training.arguments import inputs_of
 from l0fast.training.checkpoint import Checkpoint
+from l0fast.training.folder import RunFolder
 from l0fast.training.ranks import Ranks
 from l0fast.training.settings import TrainerSettings
 from l0fast.training.summary import Summary
@@ -65,7 +67,9 @@ def frontier(
     target's own model; gates that settling closed may open again in the next run.) Each target is
     a run of a `Trainer` in the folder OUT/density-TARGET (density-0.5, density-100k-params).
     OUT/frontier.json has the rows, and OUT/frontier.png shows them. An interrupted frontier can be
-    resumed within any target; all is the same bit for bit, except the times of a forward.
+    resumed within any target; all is the same bit for bit, except the times of a forward. On
+    several processes each target is trained as by a `Trainer` there; the first process times and
+    writes.
 
     Args:
         model, data, loss_fn, metric, example_inputs, out, identity, device, table: as in `Trainer`;
@@ -86,26 +90,24 @@ def frontier(
             other targets; `out` holds a run and `resume` is False; and as in `Trainer`. All this is
             checked before anything is trained.
     """
-    targets = _checked_targets(targets, settings.measure)
+    targets = checked_targets(targets, settings.measure)
     if settings.penalty is not None or settings.layer_density is not None:
         _checks.refuse(
             "settings", "a penalty or layer_density", "neither, as `targets` has the densities"
         )
-    if Ranks.here().size > 1:
-        _checks.refuse("targets", targets, "one process, or a `Trainer` for each target")
+    ranks = Ranks.here()
     folder = None if out is None else Path(out)
     places = [None if folder is None else folder / folder_name(target) for target in targets]
-    for place in filter(None, places):
-        if place.exists() and not resume:
-            _checks.refuse("out", str(place), "a folder that does not exist yet (or resume it)")
+    ranks.of_first(lambda: _check_places(filter(None, places), resume))
     # If the model has gates already, the dense model to be timed is a copy without them.
     dense = opened(model) if gated_layers(model) else copied(model)
     options: dict[str, Any] = {"identity": identity, "device": device, "table": table}
     options |= {"loss_fn": loss_fn, "metric": metric, "example_inputs": example_inputs}
     first = replace(settings, density=targets[0])
-    trainer = Trainer(model, data, first, out=places[0], **options)
-    assert isinstance(trainer.term, DensityConstraint)
-    _refuse_rising(targets, trainer.term)
+    with unchanged_if_refused(model):
+        trainer = Trainer(model, data, first, out=places[0], **options)
+        assert isinstance(trainer.term, DensityConstraint)
+        _refuse_rising(targets, trainer.term)
     options["table"] = trainer.term.table
     start: Checkpoint | None = None
     rows: list[Summary] = []
@@ -119,11 +121,24 @@ def frontier(
         start = trainer.next_start()
         assert trainer.pruned is not None
         pruned.append(trainer.pruned)
-    _time(rows, dense, pruned, _timed(trainer))
-    if folder is not None:
-        write_text(folder / FRONTIER, json.dumps(rows, indent=2) + "\n")
-        write_atomically(folder / PLOT, lambda path: plot_frontier(rows, path))
-    return rows
+    example = _timed(trainer)
+
+    def finish() -> list[Summary]:
+        _time(rows, dense, pruned, example)
+        if folder is not None:
+            write_text(folder / FRONTIER, json.dumps(rows, indent=2) + "\n")
+            write_atomically(folder / PLOT, lambda path: plot_frontier(rows, path))
+        return rows
+
+    return ranks.of_first(finish)
+
+
+def _check_places(places: Iterable[Path], resume: bool) -> None:
+    """Refuses folders of targets that are there and not resumed, or that cannot be written."""
+    for place in places:
+        if place.exists() and not resume:
+            _checks.refuse("out", str(place), "no such folder yet (or resume it)")
+        RunFolder(place).check()
 
 
 def folder_name(target: Asked) -> str:
@@ -151,7 +166,7 @@ def _time(rows: list[Summary], dense: nn.Module, pruned: list[nn.Module], exampl
         row["milliseconds"], row["dense_milliseconds"] = 1000 * each, 1000 * dense_seconds
 
 
-def _checked_targets(targets: Sequence[Asked], measure: str) -> list[Asked]:
+def checked_targets(targets: Sequence[Asked], measure: str) -> list[Asked]:
     """The targets, each checked for this measure."""
     if isinstance(targets, str) or not isinstance(targets, Sequence):
         _checks.refuse("targets", targets, FALLING, TypeError)

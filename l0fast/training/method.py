@@ -18,6 +18,8 @@ from l0fast.constraints.penalty import L0Penalty
 from l0fast.constraints.schedule import TargetSchedule
 from l0fast.constraints.start import start_steps
 from l0fast.gating.param_groups import param_groups
+from l0fast.gating.sparsify import sparsify_
+from l0fast.layers.handle import gated_layers, gates
 from l0fast.measures.latency import LatencyTable
 from l0fast.pruning.timing import with_table
 from l0fast.training.settings import TrainerSettings
@@ -26,6 +28,17 @@ DUAL_DAMPING = 0.3
 """The gain of the damping part of a dual, times the lowest target."""
 
 Term = DensityConstraint | L0Penalty
+
+
+def put_gates_(model: nn.Module, settings: TrainerSettings, example_inputs: Any) -> None:
+    """Puts gates into a model that has none, unless the training is dense; only the targets of
+    the settings hold for them."""
+    if not settings.gated:
+        return
+    if not gated_layers(model):
+        where, skip = settings.gates, settings.skip
+        sparsify_(model, gates=where, example_inputs=example_inputs, skip=skip)
+    gates(model).forget_constraints()
 
 
 def make_term(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from l0fast import _checks
+from l0fast import _checks, _warnings
 from l0fast._metrics import held_key, validation_key
 from l0fast.constraints.constraint import DensityConstraint
 from l0fast.constraints.magnitude import MagnitudePruning
@@ -50,18 +50,24 @@ class Evaluation:
     test: Batches
     precision: Precision
 
+    def _mean(self, key: str, model: nn.Module, batches: Iterable[Any]) -> Row:
+        """The metric of all examples, by its key."""
+        with self.precision.forward():
+            found = self.task.mean(model, batches)
+        if not math.isfinite(found):
+            expected = "the model, or the metric, gives NaN or infinity for some of the examples"
+            _warnings.warn(f"{key} is {found}: {expected}")
+        return {key: found}
+
     def validated(self, model: nn.Module, epoch: int) -> Row:
         """Key -> the metric of the validation examples; empty without such examples."""
         if self.validation is None:
             return {}
-        with self.precision.forward():
-            found = self.task.mean(model, self.validation.whole(epoch))
-        return {validation_key(self.task.metric): found}
+        return self._mean(validation_key(self.task.metric), model, self.validation.whole(epoch))
 
     def tested(self, model: nn.Module, epoch: int) -> Row:
         """Key -> the metric of the test examples."""
-        with self.precision.forward():
-            return {held_key(self.task.metric): self.task.mean(model, self.test.whole(epoch))}
+        return self._mean(held_key(self.task.metric), model, self.test.whole(epoch))
 
 
 def measure(model: nn.Module, evaluation: Evaluation, epoch: int, term: Term | None) -> Row:

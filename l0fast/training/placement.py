@@ -21,7 +21,10 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     """
     wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros((), device=wanted).device
+        device = torch.zeros((), device=wanted).device
+        if device.type == "meta":
+            raise RuntimeError("meta computes nothing")
+        return device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0]
         _checks.refuse("device", str(wanted), f"a device of this machine ({reason})")

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from l0fast import _checks
-from l0fast.training.batches import placed, rows_of, seed_of, size_of
+from l0fast.training.batches import placed, rows_of, seed_of, size_of, sizes_of
 from l0fast.training.ranks import Ranks
 
 
@@ -40,6 +40,7 @@ class Streamed:
         self._ranks = Ranks.here()
         self._mine = of_rank(name, stream, self._ranks)
         self.examples = _length(getattr(stream, "dataset", None))
+        self.sizes = _sizes(stream)
         self._first: Any = None
 
     def __len__(self) -> int:
@@ -198,6 +199,14 @@ def _of_worker(error: ValueError) -> ValueError:
     if len(lines) < 2 or not lines[0].startswith("Caught "):
         return error
     return ValueError(lines[-1].partition(": ")[2] or lines[-1])
+
+
+def _sizes(stream: Any) -> set[int]:
+    """The sizes of its batches, if it is a DataLoader that makes them itself."""
+    drawn = _length(getattr(stream, "sampler", None))
+    if not isinstance(stream, DataLoader) or stream.batch_size is None or drawn is None:
+        return set()
+    return sizes_of(drawn, stream.batch_size, stream.drop_last)
 
 
 def _length(dataset: Any) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -45,7 +46,7 @@ def summarise(
         **identity,
         **_asked(settings),
         **outcome,
-        f"best_{held}": min(row[held] for row in state.history),
+        f"best_{held}": min((row[held] for row in state.history), key=_in_order),
         "selected_epoch": epoch,
         validation: state.history[epoch - 1].get(validation),
         "metric": state.metric,
@@ -56,6 +57,11 @@ def summarise(
         "cuda_graph": cuda_graph,
         "torch": torch.__version__,
     }
+
+
+def _in_order(value: float) -> float:
+    """What numbers are sorted by: NaN comes last."""
+    return math.inf if math.isnan(value) else value
 
 
 def _asked(settings: TrainerSettings) -> Summary:

@@ -83,7 +83,11 @@ def _supervised(
 
     def of(model: Any, batch: Any) -> Tensor:
         inputs, targets = _pair(batch)
-        return values(model(inputs), targets)
+        outputs = model(inputs)
+        found = values(outputs, targets)
+        # A comparison hides NaN. (In a training step the loss shows it.)
+        lost = outputs.isnan() if found.dim() == outputs.dim() else outputs.isnan().any(1)
+        return torch.where(lost, torch.nan, found)
 
     return Task(metric, step, of, scale, of_training=True)
 

@@ -15,9 +15,8 @@ import torch
 from torch import nn
 
 from l0fast.data.sets import Data
-from l0fast.gating.sparsify import sparsify_
 from l0fast.graph.compare import tensors_of
-from l0fast.layers.handle import gated_layers, gates
+from l0fast.graph.sites import unchanged_if_refused
 from l0fast.measures.flops import count_params
 from l0fast.measures.latency import LatencyTable
 from l0fast.training.arguments import check_arguments, example_of, json_facts
@@ -26,8 +25,9 @@ from l0fast.training.batches import are_images
 from l0fast.training.checkpoint import Checkpoint
 from l0fast.training.cuda_graph import check_asked
 from l0fast.training.folder import RunFolder
+from l0fast.training.lone import refuse_lone_examples
 from l0fast.training.matching import Run
-from l0fast.training.method import make_optimizer, make_term
+from l0fast.training.method import make_optimizer, make_term, put_gates_
 from l0fast.training.metrics import Evaluation, Row, check_finite, measure, stall_metrics
 from l0fast.training.placement import place, usable_device
 from l0fast.training.precision import Precision
@@ -106,6 +106,7 @@ class Trainer:
             self._run_identity["metric"] = self.task.metric
         self.ranks = Ranks.here()
         self.folder = RunFolder(out if self.ranks.first else None)
+        self.ranks.of_first(self.folder.check)
         train, validation, test = place(data, settings, self.device)
         precision = Precision(settings.precision, self.device)
         self.evaluation = Evaluation(self.task, validation, test, precision)
@@ -113,26 +114,24 @@ class Trainer:
         self.steps_per_epoch = len(train)
         self.total_steps = self.steps_per_epoch * settings.epochs
         model.to(self.device)
+        refuse_lone_examples(model, train, settings, self.example_inputs)
         self.ranks.same_tensors_([*model.parameters(), *model.buffers()])
         self.ranks.same_generators_(self.device)
         if any(are_images(leaf) for leaf in tensors_of(self.example_inputs)):
             model.to(memory_format=torch.channels_last)
-        if settings.gated and not gated_layers(model):
-            where, skip = settings.gates, settings.skip
-            sparsify_(model, gates=where, example_inputs=self.example_inputs, skip=skip)
         if settings.measure == "latency":
             given = table
             table = self.ranks.of_first(
                 lambda: self.folder.latency_table(given, self._run_identity, self.device)
             )
-        if settings.gated:
-            gates(model).forget_constraints()  # only the targets of the settings count
         self.model = model
-        self.term = make_term(
-            model, settings, self.total_steps, train.examples, self.example_inputs, table
-        )
-        self.optimizer = make_optimizer(model, settings, self.total_steps)
-        shrinking = make_shrinking(model, self.optimizer, settings, self.example_inputs)
+        with unchanged_if_refused(model):
+            put_gates_(model, settings, self.example_inputs)
+            self.term = make_term(
+                model, settings, self.total_steps, train.examples, self.example_inputs, table
+            )
+            self.optimizer = make_optimizer(model, settings, self.total_steps)
+            shrinking = make_shrinking(model, self.optimizer, settings, self.example_inputs)
         self.state = RunState(
             self.device,
             model,
@@ -274,7 +273,9 @@ class Trainer:
 
     def next_start(self) -> Checkpoint:
         """After `fit`, the checkpoint that another run starts from: before settling, or last."""
-        return self._unsettled or self.folder.read_unsettled(self.device) or self.checkpoint()
+        if self._unsettled is None and (path := self.ranks.of_first(self.folder.unsettled)):
+            self._unsettled = Checkpoint.read(path, self.device)
+        return self._unsettled or self.checkpoint()
 
     @property
     def _as_asked(self) -> Run:

@@ -446,7 +446,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--layer-density", "fc1=abc"), "layer_density['fc1']: got 'abc'; expected a density"),
         (("--layer-density", "fc1=1.5"), "layer_density['fc1']: got 1.5; expected a density in (0"),
         (("--layer-density", "fc1=1e-9"), "target['fc1']: got 1e-09; expected a density in [0.0"),
-        (("--layer-density", "abc"), "layer_density['fc1']: got 'abc'; expected a density"),
+        (("--layer-density", "abc"), "layer_density['*']: got 'abc'; expected a density"),
         (("--density", "0.5", "--penalty", "1"), "penalty: got 1.0; expected only one of"),
         (("--density", "0.5", "--layer-density", "0.5"), "expected only one of density and layer"),
         (("--density", "0.5", "--measure", "x"), "measure: got 'x'; expected one of 'gates', 'par"),
@@ -472,6 +472,7 @@ def test_a_checkpoint_without_gates_or_of_the_class_is_refused(
         (("--dense", "--validation-fraction", "1"), "validation_fraction: got 1.0; expected a num"),
         (("--dense", "--validation-fraction", "0.9999"), "validation_fraction: got 0.9999; expec"),
         (("--dense", "--device", "abc"), "device: got 'abc'; expected a device of this machine"),
+        (("--dense", "--device", "meta"), "a device of this machine (meta computes nothing)"),
         (("--dense", "--flag"), "unrecognized arguments: --flag"),
         (("--dense", "--dataset", "mnist"), "data_root: got None; expected a torchvision data fol"),
         (("--dense", "--dataset", "mnist", "--data-root", "no"), "data_root: got 'no'; expected"),
@@ -527,11 +528,26 @@ def test_a_truncated_data_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("out", ["file", "file/below", "/proc/self", "/proc/none/x", "/dev/null"])
-def test_a_folder_that_cannot_be_written(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_that_cannot_be_written(
+    out: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     if out.startswith("/") and not Path(out).parent.parent.exists():
         pytest.skip(f"no {Path(out).parent} here")
     Path("file").write_text("precious")
-    refused(capsys, *FAST, "--density", "0.5", "--out", out)
+    monkeypatch.setattr(sets, "load", None)  # no data are read
+    for words in ((), ("--density", "0.5,0.3")):
+        message = refused(capsys, *FAST, "--density", "0.5", *words, "--out", out)
+        assert f"out: got {out!r}; expected a folder that can be written" in message
+    message = refused(capsys, "compare", *FAST[1:], "--density", "0.5", "--out", out)
+    assert f"out: got {out!r}; expected a folder that can be written" in message
+
+
+@pytest.mark.parametrize("density", ["1.5", "many", "0.5,1.5"])
+def test_wrong_words_are_refused_before_any_data_are_read(
+    density: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sets, "load", None)
+    assert "expected a density in (0, 1]" in refused(capsys, *FAST, "--density", density)
 
 
 def test_an_existing_run_is_not_overwritten(

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -296,6 +297,26 @@ def test_whatever_is_raised_is_one_line(
         answer(work, "name", None)
 
 
+def test_a_closed_standard_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)  # as after >&- in a shell
+    assert answer(lambda: print("to nobody") or 0, "name", None) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_warning_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    before = warnings.formatwarning
+
+    def work() -> int:
+        sys.stderr.write(warnings.formatwarning("two\nlines\x1b", UserWarning, "x.py", 3))
+        return 0
+
+    assert answer(work, "name", None) == 0
+    assert capsys.readouterr().err == "name: warning: two lines\\x1b\n"
+    assert warnings.formatwarning is before
+
+
 def test_escape_sequences_are_shown_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, "report", "\x1b[2J\u202etp.txt")
     assert "\x1b" not in message
@@ -389,6 +410,73 @@ def test_a_signal_ends_it_in_one_line(number: int, code: int, word: str) -> None
     assert error.count("\n") == 1
     assert not list(Path("run").glob(".*"))  # nothing half written
     assert torch.load(Path("run", CHECKPOINT), weights_only=True)["format"] == 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals here")
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [
+        (signal.SIGTERM, 143, "l0fast: terminated\n"),
+        (signal.SIGINT, 130, "l0fast: interrupted\n"),
+        # A shell has its jobs in the background ignore Ctrl-C: so does the command.
+        (signal.SIG_IGN, 1, "it went on\n"),
+    ],
+)
+def test_a_signal_while_pytorch_is_loaded(number: int, code: int, said: str) -> None:
+    sent = int(signal.SIGINT if number == signal.SIG_IGN else number)
+    source = f"import os, sys\nos.kill(os.getpid(), {sent})\nsys.exit('it went on')\n"
+    Path("torch.py").write_text(source)
+
+    def begin() -> None:
+        heed_interrupts()
+        if number == signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    done = subprocess.run(
+        [sys.executable, "-m", "l0fast", *FAST],
+        env=ENVIRONMENT | {"PYTHONPATH": f".{os.pathsep}{ENVIRONMENT['PYTHONPATH']}"},
+        capture_output=True,
+        text=True,
+        preexec_fn=begin,
+        check=False,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (code, said)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals here")
+def test_workers_that_end_by_the_same_signal_are_no_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """PyTorch's handler raises for each worker that was killed, also while a loader is deleted."""
+
+    def raises(*_: Any) -> None:
+        raise RuntimeError("DataLoader worker is killed by signal: Terminated")
+
+    def work() -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        finally:
+            os.kill(os.getpid(), signal.SIGCHLD)
+        return 0
+
+    before = signal.signal(signal.SIGCHLD, raises)
+    try:
+        assert answer(work, "name", None) == 143
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+    assert capsys.readouterr().err == "name: terminated\n"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such signals here")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_command_ignores_a_signal_that_the_shell_ignores(number: int) -> None:
+    before = signal.signal(number, signal.SIG_IGN)
+    try:
+        assert answer(lambda: os.kill(os.getpid(), number) or 0, "name", None) == 0
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_command_without_resume_promises_none(

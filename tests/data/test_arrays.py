@@ -144,6 +144,25 @@ def test_a_test_unlike_the_training_is_refused(
     assert str(caught.value) == message.replace("{path}", path)
 
 
+def test_two_examples_are_divided(tmp_path: Path) -> None:
+    """A fifth of two would be none to test on."""
+    path = str(tmp_path / "table.npz")
+    np.savez(path, inputs=X[:2], targets=np.arange(2))
+    loaded = sets.load("arrays", path, 1 / 12)
+    assert (len(loaded.train.targets), loaded.validation, len(loaded.test.targets)) == (1, None, 1)
+
+
+def test_numbers_that_are_no_classes_are_refused(tmp_path: Path) -> None:
+    """The model would have an output for each number below the largest."""
+    path = str(tmp_path / "table.npz")
+    np.savez(path, inputs=X, targets=np.arange(20) * 10**6)
+    with pytest.raises(ValueError, match=r"a class is number 19,000,000 of 20 examples: number th"):
+        sets.load("arrays", path)
+    assert sets.load("arrays", path, task="regression").num_classes == 1
+    np.savez(path, inputs=X, targets=np.arange(20) * 50)
+    assert sets.load("arrays", path).num_classes == 951
+
+
 def test_unsigned_classes(tmp_path: Path) -> None:
     path = str(tmp_path / "table.npz")
     np.savez(path, inputs=X, targets=(np.arange(20) % 3).astype(np.uint64))

@@ -199,6 +199,19 @@ def test_a_folder_of_classes_is_divided(tmp_path: Path) -> None:
     assert images(second.validation) != parts[1]
 
 
+def test_few_images_are_divided(tmp_path: Path) -> None:
+    """A fifth of two would be none to test on."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "1.png")
+    loaded = sets.load("imagefolder", str(tmp_path))
+    assert (len(loaded.train.dataset), len(loaded.test.dataset)) == (1, 1)
+    (tmp_path / "b" / "1.png").unlink()
+    (tmp_path / "b").rmdir()
+    with pytest.raises(ValueError, match=r"^data_root: got .*; expected two images or more, to tr"):
+        sets.load("imagefolder", str(tmp_path))
+
+
 def test_augmented_images_of_a_folder(tmp_path: Path) -> None:
     """Training images change from epoch to epoch, test images do not; a crop repeats the border."""
     ramp = np.broadcast_to(np.arange(16, dtype=np.uint8)[None, :, None], (16, 16, 3))

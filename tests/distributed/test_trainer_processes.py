@@ -15,10 +15,11 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from l0fast import Trainer, TrainerSettings
+from l0fast import Trainer, TrainerSettings, frontier
 from l0fast.data import sets
 from l0fast.data.sets import Data, Split
 from l0fast.training.folder import METRICS, SUMMARY
+from l0fast.training.frontier import FRONTIER
 from tests import ROOT
 from tests.helpers.command import run
 from tests.helpers.processes import run_processes
@@ -83,10 +84,30 @@ def fit(model: Any, data: Data, out: Path, stop_at: int = 0, **changes: Any) -> 
         torch.manual_seed(99)
 
 
+def targets(folder: Path, stop: bool = False) -> None:
+    """Two targets from one run, which goes on where it is, or is stopped in the second."""
+
+    def train(trainer: Trainer) -> Any:
+        def on_epoch(row: dict[str, Any]) -> None:
+            if stop and trainer.settings.density == 0.5:
+                raise Stop("stopped")
+
+        return trainer.fit(on_epoch=on_epoch)
+
+    torch.manual_seed(0)
+    chosen: dict[str, Any] = SETTINGS | {"epochs": 2}
+    settings = TrainerSettings(**chosen)
+    try:
+        frontier(plain(), few(), settings, (0.7, 0.5), out=folder, resume=True, train=train)
+    except Stop:
+        torch.manual_seed(99)
+
+
 def runs(folder: Path) -> None:
     """What one process and two both do."""
     data = few()
     fit(plain, streams(data), folder / "streams")
+    targets(folder / "targets")
 
 
 def process(rank: int, out: str) -> None:
@@ -99,6 +120,8 @@ def process(rank: int, out: str) -> None:
     normed = streams(data._replace(train=train), workers=1)
     for name, stop_at in (("whole", 0), ("again", 1), ("again", 0)):
         fit(Normed, normed, folder / name, stop_at, **every)
+    targets(folder / "targets", stop=True)
+    targets(folder / "targets")
     refused: dict[str, dict[str, Any]] = {"file": {"density": None}, "new": {"shrink": 1}}
     for what, changes in refused.items():
         try:
@@ -122,10 +145,20 @@ def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
     assert two["ranks"] == 2
     assert one["epoch"] == two["epoch"] == 3
     assert_same_run(tmp_path / "again", tmp_path / "whole")
+    one, two, again = (tmp_path / name / "targets" for name in ("one", "two", "."))
+    last = "density-0.5"
+    torch.testing.assert_close(
+        state(two / last)["model"], state(one / last)["model"], rtol=1e-4, atol=1e-5
+    )
+    assert_same(state(again / last)["model"], state(two / last)["model"])
+    rows = [json.loads((folder / FRONTIER).read_text()) for folder in (one, two)]
+    for first, second in zip(*rows, strict=True):
+        assert second["architecture"] == first["architecture"]
+        assert second["milliseconds"] > 0
     for rank in range(2):
         other, shrunk = ((tmp_path / f"{what}-{rank}.txt").read_text() for what in ("file", "new"))
         assert other.startswith("out: got ")
-        assert other.endswith("expected a folder")
+        assert "expected a folder that can be written" in other
         assert shrunk.startswith("shrink: got 1; expected ")
     with pytest.warns(UserWarning, match=r"^processes: got 1; the run began with 2: its results"):
         fit(plain, streams(few()), tmp_path / "two" / "streams")
@@ -135,7 +168,8 @@ def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
 def test_the_command_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same model as one process makes; files and words are the first process's alone."""
     words = ["train", "--widths", "16-8", "--epochs", "2", "--device", "cpu", "--density", "0.5"]
-    words += ["--threads", "1", "--batch-size", "65", "--augment", "crop", "--quiet", "--out"]
+    words += ["--threads", "1", "--batch-size", "65", "--augment", "crop", "--quiet"]
+    words += ["--compare-dense", "--out"]
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -149,6 +183,8 @@ def test_the_command_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[s
     summaries = [json.loads((tmp_path / name / SUMMARY).read_text()) for name in ("one", "two")]
     assert summaries[0]["architecture"] == summaries[1]["architecture"]
     assert summaries[1]["feasible"] is True
+    dense = [summary["dense_test_error_percent"] for summary in summaries]
+    assert dense[1] == pytest.approx(dense[0], abs=1)  # a few of 360 examples
     assert summaries[1]["cuda_graph"] == "several processes average their gradients"
     assert len((tmp_path / "two" / METRICS).read_text().splitlines()) == 2
     assert_same(one["identity"], two["identity"])

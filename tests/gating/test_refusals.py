@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import l0fast
-from l0fast import DensityConstraint, gates, prune, sparsify_
+from l0fast import DensityConstraint, L0Penalty, gates, prune, sparsify_
 from l0fast.layers.handle import handle_of
 from tests.helpers.plain_models import DataDependent
 
@@ -104,6 +104,27 @@ def test_a_layer_without_weights_is_named() -> None:
         ValueError, match=r"^model\.0: got 'no weights'; expected layers with weigh"
     ):
         sparsify_(model, example_inputs=X)
+
+
+@pytest.mark.parametrize("kind", ["constraint", "attached", "penalty"])
+def test_new_gates_beside_a_constraint_are_refused(kind: str) -> None:
+    """It was built for the gates of before: the new ones would be trained towards no target."""
+    model = sparsify_(net(), include=["0"], example_inputs=X)
+    term = L0Penalty(model, 0.1) if kind == "penalty" else DensityConstraint(model, 0.5, steps=300)
+    if kind == "attached":
+        term.attach(torch.optim.Adam(l0fast.param_groups(model, 1e-3, steps=300)))
+    before = [(name, type(part)) for name, part in model.named_modules()]
+    for of, names in ((model, ["2"]), (nn.Sequential(model, nn.Linear(3, 2)), None)):
+        with pytest.raises(ValueError, match=f"^sparsify_: the model has a {type(term).__name__},"):
+            sparsify_(of, include=names, example_inputs=X)
+    assert [(name, type(part)) for name, part in model.named_modules()] == before
+    sparsify_(model, dry_run=True)
+    if kind == "attached":
+        term.detach()
+    del term
+    sparsify_(model, include=["2"], example_inputs=X)
+    assert list(gates(model).layers) == ["0", "2"]
+    sparsify_(model, example_inputs=X)  # adds none
 
 
 def test_a_functional_transform_of_a_training_step_is_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from l0fast._files import PARTS, write_atomically, write_text
+from l0fast._files import PARTS, why_unwritable, write_atomically, write_text
 from tests import ROOT
 
 
@@ -48,6 +49,53 @@ def test_the_content_is_on_the_disk_before_the_name(
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b))[1])
     write_text(tmp_path / "x.txt", "x")
     assert events == ["fsync", "replace"]
+
+
+def test_a_full_disk_is_named(tmp_path: Path) -> None:
+    def write(temporary: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = tmp_path / "x.txt"
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.txt'$") as caught:
+        write_atomically(path, write)
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(path))
+    with pytest.raises(OSError, match=r"^odd$"):
+        write_atomically(path, lambda _: (_ for _ in ()).throw(OSError("odd")))
+
+
+def test_where_files_can_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
+    for name in (".", "new", "new/below"):
+        assert why_unwritable(tmp_path / name) is None
+    for name, what in (("file", "file"), ("file/a/b", "file"), ("gone", "gone")):
+        assert str(why_unwritable(tmp_path / name)).startswith(f"{tmp_path / what}: ")
+    assert sorted(os.listdir(tmp_path)) == ["file", "gone"]
+
+
+NOBODY = 65534
+
+
+@pytest.mark.skipif(not hasattr(os, "setuid"), reason="no users here")
+@pytest.mark.parametrize("name", [".", "new"])
+def test_a_folder_of_others(tmp_path: Path, name: str) -> None:
+    """Root may write everywhere: the one who asks is not root."""
+    code = f"""
+import importlib.util, os, sys
+from pathlib import Path
+spec = importlib.util.spec_from_file_location("files", {str(ROOT / "l0fast" / "_files.py")!r})
+files = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(files)
+if os.getuid() == 0:
+    os.setuid({NOBODY})
+print(files.why_unwritable(Path({name!r})))
+"""
+    tmp_path.chmod(0o555)
+    argv = [sys.executable, "-c", code]
+    done = subprocess.run(
+        argv, check=True, capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.stdout == ".: Permission denied\n"
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")

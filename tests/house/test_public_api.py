@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import inspect
 import os
 import re
@@ -77,10 +79,36 @@ def test_all_is_exact() -> None:
 def test_no_other_name_is_public() -> None:
     names = {
         name
-        for name, value in vars(l0fast).items()
-        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+        for name in dir(l0fast)
+        if not name.startswith("_") and not isinstance(getattr(l0fast, name), types.ModuleType)
     }
     assert names == PUBLIC - {"__version__", "functional"}
+
+
+def test_each_name_is_what_type_checkers_take_it_for() -> None:
+    tree = ast.parse((ROOT / "l0fast" / "__init__.py").read_text(encoding="utf-8"))
+    homes = {
+        alias.name: statement.module
+        for statement in ast.walk(tree)
+        if isinstance(statement, ast.ImportFrom)
+        for alias in statement.names
+    }
+    assert homes.pop("functional") == "l0fast"
+    assert l0fast.functional is importlib.import_module("l0fast.functional")
+    assert set(homes) == PUBLIC - {"__version__", "functional"}
+    for name, home in homes.items():
+        assert getattr(l0fast, name) is getattr(importlib.import_module(str(home)), name)
+
+
+def test_a_name_that_is_none() -> None:
+    with pytest.raises(AttributeError, match="module 'l0fast' has no attribute 'sparsify'"):
+        _ = l0fast.sparsify
+
+
+def test_nothing_is_loaded_before_it_is_used() -> None:
+    """So that the command can answer Ctrl-C while PyTorch is loaded."""
+    code = "import sys, l0fast, l0fast.__main__; print('torch' in sys.modules)"
+    assert python(code).strip() == "False"
 
 
 def test_a_module_never_hides_the_function_of_its_name() -> None:
@@ -100,11 +128,11 @@ def test_import_is_light_and_touches_no_gpu() -> None:
     code = f"""
 import sys, torch
 def touched(*args, **kwargs):
-    raise AssertionError("import l0fast starts CUDA")
+    raise AssertionError("it starts CUDA")
 torch.cuda._lazy_init = touched
 state = torch.get_rng_state(), torch.get_num_threads(), torch.get_default_dtype()
-import l0fast
-assert torch.equal(torch.get_rng_state(), state[0]), "import l0fast draws from the generator"
+from l0fast import *
+assert torch.equal(torch.get_rng_state(), state[0]), "it draws from the generator"
 assert (torch.get_num_threads(), torch.get_default_dtype()) == state[1:]
 print([name for name in {HEAVY!r} if name in sys.modules])
 """

@@ -165,10 +165,23 @@ def test_bad_targets(
     error: type[Exception],
     message: str,
 ) -> None:
+    model = small_mlp()
     with pytest.raises(error) as caught:
-        frontier(small_mlp(), digits, quick(**options), targets, out=tmp_path / "f")
+        frontier(model, digits, quick(**options), targets, out=tmp_path / "f")
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "f").exists()
+    assert not gated_layers(model)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first(
+    digits: Data, tmp_path: Path
+) -> None:
+    (tmp_path / "density-0.5").write_text("precious")
+    model = small_mlp()
+    with pytest.raises(ValueError, match=r"^out: got .*density-0\.5'; expected a folder that can"):
+        frontier(model, digits, quick(), (0.7, 0.5), out=tmp_path, resume=True)
+    assert not gated_layers(model)
+    assert [path.name for path in tmp_path.iterdir()] == ["density-0.5"]
 
 
 def test_amounts_and_densities_each_in_a_folder_of_its_own(digits: Data, tmp_path: Path) -> None:

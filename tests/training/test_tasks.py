@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import weakref
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from l0fast.data.sets import SPLITS, Data, Split
 from l0fast.layers.handle import gated_layers
 from l0fast.training.batches import STRIDE
 from l0fast.training.folder import METRICS, SUMMARY
+from l0fast.training.task import TASKS
 from tests.helpers.runs import quick, small_mlp
 from tests.helpers.same_run import Stop, assert_same, assert_same_run, state
 
@@ -327,3 +329,48 @@ def test_targets_that_do_not_fit_the_task(digits: Data) -> None:
         assert str(caught.value).startswith(message)
     with pytest.raises(ValueError, match=r"^task: got 'sorting'; expected one of 'classification'"):
         TrainerSettings(task="sorting")
+
+
+@pytest.mark.parametrize("task", ["classification", "multilabel", "regression"])
+def test_outputs_that_are_nan_are_no_correct_answers(
+    digits: Data, tmp_path: Path, task: str
+) -> None:
+    """A comparison with NaN is False: the error would be that of another answer."""
+
+    class Lost(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = small_mlp()
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = self.net(x)
+            lost = torch.arange(len(out))[:, None] == 3
+            return out if self.training else out.masked_fill(lost, torch.nan)
+
+    def of(split: Split) -> list[Any]:
+        one_hot = F.one_hot(split.targets, 10).float()
+        return [(split.inputs, split.targets if task == "classification" else one_hot)]
+
+    data = Data(of(digits.train), of(digits.validation), of(digits.test))
+    settings = quick(density=None, epochs=2, task=task)
+    one = Trainer(Lost(), data, settings, out=tmp_path / "run", device="cpu")
+    key = TASKS[task].metric
+    with pytest.warns(UserWarning, match=f"^(validation|test)_{key} is nan: the model, or the met"):
+        summary = one.fit()
+    assert all(math.isfinite(row["loss"]) for row in one.history)
+    for row in one.history:
+        assert math.isnan(row[f"validation_{key}"])
+        assert math.isnan(row[f"test_{key}"])
+    assert math.isnan(summary[f"test_{key}"])
+
+
+def test_the_best_of_errors_some_of_which_are_nan(digits: Data) -> None:
+    found = iter([math.nan, 7.0, 8.0])
+
+    def given(model: nn.Module, batch: Any) -> Tensor:
+        return torch.tensor(next(found))
+
+    few = Data(digits.train, None, [(digits.test.inputs, digits.test.targets)])
+    one = Trainer(small_mlp(), few, quick(density=None, epochs=3), metric=given, device="cpu")
+    with pytest.warns(UserWarning, match="^test_given is nan: the model, or the metric, gives NaN"):
+        assert one.fit()["best_test_given"] == 7.0

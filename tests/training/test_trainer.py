@@ -479,10 +479,15 @@ def test_what_is_no_number_stops_the_run(digits: Data, tmp_path: Path, where: st
     ],
 )
 def test_bad_targets(digits: Data, tmp_path: Path, options: Any, message: str) -> None:
+    model = small_mlp()
+    before = [(name, type(part)) for name, part in model.named_modules()], set(model.state_dict())
     with pytest.raises(ValueError, match="expected") as caught:
-        trainer(digits, tmp_path / "run", **options)
+        Trainer(model, digits, quick(**options), out=tmp_path / "run", device="cpu")
     assert str(caught.value).startswith(message)
     assert not (tmp_path / "run").exists()
+    after = [(name, type(part)) for name, part in model.named_modules()], set(model.state_dict())
+    assert after == before
+    assert not any(part._forward_pre_hooks for part in model.modules())
 
 
 def spoiled(digits: Data, what: str) -> Any:
@@ -562,6 +567,18 @@ def test_a_folder_with_a_run_is_not_overwritten(digits: Data, tmp_path: Path, na
     with pytest.raises(ValueError, match=r"^out: got .*; expected a folder without a run in it"):
         trainer(digits, tmp_path, density=0.5).fit()
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, "precious")]
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_gates_are_put_in(
+    digits: Data, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("precious")
+    model = small_mlp()
+    for out in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(ValueError, match=r"^out: got .*; expected a folder that can be writte"):
+            Trainer(model, digits, quick(density=0.5), out=out, device="cpu")
+    assert not gated_layers(model)
+    assert (tmp_path / "file").read_text() == "precious"
 
 
 def test_other_files_in_the_folder_do_not_matter(digits: Data, tmp_path: Path) -> None:
