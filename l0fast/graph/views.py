@@ -128,6 +128,25 @@ def sizes_in(live: Liveness, module: str, present: Tensor) -> set[tuple[int, int
     return found
 
 
+def ends_in(live: Liveness, module: str, present: Tensor) -> set[tuple[int, int]]:
+    """(before, after) of the places where a module cuts a tensor in two by a slice, counted from
+    the end that the slice counts from; arguments as in `sizes_in`."""
+    found: set[tuple[int, int]] = set()
+    for node, _ in live.rigid([module]):
+        sources = live.walk.units(node.all_input_nodes[0]) if node.all_input_nodes else []
+        if op_name(node) != "aten::slice" or len(sources) != 1:
+            continue
+        labels, constant = sources[0].labels, sources[0].constant
+        dim: int = argument(node, 1, "dim", 0) % labels.dim()
+        size = labels.shape[dim]
+        for end in (argument(node, 2, "start"), argument(node, 3, "end")):
+            if type(end) is int and 0 < abs(end) < size:
+                first = (size + end, -end) if end < 0 else (0, end)
+                part = Units(*(one.narrow(dim, *first) for one in (labels, constant)))
+                found.add((abs(end), live.left(part, present, dim)))
+    return {(before, after) for before, after in found if after < before}
+
+
 def parts_in(
     live: Liveness, module: str, present: Tensor
 ) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
