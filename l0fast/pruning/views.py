@@ -24,6 +24,7 @@ from l0fast.graph.views import Size, View
 from l0fast.layers.hooks import foreign_hooks
 from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.called import Calls, Constant
+from l0fast.pruning.forks import one_graph
 
 _CALLS: dict[Any, str] = {
     "reshape": "reshape",
@@ -116,11 +117,26 @@ Patch = AttributePatch | ViewPatch
 
 
 class _Tracer(fx.Tracer):
-    """Traces the forward of one module alone, with some arguments constant."""
+    """Traces the forward of one module alone, with some arguments constant.
 
-    def __init__(self, constants: Mapping[str, Constant], lengths: Mapping[str, int]) -> None:
+    Attributes:
+        asked: the names of the nodes that the forward asked whether they are true.
+    """
+
+    def __init__(
+        self,
+        constants: Mapping[str, Constant],
+        lengths: Mapping[str, int],
+        decided: Sequence[bool],
+    ) -> None:
         super().__init__()
         self._constants, self._lengths = constants, lengths
+        self._decided = [*decided]
+        self.asked: list[str] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.asked.append(obj.node.name)
+        return self._decided.pop(0) if self._decided else False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -166,8 +182,13 @@ def _traced(
     if own or "forward" in vars(module) or module._buffers or foreign_hooks(module):
         raise ValueError(f"it has {own or 'hooks, buffers or a forward'} of its own")
     before = dict(vars(module))
+
+    def follow(decided: Sequence[bool]) -> tuple[fx.Graph, list[str]]:
+        tracer = _Tracer(constants, lengths, decided)
+        return tracer.trace(module), tracer.asked
+
     try:
-        graph = _Tracer(constants, lengths).trace(module)
+        graph = one_graph(follow)
         after = vars(module)
         if after.keys() != before.keys() or any(after[key] is not before[key] for key in before):
             raise ValueError("its forward changes its attributes")
