@@ -1,8 +1,8 @@
-"""A forward that decides by sizes whether it slices, as after a padding, as one graph: it slices in
-any case, and takes what was asked for.
+"""One graph for a forward that slices only for some sizes, as after a padding.
 
-torch.fx follows one path through a forward. Here each path is followed, and what differs between
-two is computed beside each other: only slices and comparisons, which fail for no size.
+torch.fx follows one path through a forward. Here every path is followed. Where two paths differ,
+the graph computes both and takes the one that the sizes ask for. They may differ in slices and
+comparisons alone, which fail for no size.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def one_graph(follow: Callable[[Sequence[bool]], Path], decided: tuple[bool, ...
     """The graph of a forward, of all its paths.
 
     Args:
-        follow: the path with these first decisions; further ones are no.
-        decided: the decisions that have been taken.
+        follow: gives the path that takes these decisions first. Further decisions are False.
+        decided: the first decisions.
 
     Raises:
         ValueError: paths differ in more than slices, or there are too many.
