@@ -39,8 +39,8 @@ class View(NamedTuple):
 
 
 def _folded(live: Liveness, node: Node) -> dict[int, int]:
-    """Dimension of what a reshape gives -> how many places without units lie in it with the units:
-    heads that are examples of a larger batch."""
+    """Dimension of what a reshape gives -> how many places without units lie in it, around the
+    units: heads that are examples of a larger batch."""
     parts = [*live.walk.units(node.all_input_nodes[0]), *live.walk.units(node)]
     if KINDS.get(op_name(node)) != "reshape" or len(parts) != 2 or not parts[0].labels.numel():
         return {}
@@ -48,10 +48,11 @@ def _folded(live: Liveness, node: Node) -> dict[int, int]:
     here, there = (varying(part.labels) for part in parts)
     found: dict[int, int] = {}
     for dims, into in groups_of_dims(before, after):
-        alone = [size for dim, size in enumerate(before[dims], dims.start) if dim not in here]
-        first = next((dim for dim in there if into.start <= dim < into.stop), None)
-        if math.prod(alone) > 1 and first is not None and after[first] % math.prod(alone) == 0:
-            found[first] = math.prod(alone)
+        first = next((dim for dim in here if dims.start <= dim < dims.stop), dims.start)
+        number = math.prod(before[dims.start : first])
+        along = next((dim for dim in there if into.start <= dim < into.stop), None)
+        if number > 1 and along is not None and after[along] % number == 0:
+            found[along] = number
     return found
 
 
