@@ -244,13 +244,14 @@ def measure(name: str, entry: Entry, seed: int = 0, timed: bool = True) -> Resul
         if not row.gates:
             result.without_gates.setdefault(row.reason, []).append(row.name)
     result.notes += [table.note] if table.note else []
-    weights = {row.name: _weights(dense.get_submodule(row.name)) for row in table.layers}
     model, inputs, in_float64 = to_compare(dense, Example.of(example))
     begin = time.perf_counter()
     l0fast.sparsify_(model, example_inputs=inputs, density_init=0.7, skip=False)
     result.gating_seconds = time.perf_counter() - begin
     set_gates(model)
     layers = gated_layers(model)
+    # An attention of nn.MultiheadAttention has its layers only now.
+    weights = {row.name: _weights(model.get_submodule(row.name)) for row in table.layers}
     result.gated = len(layers)
     result.weights = sum(weights.get(name, 0) for name in layers), sum(weights.values())
     result.gates = sum(layer.num_gates for layer in layers.values())

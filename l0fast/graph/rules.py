@@ -195,18 +195,29 @@ def gathered(dim: int) -> Rule:
     return rule
 
 
-def shuffled(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
-    """pixel_shuffle: channels that lie one after another become the places of one, which vanish
-    together."""
-    (source,) = units.values()
-    shape, found = shape_of(node), source.along(source.labels.dim() - 3)
-    if shape is None or found is None:
-        return None
-    labels, constant = (part.view(shape[-3], -1) for part in (found.labels, found.constant))
-    ties.tie(labels, labels[:, :1], op_name(node))
-    same = (constant == constant[:, :1]).all(1)
-    constant = constant[:, 0].masked_fill(~same, math.nan)
-    return Units(*(part[..., None, None].expand(shape) for part in (labels[:, 0], constant)))
+def shuffled(dim: int) -> Rule:
+    """pixel_shuffle, col2im: channels that lie one after another become the places of one, which
+    vanish together.
+
+    Args:
+        dim: that of the channels.
+    """
+
+    def rule(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+        (source,) = units.values()
+        shape, found = shape_of(node), source.along(dim % source.labels.dim())
+        if shape is None or found is None:
+            return None
+        constant = found.constant
+        if op_name(node) == "aten::col2im":  # places that overlap are summed
+            constant = zeros_only(constant).expand(constant.shape)
+        labels, constant = (part.view(shape[-3], -1) for part in (found.labels, constant))
+        ties.tie(labels, labels[:, :1], op_name(node))
+        same = (constant == constant[:, :1]).all(1)
+        constant = constant[:, 0].masked_fill(~same, math.nan)
+        return Units(*(part[..., None, None].expand(shape) for part in (labels[:, 0], constant)))
+
+    return rule
 
 
 # --- with an index ------------------------------------------------------------------------------

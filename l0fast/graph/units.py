@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -164,20 +164,26 @@ def varying(values: Tensor) -> list[int]:
     return [dim for dim, size in enumerate(narrowed(values).shape) if size > 1]
 
 
+def groups_of_dims(before: Sequence[int], after: Sequence[int]) -> Iterator[tuple[slice, slice]]:
+    """The runs of dimensions, before and after a reshape, that hold as many elements."""
+    first, other = 0, 0
+    while first < len(before) and other < len(after):
+        end, stop = first + 1, other + 1
+        while (size := math.prod(before[first:end])) != (into := math.prod(after[other:stop])):
+            end, stop = (end + 1, stop) if size < into else (end, stop + 1)
+        yield slice(first, end), slice(other, stop)
+        first, other = end, stop
+
+
 def reshaped(values: Tensor, shape: Sequence[int]) -> Tensor:
     """values.reshape(shape), where only dimensions along which it varies take memory."""
     if 0 in shape or math.prod(shape) != values.numel():
         return values.reshape(shape)
     narrow, before, after = _without_repeats(values), list(values.shape), list(shape)
-    first, other = 0, 0
-    while first < len(before) and other < len(after):
-        # The next dimensions that hold as many elements before as after.
-        end, stop = first + 1, other + 1
-        while (size := math.prod(before[first:end])) != (into := math.prod(after[other:stop])):
-            end, stop = (end + 1, stop) if size < into else (end, stop + 1)
-        if all(size == 1 for size in narrow.shape[first:end]):
-            after[other:stop] = [1] * (stop - other)
+    for dims, into in groups_of_dims(before, shape):
+        if all(size == 1 for size in narrow.shape[dims]):
+            after[into] = [1] * len(after[into])
         else:
-            narrow = narrow.expand(*narrow.shape[:first], *before[first:end], *narrow.shape[end:])
-        first, other = end, stop
+            sizes = [*narrow.shape[: dims.start], *before[dims], *narrow.shape[dims.stop :]]
+            narrow = narrow.expand(sizes)
     return narrow.reshape(after).expand(shape)

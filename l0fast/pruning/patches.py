@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, product
+from itertools import chain, islice, product
 
 from torch import Tensor, nn
 
 from l0fast.graph.liveness import Extent, Liveness
-from l0fast.graph.views import parts_in, sizes_in, views_of
+from l0fast.graph.views import ends_in, parts_in, sizes_in, views_of
 from l0fast.pruning.attributes import AttributePatch, sizes_of
 from l0fast.pruning.called import Calls
 from l0fast.pruning.outcome import Outcome
@@ -33,13 +33,14 @@ def _choices(
     of them at once.
 
     Any attribute that holds one of the sizes as an int, or those of all parts of a split, may be
-    where the forward has it from.
+    where the forward has it from. Where a slice is cut comes first: no other size is meant there.
     """
     found: dict[str, list[list[AttributePatch]]] = {}
     """Attribute -> for each module that may need it, the patches that would do."""
     for name in names:
         module = model.get_submodule(name)
-        sizes = [*sorted(sizes_in(live, name, present)), *sorted(parts_in(live, name, present))]
+        found_in = (of(live, name, present) for of in (ends_in, sizes_in, parts_in))
+        sizes = list(dict.fromkeys(chain.from_iterable(map(sorted, found_in))))
         for key, value in sizes_of(module):
             fits = [
                 AttributePatch(name, type(module).__name__, key, (after, size))

@@ -9,6 +9,7 @@ inside, which copies, pickles, compiles and exports without l0fast.
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,11 @@ from torch import fx, nn
 from l0fast import _checks
 from l0fast.graph.capture import is_site
 from l0fast.graph.sites import replace
-from l0fast.graph.views import View
+from l0fast.graph.views import Size, View
 from l0fast.layers.hooks import foreign_hooks
 from l0fast.pruning.attributes import AttributePatch
 from l0fast.pruning.called import Calls, Constant
+from l0fast.pruning.forks import one_graph
 
 _CALLS: dict[Any, str] = {
     "reshape": "reshape",
@@ -49,7 +51,7 @@ class ViewPatch:
     """Arguments of its forward that are always the same, and their values."""
     lengths: tuple[tuple[str, int], ...]
     """Arguments of its forward that are tuples, and how long they are."""
-    views: tuple[tuple[str, tuple[int | None, ...]], ...]
+    views: tuple[tuple[str, tuple[Size, ...]], ...]
     """Node of its graph -> the sizes that it is called with; None for one that stays."""
 
     def apply(self, model: nn.Module) -> None:
@@ -74,7 +76,10 @@ class ViewPatch:
             "kind": self.kind,
             "constants": dict(self.constants),
             "lengths": dict(self.lengths),
-            "views": {name: list(sizes) for name, sizes in self.views},
+            "views": {
+                name: [list(size) if isinstance(size, tuple) else size for size in sizes]
+                for name, sizes in self.views
+            },
         }
 
     @classmethod
@@ -89,25 +94,49 @@ class ViewPatch:
             str(entry["kind"]),
             tuple(entry["constants"].items()),
             tuple((name, int(length)) for name, length in entry["lengths"].items()),
-            tuple((name, tuple(sizes)) for name, sizes in entry["views"].items()),
+            tuple((name, tuple(map(_size, sizes))) for name, sizes in entry["views"].items()),
         )
         plain = all(isinstance(value, Constant) for _, value in patch.constants)
-        numbers = [size for _, sizes in patch.views for size in sizes if size is not None]
-        fits = plain and all(type(size) is int and size > 0 for size in numbers)
+        sizes = [size for _, sizes in patch.views for size in sizes if size is not None]
+        numbers = [n for size in sizes for n in (size if isinstance(size, tuple) else (size,))]
+        fits = plain and all(type(number) is int and number > 0 for number in numbers)
         if patch.as_json() != dict(entry) or not numbers or not fits or not patch.name:
             raise ValueError("an entry that contradicts itself")
         return patch
+
+
+def _size(entry: Any) -> Size:
+    """One size of a recipe's entry."""
+    if isinstance(entry, list):
+        after, before = entry
+        return after, before
+    return entry
 
 
 Patch = AttributePatch | ViewPatch
 
 
 class _Tracer(fx.Tracer):
-    """Traces the forward of one module alone, with some arguments constant."""
+    """Traces the forward of one module alone, with some arguments constant.
 
-    def __init__(self, constants: Mapping[str, Constant], lengths: Mapping[str, int]) -> None:
+    Attributes:
+        asked: the names of the nodes that the forward asked whether they are true.
+    """
+
+    def __init__(
+        self,
+        constants: Mapping[str, Constant],
+        lengths: Mapping[str, int],
+        decided: Sequence[bool],
+    ) -> None:
         super().__init__()
         self._constants, self._lengths = constants, lengths
+        self._decided = [*decided]
+        self.asked: list[str] = []
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.asked.append(obj.node.name)
+        return self._decided.pop(0) if self._decided else False
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
@@ -153,8 +182,13 @@ def _traced(
     if own or "forward" in vars(module) or module._buffers or foreign_hooks(module):
         raise ValueError(f"it has {own or 'hooks, buffers or a forward'} of its own")
     before = dict(vars(module))
+
+    def follow(decided: Sequence[bool]) -> tuple[fx.Graph, list[str]]:
+        tracer = _Tracer(constants, lengths, decided)
+        return tracer.trace(module), tracer.asked
+
     try:
-        graph = _Tracer(constants, lengths).trace(module)
+        graph = one_graph(follow)
         after = vars(module)
         if after.keys() != before.keys() or any(after[key] is not before[key] for key in before):
             raise ValueError("its forward changes its attributes")
@@ -179,7 +213,20 @@ def _shape_given(node: fx.Node) -> tuple[list[Any], bool]:
     return list(given[0] if single else given), single
 
 
-def _resize(node: fx.Node, sizes: Sequence[int | None]) -> None:
+def _left(node: fx.Node, before: Any, size: Size) -> Any:
+    """What is left of a size that a node is called with."""
+    if size is None or (type(before) is int and before == -1):
+        return before
+    if not isinstance(size, tuple):
+        return size
+    if type(before) is int:
+        return before * size[0] // size[1]
+    with node.graph.inserting_before(node):
+        product = node.graph.call_function(operator.mul, (before, size[0]))
+        return node.graph.call_function(operator.floordiv, (product, size[1]))
+
+
+def _resize(node: fx.Node, sizes: Sequence[Size]) -> None:
     """Makes a node call its op with other sizes.
 
     Raises:
@@ -192,8 +239,7 @@ def _resize(node: fx.Node, sizes: Sequence[int | None]) -> None:
     given, single = _shape_given(node)
     if kind != "reshape" or len(given) != len(sizes):
         raise ValueError(f"{node.name} is called in another way")
-    pairs = zip(given, sizes, strict=True)
-    new = [old if size is None or (type(old) is int and old == -1) else size for old, size in pairs]
+    new = [_left(node, old, size) for old, size in zip(given, sizes, strict=True)]
     node.args = (node.args[0], tuple(new)) if single else (node.args[0], *new)
 
 

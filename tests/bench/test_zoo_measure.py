@@ -119,6 +119,16 @@ def test_dead_and_gone_written_out() -> None:
     assert (row.removed, row.compacted, row.kept) == (1, 1, 0)
 
 
+def test_attention_that_becomes_layers_is_weighed() -> None:
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+        return nn.Sequential(layer, nn.Linear(8, 3))
+
+    row = zoo.measure("it", Entry("", build, lambda: (torch.randn(2, 3, 8),)), timed=False)
+    gated = 3 * 8 * 8 + 8 * 8 + 12 * 8  # in_proj, out_proj and linear2
+    assert row.weights == (gated, gated + 12 * 8 + 3 * 8)
+
+
 def test_a_pruned_model_of_another_function_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(model: nn.Module, args: Any) -> nn.Module:
         small: Any = prune(model, args)

@@ -393,6 +393,7 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
     "glu": (lambda x: F.glu(x, 1), [1, 2, 1, 2]),
     "glu of others": (F.glu, [1, 2, 3, 4]),
     "pixel_shuffle": (lambda x: F.pixel_shuffle(x[..., None], 2), [1, 1, 1, 1]),
+    "fold": (lambda x: F.fold(x, (3, 4), 2), [1, 1, 1, 1]),
     "einsum": (lambda x: torch.einsum("bct,bcs->bts", x, x.relu()), [1, 1, 1, 1]),
     "einsum of each": (lambda x: torch.einsum("bct,bcs->bcts", x, x.relu()), [1, 2, 3, 4]),
     "einsum with a table": (

@@ -148,6 +148,10 @@ BETWEEN: dict[str, tuple[nn.Module, int]] = {
     "glu": (Convs(lambda x: F.glu(x, 1), reads=4), 4),
     "pixel_shuffle": (Convs(lambda x: F.pixel_shuffle(x, 2), reads=2), 4),
     "pixel_unshuffle": (Convs(lambda x: F.pixel_unshuffle(x, 2).relu(), reads=32), 4),
+    "unfolded and folded": (
+        Convs(lambda x: F.fold(F.unfold(x, 3, padding=1).tanh(), (6, 6), 3, padding=1)),
+        4,
+    ),
     "bicubic": (Convs(lambda x: F.interpolate(x, scale_factor=1.5, mode="bicubic")), 4),
     "one slope": (Convs(nn.PReLU()), 4),
     "shifted": (Convs(lambda x: x.roll((1, 2), (2, 3)).flip(-1)), 4),

@@ -105,6 +105,39 @@ class Part(nn.Module):
         return torch.cat([first + self.add(first.relu()), rest], 1) * (self.decoy - 11)
 
 
+class Cut(nn.Module):
+    """Adds to the first units of a stream and puts others in the place of as many others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width = 10
+        self.add, self.new = nn.Linear(10, 10), nn.Linear(10, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, rest = x[:, : self.width], x[:, self.width :]
+        return torch.cat([first + self.add(first.relu()), self.new(rest.relu())], 1)
+
+
+def test_the_place_of_a_slice_is_told_from_other_sizes() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    model: Any = nn.Sequential(nn.Linear(6, 20), Cut(), Cut(), nn.ReLU(), nn.Linear(20, 3))
+    # Of the first ten units 8 are left everywhere; of the others 6 before the first, 9 before the
+    # second.
+    shut = {"1.add": [1, 3], "1.new": [2, 3, 4, 5], "2.add": [1, 3], "2.new": [7], "4": [1, 3]}
+    sparsify_(model.double(), include=list(shut), gates="input").eval()
+    with torch.no_grad():
+        for name, closed_ones in shut.items():
+            gates = model.get_submodule(name).log_alpha
+            gates.fill_(9.0)
+            gates[closed_ones] = -9.0
+    small: Any = prune(model, x)
+    assert same(small, model, x)
+    assert small.report.tier == "merged"
+    assert [part.width for part in (small[1], small[2])] == [8, 8]
+    assert (small[0].out_features, small[1].new.out_features) == (14, 9)
+
+
 def test_modules_that_slice_the_same_stream_are_patched_together() -> None:
     torch.manual_seed(0)
     x = torch.randn(5, 6, dtype=torch.float64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from l0fast import load_pruned, prune, save_pruned, sparsify_
-from l0fast.pruning.views import ViewPatch
+from l0fast.pruning.views import ViewPatch, _traced
 
 
 class Attention(nn.Module):
@@ -36,6 +37,29 @@ class Attention(nn.Module):
         p = self.drop if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=p)
         return self.proj(x.transpose(1, 2).reshape(B, N, C))
+
+
+class Windows(nn.Module):
+    """Attention within windows: its code pads, and slices only where it has padded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.size = 4, 3
+        self.qkv, self.proj = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        more = (self.size - N % self.size) % self.size
+        x = F.pad(x, (0, 0, 0, more))
+        number = (N + more) // self.size
+        qkv = self.qkv(x.reshape(B, number, self.size, C))
+        qkv = qkv.reshape(B, number, self.size, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).unbind(0)
+        x = F.scaled_dot_product_attention(q, k, v).transpose(2, 3)
+        x = x.reshape(B, N + more, C)
+        if more > 0:
+            x = x[:, :N].contiguous()
+        return self.proj(x)
 
 
 class Halves(nn.Module):
@@ -141,3 +165,48 @@ def test_a_recipe_of_views_is_of_the_same_forward(tmp_path: Path) -> None:
     for key, value in (("views", {}), ("views", {"split": [0, 3]}), ("name", ""), ("more", 1)):
         with pytest.raises((ValueError, TypeError)):
             ViewPatch.from_json({**entry, key: value})
+
+
+@pytest.mark.parametrize("length", [7, 6])
+def test_a_forward_that_slices_by_sizes_does_so_for_all_sizes(length: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, length, 16, dtype=torch.float64)
+    model: Any = nn.Sequential(Windows()).double().eval()
+    sparsify_(model, example_inputs=x)
+    with torch.no_grad():
+        model[0].proj.log_alpha.copy_(torch.tensor([9.0, -9.0, -9.0, 9.0]))
+    small: Any = prune(model, x)
+    assert small.report.tier == "merged"
+    assert small[0].qkv.out_features == 24
+    (row,) = small.report.views
+    assert row["kind"] == "Windows"
+    # What is left of all heads is a number, and no share of the stream that they are added to.
+    assert list(row["views"].values()) == [[None, None, None, 3, 2, 4], [None, None, 8]]
+    for other in (6, 7, 8, 9):
+        assert same(small, model, torch.randn(3, other, 16, dtype=torch.float64))
+    assert torch.equal(pickle.loads(pickle.dumps(small))(x), small(x))
+
+
+class Decides(nn.Module):
+    """A forward of two paths, and what they are for each length."""
+
+    def __init__(self, path: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        if n > 3 or n == 1:
+            x = self.path(x)
+        return x.relu() + x
+
+
+def test_what_two_paths_differ_in_is_computed_beside_each_other() -> None:
+    module = Decides(lambda x: x[:, :2].contiguous())
+    graph = _traced(module, {}, {})
+    made = torch.fx.GraphModule(module, graph)
+    for length in (1, 2, 3, 4, 5):
+        x = torch.randn(2, length)
+        assert torch.equal(made(x), module(x))
+    with pytest.raises(ValueError, match="decides by eq whether it calls"):
+        _traced(Decides(lambda x: x.exp()), {}, {})
