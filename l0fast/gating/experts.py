@@ -18,7 +18,8 @@ from l0fast.graph.fewer import Fewer, parameters_of
 from l0fast.graph.mixtures import mixtures_of
 from l0fast.graph.sites import light_copy, without_gates
 from l0fast.layers.dense_types import kind_of
-from l0fast.layers.experts import CHILD, ExpertGate, Mixture, put_experts
+from l0fast.layers.expert_hooks import put_experts
+from l0fast.layers.experts import CHILD, ExpertGate, Mixture
 from l0fast.layers.gated import DENSITY_INIT
 from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
