@@ -12,14 +12,13 @@ from typing import Any
 from torch import nn
 
 from l0fast.graph.branches import Branch
+from l0fast.graph.caches import KINDS, configurations, renumber_, with_index
 from l0fast.graph.fewer import Fewer, leave_
 from l0fast.graph.sites import replace
 from l0fast.graph.standins import StandIn
 
-INDEX = "layer_idx"
-"""The attribute by which a decoder's attention knows its place in a cache."""
-NUMBER, KINDS = "num_hidden_layers", "layer_types"
-"""What a configuration says of the layers: how many, and the kind of each."""
+NUMBER = "num_hidden_layers"
+"""What a configuration says of the layers."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +141,6 @@ def plan_cut(
     return replaced(cut, experts=tuple(one for one in experts if not cut.takes(one.mixture.name)))
 
 
-def _with_index(model: nn.Module) -> list[nn.Module]:
-    """The modules that have a place in a cache: the innermost."""
-    found = [m for m in model.modules() if type(vars(m).get(INDEX)) is int]
-    outer = {id(m) for m in found for inner in m.modules() if inner is not m and inner in found}
-    return [module for module in found if id(module) not in outer]
-
-
-def _configurations(model: nn.Module, holder: str) -> list[Any]:
-    """The configurations of the modules around one."""
-    parts = holder.split(".")
-    around = (".".join(parts[:size]) for size in range(len(parts)))
-    found = (getattr(model.get_submodule(name), "config", None) for name in around)
-    return list({id(one): one for one in found if one is not None}.values())
-
-
 def cut_(model: nn.Module, cut: Cut) -> nn.Module:
     """Carries a cut out, in place; returns the root.
 
@@ -165,7 +149,7 @@ def cut_(model: nn.Module, cut: Cut) -> nn.Module:
     """
     for fewer in cut.experts:
         leave_(model, fewer)
-    indexed = _with_index(model)
+    indexed = with_index(model)
     old = {id(model.get_submodule(stand.name)): stand.module() for stand in cut.modules}
     for new, stand in zip(old.values(), cut.modules, strict=True):
         new.train(model.get_submodule(stand.name).training)
@@ -173,7 +157,7 @@ def cut_(model: nn.Module, cut: Cut) -> nn.Module:
     for holder, gone in cut.dropped:
         parts = model.get_submodule(holder)
         kept = [i for i in range(len(parts._modules)) if i not in gone]
-        for config in _configurations(model, holder):
+        for config in configurations(model, holder):
             if getattr(config, NUMBER, None) != len(parts._modules):
                 continue
             kinds = getattr(config, KINDS, None)
@@ -183,13 +167,8 @@ def cut_(model: nn.Module, cut: Cut) -> nn.Module:
         modules = list(parts._modules.values())
         parts._modules.clear()
         parts._modules.update((str(new), modules[i]) for new, i in enumerate(kept))
-    left = {id(module) for module in model.modules()}
-    stay: Any = [module for module in indexed if id(module) in left]
-    places = {value: new for new, value in enumerate(sorted({m.layer_idx for m in stay}))}
-    if len(stay) < len(indexed):
-        for module in model.modules():
-            if vars(module).get(INDEX) in places:
-                setattr(module, INDEX, places[vars(module)[INDEX]])
+    if cut.modules or cut.dropped:
+        renumber_(model, indexed)
     return model
 
 
