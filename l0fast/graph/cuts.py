@@ -4,6 +4,7 @@ experts taken out of mixtures."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -13,7 +14,7 @@ from torch import nn
 
 from l0fast.graph.branches import Branch
 from l0fast.graph.caches import KINDS, configurations, renumber_, with_index
-from l0fast.graph.fewer import Fewer, leave_
+from l0fast.graph.fewer import Fewer, leave_, set_number
 from l0fast.graph.sites import replace
 from l0fast.graph.standins import StandIn
 
@@ -181,3 +182,41 @@ def cut_names(model: nn.Module, cut: Cut) -> dict[str, str]:
         for name, old in named
         if not any(f"{old}.".startswith(f"{stand}.") for stand in new)
     }
+
+
+def before_cuts(model: nn.Module, cuts: Iterable[Cut]) -> Any:
+    """The configuration that a model had before it was cut; a copy.
+
+    The kinds of layers that are gone are those of their neighbours.
+
+    Args:
+        model: with a configuration, as the cuts have left it.
+        cuts: in the order in which they were made.
+    """
+    config: Any = model.config
+    own = {id(one): one for one in (config, *vars(config).values()) if hasattr(one, "to_dict")}
+    twins = copy.deepcopy(list(own.values()))
+    twin_of = dict(zip(own, twins, strict=True))
+    numbers: dict[str, int] = {}
+    for cut in reversed(list(cuts)):
+        for fewer in (one for one in cut.experts if one.everywhere):
+            for twin in twins:
+                set_number(twin, len(fewer.kept), fewer.mixture.number)
+        for holder, gone in cut.dropped:
+            left = numbers.get(holder, len(model.get_submodule(holder)._modules))
+            numbers[holder] = left + len(gone)
+            for one in configurations(model, holder):
+                _with_layers(twin_of[id(one)], left, gone)
+    return twins[0]
+
+
+def _with_layers(config: Any, left: int, gone: Iterable[int]) -> None:
+    if getattr(config, NUMBER, None) != left:
+        return
+    kinds = getattr(config, KINDS, None)
+    if kinds is not None and len(kinds) == left:
+        kinds = list(kinds)
+        for place in sorted(gone):
+            kinds.insert(place, kinds[min(place, len(kinds) - 1)])
+        setattr(config, KINDS, kinds)
+    setattr(config, NUMBER, left + len(list(gone)))

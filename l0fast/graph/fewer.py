@@ -115,7 +115,8 @@ def fewer_of(
     ]
 
 
-def _set_number(owner: Any, old: int, new: int) -> None:
+def set_number(owner: Any, old: int, new: int) -> None:
+    """Changes the attributes of a module or configuration that say how many experts there are."""
     for key, value in list(vars(owner).items()):
         if type(value) is int and value == old and _NUMBER.match(key):
             setattr(owner, key, new)
@@ -153,10 +154,10 @@ def leave_(model: nn.Module, fewer: Fewer) -> None:
         gate.all_gates = number
     inside = (router, around, model.get_submodule(mixture.path(mixture.experts)))
     for module in inside:
-        _set_number(module, mixture.number, number)
+        set_number(module, mixture.number, number)
     if fewer.everywhere:
         for owner in _around(model, mixture.name):
-            _set_number(owner, mixture.number, number)
+            set_number(owner, mixture.number, number)
 
 
 def _around(model: nn.Module, name: str) -> Iterator[Any]:
