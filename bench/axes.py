@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import importlib.util
 import json
 import math
@@ -154,11 +155,10 @@ def fine_tuned(
     method: str, model: nn.Module, target: float, text: Tensor, steps: int, seed: int
 ) -> tuple[nn.Module, float]:
     """A dense model after `steps` more by a method, pruned; and the seconds of CPU."""
-    axes = {"depth": method in (ALL, DEPTH), "hidden": method == ALL}
+    axes: Any = {"depth": method in (ALL, DEPTH), "hidden": method == ALL}
     l0fast.sparsify_(model, example_inputs=EXAMPLE, density_init=1.0, **axes)
-    options: Any = {"measure": "params", "example_inputs": EXAMPLE, "steps": steps}
-    kind = MagnitudePruning if method == MAGNITUDE else l0fast.DensityConstraint
-    constraint = kind(model, target, **options)
+    kind: Any = MagnitudePruning if method == MAGNITUDE else l0fast.DensityConstraint
+    constraint = kind(model, target, measure="params", example_inputs=EXAMPLE, steps=steps)
     optimizer = torch.optim.AdamW(l0fast.param_groups(model, FINE, steps=steps))
     constraint.attach(optimizer)
     seconds = train(model, optimizer, text, steps, seed)
@@ -212,11 +212,10 @@ def left(model: Any) -> dict[str, int]:
         for kind in ("o_proj", "down_proj")
     }
     heads, units = projections.values()
-    size = model.config.head_dim
     return {
         "attentions": len(heads),
         "mlps": len(units),
-        "heads": sum(one.in_features for one in heads) // size,
+        "heads": sum(one.in_features for one in heads) // model.config.head_dim,
         "ffn": sum(one.in_features for one in units),
         "hidden": model.model.embed_tokens.embedding_dim,
     }
@@ -227,16 +226,15 @@ def run(arguments: argparse.Namespace, about: report.Facts) -> list[dict[str, An
     out, results = arguments.out, arguments.out / "results.json"
     out.mkdir(parents=True, exist_ok=True)
     text, test = docstrings(arguments.packages)
-    rows: list[dict[str, Any]] = []
-    if results.is_file():
-        before = json.loads(results.read_text())
-        about, rows = before["about"], before["rows"]
-    else:
-        about = {**about, "bytes": len(text), "held-out bytes": len(test)}
-        about["seconds of a step of 19 M"] = round(seconds_of_a_step(*LARGE, text), 2)
-
-    def build() -> nn.Module:
-        return decoder(arguments.size, arguments.layers)
+    before = json.loads(results.read_text()) if results.is_file() else {}
+    rows = before.get("rows", [])
+    about = before.get("about") or {
+        **about,
+        "bytes": len(text),
+        "held-out bytes": len(test),
+        "seconds of a step of 19 M": round(seconds_of_a_step(*LARGE, text), 2),
+    }
+    build = functools.partial(decoder, arguments.size, arguments.layers)
 
     def write() -> None:
         write_text(results, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")

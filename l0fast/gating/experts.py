@@ -25,6 +25,7 @@ from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
 
 SEED = 0
+TOGETHER = "their units have no gates, since one tensor has the weights of all experts"
 
 
 def _some(mixture: Mixture) -> tuple[int, ...]:
@@ -123,7 +124,8 @@ def expert_rows(
             "expert",
             parameters_of(model, one),
             one.number,
-            f"{one.path(one.router)!r} picks among them; each token needs {one.least}",
+            f"{one.path(one.router)!r} picks among them; each token needs {one.least}"
+            + ("" if one.is_list else f"; {TOGETHER}"),
         )
         for one in mixtures
     ]

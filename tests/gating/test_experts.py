@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from l0fast import gates, sparsify_
-from tests.helpers.mixtures import EXPERTS, GATES, KEPT, KINDS, Dense, Model, Sparse, close, tokens
+from tests.helpers.mixtures import (
+    EXPERTS,
+    GATES,
+    KEPT,
+    KINDS,
+    Dense,
+    Model,
+    Sparse,
+    Together,
+    close,
+    tokens,
+)
 
 GATE = "mixtures.0.expert_gate"
 
@@ -83,7 +94,13 @@ def test_the_table_has_them() -> None:
     expert = 8 * 12 + 12 + 12 * 8 + 8
     assert (row.name, row.gates, row.num_gates) == (GATE, "expert", EXPERTS)
     assert row.units == expert + 8 + 1
-    assert "each token needs 2" in row.reason
+    assert row.reason.endswith("each token needs 2")
+
+
+def test_the_table_says_why_units_of_experts_have_no_gates() -> None:
+    table = sparsify_(Model(Together), example_inputs=tokens(), experts=True, dry_run=True)
+    (row,) = (row for row in table.layers if row.kind == "Experts")
+    assert "their units have no gates, since one tensor has the weights of all" in row.reason
 
 
 def test_experts_without_gates_of_their_own_take_no_part() -> None:

@@ -21,6 +21,7 @@ from l0fast import (
     sparsify_,
 )
 from tests.helpers.mixtures import (
+    EXPERTS,
     KEPT,
     KINDS,
     PICKED,
@@ -112,8 +113,8 @@ class Numbered(Sparse):
 def test_a_mixture_without_gates_keeps_its_number(exclude: str) -> None:
     """And so does what the model says of all mixtures."""
     torch.manual_seed(0)
-    model, x = Model(Numbered, 2).double(), tokens().double()
-    model.num_experts = len(model.mixtures[0].experts)
+    model: Any = Model(Numbered, 2).double()
+    x, model.num_experts = tokens().double(), EXPERTS
     sparsify_(model, example_inputs=x, experts=True, exclude=exclude or None)
     close(model, share=0.0)
     small: Any = prune(model.eval(), x).eval()
