@@ -174,15 +174,12 @@ def latency(models: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
         with torch.no_grad():
             return model(input_ids=tokens)
 
-    calls = {name: (lambda model=model: call(model)) for name, model in models.items()}
+    calls = {name: functools.partial(call, model) for name, model in models.items()}
     samples, failures = interleaved(calls, cpu_sample, Effort(40, 3, 30.0))
     if failures:
         raise RuntimeError(str(failures))
     return {
-        name: {
-            "ms": quartiles(times).p50,
-            "ratio": paired_ratios(times, samples[DENSE]).p50,
-        }
+        name: {"ms": quartiles(times).p50, "ratio": paired_ratios(times, samples[DENSE]).p50}
         for name, times in samples.items()
     }
 
@@ -207,11 +204,10 @@ def table(rows: Sequence[dict[str, Any]], about: report.Facts) -> str:
 
 def left(model: Any) -> dict[str, int]:
     """What a decoder has along each axis; heads and FFN units of all layers together."""
-    projections = {
-        kind: [one for name, one in model.named_modules() if name.endswith(kind)]
+    heads, units = (
+        [one for name, one in model.named_modules() if name.endswith(kind)]
         for kind in ("o_proj", "down_proj")
-    }
-    heads, units = projections.values()
+    )
     return {
         "attentions": len(heads),
         "mlps": len(units),

@@ -200,19 +200,15 @@ def test_layers_know_their_places_in_the_cache() -> None:
     assert values_of(ids.call(small))
 
 
-def test_attentions_of_different_caches_stay() -> None:
+def test_attentions_beside_other_layers_with_a_cache_stay() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
-    kinds = ["sliding_attention", "full_attention"]
-    config = transformers.Qwen2Config(
-        **sizes,
-        num_key_value_heads=1,
-        num_hidden_layers=2,
-        layer_types=kinds,
-        sliding_window=4,
-        use_sliding_window=True,
-    )
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    result = found(model, Example(kwargs={"input_ids": torch.randint(32, (2, 5))}))
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, num_hidden_layers=2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = Example(kwargs={"input_ids": torch.randint(32, (2, 5)), "use_cache": False})
+    for kinds, number in ((["sliding_attention", "full_attention"], 4), (["mamba", "mamba2"], 2)):
+        config.layer_types = kinds
+        result = found(model, ids)
+        assert len(result.found) == number
     assert [one.name for one in result.found] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     assert "cache" in result.refused["model.layers.0.self_attn.o_proj"]
