@@ -3,7 +3,8 @@
 A branch is found where, in the model's graph,
 
 - two tensors of one shape are added, one of which is x, at most in another form (where a ResNet's
-  block changes the width, both are projections of x, and none can go);
+  block changes the width, both are projections of x, and none can go); or several branches that
+  read x are added, and then x;
 - all of f is read by that addition alone;
 - f ends in a Linear, a convolution, a batch, group, instance or layer norm, or an RMS norm, with
   nothing behind it but ops that make zeros of zeros (dropout, a LayerScale, a reshape): its gate
@@ -35,7 +36,7 @@ from l0fast.graph.residuals import Residual, residuals
 from l0fast.graph.sites import tied_modules
 from l0fast.graph.standins import Call, StandIn, stand_in
 from l0fast.layers.branch import CHILD, BranchGate
-from l0fast.layers.dense_types import kind_of
+from l0fast.layers.dense_types import is_in_out, kind_of
 from l0fast.layers.hooks import foreign_hooks
 from l0fast.layers.rms_norm import form_of
 from l0fast.layers.ties import GATES
@@ -159,7 +160,7 @@ class Branches:
         while True:
             name = self.trace.calls.get(node) or self.trace.callers[node]
             module = self.modules[name]
-            if form_of(module) is not None:  # an RMS norm written in several ops
+            if form_of(module) is not None or is_in_out(module):  # written in several ops
                 return name
             if node in self.trace.calls or isinstance(module, _NORMS.get(op_name(node), ())):
                 return name if issubclass(kind_of(module), _HOSTS) else None
@@ -233,7 +234,7 @@ class Branches:
             around.setdefault(self.trace.callers[one.add], []).append(host)
         found: dict[str, tuple[StandIn, tuple[str, ...]]] = {}
         for name, hosts in around.items():
-            nodes = set[Node]().union(*(made[host].nodes | {made[host].add} for host in hosts))
+            nodes = set[Node]().union(*(made[host].nodes | made[host].sums for host in hosts))
             if not name or self._per_module(nodes)[name] != self.number[name]:
                 continue
             stand = stand_in(name, self.modules[name], self.calls.get(name), False)
