@@ -34,12 +34,11 @@ WANTED = {
     "vit_latency": Wanted(0.5, 0.8, ("torchvision",)),
     "decoder_params": Wanted(150_000, 2.1, ("transformers",)),
     "decoder_trainer": Wanted(75_000, 2.9, ("transformers", "accelerate")),
-    "encoder_depth": Wanted(0.5, 0.8, ("transformers", "scipy")),
     "tabular_inputs": Wanted(1 / 3, 0.93),
     "single_weights": Wanted(0.1, 0.86),
 }
 LONG = {name for name in WANTED if name.startswith("loop_")} - {"loop_plain"}
-LONG |= {"resnet_macs", "vit_latency", "decoder_trainer", "encoder_depth"}
+LONG |= {"resnet_macs", "vit_latency", "decoder_trainer"}
 """They run in `make test-all`, and as pages of the site in `make docs`."""
 LAST = re.compile(r"(accuracy|loss) ([\d.]+), [a-zA-Z ]+ ([\d.]+) -> ([\d.]+)")
 EXAMPLES = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
