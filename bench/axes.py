@@ -2,9 +2,9 @@
 
 A LLaMA of bytes is trained on the docstrings of SciPy and scikit-learn. From there each method has
 as many steps to bring it to the target: the gates of all axes (depth, hidden width, heads, FFN),
-those of heads and FFN, and magnitude pruning of heads and FFN.
-What comes out is the loss on held-out files, and the latency, measured in turn. `results.json` in
-`--out` has a row for each that is done; what is there is not done again.
+those of heads and FFN, magnitude pruning of heads and FFN, and the gates of all but the hidden
+width. What comes out is the loss on held-out files, and the latency, measured in turn.
+`results.json` in `--out` has a row for each that is done; what is there is not done again.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import functools
 import importlib.util
 import json
 import math
 import shlex
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,13 +42,17 @@ LENGTH, BATCH = 64, 16
 LR, FINE = 2e-3, 1e-3
 """Learning rates of the dense training, and of what follows."""
 DENSE, ALL, UNITS, MAGNITUDE = "dense", "all axes", "heads and FFN", "magnitude"
-METHODS = (DENSE, ALL, UNITS, MAGNITUDE)
+DEPTH = "depth, heads and FFN"
+METHODS = (DENSE, ALL, UNITS, MAGNITUDE, DEPTH)
 TITLE = {
     DENSE: "dense, before",
     ALL: "gates: depth, hidden, heads, FFN",
     UNITS: "gates: heads, FFN",
     MAGNITUDE: "magnitude: heads, FFN",
+    DEPTH: "gates: depth, heads, FFN",
 }
+LARGE = (512, 6)
+"""Width and layers of the decoder of 19 M parameters, of which a step is timed, too."""
 EXAMPLE = {"input_ids": torch.arange(2 * 32).view(2, 32)}
 LATENCY_LENGTH = 128
 TEST_BATCHES = 60
@@ -106,8 +112,9 @@ def _batch(text: Tensor, generator: torch.Generator) -> Tensor:
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, text: Tensor, steps: int, seed: int
 ) -> float:
-    """Trains, with a rate that rises for a twentieth and falls along a cosine; returns seconds."""
-    warm, start = max(steps // 20, 1), time.perf_counter()
+    """Trains, with a rate that rises for a twentieth and falls along a cosine; returns the
+    seconds of CPU."""
+    warm, start = max(steps // 20, 1), time.process_time()
     generator = torch.Generator().manual_seed(seed)
 
     def rate(step: int) -> float:
@@ -126,7 +133,14 @@ def train(
         if step % 100 == 99:
             print(f"  step {step + 1}: {loss.item():.3f}", flush=True)
     model.eval()
-    return time.perf_counter() - start
+    return time.process_time() - start
+
+
+def seconds_of_a_step(size: int, layers: int, text: Tensor, steps: int = 5) -> float:
+    """Median seconds of CPU that a dense training step takes."""
+    model = decoder(size, layers)
+    optimizer = torch.optim.AdamW(model.parameters(), LR)
+    return statistics.median(train(model, optimizer, text, 1, seed) for seed in range(steps))
 
 
 @torch.no_grad()
@@ -140,14 +154,11 @@ def held_out(model: nn.Module, text: Tensor) -> float:
 def fine_tuned(
     method: str, model: nn.Module, target: float, text: Tensor, steps: int, seed: int
 ) -> tuple[nn.Module, float]:
-    """(pruned model, seconds) of a dense model after `steps` more steps by a method."""
-    if method == DENSE:
-        return model, 0.0
-    more = method == ALL
-    l0fast.sparsify_(model, example_inputs=EXAMPLE, density_init=1.0, depth=more, hidden=more)
-    options: Any = {"measure": "params", "example_inputs": EXAMPLE, "steps": steps}
-    kind = MagnitudePruning if method == MAGNITUDE else l0fast.DensityConstraint
-    constraint = kind(model, target, **options)
+    """(pruned model, seconds of CPU) of a dense model after `steps` more steps by a method."""
+    axes: Any = {"depth": method in (ALL, DEPTH), "hidden": method == ALL}
+    l0fast.sparsify_(model, example_inputs=EXAMPLE, density_init=1.0, **axes)
+    kind: Any = MagnitudePruning if method == MAGNITUDE else l0fast.DensityConstraint
+    constraint = kind(model, target, measure="params", example_inputs=EXAMPLE, steps=steps)
     optimizer = torch.optim.AdamW(l0fast.param_groups(model, FINE, steps=steps))
     constraint.attach(optimizer)
     seconds = train(model, optimizer, text, steps, seed)
@@ -163,15 +174,12 @@ def latency(models: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
         with torch.no_grad():
             return model(input_ids=tokens)
 
-    calls = {name: (lambda model=model: call(model)) for name, model in models.items()}
+    calls = {name: functools.partial(call, model) for name, model in models.items()}
     samples, failures = interleaved(calls, cpu_sample, Effort(40, 3, 30.0))
     if failures:
         raise RuntimeError(str(failures))
     return {
-        name: {
-            "ms": quartiles(times).p50,
-            "ratio": paired_ratios(times, samples[DENSE]).p50,
-        }
+        name: {"ms": quartiles(times).p50, "ratio": paired_ratios(times, samples[DENSE]).p50}
         for name, times in samples.items()
     }
 
@@ -179,27 +187,32 @@ def latency(models: dict[str, nn.Module]) -> dict[str, dict[str, float]]:
 def table(rows: Sequence[dict[str, Any]], about: report.Facts) -> str:
     """The results as a page of Markdown."""
     lines = [
-        "| seed | method | parameters | loss | perplexity | layers | hidden | ms | of dense |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| seed | method | parameters | loss | attentions | MLPs | heads | FFN | hidden | ms | "
+        "of dense | s a step |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    keys = ("attentions", "mlps", "heads", "ffn", "hidden")
     for row in rows:
+        left = " | ".join(str(row[key]) for key in keys)
         lines.append(
             f"| {row['seed']} | {TITLE[row['method']]} | {row['params']:,} | {row['loss']:.4f} | "
-            f"{math.exp(row['loss']):.3f} | {row['layers']} | {row['hidden']} | {row['ms']:.1f} | "
-            f"{row['ratio']:.2f} |"
+            f"{left} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['seconds'] / row['steps']:.2f} |"
         )
     facts = ", ".join(f"{key}: {value}" for key, value in about.items())
     return "\n".join([*lines, "", facts, ""])
 
 
-def _row(method: str, seed: int, model: Any, dense: float, test: Tensor) -> dict[str, Any]:
+def left(model: Any) -> dict[str, int]:
+    """What a decoder has along each axis; heads and FFN units of all layers together."""
+    heads, units = (
+        [one for name, one in model.named_modules() if name.endswith(kind)]
+        for kind in ("o_proj", "down_proj")
+    )
     return {
-        "method": method,
-        "seed": seed,
-        "params": sum(one.numel() for one in model.parameters()),
-        "loss": held_out(model, test),
-        "loss_before": dense,
-        "layers": len(model.model.layers),
+        "attentions": len(heads),
+        "mlps": len(units),
+        "heads": sum(one.in_features for one in heads) // model.config.head_dim,
+        "ffn": sum(one.in_features for one in units),
         "hidden": model.model.embed_tokens.embedding_dim,
     }
 
@@ -209,11 +222,15 @@ def run(arguments: argparse.Namespace, about: report.Facts) -> list[dict[str, An
     out, results = arguments.out, arguments.out / "results.json"
     out.mkdir(parents=True, exist_ok=True)
     text, test = docstrings(arguments.packages)
-    about = {**about, "bytes": len(text), "held-out bytes": len(test)}
-    rows = json.loads(results.read_text())["rows"] if results.is_file() else []
-
-    def build() -> nn.Module:
-        return decoder(arguments.size, arguments.layers)
+    before = json.loads(results.read_text()) if results.is_file() else {}
+    rows = before.get("rows", [])
+    about = before.get("about") or {
+        **about,
+        "bytes": len(text),
+        "held-out bytes": len(test),
+        "seconds of a step of 19 M": round(seconds_of_a_step(*LARGE, text), 2),
+    }
+    build = functools.partial(decoder, arguments.size, arguments.layers)
 
     def write() -> None:
         write_text(results, json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
@@ -225,21 +242,25 @@ def run(arguments: argparse.Namespace, about: report.Facts) -> list[dict[str, An
         if not start.is_file():
             print(f"seed {seed}, dense, {arguments.dense_steps} steps", flush=True)
             optimizer = torch.optim.AdamW(model.parameters(), LR)
-            train(model, optimizer, text, arguments.dense_steps, seed)
-            torch.save(model.state_dict(), start)
-        model.load_state_dict(torch.load(start))
-        dense, models = held_out(model.eval(), test), dict[str, nn.Module]()
+            seconds = train(model, optimizer, text, arguments.dense_steps, seed)
+            torch.save({"model": model.state_dict(), "seconds": seconds}, start)
+        saved, models = torch.load(start), dict[str, nn.Module]()
+        model.load_state_dict(saved["model"])
         for method in METHODS:
             path = out / f"{method.replace(' ', '-')}-{seed}.safetensors"
             if not any((row["method"], row["seed"]) == (method, seed) for row in rows):
                 print(f"seed {seed}, {method}, {arguments.steps} steps", flush=True)
                 torch.manual_seed(seed)
-                given = arguments.target, text, arguments.steps, seed + 1000
-                small, seconds = fine_tuned(method, copy.deepcopy(model), *given)
+                small, steps, seconds = model, arguments.dense_steps, saved["seconds"]
                 if method != DENSE:
+                    steps, twin = arguments.steps, copy.deepcopy(model)
+                    given = method, twin, arguments.target, text, steps, seed + 1000
+                    small, seconds = fine_tuned(*given)
                     l0fast.save_pruned(small, path)
-                row = _row(method, seed, small.eval(), dense, test)
-                rows.append({**row, "seconds": seconds})
+                row = {"method": method, "seed": seed, "steps": steps, "seconds": seconds}
+                params = sum(one.numel() for one in small.parameters())
+                row |= {"params": params, "loss": held_out(small.eval(), test), **left(small)}
+                rows.append(row)
                 print(rows[-1], flush=True)
                 write()
             models[method] = model if method == DENSE else l0fast.load_pruned(build, path)
@@ -254,11 +275,11 @@ def run(arguments: argparse.Namespace, about: report.Facts) -> list[dict[str, An
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m bench.axes", description=__doc__)
-    parser.add_argument("--size", type=int, default=96, help="the hidden width")
+    parser.add_argument("--size", type=int, default=192, help="the hidden width")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--target", type=float, default=0.5, help="share of the parameters")
-    parser.add_argument("--dense-steps", type=int, default=700)
-    parser.add_argument("--steps", type=int, default=200, help="of each method")
+    parser.add_argument("--dense-steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=600, help="of each method")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--packages", nargs="+", default=list(PACKAGES))
     parser.add_argument("--threads", type=int, default=1)

@@ -15,8 +15,10 @@ from l0fast.constraints.processes import check_sharding
 from l0fast.constraints.settle import kept_open, settle_
 from l0fast.graph.calls import Example
 from l0fast.graph.sharding import with_full_weights
+from l0fast.layers.experts import expert_gates
 from l0fast.layers.gated import Gated
 from l0fast.layers.handle import ModelGates, gates, own_gates, refuse_adapters
+from l0fast.layers.serving import likeliest
 from l0fast.layers.stages import DRAWN, OPEN, QUIET, SETTLED
 from l0fast.maths.advance import Ascent, Limits, within
 from l0fast.measures.groups import Asking, Group, measure_name
@@ -159,9 +161,12 @@ class DensityTerm(Attachable, nn.Module):
 
     @torch.no_grad()
     def _shares(self) -> list[float]:
-        """[C] densities with the gates as they are in evaluation."""
+        """[C] densities with the gates as they are in evaluation; of experts, as many count as
+        each token needs, which `prune` keeps in any case."""
         measure: Measure = self.__dict__["_measure"]
         opened = {name: layer.evaluation_gates() > 0 for name, layer in self.layers.items()}
+        for name, gate in expert_gates(self.layers).items():
+            opened[name] |= likeliest([gate], gate.log_alpha)
         spent = zip(measure.spent(opened), measure.totals, strict=True)
         return [cost / total for cost, total in spent]
 

@@ -18,12 +18,14 @@ from l0fast.graph.fewer import Fewer, parameters_of
 from l0fast.graph.mixtures import mixtures_of
 from l0fast.graph.sites import light_copy, without_gates
 from l0fast.layers.dense_types import kind_of
-from l0fast.layers.experts import CHILD, ExpertGate, Mixture, put_experts
+from l0fast.layers.expert_hooks import put_experts
+from l0fast.layers.experts import CHILD, ExpertGate, Mixture
 from l0fast.layers.gated import DENSITY_INIT
 from l0fast.layers.handle import gated_layers
 from l0fast.maths.hard_concrete import HardConcrete
 
 SEED = 0
+TOGETHER = "their units have no gates, since one tensor has the weights of all experts"
 
 
 def _some(mixture: Mixture) -> tuple[int, ...]:
@@ -122,7 +124,8 @@ def expert_rows(
             "expert",
             parameters_of(model, one),
             one.number,
-            f"{one.path(one.router)!r} picks among them; each token needs {one.least}",
+            f"{one.path(one.router)!r} picks among them; each token needs {one.least}"
+            + ("" if one.is_list else f"; {TOGETHER}"),
         )
         for one in mixtures
     ]

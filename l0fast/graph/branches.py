@@ -3,9 +3,10 @@
 A branch is found where, in the model's graph,
 
 - two tensors of one shape are added, one of which is x, at most in another form (where a ResNet's
-  block changes the width, both are projections of x, and none can go);
+  block changes the width, both are projections of x, and none can go); or several branches that
+  read x are added, and then x;
 - all of f is read by that addition alone;
-- f ends in a Linear, a convolution, a batch, group, instance or layer norm, or an nn.RMSNorm, with
+- f ends in a Linear, a convolution, a batch, group, instance or layer norm, or an RMS norm, with
   nothing behind it but ops that make zeros of zeros (dropout, a LayerScale, a reshape): its gate
   multiplies what that layer, the host, gives;
 - no layer of f is called twice, shares a weight with another, or has hooks, and all of f that has
@@ -13,8 +14,8 @@ A branch is found where, in the model's graph,
   pass on what they are given or give zeros (see `standins`).
 
 So it is with the attentions and MLPs of transformers with norms before, inside or behind the
-addition, and with the blocks of residual networks. A model whose layers have caches of different
-kinds keeps its attentions.
+addition, and with the blocks of residual networks. A model that has other layers with a cache than
+attentions, such as Mamba's, keeps its attentions.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
+from l0fast.graph.caches import other_caches
 from l0fast.graph.capture import CHANNELWISE, LAYERS, Trace
 from l0fast.graph.computed import own_weights
 from l0fast.graph.nodes import op_name
@@ -34,8 +36,9 @@ from l0fast.graph.residuals import Residual, residuals
 from l0fast.graph.sites import tied_modules
 from l0fast.graph.standins import Call, StandIn, stand_in
 from l0fast.layers.branch import CHILD, BranchGate
-from l0fast.layers.dense_types import kind_of
+from l0fast.layers.dense_types import is_in_out, kind_of
 from l0fast.layers.hooks import foreign_hooks
+from l0fast.layers.rms_norm import form_of
 from l0fast.layers.ties import GATES
 
 _KEEP = (
@@ -118,7 +121,7 @@ class Branches:
         self.tied = tied_modules(model)
         self.number = self._per_module(trace.callers)
         """Module -> how many nodes of the graph are of its forward, or of one inside it."""
-        self.mixed = _mixed_caches(model)
+        self.mixed = other_caches(model)
         self.fed = _fed(trace)
         self.refused: dict[str, str] = {}
         made: dict[str, tuple[Residual, tuple[StandIn, ...]]] = {}
@@ -157,8 +160,9 @@ class Branches:
         while True:
             name = self.trace.calls.get(node) or self.trace.callers[node]
             module = self.modules[name]
-            own = node in self.trace.calls or isinstance(module, _NORMS.get(op_name(node), ()))
-            if own:
+            if form_of(module) is not None or is_in_out(module):  # written in several ops
+                return name
+            if node in self.trace.calls or isinstance(module, _NORMS.get(op_name(node), ())):
                 return name if issubclass(kind_of(module), _HOSTS) else None
             inner = [source for source in node.all_input_nodes if source in self.fed & one.nodes]
             if op_name(node) not in KEEP_ZEROS or len(inner) != 1:
@@ -230,20 +234,13 @@ class Branches:
             around.setdefault(self.trace.callers[one.add], []).append(host)
         found: dict[str, tuple[StandIn, tuple[str, ...]]] = {}
         for name, hosts in around.items():
-            nodes = set[Node]().union(*(made[host].nodes | {made[host].add} for host in hosts))
+            nodes = set[Node]().union(*(made[host].nodes | made[host].sums for host in hosts))
             if not name or self._per_module(nodes)[name] != self.number[name]:
                 continue
             stand = stand_in(name, self.modules[name], self.calls.get(name), False)
             if stand is not None:
                 found.update((host, (stand, tuple(hosts))) for host in hosts)
         return found
-
-
-def _mixed_caches(model: nn.Module) -> bool:
-    """Whether a decoder's layers have caches of different kinds."""
-    configs = (getattr(module, "config", None) for module in model.modules())
-    kinds = (getattr(config, "layer_types", None) for config in configs)
-    return any(isinstance(some, (list, tuple)) and len(set(some)) > 1 for some in kinds)
 
 
 def without(branch: Branch, names: set[str]) -> Branch:

@@ -4,6 +4,7 @@ experts taken out of mixtures."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from dataclasses import replace as replaced
@@ -12,14 +13,13 @@ from typing import Any
 from torch import nn
 
 from l0fast.graph.branches import Branch
-from l0fast.graph.fewer import Fewer, leave_
+from l0fast.graph.caches import KINDS, configurations, renumber_, with_index
+from l0fast.graph.fewer import Fewer, leave_, set_number
 from l0fast.graph.sites import replace
 from l0fast.graph.standins import StandIn
 
-INDEX = "layer_idx"
-"""The attribute by which a decoder's attention knows its place in a cache."""
-NUMBER, KINDS = "num_hidden_layers", "layer_types"
-"""What a configuration says of the layers: how many, and the kind of each."""
+NUMBER = "num_hidden_layers"
+"""What a configuration says of the layers."""
 
 
 @dataclass(frozen=True)
@@ -142,21 +142,6 @@ def plan_cut(
     return replaced(cut, experts=tuple(one for one in experts if not cut.takes(one.mixture.name)))
 
 
-def _with_index(model: nn.Module) -> list[nn.Module]:
-    """The modules that have a place in a cache: the innermost."""
-    found = [m for m in model.modules() if type(vars(m).get(INDEX)) is int]
-    outer = {id(m) for m in found for inner in m.modules() if inner is not m and inner in found}
-    return [module for module in found if id(module) not in outer]
-
-
-def _configurations(model: nn.Module, holder: str) -> list[Any]:
-    """The configurations of the modules around one."""
-    parts = holder.split(".")
-    around = (".".join(parts[:size]) for size in range(len(parts)))
-    found = (getattr(model.get_submodule(name), "config", None) for name in around)
-    return list({id(one): one for one in found if one is not None}.values())
-
-
 def cut_(model: nn.Module, cut: Cut) -> nn.Module:
     """Carries a cut out, in place; returns the root.
 
@@ -165,7 +150,7 @@ def cut_(model: nn.Module, cut: Cut) -> nn.Module:
     """
     for fewer in cut.experts:
         leave_(model, fewer)
-    indexed = _with_index(model)
+    indexed = with_index(model)
     old = {id(model.get_submodule(stand.name)): stand.module() for stand in cut.modules}
     for new, stand in zip(old.values(), cut.modules, strict=True):
         new.train(model.get_submodule(stand.name).training)
@@ -173,7 +158,7 @@ def cut_(model: nn.Module, cut: Cut) -> nn.Module:
     for holder, gone in cut.dropped:
         parts = model.get_submodule(holder)
         kept = [i for i in range(len(parts._modules)) if i not in gone]
-        for config in _configurations(model, holder):
+        for config in configurations(model, holder):
             if getattr(config, NUMBER, None) != len(parts._modules):
                 continue
             kinds = getattr(config, KINDS, None)
@@ -183,13 +168,8 @@ def cut_(model: nn.Module, cut: Cut) -> nn.Module:
         modules = list(parts._modules.values())
         parts._modules.clear()
         parts._modules.update((str(new), modules[i]) for new, i in enumerate(kept))
-    left = {id(module) for module in model.modules()}
-    stay: Any = [module for module in indexed if id(module) in left]
-    places = {value: new for new, value in enumerate(sorted({m.layer_idx for m in stay}))}
-    if len(stay) < len(indexed):
-        for module in model.modules():
-            if vars(module).get(INDEX) in places:
-                setattr(module, INDEX, places[vars(module)[INDEX]])
+    if cut.modules or cut.dropped:
+        renumber_(model, indexed)
     return model
 
 
@@ -202,3 +182,41 @@ def cut_names(model: nn.Module, cut: Cut) -> dict[str, str]:
         for name, old in named
         if not any(f"{old}.".startswith(f"{stand}.") for stand in new)
     }
+
+
+def before_cuts(model: nn.Module, cuts: Iterable[Cut]) -> Any:
+    """The configuration that a model had before it was cut; a copy.
+
+    The kinds of layers that are gone are those of their neighbours.
+
+    Args:
+        model: with a configuration, as the cuts have left it.
+        cuts: in the order in which they were made.
+    """
+    config: Any = model.config
+    own = {id(one): one for one in (config, *vars(config).values()) if hasattr(one, "to_dict")}
+    twins = copy.deepcopy(list(own.values()))
+    twin_of = dict(zip(own, twins, strict=True))
+    numbers: dict[str, int] = {}
+    for cut in reversed(list(cuts)):
+        for fewer in (one for one in cut.experts if one.everywhere):
+            for twin in twins:
+                set_number(twin, len(fewer.kept), fewer.mixture.number)
+        for holder, gone in cut.dropped:
+            left = numbers.get(holder, len(model.get_submodule(holder)._modules))
+            numbers[holder] = left + len(gone)
+            for one in configurations(model, holder):
+                _with_layers(twin_of[id(one)], left, gone)
+    return twins[0]
+
+
+def _with_layers(config: Any, left: int, gone: Iterable[int]) -> None:
+    if getattr(config, NUMBER, None) != left:
+        return
+    kinds = getattr(config, KINDS, None)
+    if kinds is not None and len(kinds) == left:
+        kinds = list(kinds)
+        for place in sorted(gone):
+            kinds.insert(place, kinds[min(place, len(kinds) - 1)])
+        setattr(config, KINDS, kinds)
+    setattr(config, NUMBER, left + len(list(gone)))

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from l0fast.graph.mixtures import ungated
 from l0fast.layers.experts import CHILD, ExpertGate, Mixture
 from l0fast.layers.serving import INDEX
 from l0fast.layers.ties import GATES
@@ -58,7 +59,7 @@ class Fewer:
     kept: tuple[int, ...]
     """The places of those that stay."""
     everywhere: bool
-    """Whether all mixtures keep as many, so that a configuration can say it."""
+    """Whether all mixtures of the model keep as many, so that a configuration can say it."""
 
     def as_json(self) -> dict[str, Any]:
         """A dict that `from_json` takes."""
@@ -92,26 +93,30 @@ class Fewer:
         return value.index_select(0, torch.tensor(self.kept, device=value.device))
 
 
-def fewer_of(gates: Mapping[str, ExpertGate], kept: Mapping[str, Tensor]) -> list[Fewer]:
+def fewer_of(
+    model: nn.Module, gates: Mapping[str, ExpertGate], kept: Mapping[str, Tensor]
+) -> list[Fewer]:
     """Which mixtures lose experts.
 
     Args:
-        gates: of all mixtures, by name.
+        model: they are in; it may have mixtures without gates, too, which stay as they are.
+        gates: of mixtures, by name.
         kept: their gates that stay.
     """
+    mixtures = {name: mixture_of(name, gate) for name, gate in gates.items()}
+    gated = {one.path(one.experts) for one in mixtures.values()}
     numbers = {int(kept[name].sum()) for name in gates}
+    losing = [name for name in gates if not bool(kept[name].all())]
+    sizes = {mixtures[name].number for name in losing}
+    everywhere = len(numbers) == 1 and not any(ungated(model, size, gated) for size in sizes)
     return [
-        Fewer(
-            mixture_of(name, gate),
-            tuple(kept[name].nonzero().flatten().tolist()),
-            len(numbers) == 1,
-        )
-        for name, gate in gates.items()
-        if not bool(kept[name].all())
+        Fewer(mixtures[name], tuple(kept[name].nonzero().flatten().tolist()), everywhere)
+        for name in losing
     ]
 
 
-def _set_number(owner: Any, old: int, new: int) -> None:
+def set_number(owner: Any, old: int, new: int) -> None:
+    """Changes the attributes of a module or configuration that say how many experts there are."""
     for key, value in list(vars(owner).items()):
         if type(value) is int and value == old and _NUMBER.match(key):
             setattr(owner, key, new)
@@ -149,10 +154,10 @@ def leave_(model: nn.Module, fewer: Fewer) -> None:
         gate.all_gates = number
     inside = (router, around, model.get_submodule(mixture.path(mixture.experts)))
     for module in inside:
-        _set_number(module, mixture.number, number)
+        set_number(module, mixture.number, number)
     if fewer.everywhere:
         for owner in _around(model, mixture.name):
-            _set_number(owner, mixture.number, number)
+            set_number(owner, mixture.number, number)
 
 
 def _around(model: nn.Module, name: str) -> Iterator[Any]:

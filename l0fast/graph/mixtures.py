@@ -15,7 +15,7 @@ groups of experts, GPT-OSS), and with own modules that loop over their experts o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -85,7 +85,7 @@ def _watched(model: nn.Module, example: Example) -> _Watch:
     return watch
 
 
-def _groups(model: nn.Module) -> Iterator[tuple[str, int, bool]]:
+def groups_of(model: nn.Module) -> Iterator[tuple[str, int, bool]]:
     """(name, number, whether it is a list) of what may be experts."""
     for name, module in model.named_modules():
         own = [one for one in module._parameters.values() if one is not None and one.dim() == 3]
@@ -112,6 +112,22 @@ def _routers(model: nn.Module, around: str, experts: str, number: int) -> list[s
     return found
 
 
+def ungated(model: nn.Module, number: int, gated: Collection[str]) -> list[str]:
+    """Groups of so many modules or weights that have a router beside them, as experts do, and are
+    not among the experts with these names."""
+    found: list[str] = []
+    for experts, size, is_list in groups_of(model):
+        if size != number or experts in gated:
+            continue
+        around = experts.rpartition(".")[0] if is_list else experts
+        for _ in range(HEIGHT):
+            if _routers(model, around, experts, number):
+                found.append(experts)
+                break
+            around = around.rpartition(".")[0]
+    return found
+
+
 def _relative(name: str, around: str) -> str:
     return name.removeprefix(around).removeprefix(".")
 
@@ -135,7 +151,7 @@ def mixtures_of(model: nn.Module, example: Example) -> tuple[list[Mixture], dict
     first = {name: place for place, name in reversed(list(enumerate(watch.order)))}
     found: list[Mixture] = []
     refused: dict[str, str] = {}
-    for experts, number, is_list in _groups(model):
+    for experts, number, is_list in groups_of(model):
         around, routers = experts if not is_list else experts.rpartition(".")[0], list[str]()
         for _ in range(HEIGHT):
             calls = _routers(model, around, experts, number) if around in first else []

@@ -23,6 +23,8 @@ class Residual:
     """What f gives."""
     nodes: set[Node]
     """Of f."""
+    sums: frozenset[Node]
+    """The additions by which it gets to x, of which `add` is the first."""
 
 
 def only_for(last: Node) -> set[Node]:
@@ -51,8 +53,29 @@ def residuals(trace: Trace) -> Iterator[Residual]:
         for short, last in (parts, parts[::-1]):
             nodes = only_for(last) if len(last.users) == 1 else set[Node]()
             if _layers(trace, nodes) and _is_shortcut(trace, short, nodes):
-                yield Residual(node, last, nodes)
+                yield from _parts(trace, last, nodes, (node,))
                 break
+
+
+def _parts(
+    trace: Trace, last: Node, nodes: set[Node], sums: tuple[Node, ...]
+) -> Iterator[Residual]:
+    """The branch that ends in a node; or those of which it is the sum, as where an attention and an
+    MLP read the same: y = x + (f(x) + g(x))."""
+    both: Any = last.args[:2] if op_name(last) in ADDS else ()
+    inner = [
+        (part, only_for(part))
+        for part in both
+        if isinstance(part, Node)
+        and len(part.users) == 1
+        and shape_of(part) == shape_of(last)
+        and part in nodes
+    ]
+    if len(inner) == 2 and all(_layers(trace, some) for _, some in inner):
+        for part, some in inner:
+            yield from _parts(trace, part, some, (last, *sums))
+    else:
+        yield Residual(sums[0], last, nodes, frozenset(sums))
 
 
 def _layers(trace: Trace, nodes: set[Node]) -> int:

@@ -22,6 +22,7 @@ from l0fast import _checks
 from l0fast._files import write_text
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.compare import TOLERANCE, relative_error, values_of
+from l0fast.graph.cuts import Cut, before_cuts
 from l0fast.layers.rms_norm import form_of
 from l0fast.pruning.report import required_report
 from l0fast.pruning.saving import load_pruned, save_pruned
@@ -95,7 +96,8 @@ def save_pretrained(
         return ""
     folder.mkdir(parents=True, exist_ok=True)
     save_pruned(small, folder / OWN)
-    small.config.save_pretrained(folder / CONFIG)
+    cuts = [Cut.from_json(entry) for entry in required_report(small).cuts]
+    before_cuts(small, cuts).save_pretrained(folder / CONFIG)
     facts = {"class": type(small).__name__}
     write_text(folder / CONFIG / "l0fast.json", json.dumps(facts))
     write_text(folder / README, NOTE.format(kind=type(small).__name__, folder=folder.name, why=why))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
 from l0fast import _checks
+from l0fast.layers.branch import CHILD
 from l0fast.layers.gated import Gated
 from l0fast.maths.hard_concrete import HardConcrete
 
@@ -78,7 +79,7 @@ def _tried(module: nn.Module) -> Form | None:
         # Of the size of eps, so that eps matters.
         x = torch.randn(2, 3, size, generator=generator) * (2 * eps**0.5)
         try:
-            given = twin(x.clone())
+            given = twin.forward(x.clone())  # without hooks, such as that of a branch's gate
         except Exception:  # it takes something else
             return None
         if not isinstance(given, Tensor) or given.shape != x.shape:
@@ -100,7 +101,7 @@ def form_of(module: nn.Module) -> Form | None:
     weight = module._parameters.get("weight")
     if weight is None or own - {"log_alpha"} != {"weight"} or weight.dim() != 1:
         return None
-    if weight.numel() < 2 or module._modules or module._buffers:
+    if weight.numel() < 2 or module._modules.keys() - {CHILD} or module._buffers:
         return None
     with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
         form = _tried(module)

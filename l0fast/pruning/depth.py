@@ -33,14 +33,14 @@ def closed_in(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> list[B
     return [branch_of(name, gate) for name, gate in gated if not bool(kept[name].any())]
 
 
-def lost_experts(layers: Mapping[str, Gated], kept: Mapping[str, Tensor]) -> list[Fewer]:
-    """The mixtures that lose experts."""
-    return fewer_of(expert_gates(layers), kept)
+def lost_experts(model: nn.Module, values: GateValues) -> list[Fewer]:
+    """The mixtures of a model that lose experts."""
+    return fewer_of(model, expert_gates(values.layers), values.kept)
 
 
 def copied_tensors(model: nn.Module, values: GateValues) -> set[str]:
     """The tensors of which a model without its closed experts has copies of parts."""
-    lost = lost_experts(values.layers, values.kept)
+    lost = lost_experts(model, values)
     pairs = (place for one in lost for place in expert_tensors(model, one.mixture))
     return {f"{name}.{key}".lstrip(".") for name, key in pairs}
 
@@ -124,7 +124,7 @@ def shallow(
         ValueError: without a closed branch or expert the model is another.
     """
     closed = closed_in(values.layers, values.kept)
-    experts = lost_experts(values.layers, values.kept)
+    experts = lost_experts(model, values)
     if not closed and not experts:
         names = {name: name for name, _ in model.named_modules()}
         return Shallow(model, values, structure, names, None)

@@ -19,7 +19,7 @@ from l0fast.graph.sites import replace, tied_modules, without_gates
 from l0fast.graph.structure import Structure
 from l0fast.graph.tensors import ChannelTensor, channel_tensor
 from l0fast.layers.branch import take_branches
-from l0fast.layers.experts import take_experts
+from l0fast.layers.expert_hooks import take_experts
 from l0fast.layers.handle import gates, handles_in
 from l0fast.layers.part import PartGate
 from l0fast.layers.sampling import detach

@@ -16,7 +16,7 @@ from l0fast.graph.capture import is_carrier, is_site
 from l0fast.graph.compare import relative_error, values_of
 from l0fast.layers.branch import has_branch
 from l0fast.layers.dense_types import inner_dims, inputs_first
-from l0fast.layers.experts import multiplies
+from l0fast.layers.expert_hooks import multiplies
 
 SAMPLES = 1 << 14
 """How many elements of a layer's output are looked at."""

@@ -11,6 +11,7 @@ from l0fast.graph.fewer import mixture_of
 from l0fast.layers.branch import CHILD, branch_gates
 from l0fast.layers.experts import expert_gates, last_weights, scaled
 from l0fast.layers.gated import Gated
+from l0fast.layers.rms_norm import form_of
 
 
 @dataclass(frozen=True)
@@ -53,13 +54,16 @@ def scale_(layer: nn.Module, z: Tensor, place: int | None) -> None:
         for key in last_weights(layer, len(z)):
             _multiply(layer, key, z)
         return
+    form = form_of(layer)
+    offset = 0.0 if form is None else form.offset
     for key in ("weight", "bias"):
         if layer._parameters.get(key) is not None:
-            _multiply(layer, key, z[place].expand(1))
+            _multiply(layer, key, z[place].expand(1), offset)
 
 
-def _multiply(layer: nn.Module, key: str, z: Tensor) -> None:
+def _multiply(layer: nn.Module, key: str, z: Tensor, offset: float = 0.0) -> None:
+    """Multiplies a parameter; what it counts for is more by `offset`."""
     value = layer._parameters[key]
     assert value is not None
-    product = scaled(value.detach(), z.detach().to(value.device))
+    product = scaled(value.detach() + offset, z.detach().to(value.device)) - offset
     layer._parameters[key] = nn.Parameter(product, value.requires_grad)

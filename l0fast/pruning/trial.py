@@ -89,7 +89,7 @@ def _cut(
     opened.update((name, torch.zeros_like(opened[name])) for name in branches[::2])
     for name, gate in experts.items():
         opened[name][max(gate.least, gate.all_gates // 2) :] = False
-    lost = lost_experts(layers, opened)
+    lost = lost_experts(model, GateValues(layers, opened))
     way = plan_cut(model, closed_in(layers, opened), drop=True, experts=lost)
     small, names = cut_out(model, way)
     rest = gates(small).layers

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+import l0fast
+
 pytest.importorskip("transformers")
 
 from bench import axes
@@ -19,6 +21,24 @@ def test_a_text_is_trained_on_or_held_out() -> None:
 
 
 def test_the_table_says_what_each_method_left() -> None:
-    row = {"seed": 0, "method": axes.ALL, "params": 1234, "loss": 0.0, "layers": 3, "hidden": 8}
-    text = axes.table([{**row, "ms": 2.0, "ratio": 0.5}], {"torch": "2"})
-    assert "| 0 | gates: depth, hidden, heads, FFN | 1,234 | 0.0000 | 1.000 | 3 | 8 |" in text
+    row = {"seed": 0, "method": axes.ALL, "steps": 4, "seconds": 2.0, "params": 1234, "loss": 0.0}
+    row |= {"attentions": 3, "mlps": 2, "heads": 9, "ffn": 70, "hidden": 8, "ms": 2.0, "ratio": 0.5}
+    text = axes.table([row], {"torch": "2"})
+    line = (
+        "| 0 | gates: depth, hidden, heads, FFN | 1,234 | 0.0000 | 3 | 2 | 9 | 70 | 8 | 2.0 | 0.50 "
+    )
+    assert f"{line}| 0.50 |" in text
+
+
+def test_what_is_left_is_counted_along_each_axis() -> None:
+    model = axes.decoder(32, 3)
+    dense = {"attentions": 3, "mlps": 3, "heads": 12, "ffn": 3 * 80, "hidden": 32}
+    assert axes.left(model) == dense
+    l0fast.sparsify_(model, example_inputs=axes.EXAMPLE, depth=True, skip=False)
+    for name, layer in l0fast.gates(model).layers.items():
+        shut = "1.self_attn.o_proj.branch" in name
+        layer.log_alpha.data.fill_(-5.0 if shut else 3.0)
+        if name.endswith("2.mlp.down_proj"):
+            layer.log_alpha.data[:7] = -5.0
+    small = l0fast.prune(model, axes.EXAMPLE)
+    assert axes.left(small) == dense | {"attentions": 2, "heads": 8, "ffn": 3 * 80 - 7}

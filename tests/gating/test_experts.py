@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from l0fast import gates, sparsify_
-from tests.helpers.mixtures import EXPERTS, GATES, KEPT, KINDS, Dense, Model, Sparse, close, tokens
+from tests.helpers.mixtures import (
+    EXPERTS,
+    GATES,
+    KEPT,
+    KINDS,
+    Dense,
+    Model,
+    Sparse,
+    Together,
+    close,
+    tokens,
+)
 
 GATE = "mixtures.0.expert_gate"
 
@@ -81,7 +94,13 @@ def test_the_table_has_them() -> None:
     expert = 8 * 12 + 12 + 12 * 8 + 8
     assert (row.name, row.gates, row.num_gates) == (GATE, "expert", EXPERTS)
     assert row.units == expert + 8 + 1
-    assert "each token needs 2" in row.reason
+    assert row.reason.endswith("each token needs 2")
+
+
+def test_the_table_says_why_units_of_experts_have_no_gates() -> None:
+    table = sparsify_(Model(Together), example_inputs=tokens(), experts=True, dry_run=True)
+    (row,) = (row for row in table.layers if row.kind == "Experts")
+    assert "their units have no gates, since one tensor has the weights of all" in row.reason
 
 
 def test_experts_without_gates_of_their_own_take_no_part() -> None:
@@ -89,6 +108,61 @@ def test_experts_without_gates_of_their_own_take_no_part() -> None:
         sparsify_(
             Model(), example_inputs=tokens(), experts=True, exclude="mixtures.0.experts.1.down"
         )
+
+
+class Checkpointed(Sparse):
+    """Each expert, and the router, is computed again in the backward."""
+
+    reentrant, again = False, True
+
+    def forward(self, x: Tensor) -> Tensor:
+        def call(module: nn.Module, x: Tensor) -> Tensor:
+            return checkpoint(module, x, use_reentrant=self.reentrant) if self.again else module(x)
+
+        weights, picked = call(self.router, x).softmax(-1).topk(2, -1)
+        y = torch.zeros_like(x)
+        for place, expert in enumerate(self.experts):
+            token, column = torch.where(picked == place)
+            y = y.index_add(0, token, weights[token, column, None] * call(expert, x[token]))
+        return y
+
+
+def gradients(model: Any, again: bool) -> dict[str, Tensor]:
+    for mixture in model.mixtures:
+        mixture.again = again
+    torch.manual_seed(5)
+    model.zero_grad()
+    y = model(tokens().double())
+    with torch.no_grad():  # what is looked at in between changes nothing
+        model.eval()(tokens(30).double())
+    copy.deepcopy(model.train())
+    y.square().sum().backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("stage", ["drawn", "open", "settled"])
+def test_activation_checkpointing_inside_a_mixture(stage: str) -> None:
+    model = gated(Checkpointed)
+    close(model, share=0.0)
+    gates(model).set_stage(stage)
+    plain, checkpointed = (gradients(model, again) for again in (False, True))
+    assert plain.keys() == checkpointed.keys()
+    for name, grad in plain.items():
+        torch.testing.assert_close(checkpointed[name], grad, msg=name)
+
+
+def test_several_forward_passes_before_a_backward_are_refused() -> None:
+    model, x = gated(Checkpointed), tokens().double()
+    kept = model(x), model(x)
+    with pytest.raises(RuntimeError, match="got several forward passes before a backward"):
+        kept[0].sum().backward()
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    model, x = gated(Checkpointed), tokens().double()
+    model.mixtures[0].reentrant = True
+    with pytest.raises(RuntimeError, match="got use_reentrant=True; expected use_reentrant=False"):
+        model(x).sum().backward()
 
 
 class Counted(Sparse):

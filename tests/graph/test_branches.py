@@ -200,19 +200,56 @@ def test_layers_know_their_places_in_the_cache() -> None:
     assert values_of(ids.call(small))
 
 
-def test_attentions_of_different_caches_stay() -> None:
+def decoder(kind: str) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=32,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
+        **({"intermediate_size": 24} if kind == "GPTNeoX" else {}),
+    )
+    model = "GPT2LMHeadModel" if kind == "GPT2" else f"{kind}ForCausalLM"
+    return getattr(transformers, model)(config).double().eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "blocks", "hosts"),
+    [
+        ("GPT2", "transformer.h", ("attn.c_proj", "mlp.c_proj")),  # layers that are no Linears
+        ("GPTNeoX", "gpt_neox.layers", ("attention.dense", "mlp.dense_4h_to_h")),  # in parallel
+    ],
+)
+def test_decoders_of_other_forms(kind: str, blocks: str, hosts: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    model, ids = decoder(kind), Example(kwargs={"input_ids": torch.randint(32, (2, 5))})
+    result = found(model, ids).found
+    names = [f"{blocks}.{block}.{host}" for block in (0, 1) for host in hosts]
+    assert sorted(one.name for one in result) == sorted(names)
+    for gone in (names[1:2], names[2:]):
+        cut = plan_cut(model, [one for one in result if one.name in gone], True)
+        small = cut_(copy.deepcopy(model), cut)
+        assert len(small.get_submodule(blocks)._modules) == 3 - len(gone)
+        silent = copy.deepcopy(model)
+        for name in gone:
+            silent.get_submodule(name).register_forward_hook(lambda *given: given[2] * 0)
+        with torch.no_grad():
+            pairs = zip(values_of(ids.call(small)), values_of(ids.call(silent)), strict=False)
+            one, other = next(iter(pairs))
+        torch.testing.assert_close(one, other)
+
+
+def test_attentions_beside_other_layers_with_a_cache_stay() -> None:
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "vocab_size": 32}
-    kinds = ["sliding_attention", "full_attention"]
-    config = transformers.Qwen2Config(
-        **sizes,
-        num_key_value_heads=1,
-        num_hidden_layers=2,
-        layer_types=kinds,
-        sliding_window=4,
-        use_sliding_window=True,
-    )
-    model = transformers.Qwen2ForCausalLM(config).eval()
-    result = found(model, Example(kwargs={"input_ids": torch.randint(32, (2, 5))}))
+    config = transformers.LlamaConfig(**sizes, num_key_value_heads=1, num_hidden_layers=2)
+    model = transformers.LlamaForCausalLM(config).eval()
+    ids = Example(kwargs={"input_ids": torch.randint(32, (2, 5)), "use_cache": False})
+    for kinds, number in ((["sliding_attention", "full_attention"], 4), (["mamba", "mamba2"], 2)):
+        config.layer_types = kinds
+        result = found(model, ids)
+        assert len(result.found) == number
     assert [one.name for one in result.found] == [f"model.layers.{i}.mlp.down_proj" for i in (0, 1)]
     assert "cache" in result.refused["model.layers.0.self_attn.o_proj"]

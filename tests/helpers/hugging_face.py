@@ -8,15 +8,18 @@ import torch
 from torch import Tensor
 
 
-def language_model(kind: str, tied: bool = False) -> Any:
-    """One of the classes `kind`ForCausalLM; of two layers, four heads and two for keys."""
+def language_model(
+    kind: str, tied: bool = False, layers: int = 2, layer_types: list[str] | None = None
+) -> Any:
+    """One of the classes `kind`ForCausalLM; of two layers, four heads and two for keys. The
+    attentions of Gemma are of two kinds."""
     import transformers
 
     sizes: dict[str, Any] = {
         "vocab_size": 40,
         "hidden_size": 16,
         "intermediate_size": 24,
-        "num_hidden_layers": 2,
+        "num_hidden_layers": layers,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 8,
@@ -29,7 +32,7 @@ def language_model(kind: str, tied: bool = False) -> Any:
     }
     if kind == "Gemma3":
         sizes |= {"query_pre_attn_scalar": 8, "sliding_window": 4}
-        sizes |= {"layer_types": ["sliding_attention", "full_attention"]}
+        sizes |= {"layer_types": layer_types or ["sliding_attention", "full_attention"]}
     config = getattr(transformers, "Gemma3TextConfig" if kind == "Gemma3" else f"{kind}Config")
     torch.manual_seed(0)
     model = getattr(transformers, f"{kind}ForCausalLM")(config(**sizes)).eval()

@@ -16,6 +16,7 @@ import torch
 
 from l0fast import gates, prune, sparsify_
 from tests.helpers.hugging_face import language_model, token_ids
+from tests.helpers.thinned import thinned
 
 pytest.importorskip("transformers", reason="needs the extra transformers")
 
@@ -134,6 +135,47 @@ def test_other_widths_are_loaded_by_l0fast(tmp_path: Path) -> None:
         type(small).from_pretrained(tmp_path / "own")
     with pytest.raises(ValueError, match="folder: got"):
         load_pretrained(tmp_path)
+
+
+KINDS_OF_LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def shallow(kind: str, closed: tuple[str, ...], units: int) -> tuple[Any, Any]:
+    """A decoder of three layers without some branches, and in one layer without some units."""
+    model, tokens = language_model(kind, layers=3, layer_types=KINDS_OF_LAYERS), token_ids()
+    example = {"input_ids": tokens}
+    sparsify_(model, example_inputs=example, depth=True, density_init=1.0, skip=False)
+    for name, layer in gates(model).layers.items():
+        if layer.gates == "branch" and any(one in name for one in closed):
+            layer.log_alpha.data.fill_(-5.0)
+    gates(model).layers["model.layers.0.mlp.down_proj"].log_alpha.data[:units] = -5.0
+    return prune(model, example), example
+
+
+@pytest.mark.parametrize("kind", thinned(["Llama", "Gemma3"], 2))
+def test_after_depth_and_with_other_widths_they_come_back(kind: str, tmp_path: Path) -> None:
+    closed = ("layers.1.", "layers.2.self_attn", "layers.2.post_att")
+    small, example = shallow(kind, closed, 7)
+    assert small.config.num_hidden_layers == len(small.model.layers) == 2
+    assert "it has other parts than" in save_pretrained(small, tmp_path)
+    loaded = load_pretrained(tmp_path)
+    assert loaded.config.to_dict() == small.config.to_dict()
+    with torch.no_grad():
+        assert torch.equal(loaded(**example).logits, small.eval()(**example).logits)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    for cache in (True, False):
+        texts = [m.generate(**example, use_cache=cache, **options) for m in (loaded, small)]
+        assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("kind", thinned(["Gemma3", "Llama"], 2))
+def test_whole_blocks_less_are_a_plain_folder(kind: str, tmp_path: Path) -> None:
+    small, example = shallow(kind, ("layers.1.",), 0)
+    assert save_pretrained(small, tmp_path) == ""
+    loaded = type(small).from_pretrained(tmp_path)
+    assert loaded.config.num_hidden_layers == len(loaded.model.layers) == 2
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(**example).logits, small.eval()(**example).logits)
 
 
 def test_a_size_that_transformers_refuses_is_told(tmp_path: Path) -> None:

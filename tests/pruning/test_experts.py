@@ -21,6 +21,7 @@ from l0fast import (
     sparsify_,
 )
 from tests.helpers.mixtures import (
+    EXPERTS,
     KEPT,
     KINDS,
     PICKED,
@@ -82,6 +83,46 @@ def test_the_optimizer_and_another_state_follow(kind: type[nn.Module]) -> None:
     assert all(one.shape == twin.state[one]["exp_avg"].shape for one in twin.state)
     state = prune_state_dict(model.state_dict(), model, small)
     assert all(torch.equal(state[name], own) for name, own in small.state_dict().items())
+
+
+def test_as_many_as_each_token_needs_are_reckoned() -> None:
+    model, x = gated(Sparse), tokens().double()
+    close(model, [-5.0, -9.0, -4.0, -9.0, -9.0, -9.0], share=0.0)
+    realised = {
+        measure: DensityConstraint(model, 1.0, measure=measure, example_inputs=x).realised()
+        for measure in ("gates", "params")
+    }
+    total = sum(one.group_size * one.num_gates for one in gates(model).layers.values())
+    closed = 4 * gates(model).layers["mixtures.0.expert_gate"].group_size
+    assert realised["gates"]["model"] == pytest.approx(1 - closed / total, abs=1e-12)
+    small: Any = prune(model.eval(), x)
+    assert small.mixtures[0].router.out_features == PICKED
+    after, before = small.report.params
+    assert realised["params"]["model"] == pytest.approx(after / before, abs=1e-12)
+
+
+class Numbered(Sparse):
+    """The number of its experts is its own and its configuration's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_experts = len(self.experts)
+
+
+@pytest.mark.parametrize("exclude", ["mixtures.1.experts.*", ""])
+def test_a_mixture_without_gates_keeps_its_number(exclude: str) -> None:
+    """And so does what the model says of all mixtures."""
+    torch.manual_seed(0)
+    model: Any = Model(Numbered, 2).double()
+    x, model.num_experts = tokens().double(), EXPERTS
+    sparsify_(model, example_inputs=x, experts=True, exclude=exclude or None)
+    close(model, share=0.0)
+    small: Any = prune(model.eval(), x).eval()
+    numbers = [len(mixture.experts) for mixture in small.mixtures]
+    assert numbers == [mixture.num_experts for mixture in small.mixtures]
+    assert numbers == ([4, 6] if exclude else [4, 4])
+    assert small.num_experts == (6 if exclude else 4)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-12, atol=1e-12)
 
 
 def test_each_token_works_as_much_where_a_router_picks() -> None:
