@@ -137,7 +137,7 @@ def _check_places(places: Iterable[Path], resume: bool) -> None:
     """Refuses folders of targets that are there and not resumed, or that cannot be written."""
     for place in places:
         if place.exists() and not resume:
-            _checks.refuse("out", str(place), "no such folder yet (or resume it)")
+            _checks.refuse("out", str(place), "a folder that does not exist yet (or resume it)")
         RunFolder(place).check()
 
 
