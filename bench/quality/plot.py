@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.quality.methods import DEFAULT, DENSE
-from bench.quality.table import Cell, Place
+from bench.quality.methods import DEFAULT, DENSE, METHODS, PENALISED
+from bench.quality.table import PENALISED_BEST, Cell, Place
 from l0fast.plots.dynamics import canvas, logarithmic
 
 MOST_COLUMNS = 4
+NAMES = (DEFAULT, *(name for name in METHODS if name not in (DEFAULT, *PENALISED)), PENALISED_BEST)
+COLORS = {name: f"C{place}" for place, name in enumerate(NAMES)}
 
 
 def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
@@ -31,7 +33,8 @@ def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
                 axis.axhline(values[0], color="grey", ls="--", lw=1, label=name)
                 continue
             width = 2.5 if name == DEFAULT else 1.0
-            axis.plot(sizes, values, marker="o", ms=3, lw=width, label=name)
+            color = COLORS[name]  # the same in all panels
+            axis.plot(sizes, values, color=color, marker="o", ms=3, lw=width, label=name)
         axis.set_xscale("log")
         axis.set_xticks([100 * size for size in own if size < 1], minor=False)
         axis.set_xticks([], minor=True)

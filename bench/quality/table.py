@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from bench.quality.methods import DEFAULT, DENSE, METHODS, PENALISED
+from bench.quality.tasks import FINE_TUNED
 from bench.report import Facts
 
 Row = dict[str, Any]
@@ -90,8 +91,8 @@ def geometric_mean(found: Iterable[Cell]) -> float:
     return math.exp(statistics.fmean(math.log(one.mean) for one in found))
 
 
-def sentence(shown: dict[Place, dict[str, Cell]], other: str | None, name: str) -> str:
-    """A sentence that compares the default with another method, over all rows."""
+def summary(shown: dict[Place, dict[str, Cell]], other: str | None) -> str:
+    """How the default does beside another method, over all rows; empty without any."""
     found = ratios(shown, other)
     if not found:
         return ""
@@ -100,10 +101,29 @@ def sentence(shown: dict[Place, dict[str, Cell]], other: str | None, name: str) 
     )
     below = sum(one.mean < 1 for one in found.values())
     return (
-        f"Error of the default / {name}: geometric mean {geometric_mean(found.values()):.2f} over "
-        f"{len(found)} rows; below 1 in {below}, above 1.05 by more than its standard error in "
-        f"{worse}."
+        f"{geometric_mean(found.values()):.2f} over {len(found)} rows, below 1 in {below}, above "
+        f"1.05 by more than its standard error in {worse}"
     )
+
+
+def kind(place: Place) -> str:
+    """Of a row: its length, and whether it is a fine-tuning."""
+    task, length, _ = place
+    return f"{length}, fine-tuned" if task.endswith(FINE_TUNED) else length
+
+
+def summaries(shown: dict[Place, dict[str, Cell]], others: dict[str, str | None]) -> list[str]:
+    """A table of the ratios to `others` (title -> method), for each kind of row and for all."""
+    kinds = {one: [place for place in shown if kind(place) == one] for one in map(kind, shown)}
+    if len(kinds) > 1:
+        kinds["all"] = list(shown)
+    lines = ["| training | the default's error / that of | geometric mean |", "| --- " * 3 + "|"]
+    for name, places in kinds.items():
+        own = {place: shown[place] for place in places}
+        for title, other in others.items():
+            if text := summary(own, other):
+                lines.append(f"| {name} | {title} | {text} |")
+    return lines
 
 
 def markdown(rows: Sequence[Row], about: Facts) -> str:
@@ -137,8 +157,5 @@ def markdown(rows: Sequence[Row], about: Facts) -> str:
             + f" | {ratio} |"
         )
     others = [name for name in names if name not in (DENSE, DEFAULT)]
-    said = [
-        sentence(shown, None, "that of the best other method"),
-        *(sentence(shown, name, f"that of {name}") for name in others),
-    ]
-    return "\n".join([*lines, "", *(f"- {one}" for one in said if one)]) + "\n"
+    compared = {"the best other method": None, **{name: name for name in others}}
+    return "\n".join([*lines, "", *summaries(shown, compared)]) + "\n"

@@ -47,6 +47,7 @@ class Task:
         return {"lr": tuned or self.lr, "batch_size": self.batch_size}
 
 
+FINE_TUNED = ", fine-tuned"
 LENGTHS = ("short", "medium", "long")
 TASKS = {
     "MLP, digits": Task("mlp", "digits", (20, 60, 180), 3e-3, 64),
@@ -54,9 +55,9 @@ TASKS = {
     "BN conv net, digits": Task("bn conv", "digits", (20, 60, 180), 3e-3, 64),
     "ViT, digits": Task("vit", "digits", (20, 60, 180), 3e-3, 64),
     "MLP, MNIST": Task("mlp", "mnist", (10, 30, 90), 1e-3, 128),
-    "MLP, digits, fine-tuned": Task("mlp", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
-    "BN conv net, digits, fine-tuned": Task("bn conv", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
-    "ViT, digits, fine-tuned": Task("vit", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
+    "MLP, digits" + FINE_TUNED: Task("mlp", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
+    "BN conv net, digits" + FINE_TUNED: Task("bn conv", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
+    "ViT, digits" + FINE_TUNED: Task("vit", "digits", (20, 60, 180), 3e-3, 64, 1e-3),
 }
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from torch import nn
 
 from bench.quality import __main__ as command
 from bench.quality import methods
 from bench.quality.methods import DEFAULT, DENSE, SCRATCH, Run, train
+from bench.quality.plot import draw
 from bench.quality.table import PENALISED_BEST, cells, geometric_mean, markdown, ratios
-from bench.quality.tasks import TASKS, Task
+from bench.quality.tasks import FINE_TUNED, TASKS, Task
 from l0fast import Trainer, TrainerSettings
 from l0fast.data import sets
 from l0fast.data.formats import Split
@@ -113,10 +115,32 @@ def test_the_page_says_it() -> None:
     page = markdown(ROWS, ABOUT)
     assert "| MLP, digits | short | 20% | 2 | 1.0 | 4.0 |" in page
     assert "5.0 ± 1.0 | 1.25 |" in page
-    assert (
-        "that of gradual magnitude: geometric mean 0.50 over 1 rows; below 1 in 1, above 1.05 by "
-        "more than its standard error in 0."
-    ) in page
+    said = "0.50 over 1 rows, below 1 in 1, above 1.05 by more than its standard error in 0"
+    assert f"| short | gradual magnitude | {said} |" in page
+    assert "| all |" not in page
+
+
+def test_the_page_compares_each_kind_of_training() -> None:
+    tuned = [one | {"task": TASK + FINE_TUNED} for one in ROWS]
+    longer = [one | {"length": "medium", "test": 5.0} for one in ROWS[:4]]
+    page = markdown([*ROWS, *tuned, *longer], ABOUT)
+    end = ", below 1 in 1, above 1.05 by more than its standard error in 0 |"
+    assert f"| short, fine-tuned | gradual magnitude | 0.50 over 1 rows{end}" in page
+    assert "| medium | gradual magnitude | 1.00 over 1 rows, below 1 in 0," in page
+    assert "| all | gradual magnitude | 0.63 over 3 rows, below 1 in 2," in page
+
+
+def test_a_method_has_one_colour_in_all_panels(figures: list[Figure], tmp_path: Path) -> None:
+    """Also where the rows of a place come in another order."""
+    other = [one | {"task": TASK + FINE_TUNED} for one in reversed(ROWS)]
+    draw(cells([*ROWS, *other]), tmp_path / "quality.png")
+    seen: dict[str, set[str]] = {}
+    for axis in figures[0].axes:
+        for line in axis.get_lines():
+            seen.setdefault(str(line.get_label()), set()).add(str(line.get_color()))
+    assert set(seen) == {DENSE, DEFAULT, SCRATCH, "gradual magnitude", PENALISED_BEST}
+    assert all(len(colours) == 1 for colours in seen.values())
+    assert len(set.union(*seen.values())) == len(seen)
 
 
 def test_it_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
