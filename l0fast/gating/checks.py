@@ -43,18 +43,22 @@ def check_call(
         _checks.refuse("droprate_init", droprate_init, "only one of density_init and droprate_init")
 
 
-def refuse_constrained(model: nn.Module, new: Collection[object]) -> None:
-    """Refuses new gates on a model that has a constraint or penalty already: it has been built for
-    the gates of before, and would not count them."""
-    for module in model.modules() if new else ():
+def refuse_constrained(model: nn.Module, new: Collection[str]) -> None:
+    """Refuses new gates, by the names of their modules, in a model or part of one that has a
+    constraint or penalty already: it was built for the gates that were there, and would not count
+    them."""
+    for name, module in model.named_modules():
         handle = module.__dict__.get(ATTRIBUTE)
-        if handle is not None and handle.constraints:
-            gc.collect()  # one that was attached refers to itself, and outlives its deletion
-        if handle is not None and handle.constraints:
+        inside = [one for one in new if not name or one == name or one.startswith(f"{name}.")]
+        if handle is None or not inside or not handle.constraints:
+            continue
+        gc.collect()  # one that was attached refers to itself, and outlives its deletion
+        if handle.constraints:
             kind = type(handle.constraints[0]).__name__
             raise ValueError(
-                f"sparsify_: the model has a {kind}, which would not count new gates. Put all "
-                "gates in first, then build it; or delete it (after detach(), if it is attached)"
+                f"sparsify_: the model has a {kind}, which would not count the new gates of "
+                f"{inside[0]!r}. Put all gates in first, then build it; or delete it (after "
+                "detach(), if it is attached)"
             )
 
 

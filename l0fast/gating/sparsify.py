@@ -223,7 +223,7 @@ def sparsify_(
     names = [name for name in considered if choices[name].gates]
     if not names and not branches and not mixtures and not gated_layers(model):
         refuse_none(model, gates, choices, considered, computed)
-    refuse_constrained(model, [*names, *branches, *mixtures])
+    refuse_constrained(model, [*names, *(one.name for one in (*branches, *mixtures))])
     initial = initial_densities(names, choices, density_init, droprate_init)
 
     with unchanged_if_refused(model):
