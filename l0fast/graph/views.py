@@ -41,8 +41,10 @@ class View(NamedTuple):
 def _folded(live: Liveness, node: Node) -> dict[int, int]:
     """Dimension of what a reshape gives -> how many places without units lie in it, around the
     units: heads that are examples of a larger batch."""
+    if KINDS.get(op_name(node)) != "reshape":
+        return {}
     parts = [*live.walk.units(node.all_input_nodes[0]), *live.walk.units(node)]
-    if KINDS.get(op_name(node)) != "reshape" or len(parts) != 2 or not parts[0].labels.numel():
+    if len(parts) != 2 or not parts[0].labels.numel():
         return {}
     before, after = (part.labels.shape for part in parts)
     here, there = (varying(part.labels) for part in parts)

@@ -56,8 +56,11 @@ def set_host_rng(state: dict[str, Any]) -> None:
 
 
 def check_rng(entries: Entries, states: Mapping[str, Any], device: torch.device) -> None:
-    """Refuses fields of `Checkpoint` that are not states of generators; those of the device, Python
-    and NumPy may be missing."""
+    """Refuses fields of `Checkpoint` that are not states of generators.
+
+    The device's may be missing, or those of Python and NumPy together. NumPy's alone may be missing
+    if its generator is no Mersenne Twister in this process.
+    """
     entries.generator("rng", states["rng"], torch.device("cpu"))
     if device.type == "cuda" and states["cuda_rng"] is not None:
         entries.generator("cuda_rng", states["cuda_rng"], device)
@@ -65,7 +68,7 @@ def check_rng(entries: Entries, states: Mapping[str, Any], device: torch.device)
     if host is None:
         return
     entries.names("host_rng", host)
-    entries.names("host_rng", host, {"python"} | ({"numpy"} & host.keys()))
+    entries.names("host_rng", host, host_rng())
     for name, one in host.items():
         place = f"host_rng.{name}"
         entries.names(place, one, ("words", "position", "gauss"))

@@ -48,6 +48,7 @@ from l0fast.skipping import attach
 from l0fast.training.models import build
 from tests.helpers.draws import compact
 from tests.helpers.steps import following
+from tests.helpers.thinned import thinned_product
 
 LITTLE = timing.Effort(rounds=3, warmup=1, sample_ms=0.0, quick=True)
 
@@ -760,8 +761,9 @@ def tiny_wide() -> nn.Module:
     return nn.Sequential(networks._conv(3, 8, 3), *parts, *pool)
 
 
-@pytest.mark.parametrize("density", [1.0, 0.3])
-@pytest.mark.parametrize("make", [tiny_resnet, tiny_wide, tiny_vit])
+@pytest.mark.parametrize(
+    ("make", "density"), thinned_product(2, [tiny_resnet, tiny_wide, tiny_vit], [1.0, 0.3])
+)
 def test_the_large_steps_are_rehearsed_small(make: Callable[[], nn.Module], density: float) -> None:
     """On a CPU: gates go by the structure, and below a density of 1 a variant skips."""
     rows = bench_step._large("x", make, (4, 3, 8, 8), density, LITTLE, "cpu")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from bench import environment, finetune
@@ -17,6 +18,7 @@ from l0fast.measures.flops import count_macs
 from tests import ROOT
 
 
+@pytest.mark.exhaustive
 def test_a_pretrained_net_is_brought_to_a_share_of_its_macs() -> None:
     torch.manual_seed(0)
     digits = sets.load("digits")

@@ -83,6 +83,7 @@ def test_runs_that_were_trained_before_are_found(monkeypatch: pytest.MonkeyPatch
     assert earlier.finished(other, Path("none"), earlier.summaries_in([str(RESULTS)])) == {}
 
 
+@pytest.mark.exhaustive
 def test_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(*SHORT, "--seeds", "0") == 0
     said = capsys.readouterr().out

@@ -86,7 +86,7 @@ ENTRIES: dict[str, Entry] = {
 }
 
 
-@pytest.mark.parametrize(("name", "seed"), thinned_product(3, ENTRIES, [1, 2]))
+@pytest.mark.parametrize(("name", "seed"), thinned_product(6, ENTRIES, [1, 2]))
 def test_equal_and_smaller_whatever_the_weights_and_statistics(name: str, seed: int) -> None:
     row = zoo.measure(name, ENTRIES[name], seed, timed=False)
     assert row.failure == ""

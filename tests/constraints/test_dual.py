@@ -22,6 +22,7 @@ from l0fast import (
 from l0fast.constraints.dual import DUALS, Dual
 from l0fast.layers.handle import gated_layers
 from tests.helpers.counting import Counting
+from tests.helpers.thinned import thinned, thinned_product
 
 
 class Layers(nn.Module):
@@ -228,8 +229,7 @@ CONVERGING: dict[str, Dual] = {
 }
 
 
-@pytest.mark.parametrize("name", CONVERGING)
-@pytest.mark.parametrize("scheduled", [False, True])
+@pytest.mark.parametrize(("name", "scheduled"), thinned_product(2, CONVERGING, [False, True]))
 def test_each_converges_to_the_known_solution(name: str, scheduled: bool) -> None:
     model = Layers().double()
     schedule = TargetSchedule(100) if scheduled else None
@@ -245,7 +245,7 @@ def test_each_converges_to_the_known_solution(name: str, scheduled: bool) -> Non
     assert bool((highest < 1.5 * multipliers).all())
 
 
-@pytest.mark.parametrize("name", CONVERGING)
+@pytest.mark.parametrize("name", thinned(CONVERGING, 2))
 def test_a_density_below_its_target(name: str) -> None:
     """The loss wants p = 0.3. At most 0.5 lets it; equal to 0.5 pushes it up, lambda* < 0."""
     model = Layers().double()

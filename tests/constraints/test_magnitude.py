@@ -13,6 +13,7 @@ from l0fast.constraints.magnitude import CLOSED, OPEN, MagnitudePruning
 from l0fast.constraints.ranking import magnitudes, scores, shared_magnitudes
 from l0fast.data.sets import Data
 from tests.helpers.runs import quick, small_mlp, trainer
+from tests.helpers.thinned import thinned_product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -154,15 +155,18 @@ def test_a_draw_is_certain() -> None:
     assert torch.equal(model.eval()(x), wanted)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "magnitude-one-shot"])
 @pytest.mark.parametrize(
-    "options",
-    [
-        {"density": 0.4},
-        {"density": 0.3, "measure": "params"},
-        {"layer_density": {"fc1": 0.5, "fc[23]": 0.6}},
-        {"density": 0.3, "gates": "weight"},
-    ],
+    ("options", "method"),
+    thinned_product(
+        2,
+        [
+            {"density": 0.4},
+            {"density": 0.3, "measure": "params"},
+            {"layer_density": {"fc1": 0.5, "fc[23]": 0.6}},
+            {"density": 0.3, "gates": "weight"},
+        ],
+        ["magnitude", "magnitude-one-shot"],
+    ),
 )
 def test_a_training_meets_its_target(digits: Data, method: str, options: dict[str, Any]) -> None:
     one = trainer(digits, method=method, epochs=8, **options)

@@ -119,7 +119,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize(
-    ("measure", "target"), [(name, target) for name in ASKED for target in ASKED[name]]
+    ("measure", "target"), thinned([(name, target) for name in ASKED for target in ASKED[name]], 2)
 )
 def test_no_further_gate_fits(measure: str, target: float) -> None:
     """And so the target is met within one; pruning has none to close."""
@@ -339,8 +339,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("within", [False, True], ids=["alone", "in a model"])
-@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(("kind", "within"), thinned_product(2, LAYERS, [False, True]))
 def test_the_function_is_the_mean_of_the_noisy_one(kind: str, within: bool) -> None:
     torch.manual_seed(1)
     layer: Any = LAYERS[kind]().double()
@@ -653,7 +652,7 @@ def test_a_collapse_before_is_told(digits: Data) -> None:
 
 @pytest.mark.parametrize(
     ("changes", "stop"),
-    thinned_product(3, [{}, {"shrink": 2}, {"select": "best"}], [3, 4, 5]),
+    thinned_product(9, [{}, {"shrink": 2}, {"select": "best"}], [3, 4, 5]),
     ids=str,
 )
 def test_an_interruption_changes_nothing(

@@ -23,6 +23,7 @@ from tests.helpers.mixtures import (
     close,
     tokens,
 )
+from tests.helpers.thinned import thinned
 
 GATE = "mixtures.0.expert_gate"
 
@@ -140,7 +141,7 @@ def gradients(model: Any, again: bool) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("stage", ["drawn", "open", "settled"])
+@pytest.mark.parametrize("stage", thinned(["drawn", "open", "settled"], 3))
 def test_activation_checkpointing_inside_a_mixture(stage: str) -> None:
     model = gated(Checkpointed)
     close(model, share=0.0)

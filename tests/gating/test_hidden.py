@@ -23,6 +23,7 @@ from l0fast import (
 from l0fast.graph.calls import Example
 from l0fast.pruning.shrink import plan_removal, remove_
 from tests.helpers.rms_models import NORMS, Decomposed, Language, tokens
+from tests.helpers.thinned import thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -69,7 +70,7 @@ def test_with_all_gates_open_it_computes_what_it_did() -> None:
     assert torch.equal(model.eval()(x), wanted)
 
 
-@pytest.mark.parametrize("measure", ["params", "macs", "memory"])
+@pytest.mark.parametrize("measure", thinned(["params", "macs", "memory"], 3))
 def test_measures_are_the_pruned_models(measure: str) -> None:
     model, x = gated(blocks=2), tokens()
     with torch.no_grad():

@@ -14,6 +14,7 @@ from l0fast import prune, sparsify_
 from l0fast.gating.recipes import GateTable
 from l0fast.layers.handle import gate_owners, gated_layers
 from tests.helpers.gated import snapshot
+from tests.helpers.thinned import thinned
 from tests.helpers.zoo import ZOO
 
 
@@ -88,7 +89,7 @@ PLACES: dict[str, dict[str, tuple[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", PLACES)
+@pytest.mark.parametrize("name", thinned(PLACES, 2))
 def test_gates_are_placed_by_structure(name: str) -> None:
     assert placed(*zoo(name)) == PLACES[name]
 

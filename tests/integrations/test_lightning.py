@@ -162,10 +162,13 @@ def test_a_callback_serves_a_second_training_after_an_interrupted_one(tmp_path: 
 
 @pytest.mark.parametrize(
     ("missing", "words"),
-    [
-        (["lightning"], "pytorch_lightning.callbacks.callback"),
-        (["lightning", "pytorch_lightning"], 'pip install "l0fast[lightning]", or pip install'),
-    ],
+    thinned(
+        [
+            (["lightning"], "pytorch_lightning.callbacks.callback"),
+            (["lightning", "pytorch_lightning"], 'pip install "l0fast[lightning]", or pip install'),
+        ],
+        2,
+    ),
 )
 def test_it_takes_the_package_that_is_installed(missing: list[str], words: str) -> None:
     pytest.importorskip("pytorch_lightning")

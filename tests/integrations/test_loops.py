@@ -23,11 +23,12 @@ from tests.helpers.digits import (
     plain,
     prepared,
 )
+from tests.helpers.thinned import thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize(("parts", "precision"), [(1, "no"), (4, "no"), (1, "bf16")])
+@pytest.mark.parametrize(("parts", "precision"), thinned([(4, "no"), (1, "no"), (1, "bf16")], 3))
 def test_accelerate(parts: int, precision: str) -> None:
     accelerate = pytest.importorskip("accelerate")
     accelerate.state.AcceleratorState._reset_state(True)

@@ -26,6 +26,7 @@ from l0fast import (
 from l0fast.layers.expected import expected_open
 from l0fast.layers.handle import gate_owners, gated_layers, own_gates
 from tests.helpers.plain_models import READERS, NormedStream
+from tests.helpers.thinned import thinned, thinned_product
 from tests.helpers.zoo import ZOO
 
 
@@ -121,8 +122,10 @@ def test_states_load() -> None:
     model.load_state_dict(NormedStream().double().state_dict())  # of the dense model
 
 
-@pytest.mark.parametrize("inside", [False, True], ids=["whole", "part"])
-@pytest.mark.parametrize("how", ["assign", "load_model", "load_file", "one name"])
+@pytest.mark.parametrize(
+    ("how", "inside"),
+    thinned_product(2, ["assign", "load_model", "load_file", "one name"], [False, True]),
+)
 def test_loading_keeps_the_ties(how: str, inside: bool, tmp_path: Path) -> None:
     model, other = stream(), copy.deepcopy(stream())
     with torch.no_grad():
@@ -202,7 +205,7 @@ def test_they_are_kept_or_closed_together(target: float, round_to: int) -> None:
     assert [group["forced"] for group in small.report.groups.values()] == [forced]
 
 
-@pytest.mark.parametrize("name", ["residual", "efficientnet", "inception", "mobilenet"])
+@pytest.mark.parametrize("name", thinned(["residual", "efficientnet", "inception", "mobilenet"], 2))
 def test_sizes_are_the_pruned_models(name: str) -> None:
     torch.manual_seed(0)
     build, draw = ZOO[name]

@@ -20,6 +20,7 @@ from l0fast.measures.measure import SIZES
 from l0fast.pruning.trial import tried
 from l0fast.training import models
 from tests.helpers.counting import Counting
+from tests.helpers.thinned import thinned, thinned_product
 from tests.helpers.zoo import ZOO
 
 FLAT = torch.randn(2, 6)
@@ -99,8 +100,7 @@ def constrained(model: nn.Module, measure: str, x: Tensor, target: Any = 1.0) ->
     return DensityConstraint(model, target, measure=measure, example_inputs=x)
 
 
-@pytest.mark.parametrize("gates", ["auto", "output"])
-@pytest.mark.parametrize("case", MODELS)
+@pytest.mark.parametrize(("case", "gates"), thinned_product(2, MODELS, ["auto", "output"]))
 def test_of_closed_and_open_gates_it_is_the_pruned_models_count(case: str, gates: str) -> None:
     build, x = MODELS[case]
     model = sparsify_(build().double(), gates=gates).eval()
@@ -141,7 +141,7 @@ BY_STRUCTURE: dict[str, tuple[Callable[[], nn.Module], Callable[[], Any]]] = {
 } | {"swiglu": (SwiGLU, lambda: torch.randn(2, 6))}
 
 
-@pytest.mark.parametrize("case", BY_STRUCTURE)
+@pytest.mark.parametrize("case", thinned(BY_STRUCTURE, 2))
 def test_of_gates_by_structure_it_is_the_pruned_models_count(case: str) -> None:
     """Behind batch norms, in groups and blocks, in both halves of a gated MLP."""
     build, example = BY_STRUCTURE[case]

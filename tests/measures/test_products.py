@@ -15,6 +15,7 @@ from l0fast.layers.handle import gated_layers
 from l0fast.measures import products
 from l0fast.measures.flops import count_ops
 from l0fast.measures.measure import SIZES
+from tests.helpers.thinned import thinned
 from tests.helpers.zoo import ZOO
 
 
@@ -91,7 +92,9 @@ def test_the_expectation_written_out(measure: str, shared: int, fused: bool) -> 
 
 @pytest.mark.parametrize(
     "name",
-    ["vit", "gpt2", "gpt2 with attributes", "bert", "llama", "vgg", "mobilenet", "unet"],
+    thinned(
+        ["vit", "gpt2", "gpt2 with attributes", "bert", "llama", "vgg", "mobilenet", "unet"], 2
+    ),
 )
 def test_of_closed_and_open_gates_it_is_the_pruned_models_count(name: str) -> None:
     torch.manual_seed(0)

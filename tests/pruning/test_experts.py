@@ -32,6 +32,7 @@ from tests.helpers.mixtures import (
     close,
     tokens,
 )
+from tests.helpers.thinned import thinned
 
 
 def gated(kind: type[nn.Module], depth: int = 1, **options: Any) -> Any:
@@ -68,7 +69,7 @@ def test_they_are_removed_exactly(kind: type[nn.Module], tmp_path: Path) -> None
     assert torch.equal(loaded(fresh), small(fresh))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", thinned(KINDS, 3))
 def test_the_optimizer_and_another_state_follow(kind: type[nn.Module]) -> None:
     model, x = gated(kind), tokens().double()
     optimizer = torch.optim.Adam(model.parameters())
@@ -109,7 +110,7 @@ class Numbered(Sparse):
         self.num_experts = len(self.experts)
 
 
-@pytest.mark.parametrize("exclude", ["mixtures.1.experts.*", ""])
+@pytest.mark.parametrize("exclude", thinned(["mixtures.1.experts.*", ""], 2))
 def test_a_mixture_without_gates_keeps_its_number(exclude: str) -> None:
     """And so does what the model says of all mixtures."""
     torch.manual_seed(0)
@@ -146,7 +147,7 @@ def test_the_weights_together_are_reckoned_by_parameters_alone() -> None:
         DensityConstraint(gated(Together), 0.5, measure="macs", example_inputs=tokens().double())
 
 
-@pytest.mark.parametrize("kind", [Sparse, Dense])
+@pytest.mark.parametrize("kind", thinned([Sparse, Dense], 2))
 def test_a_training_ends_within_its_target(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     x, steps = tokens(200), 200

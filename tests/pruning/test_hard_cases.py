@@ -15,6 +15,7 @@ import tests.helpers.plain_models as plain
 from l0fast import DensityConstraint, param_groups, prune, prune_optimizer, sparsify_
 from l0fast.layers.handle import gated_layers
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed
+from tests.helpers.thinned import thinned_product
 from tests.helpers.zoo import GPT2, FusedAttention, Llama, SplitAttention, tokens
 
 
@@ -117,8 +118,9 @@ def test_a_live_batch_norm(gates: str) -> None:
         assert small.first.out_channels == small.norm.num_features == small.last.in_channels == 4
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("attention", [FusedAttention, SplitAttention])
+@pytest.mark.parametrize(
+    ("attention", "seed"), thinned_product(3, [FusedAttention, SplitAttention], range(3))
+)
 def test_fused_queries_keys_and_values(attention: Any, seed: int) -> None:
     """Whole heads go, from the three thirds of one Linear."""
     torch.manual_seed(seed)

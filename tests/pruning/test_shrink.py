@@ -224,7 +224,7 @@ def test_a_training_that_shrinks(
         ),
         (
             {"shrink": 2, "density": 0.5, "select": "best"},
-            "shrink: got 2; expected select='last', as the models of earlier epochs",
+            "shrink: got 2; expected select='last', as the models of earlier epochs are larger",
         ),
     ],
 )

@@ -117,7 +117,7 @@ def test_numbers_of_another_run_are_refused(saved: Any, digits: Data, tmp_path: 
         ("optimizer", "state", 0, "exp_avg_sq"): -state["optimizer"]["state"][0]["exp_avg_sq"] - 1,
         ("optimizer", "state", 0, "step"): torch.tensor(0.5),
         ("rng",): torch.zeros(9, dtype=torch.uint8),
-        ("host_rng",): {},
+        ("host_rng",): {"python": state["host_rng"]["python"]},
         ("host_rng", "python", "words"): torch.zeros(9, dtype=torch.int64),
         ("host_rng", "python", "position"): 625,
         ("host_rng", "numpy", "words"): torch.full((624,), 2**32),

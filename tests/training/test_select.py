@@ -12,11 +12,12 @@ from l0fast.constraints.constraint import DensityConstraint
 from l0fast.data.sets import Data
 from l0fast.training import trainer as trainer_module
 from tests.helpers.runs import evaluate, quick, small_mlp, trainer
+from tests.helpers.thinned import thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("measure", ["gates", "params", "macs"])
+@pytest.mark.parametrize("measure", thinned(["params", "gates", "macs"], 3))
 def test_an_epoch_is_feasible_where_pruning_forces_nothing(digits: Data, measure: str) -> None:
     """By each measure, over a training that passes through its target."""
     one = trainer(digits, density=0.5, measure=measure, epochs=8, gate_lr=0.08)
