@@ -49,11 +49,11 @@ def refuse_constrained(model: nn.Module, new: Collection[str]) -> None:
     them."""
     for name, module in model.named_modules():
         handle = module.__dict__.get(ATTRIBUTE)
-        inside = [one for one in new if not name or one == name or one.startswith(f"{name}.")]
-        if handle is None or not inside or not handle.constraints:
+        if handle is None or not handle.constraints:
             continue
         gc.collect()  # one that was attached refers to itself, and outlives its deletion
-        if handle.constraints:
+        inside = [one for one in new if not name or one == name or one.startswith(f"{name}.")]
+        if inside and handle.constraints:
             kind = type(handle.constraints[0]).__name__
             raise ValueError(
                 f"sparsify_: the model has a {kind}, which would not count the new gates of "
