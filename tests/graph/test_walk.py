@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models import VisionTransformer
 
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import Trace, export, is_carrier
@@ -17,6 +18,7 @@ from l0fast.graph.sites import Site, find_sites, is_held
 from l0fast.graph.tied import Tied
 from l0fast.graph.units import Units, narrowed, reshaped
 from l0fast.graph.walk import Walk
+from tests.helpers.counting import Counting
 from tests.helpers.thinned import thinned
 from tests.helpers.zoo import ZOO
 
@@ -151,6 +153,25 @@ def test_tensors_take_memory_only_where_they_vary(name: str) -> None:
             sizes = [size for size, step in zip(values.shape, values.stride(), strict=True) if step]
             assert torch.Size(sizes).numel() == needed
             assert values.untyped_storage().nbytes() <= 8 * max(needed, len(walk.classes))
+
+
+def work_of_a_walk(width: int, blocks: int) -> Counting:
+    """What the walk along a ViT with 16 patches takes."""
+    model = VisionTransformer(32, 8, blocks, 4, width, 4 * width, num_classes=10)
+    trace = export(model.eval(), Example.of(torch.randn(1, 3, 32, 32)))
+    sites = find_sites(model, trace, {}, {})
+    with Counting() as counting:
+        Walk(trace, sites.values())
+    return counting
+
+
+def test_a_walk_takes_work_in_proportion_to_the_units() -> None:
+    one, wider, deeper = work_of_a_walk(32, 1), work_of_a_walk(128, 1), work_of_a_walk(32, 4)
+    assert wider.work.total() == one.work.total()  # none for each unit
+    for larger in (wider, deeper):
+        assert larger.elements.total() < 4.1 * one.elements.total()
+        # Rows are not sorted: that takes a hundred times as long as the rest of the walk.
+        assert not {"unique_dim", "unique_dim_consecutive"} & larger.work.keys()
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 class Counting(TorchDispatchMode):
@@ -18,13 +20,18 @@ class Counting(TorchDispatchMode):
         self.calls: Counter[str] = Counter()
         self.work: Counter[str] = Counter()
         """Those that compute, fill or copy: a launch or more each on a GPU."""
+        self.elements: Counter[str] = Counter()
+        """How many elements these read and write."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
         self.calls[name] += 1
+        out = func(*args, **(kwargs or {}))
         if not func.is_view and name not in self.NO_WORK:
             self.work[name] += 1
-        return func(*args, **(kwargs or {}))
+            tensors = [one for one in tree_leaves((args, out)) if isinstance(one, Tensor)]
+            self.elements[name] += sum(one.numel() for one in tensors)
+        return out
 
 
 class CaptureSafe(TorchDispatchMode):
