@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -14,19 +15,25 @@ from torch import Tensor, nn
 from bench import counting
 from l0fast import DensityConstraint, gates, param_groups, sparsify_
 from l0fast.training.models import build
+from tests.helpers.interpreter import kernel_test
+from tests.helpers.launches import launches_as_on_a_gpu
+from tests.helpers.thinned import thinned_product
 
 pytestmark = [
     pytest.mark.unpoisoned,  # filling memory would be captured too
     pytest.mark.filterwarnings("ignore:attach. 40 steps are few", "ignore:settle. the expected"),
 ]
 
+Make = Callable[[str], tuple[nn.Module, Tensor]]
 STEPS, ORDINARY = 40, 3
 WATCHED = 12
 """After so many steps a constraint looks no more whether its gates move."""
-MORE = {"explicit": 16, "attached": 12, "settled": 14}
-"""Launches of an MLP's step beside the dense one's: three masks each way, the draw's three, a copy
-of its gradients; the constraint's two and its sum with the loss; the end of the step; a second
-group of Adam's, of two, or an attached constraint's one."""
+KINDS = ["explicit", "attached", "settled"]
+MORE = {"perceptron": (16, 12, 14), "normed": (24, 20, 22)}
+"""Launches of a step beside the dense one's, of each kind: a mask each way for each of three
+layers, the draw's three, a copy of its gradients; the constraint's two and its sum with the loss;
+the end of the step; a second group of Adam's, of two, or an attached constraint's one. And for each
+of two batch norms its weight's and bias's masks each way, and twice a sum of gradients."""
 
 
 class Loop:
@@ -63,8 +70,8 @@ class Loop:
 
 def perceptron(device: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    shape = (1, 28, 28)
-    return build("mlp", shape, 10, (300, 100)).to(device), torch.randn(128, *shape, device=device)
+    shape, hidden = ((1, 28, 28), (300, 100)) if device == "cuda" else ((1, 8, 8), (12, 10))
+    return build("mlp", shape, 10, hidden).to(device), torch.randn(16, *shape, device=device)
 
 
 def normed(device: str) -> tuple[nn.Module, Tensor]:
@@ -74,24 +81,39 @@ def normed(device: str) -> tuple[nn.Module, Tensor]:
     return model.to(device), torch.randn(8, 3, 8, 8, device=device)
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("kind", MORE)
-def test_a_step_is_within_its_launches(kind: str) -> None:
-    counted: list[int] = []
+def more_than_dense(
+    make: Make, kind: str, device: str, launched: Callable[[Callable[[], None]], Counter[str]]
+) -> Counter[str]:
+    """What a step of a kind launches beside the dense one's."""
+    found: list[Counter[str]] = []
     for one in ("dense", kind):
-        loop = Loop(*perceptron("cuda"), one)
+        loop = Loop(*make(device), one)
         for _ in range(WATCHED):
             loop.step()
-        counted.append(len(counting.kernels(loop.step)))
-    assert counted[1] - counted[0] <= MORE[kind]
+        found.append(launched(loop.step))
+    assert not found[0] - found[1]
+    return found[1] - found[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("make", [perceptron, normed])
+def test_a_step_is_within_its_launches(make: Make, kind: str) -> None:
+    more = more_than_dense(make, kind, "cuda", lambda step: Counter(counting.kernels(step)))
+    assert more.total() <= MORE[make.__name__][KINDS.index(kind)], more
+
+
+@kernel_test
+@pytest.mark.parametrize(("make", "kind"), thinned_product(2, [perceptron, normed], KINDS))
+def test_a_steps_operations_and_kernels_are_as_many(make: Make, kind: str) -> None:
+    more = more_than_dense(make, kind, "cpu", launches_as_on_a_gpu)
+    assert more.total() == MORE[make.__name__][KINDS.index(kind)], more
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["explicit", "attached"])
 @pytest.mark.parametrize("make", [perceptron, normed])
-def test_a_step_of_ones_own_is_captured(
-    make: Callable[[str], tuple[nn.Module, Tensor]], kind: str
-) -> None:
+def test_a_step_of_ones_own_is_captured(make: Make, kind: str) -> None:
     """A training whose steps are replays is the ordinary one; it is captured anew where gates
     settle."""
     model, x = make("cuda")
@@ -147,7 +169,7 @@ def test_skipped_convolutions_are_what_they_are_masked(device: str) -> None:
 
 @pytest.mark.parametrize("kind", ["dense", *MORE])
 @pytest.mark.parametrize("make", [perceptron, normed])
-def test_every_loop_trains(make: Callable[[str], tuple[nn.Module, Tensor]], kind: str) -> None:
+def test_every_loop_trains(make: Make, kind: str) -> None:
     """What the tests above count and capture, on a CPU."""
     loop = Loop(*make("cpu"), kind)
     before = [parameter.detach().clone() for parameter in loop.model.parameters()]
