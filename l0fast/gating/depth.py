@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 from torch import Tensor, nn
 
 from l0fast import _checks
-from l0fast.gating.recipes import GateRow
+from l0fast.gating.table import GateRow
 from l0fast.graph.branches import Branch, Branches, parameters_of, without
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import LAYERS

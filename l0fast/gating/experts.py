@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from l0fast import _checks
-from l0fast.gating.recipes import GateRow
+from l0fast.gating.table import GateRow
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import LAYERS
 from l0fast.graph.compare import relative_error, tolerance_of, values_of

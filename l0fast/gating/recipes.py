@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from l0fast._tables import aligned
 from l0fast.graph.capture import Trace, is_carrier
 from l0fast.graph.liveness import Liveness
 from l0fast.graph.sites import Site, find_sites, is_held, tied_modules
@@ -27,38 +26,6 @@ from l0fast.layers.serving import Share
 
 BASE = ".base_layer"
 """How the names of layers end that have an adapter beside them."""
-
-
-@dataclass(frozen=True)
-class GateRow:
-    """What one layer is given, and why."""
-
-    name: str
-    kind: str
-    """Class of the layer."""
-    gates: str
-    """"input", "output", "weight", or "" for none."""
-    units: int
-    """How many units each gate serves."""
-    num_gates: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class GateTable:
-    """What `sparsify_` would do: a row for each layer, and a note; prints as a table."""
-
-    layers: tuple[GateRow, ...]
-    note: str = ""
-    """Why the structure is not known, where it is not."""
-
-    def __str__(self) -> str:
-        rows = [("layer", "kind", "gates", "units each", "number", "reason")]
-        for row in self.layers:
-            units, gates = (str(row.units), str(row.num_gates)) if row.gates else ("-", "-")
-            rows.append((row.name, row.kind, row.gates or "-", units, gates, row.reason))
-        lines = aligned(rows, left=len(rows[0]))
-        return "\n".join([*lines, self.note] if self.note else lines)
 
 
 @dataclass(frozen=True)
@@ -100,7 +67,8 @@ def by_structure(
       them: each has its own part of one set of gates. Linears alone have gates of their own there.
     - Units that vanish together and lie in blocks of several sizes, or at several places, have one
       gate, which each of these inputs names.
-    - A Linear that reads the model's own inputs has a gate on each.
+    - A Linear that reads the model's own inputs has a gate on each; one before a recurrent layer,
+      which has no gates, has gates on its outputs.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
     tied = {
@@ -108,7 +76,8 @@ def by_structure(
     }
     sites = find_sites(model, trace, tied, {})
     recipe = _Recipe(trace, sites, layers)
-    return {name: recipe.choose(site) for name, site in sites.items() if _makes(site.layer)} | {
+    own = {name: site for name, site in sites.items() if _makes(site.layer) and not is_held(site)}
+    return {name: recipe.choose(site) for name, site in own.items()} | {
         name: Choice("", "it passes its channels on: they go with the gates of its neighbours")
         for name, site in sites.items()
         if isinstance(site.layer, nn.modules.conv._ConvNd) and is_carrier(site.layer)
@@ -192,16 +161,23 @@ class _Recipe:
         if site.fixed:
             return Choice("", site.fixed)
         inputs = self._inputs(site)
-        if inputs.gates or is_linear(site.layer):
-            return inputs
-        made = self.walk.made[site.name]
+        made, units = self.walk.made[site.name], self.walk.inputs[site.name]
         classes = set(self._classes(made))
+        if is_linear(site.layer) and not self._before_recurrent(classes):
+            return inputs
+        if inputs.gates and units is not None and bool((units.labels != STAYS).any()):
+            return inputs
         alone = len(classes) == len(made) and all(self.makers[o] == {site.name} for o in classes)
         gated = self.closed_by_reader & classes
         if self.stays in classes or self.nonzero & classes or gated or not alone:
             return inputs
         self.closed_by_maker |= classes
         return Choice("output")
+
+    def _before_recurrent(self, classes: set[int]) -> bool:
+        """Whether a recurrent layer, which can have no gates, reads units of some classes."""
+        readers = set[str]().union(*(self.readers.get(one, ()) for one in classes))
+        return any(is_held(self.walk.sites[name]) for name in readers)
 
     def _inputs(self, site: Site) -> Choice:
         linear = is_linear(site.layer)

@@ -11,7 +11,8 @@ from torch.nn.utils import parametrize
 
 from l0fast import _checks
 from l0fast.gating.attention import Unfused, attention_calls, unfuse_
-from l0fast.gating.recipes import Choice, GateRow, by_structure, without_structure
+from l0fast.gating.recipes import Choice, by_structure, without_structure
+from l0fast.gating.table import GateRow
 from l0fast.graph import capture
 from l0fast.graph.calls import Example, evaluating
 from l0fast.graph.computed import why_computed

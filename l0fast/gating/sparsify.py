@@ -18,20 +18,10 @@ from l0fast.gating.checks import (
     refuse_constrained,
     refuse_none,
 )
-from l0fast.gating.depth import (
-    branch_rows,
-    find_branches,
-    put_branches,
-    refuse_no_branches,
-)
-from l0fast.gating.experts import (
-    expert_rows,
-    find_mixtures,
-    put_mixtures,
-    refuse_no_experts,
-)
+from l0fast.gating.depth import branch_rows, find_branches, put_branches, refuse_no_branches
+from l0fast.gating.experts import expert_rows, find_mixtures, put_mixtures, refuse_no_experts
 from l0fast.gating.hidden import Hidden, hidden_gates, refuse_hidden
-from l0fast.gating.recipes import Choice, GateTable
+from l0fast.gating.recipes import Choice
 from l0fast.gating.selection import (
     UNFOLLOWED,
     ModelT,
@@ -46,6 +36,7 @@ from l0fast.gating.selection import (
     run_by,
     with_ordinary_attention,
 )
+from l0fast.gating.table import GateTable
 from l0fast.graph.branches import Branch
 from l0fast.graph.calls import Example
 from l0fast.graph.computed import why_computed

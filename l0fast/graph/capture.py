@@ -22,7 +22,8 @@ from l0fast.graph.exporting import (
     without_validation,
 )
 from l0fast.graph.nodes import argument, op_name
-from l0fast.graph.tensors import ChannelTensor, channel_tensors, sized_by_attributes
+from l0fast.graph.recurrent import readers
+from l0fast.graph.tensors import ChannelTensor, InputWeight, channel_tensors, sized_by_attributes
 from l0fast.graph.trace import Trace
 from l0fast.layers.dense_types import LAYERS, TRANSPOSED, inner_dims, is_in_out
 from l0fast.layers.rms_norm import GatedRMSNorm, StandIn, form_of
@@ -87,6 +88,8 @@ def input_place(layer: nn.Module) -> int:
 
 def _size_name(module: nn.Module) -> str:
     """The attribute that says how many channels a layer of `CHANNELWISE` has, else ""."""
+    if isinstance(module, InputWeight):
+        return ""
     return next((name for kind, name in CHANNELWISE.items() if isinstance(module, kind)), "")
 
 
@@ -98,7 +101,7 @@ def is_channelwise(module: nn.Module) -> bool:
 
 def is_site(module: nn.Module) -> bool:
     """Whether a module is one that can be made smaller, in any model; see `sites_in`."""
-    if isinstance(module, (GatedRMSNorm, StandIn)):
+    if isinstance(module, (GatedRMSNorm, StandIn, InputWeight)):
         return True
     if not own_weights(module):
         return False
@@ -159,6 +162,8 @@ def train_but_norms(model: nn.Module) -> None:
 
 def layer_size(layer: nn.Module) -> tuple[int, int]:
     """(inputs, outputs) of a layer that can be made smaller."""
+    if isinstance(layer, InputWeight):
+        return layer.channels, 1
     if name := _size_name(layer):
         return getattr(layer, name), getattr(layer, name)
     if is_in_out(layer):
@@ -283,4 +288,5 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     held = channel_tensors(whole, nodes, held_at, inputs, lambda module: id(module) in sites)
     tensors = {node: held_at[node.name] for node in nodes if node.name in held_at}
     filled = sized_by_attributes({node: modules[callers[node]] for node in nodes})
-    return Trace(nodes, calls, callers, inputs, read_outside, unread, held, tensors, filled)
+    found = calls, callers, inputs, read_outside, unread, held, tensors, filled
+    return Trace(nodes, *found, readers(nodes, held))

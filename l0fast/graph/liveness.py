@@ -285,7 +285,8 @@ class Liveness:
             return
         extent.rows = extent.leaves & self.live[outputs] & site.writes
         if arrives is not None:
-            columns = arrives if site.bound else self.columns[site.name].clone()
+            # A weight of a recurrent layer cannot have a gather before it.
+            columns = arrives if site.bound or is_held(site) else self.columns[site.name].clone()
             extent.arrives, extent.columns = arrives, columns
             if not bool(extent.columns.any()):
                 extent.columns[extent.arrives.nonzero()[0]] = True

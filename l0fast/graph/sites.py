@@ -199,6 +199,6 @@ def find_sites(
     for name in () if trace is None else trace.held.values():
         held = channel_tensor(model, name)
         if held is not None:
-            every = torch.ones(held.channels, dtype=torch.bool)
-            sites[name] = Site(name, held, every, every, full.get(name, ""), local=False)
+            reads, writes = (torch.ones(n, dtype=torch.bool) for n in layer_size(held))
+            sites[name] = Site(name, held, reads, writes, full.get(name, ""), local=False)
     return sites

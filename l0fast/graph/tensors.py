@@ -1,18 +1,20 @@
 """Parameters and buffers with a number for each channel that a module holds beside its layers: a
 learned scale or shift, the numbers of a frozen batch norm, a table of relative positions with a
 column for each head. They get smaller with the channels. So do tensors of one number that a module
-makes as wide as an attribute says."""
+makes as wide as an attribute says, and the weights of recurrent layers' inputs."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
+from l0fast.graph.recurrent import INPUT_WEIGHTS, input_weights
 
 KEEPS_ZEROS = {f"aten::{name}" for name in ("mul", "mul_")}
 """Ops on a tensor and a factor that leave zeros zeros, whatever the factor is."""
@@ -99,6 +101,23 @@ class ChannelTensor(nn.Module):
             self.place[0].embedding_dim = tensor.shape[1]
 
 
+class InputWeight(ChannelTensor):
+    """The weight by which an RNN, GRU or LSTM reads its input, [out, in], as a layer that reads it
+    and gives nothing that could go."""
+
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The second dimension follows the inputs."""
+        return ("", "input")
+
+    def put(self, tensor: Tensor) -> None:
+        """Gives the recurrent layer another weight in its place, and the size of its inputs."""
+        super().put(tensor)
+        holder: Any = self.place[0]
+        holder.input_size = tensor.shape[1]
+        holder._flat_weights = [getattr(holder, name) for name in holder._flat_weights_names]
+
+
 def channel_tensor(model: nn.Module, name: str) -> ChannelTensor | None:
     """The tensor of a name in a model, if it has a number, or a column, for each channel."""
     path, _, key = name.rpartition(".")
@@ -107,6 +126,8 @@ def channel_tensor(model: nn.Module, name: str) -> ChannelTensor | None:
     except AttributeError:
         return None
     tensor = {**vars(holder), **holder._parameters, **holder._buffers}.get(key)
+    if isinstance(holder, nn.RNNBase) and key in INPUT_WEIGHTS:
+        return InputWeight(holder, key) if _is_table(tensor) else None
     return ChannelTensor(holder, key) if _is_per_channel(tensor) or _is_table(tensor) else None
 
 
@@ -154,7 +175,10 @@ def channel_tensors(
         held = channel_tensor(model, held_at[node.name]) if node.name in held_at else None
         if held is None or is_layer(held.place[0]) or owners[id(held.tensor)] > 1:
             continue
-        if held.is_table and not all(
+        if isinstance(held, InputWeight):
+            if len(node.users) != 1 or node not in input_weights(next(iter(node.users))):
+                continue
+        elif held.is_table and not all(
             _picks_rows(user, node) and user not in given for user in node.users
         ):
             continue

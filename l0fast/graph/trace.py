@@ -35,6 +35,8 @@ class Trace:
     """Node -> the name of the parameter or buffer that it stands for."""
     filled: dict[Node, int] = field(default_factory=dict)
     """Node that fills a new tensor -> the dimension along which an attribute tells its size."""
+    recurrent: dict[Node, tuple[str, ...]] = field(default_factory=dict)
+    """Recurrent op -> the weights by which it reads its input."""
     parts: tuple[str, ...] = ()
     """The modules whose graphs these are, each for itself; () for the whole model's."""
     counts: Counter[str] = field(init=False)
@@ -71,5 +73,6 @@ class Trace:
             {node: name for trace in traces for node, name in trace.held.items()},
             {node: name for trace in traces for node, name in trace.tensors.items()},
             {node: dim for trace in traces for node, dim in trace.filled.items()},
+            {node: names for trace in traces for node, names in trace.recurrent.items()},
             tuple(parts),
         )

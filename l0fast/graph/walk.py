@@ -19,15 +19,18 @@ from l0fast import _checks
 from l0fast.graph.capture import Trace, input_place, is_carrier, is_channelwise
 from l0fast.graph.carriers import passed_on
 from l0fast.graph.channels import IGNORED, rule_for
+from l0fast.graph.followed import Followed
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 from l0fast.graph.overwritten import overwritten
+from l0fast.graph.recurrent import beside_input
 from l0fast.graph.sites import UNREAD, Site, is_held
-from l0fast.graph.tied import OUTPUT, Tied
+from l0fast.graph.tensors import InputWeight
+from l0fast.graph.tied import OUTPUT
 from l0fast.graph.units import STAYS, Units, grids_of, in_all, unknown
 from l0fast.layers.dense_types import inner_dims
 
 
-class Walk(Tied):
+class Walk(Followed):
     """One walk along the graph, and the units that it found.
 
     Args:
@@ -45,7 +48,7 @@ class Walk(Tied):
         makers: list[Tensor] = [torch.full((1,), -1)]
         for index, site in enumerate(self.sites.values()):
             size = len(site.writes)
-            if not is_carrier(site.layer):
+            if not (is_carrier(site.layer) or is_held(site)):
                 self.made[site.name] = torch.arange(total, total + size)
                 makers.append(torch.full((size,), index))
                 total += size
@@ -64,10 +67,7 @@ class Walk(Tied):
         super().__init__(list(self.sites), torch.cat(makers), first_held, trace.callers)
         self.untold = frozenset(untold)
         """Carriers of whose constants nothing is known."""
-        self.values: dict[Node, Any] = {}
-        """Node -> the units of its tensor, or of several."""
-        self.lost: dict[Node, str] = {}
-        """Node -> why no unit of a layer is in it."""
+        self.values, self.lost = {}, {}
         self.inputs: dict[str, Units | None] = {}
         """Layer -> the units along its inputs, if they are only there."""
         self.sources: dict[str, str] = {}
@@ -153,6 +153,8 @@ class Walk(Tied):
             nothing, dim = unknown(node.meta["val"].shape), self.trace.filled[node]
             labels = self._filled[node].view(-1, *[1] * (nothing.labels.dim() - 1 - dim))
             self.values[node] = replace(nothing, labels=labels.expand(nothing.labels.shape))
+        elif self.sites.keys() >= set(self.trace.recurrent.get(node, "?")):
+            self._recur(node)
         elif node.op == "call_function":
             self._op(node)
         elif self.trace.held.get(node) in self.sites:
@@ -160,38 +162,25 @@ class Walk(Tied):
         else:
             self._lose(node, self.trace.in_words(node))
 
-    def units(self, node: Node) -> list[Units]:
-        """The units of what a node gives: a tensor, or several."""
-        value = self.values.get(node, [])
-        return value if isinstance(value, list) else [value]
-
-    def _pin_node(self, node: Node, reason: str) -> None:
-        for units in self.units(node):
-            self.pin(units.labels, reason)
-
-    def _lose(self, node: Node, reason: str) -> None:
-        self.lost[node] = reason
-        value: Any = node.meta.get("val")
-        if isinstance(value, (tuple, list)):
-            self.values[node] = [unknown(part.shape) for part in value if isinstance(part, Tensor)]
-        elif shape_of(node) is not None:
-            self.values[node] = unknown(value.shape)
-
     def _hold(self, node: Node, site: Site) -> None:
         """A tensor with a number for each channel: it has units of its own, which go with those of
         what it is put together with."""
         held: Any = site.layer
-        self.inputs[site.name], self.sources[site.name] = None, ""
+        if site.name not in self.inputs:
+            self.inputs[site.name], self.sources[site.name] = None, ""
+        if isinstance(held, InputWeight):  # its op reads for it
+            self.values[node] = unknown(held.tensor.shape)
+            return
         labels, values = held.over(self.outputs[site.name]), held.values()
         nothing = unknown(values.shape).constant
         self.values[node] = Units(labels, nothing if site.name in self.untold else values)
         if site.fixed:
             self.pin(labels, site.fixed)
 
-    def _call(self, node: Node, site: Site) -> None:
-        """A layer's own call: reads the units of its input, makes others or passes them on."""
+    def _read(self, node: Node, site: Site) -> Units | None:
+        """The units along the inputs of a layer, in its own call."""
         source: Any = node.args[input_place(site.layer)]
-        inner, shape, made = inner_dims(site.layer) or 0, shape_of(source), shape_of(node)
+        inner, shape = inner_dims(site.layer) or 0, shape_of(source)
         units, lost = None, self.lost.get(source, "")
         if shape and source in self.values and not isinstance(site.layer, nn.Embedding):
             dim = 1 if is_channelwise(site.layer) else len(shape) - 1 - inner
@@ -207,8 +196,13 @@ class Walk(Tied):
                 units = replace(units, constant=units.constant.masked_fill(own, math.nan))
         if site.fixed:
             self._pin_node(source, f"{site.name!r}, which is kept as it is ({site.fixed})")
-        self._arrive[node] = units
         self.inputs[site.name], self.sources[site.name] = units, lost
+        return units
+
+    def _call(self, node: Node, site: Site) -> None:
+        """A layer's own call: reads the units of its input, makes others or passes them on."""
+        self._arrive[node] = units = self._read(node, site)
+        inner, made = inner_dims(site.layer) or 0, shape_of(node)
         if made is None:
             self._lose(node, f"{site.name!r}")
             return
@@ -220,9 +214,18 @@ class Walk(Tied):
             labels.view(place).expand(made), constant.view(place).expand(made)
         )
         if not bool((labels != STAYS).any()):
-            self.lost[node] = lost or f"{site.name!r}"
+            self.lost[node] = self.sources[site.name] or f"{site.name!r}"
         if site.fixed:
             self.pin(labels, site.fixed)
+
+    def _recur(self, node: Node) -> None:
+        """A recurrent layer's own call: reads the units of its input, and gives none."""
+        for name in self.trace.recurrent[node]:
+            self._read(node, self.sites[name])
+            self.pin(self.outputs[name], op_name(node))
+        for other in beside_input(node):
+            self._pin_node(other, op_name(node))
+        self._lose(node, self.in_words(node))
 
     def _output(self, site: Site, units: Units | None) -> tuple[Tensor, Tensor]:
         """The units that a layer's outputs are, and their constants, as vectors."""
@@ -278,23 +281,3 @@ class Walk(Tied):
             return rule(node, units, self), ""
         except Exception as failure:  # a form of the op that the rule does not know
             return None, f", whose rule fails ({_checks.one_line(failure)})"
-
-    def _lost(self, node: Node) -> str:
-        """Why an op gives no unit."""
-        sources = node.all_input_nodes
-        reasons = [self.lost[source] for source in sources if source in self.lost]
-        if not any(self.of_layers(part) for source in sources for part in self.units(source)):
-            return reasons[0] if reasons else self.in_words(node)
-        others = ", with ".join([self.in_words(node), *reasons[:1]])
-        return next((why for why in reasons if why.startswith("aten::")), others)
-
-    def _item(self, node: Node) -> None:
-        source: Any = node.args[0]
-        parts, index = self.units(source), node.args[1]
-        if not isinstance(index, int) or not -len(parts) <= index < len(parts):
-            self._pin_node(source, "getitem")
-            self._lose(node, "getitem")
-            return
-        self.values[node] = parts[index]
-        if source in self.lost:
-            self.lost[node] = self.lost[source]

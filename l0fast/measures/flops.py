@@ -80,6 +80,21 @@ def _without_gradients(model: nn.Module) -> Generator[None]:
 
 
 @contextmanager
+def _recurrent_in_steps(model: nn.Module) -> Generator[None]:
+    """Inside, an LSTM is computed step by step: one fused op would count for nothing."""
+    fused: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [library.enabled for library in fused]
+    try:
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            for library in fused:
+                library.enabled = False
+        yield
+    finally:
+        for library, enabled in zip(fused, before, strict=True):
+            library.enabled = enabled
+
+
+@contextmanager
 def _in_plain_ops(model: nn.Module) -> Generator[None]:
     """Attention in one fused op would count for nothing, and asks for real weights."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -87,7 +102,12 @@ def _in_plain_ops(model: nn.Module) -> Generator[None]:
     fused = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        with evaluating(model), _without_gradients(model), sdpa_kernel(SDPBackend.MATH):
+        with (
+            evaluating(model),
+            _without_gradients(model),
+            _recurrent_in_steps(model),
+            sdpa_kernel(SDPBackend.MATH),
+        ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)

@@ -77,8 +77,8 @@ class Footprint(Measure):
         self.groups, self.measure = groups, measure_name(groups[0].measure)
         # A layer that cannot get smaller is part of the rest, which is added as it is.
         self.names = list(tried.shrinking)
-        if self.measure == "params":
-            self.names += tried.held
+        told = tried.dense.params if self.measure == "params" else tried.shares[self.measure]
+        self.names += [name for name in tried.held if name in told]
         live = tried.live
         counted = self.measure in ("macs", "memory")
         self.products = products(live.walk) if counted and live is not None else []

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.exporting import quietly
 from l0fast.graph.fewer import expert_tensors
 from l0fast.graph.liveness import Liveness
+from l0fast.graph.nodes import shape_of
 from l0fast.graph.structure import Structure, structure_of
 from l0fast.graph.tensors import channel_tensor
 from l0fast.layers.branch import branch_gates
@@ -103,11 +106,17 @@ def _cut(
 
 
 def _shares(
-    model: nn.Module, needs: GateDependencies, dense: Counts
+    model: nn.Module, needs: GateDependencies, dense: Counts, structure: Structure
 ) -> dict[str, dict[str, float]]:
     """Measure -> what modules, other than layers, have for each expert, by `share_of`; other
-    experts do what a closed one did."""
+    experts do what a closed one did. And the MACs of the weights of recurrent layers' inputs."""
     found: dict[str, dict[str, float]] = {"params": {}, "macs": {}, "memory": {}}
+    for node, names in {} if structure.trace is None else structure.trace.recurrent.items():
+        given: Any = node.args[0]
+        places = math.prod((shape_of(given) or (0,))[:-1])
+        for name in names:
+            weight: Any = channel_tensor(model, name)
+            found["macs"][name] = places * weight.tensor.numel()
     for _, mixture in needs.experts:
         router, held = mixture.path(mixture.router), expert_tensors(model, mixture)
         for name in needs.experts.shared(mixture):
@@ -174,7 +183,7 @@ def _tried(
         dense=dense,
         left=counted(widths_left(plan)),
         cut=cut,
-        shares=_shares(model, dependencies, dense),
+        shares=_shares(model, dependencies, dense, structure),
         element_size=size,
     )
     return trial, plan

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import tests.helpers.plain_models as plain
 from l0fast import prune, sparsify_
-from l0fast.gating.recipes import GateTable
+from l0fast.gating.table import GateTable
 from l0fast.layers.handle import gate_owners, gated_layers
 from tests.helpers.gated import snapshot
 from tests.helpers.thinned import thinned
