@@ -123,6 +123,8 @@ class _Tracer(fx.Tracer):
         asked: the names of the nodes that the forward asked whether they are true.
     """
 
+    proxy_buffer_attributes = True
+
     def __init__(
         self,
         constants: Mapping[str, Constant],
@@ -167,6 +169,10 @@ class _Tracer(fx.Tracer):
         return forward, [self.root, *proxies]
 
 
+def _same_objects(one: Mapping[str, object], other: Mapping[str, object]) -> bool:
+    return one.keys() == other.keys() and all(one[key] is other[key] for key in one)
+
+
 def _traced(
     module: nn.Module, constants: Mapping[str, Constant], lengths: Mapping[str, int]
 ) -> fx.Graph:
@@ -179,9 +185,9 @@ def _traced(
     kind: Any = type(module)
     fx_module = isinstance(module, fx.GraphModule)
     own = [n for n in _OWN if getattr(kind, n) is not getattr(nn.Module, n) and not fx_module]
-    if own or "forward" in vars(module) or module._buffers or foreign_hooks(module):
-        raise ValueError(f"it has {own or 'hooks, buffers or a forward'} of its own")
-    before = dict(vars(module))
+    if own or "forward" in vars(module) or foreign_hooks(module):
+        raise ValueError(f"it has {own or 'hooks or a forward'} of its own")
+    before, buffers = dict(vars(module)), dict(module._buffers)
 
     def follow(decided: Sequence[bool]) -> tuple[fx.Graph, list[str]]:
         tracer = _Tracer(constants, lengths, decided)
@@ -190,19 +196,22 @@ def _traced(
     try:
         graph = one_graph(follow)
         after = vars(module)
-        if after.keys() != before.keys() or any(after[key] is not before[key] for key in before):
+        if not (_same_objects(after, before) and _same_objects(module._buffers, buffers)):
             raise ValueError("its forward changes its attributes")
     finally:
         vars(module).clear()
         vars(module).update(before)
+        module._buffers.update(buffers)
     graph._tracer_cls = None  # an unpickled one is traced by torch.fx's
     return graph
 
 
 def _anew(module: nn.Module, graph: fx.Graph) -> nn.Module:
-    """A module that runs a graph, with the parameters and the modules of another one."""
+    """A module that runs a graph, with the tensors and the modules of another one."""
     new = fx.GraphModule(module, graph, class_name=type(module).__name__)
     new._modules, new._parameters = dict(module._modules), dict(module._parameters)
+    new._buffers = dict(module._buffers)
+    new._non_persistent_buffers_set = set(module._non_persistent_buffers_set)
     return new
 
 

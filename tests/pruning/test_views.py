@@ -75,12 +75,34 @@ class Halves(nn.Module):
         return self.last(torch.cat([first, self.way(second)], -1))
 
 
+class Counting(Halves):
+    """The same with buffers: an order of what enters, and the number of calls."""
+
+    order: Tensor
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.arange(15, -1, -1), persistent=False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return super().forward(x[..., self.order])
+
+
+class Replacing(Counting):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls = torch.ones(())
+        return super().forward(x)
+
+
 class Net(nn.Module):
     """Both of them, in residual blocks."""
 
-    def __init__(self, drop: float = 0.0) -> None:
+    def __init__(self, drop: float = 0.0, halves: type[Halves] = Halves) -> None:
         super().__init__()
-        self.attention, self.halves, self.head = Attention(drop), Halves(), nn.Linear(16, 3)
+        self.attention, self.halves, self.head = Attention(drop), halves(), nn.Linear(16, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         grid = (2, x.shape[1] // 2)
@@ -92,10 +114,10 @@ NAMES = ["attention.proj", "halves.way", "halves.last"]
 
 
 @functools.cache
-def pruned(drop: float = 0.0) -> tuple[Any, Any, Tensor]:
+def pruned(drop: float = 0.0, halves: type[Halves] = Halves) -> tuple[Any, Any, Tensor]:
     torch.manual_seed(0)
     x = torch.randn(2, 6, 16, dtype=torch.float64)
-    model: Any = sparsify_(Net(drop).double(), include=NAMES, gates="input").eval()
+    model: Any = sparsify_(Net(drop, halves).double(), include=NAMES, gates="input").eval()
     with torch.no_grad():
         for name in NAMES:
             model.get_submodule(name).log_alpha.fill_(9.0)
@@ -130,6 +152,24 @@ def test_modules_are_made_anew_with_the_sizes_that_are_left(tmp_path: Path) -> N
     assert small.attention.kv.weight.grad is not None
     with pytest.raises(AssertionError, match="mask: expected None"):
         small.attention(x, (2, 3), x)
+
+
+def test_buffers_stay_what_they_are() -> None:
+    small, model, x = pruned(halves=Counting)
+    assert same(small, model, x)
+    assert type(small.halves) is not Counting
+    assert small.halves.both.out_features == 24
+    assert list(small.state_dict()) == list(Net(halves=Counting).state_dict())
+    before = small.halves.calls.clone()
+    small(x)
+    assert small.halves.calls == before + 1
+
+
+def test_a_forward_that_replaces_a_buffer_stays() -> None:
+    small, model, x = pruned(halves=Replacing)
+    assert same(small, model, x)
+    assert type(small.halves) is Replacing
+    assert "its forward changes its attributes" in "\n".join(small.report.notes)
 
 
 def test_what_is_another_forward_in_training_stays_and_is_named() -> None:
