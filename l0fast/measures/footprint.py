@@ -77,7 +77,9 @@ class Footprint(Measure):
         self.groups, self.measure = groups, measure_name(groups[0].measure)
         # A layer that cannot get smaller is part of the rest, which is added as it is.
         self.names = list(tried.shrinking)
-        told = tried.dense.params if self.measure == "params" else tried.shares[self.measure]
+        told = (
+            tried.dense.params if self.measure == "params" else tried.shares.get(self.measure, {})
+        )
         self.names += [name for name in tried.held if name in told]
         live = tried.live
         counted = self.measure in ("macs", "memory")
