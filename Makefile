@@ -25,7 +25,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:
 	@echo 'make demo    train the embedded digits to 33 % density and prune; about a minute after installing'
 	@echo 'make test    the tests that need no GPU; of many cases alike, some'
-	@echo 'make test-all  the same, with all cases; about twice as long'
+	@echo 'make test-all  the same, with all cases; several times as long'
 	@echo 'make test-oldest  the core with torch $(TORCH) and Triton $(TRITON), the oldest that are allowed'
 	@echo 'make lint    ruff and pyright'
 	@echo 'make format  apply the formatting that lint asks for'

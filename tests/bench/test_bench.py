@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import fnmatch
 import io
+import itertools
 import json
 import subprocess
 import sys
@@ -48,7 +49,7 @@ from l0fast.skipping import attach
 from l0fast.training.models import build
 from tests.helpers.draws import compact
 from tests.helpers.steps import following
-from tests.helpers.thinned import thinned_product
+from tests.helpers.thinned import telling, thinned
 
 LITTLE = timing.Effort(rounds=3, warmup=1, sample_ms=0.0, quick=True)
 
@@ -221,7 +222,7 @@ def test_scaling_by_autograd_is_the_same_work(dim: int) -> None:
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("stem", ["compaction", "scaled_weight"])
+@pytest.mark.parametrize("stem", thinned(["compaction", "scaled_weight"], 2))
 def test_the_ops_own_cases_are_measured(stem: str) -> None:
     cases = [one for one in registry.cases(quick=True) if registry.stem(one.name) == stem]
     for one in cases:
@@ -728,7 +729,7 @@ def test_gated_weight_on_the_cpu(op: Callable[[Tensor, Tensor], Any], benchmark:
     assert bool((dlog_alpha != 0).all())
 
 
-@pytest.mark.parametrize("density", [1.0, 0.3])
+@pytest.mark.parametrize("density", telling([1.0, 0.3], [0.3]))
 def test_the_skipping_block_is_rehearsed_small(
     density: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -762,7 +763,11 @@ def tiny_wide() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("make", "density"), thinned_product(2, [tiny_resnet, tiny_wide, tiny_vit], [1.0, 0.3])
+    ("make", "density"),
+    telling(
+        itertools.product([tiny_resnet, tiny_wide, tiny_vit], [1.0, 0.3]),
+        [(tiny_vit, 1.0), (tiny_wide, 0.3)],
+    ),
 )
 def test_the_large_steps_are_rehearsed_small(make: Callable[[], nn.Module], density: float) -> None:
     """On a CPU: gates go by the structure, and below a density of 1 a variant skips."""
@@ -802,6 +807,7 @@ def test_every_net_can_be_skipped_and_compacted() -> None:
     assert makers == [1, 1, 1, 1, 3, 3]
 
 
+@pytest.mark.exhaustive
 def test_lenet_at_the_end_has_the_gates_that_it_says() -> None:
     example = torch.randn(1, 1, 28, 28)
     for shrunk in (False, True):

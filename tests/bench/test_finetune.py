@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import environment, finetune
+from bench import finetune
 from bench.finetune import Epochs
 from l0fast import load_pruned
 from l0fast.data import sets
 from l0fast.measures.flops import count_macs
-from tests import ROOT
 
 
 @pytest.mark.exhaustive
@@ -36,15 +33,13 @@ def test_a_pretrained_net_is_brought_to_a_share_of_its_macs() -> None:
     assert count_macs(small, x)[""] == round(outcome.pruned_macs * dense)
 
 
+@pytest.mark.filterwarnings("ignore:settle. the expected density")
+@pytest.mark.usefixtures("a_folder_of_its_own")
 def test_the_command_writes_what_loads_again(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "bench.finetune", "--dataset", "digits", "--width", "4"]
-    command += ["--target", "0.5", "--out", str(tmp_path)]
+    words = ["--dataset", "digits", "--width", "4", "--target", "0.5", "--out", str(tmp_path)]
     for part in ("dense", "constrained", "pruned"):
-        command += [f"--{part}-epochs", "1"]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment(1), capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+        words += [f"--{part}-epochs", "1"]
+    assert finetune.main(words) == 0
     written = json.loads((tmp_path / "finetune.json").read_text())
     assert 0.0 < written["pruned_macs"] <= written["target"] == 0.5
     assert "--constrained-epochs 1" in written["about"]["command"]

@@ -233,6 +233,7 @@ def test_an_interrupt_is_no_traceback(
 # --- other models and data ------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_a_torchvision_model_on_an_imagefolder_from_a_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -298,14 +299,20 @@ def test_a_density_for_each_layer_leaves_out_what_has_no_gates(tmp_path: Path) -
 # --- prune and report -----------------------------------------------------------------------------
 
 
+OPTIONS = [
+    ("--density", "0.5"),
+    ("--layer-density", "fc1=0.4,fc[23]=0.6"),
+    ("--penalty", "0.1"),
+    ("--density", "0.5", "--recipe", "published"),
+    ("--density", "0.95", "--select", "best", "--epochs", "4"),
+]
+
+
 @pytest.mark.parametrize(
     "options",
     [
-        ("--density", "0.5"),
-        ("--layer-density", "fc1=0.4,fc[23]=0.6"),
-        ("--penalty", "0.1"),
-        ("--density", "0.5", "--recipe", "published"),
-        ("--density", "0.95", "--select", "best", "--epochs", "4"),
+        pytest.param(one, marks=[pytest.mark.exhaustive] * (place not in (1, 4)))
+        for place, one in enumerate(OPTIONS)
     ],
 )
 def test_prune_makes_what_the_run_made(

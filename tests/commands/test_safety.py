@@ -30,6 +30,7 @@ from l0fast.training.stepping import Stepping
 from tests import ROOT
 from tests.helpers.command import refused, run
 from tests.helpers.fuzz import replaced, write_checkpoint
+from tests.helpers.thinned import thinned
 
 pytestmark = pytest.mark.usefixtures("a_folder_of_its_own")
 
@@ -398,7 +399,7 @@ def training(*words: str) -> Generator[subprocess.Popen[str]]:
 @pytest.mark.skipif(os.name == "nt", reason="no such signals here")
 @pytest.mark.parametrize(
     ("number", "code", "word"),
-    [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interr")],
+    thinned([(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interr")], 2),
 )
 def test_a_signal_ends_it_in_one_line(number: int, code: int, word: str) -> None:
     with training() as process:

@@ -119,7 +119,7 @@ ASKED = {
 
 
 @pytest.mark.parametrize(
-    ("measure", "target"), thinned([(name, target) for name in ASKED for target in ASKED[name]], 2)
+    ("measure", "target"), thinned([(name, target) for name in ASKED for target in ASKED[name]], 4)
 )
 def test_no_further_gate_fits(measure: str, target: float) -> None:
     """And so the target is met within one; pruning has none to close."""
@@ -695,7 +695,7 @@ def test_a_graph_is_captured_anew(digits: Data, monkeypatch: pytest.MonkeyPatch)
     assert stand.captured == 3  # with all gates open, drawn and settled
 
 
-@pytest.mark.parametrize("shrink", [None, 1])
+@pytest.mark.parametrize("shrink", thinned([None, 1], 2))
 def test_a_frontier_goes_on_from_before(digits: Data, tmp_path: Path, shrink: int | None) -> None:
     settings = quick(density=0.9, epochs=6, settle=0.34, shrink=shrink)
     frontier(

@@ -103,25 +103,16 @@ def targets(folder: Path, stop: bool = False) -> None:
         torch.manual_seed(99)
 
 
-def runs(folder: Path) -> None:
-    """What one process and two both do."""
-    data = few()
-    fit(plain, streams(data), folder / "streams")
-    targets(folder / "targets")
-
-
 def process(rank: int, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{out}/store", world_size=2, rank=rank)
     folder, data = Path(out), few()
-    runs(folder / "two")
+    fit(plain, streams(data), folder / "two")
     every: dict[str, Any] = {"ema": 0.8, "precision": "bf16", "select": "best", "accumulate": 2}
     train = Split(*(part[:204] for part in data.train))
     normed = streams(data._replace(train=train), workers=1)
     for name, stop_at in (("whole", 0), ("again", 1), ("again", 0)):
         fit(Normed, normed, folder / name, stop_at, **every)
-    targets(folder / "targets", stop=True)
-    targets(folder / "targets")
     refused: dict[str, dict[str, Any]] = {"file": {"density": None}, "new": {"shrink": 1}}
     for what, changes in refused.items():
         try:
@@ -131,11 +122,20 @@ def process(rank: int, out: str) -> None:
     dist.destroy_process_group()
 
 
+def process_of_targets(rank: int, out: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{out}/store", world_size=2, rank=rank)
+    targets(Path(out) / "two")
+    targets(Path(out) / "again", stop=True)
+    targets(Path(out) / "again")
+    dist.destroy_process_group()
+
+
 def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    runs(tmp_path / "one")
+    fit(plain, streams(few()), tmp_path / "one")
     run_processes(process, str(tmp_path))
-    one, two = (state(tmp_path / number / "streams") for number in ("one", "two"))
+    one, two = (state(tmp_path / number) for number in ("one", "two"))
     torch.testing.assert_close(two["model"], one["model"], rtol=1e-4, atol=1e-5)
     for first, second in zip(one["history"], two["history"], strict=True):
         assert second["loss"] == pytest.approx(first["loss"], rel=1e-4)
@@ -145,7 +145,20 @@ def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
     assert two["ranks"] == 2
     assert one["epoch"] == two["epoch"] == 3
     assert_same_run(tmp_path / "again", tmp_path / "whole")
-    one, two, again = (tmp_path / name / "targets" for name in ("one", "two", "."))
+    for rank in range(2):
+        other, shrunk = ((tmp_path / f"{what}-{rank}.txt").read_text() for what in ("file", "new"))
+        assert other.startswith("out: got ")
+        assert "expected a folder that can be written" in other
+        assert shrunk.startswith("shrink: got 1; expected ")
+    with pytest.warns(UserWarning, match=r"^processes: got 1; the run began with 2: its results"):
+        fit(plain, streams(few()), tmp_path / "two")
+
+
+@pytest.mark.exhaustive
+def test_two_processes_take_the_targets_of_one(tmp_path: Path) -> None:
+    one, two, again = (tmp_path / name for name in ("one", "two", "again"))
+    targets(one)
+    run_processes(process_of_targets, str(tmp_path))
     last = "density-0.5"
     torch.testing.assert_close(
         state(two / last)["model"], state(one / last)["model"], rtol=1e-4, atol=1e-5
@@ -155,15 +168,9 @@ def test_two_processes_take_the_training_of_one(tmp_path: Path) -> None:
     for first, second in zip(*rows, strict=True):
         assert second["architecture"] == first["architecture"]
         assert second["milliseconds"] > 0
-    for rank in range(2):
-        other, shrunk = ((tmp_path / f"{what}-{rank}.txt").read_text() for what in ("file", "new"))
-        assert other.startswith("out: got ")
-        assert "expected a folder that can be written" in other
-        assert shrunk.startswith("shrink: got 1; expected ")
-    with pytest.warns(UserWarning, match=r"^processes: got 1; the run began with 2: its results"):
-        fit(plain, streams(few()), tmp_path / "two" / "streams")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("a_folder_of_its_own")
 def test_the_command_by_torchrun(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The same model as one process makes; files and words are the first process's alone."""

@@ -17,6 +17,7 @@ from l0fast.gating.attention import Unfused, attention_calls, unfuse_, unfused_i
 from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from tests.helpers.gated import snapshot
+from tests.helpers.thinned import telling, thinned
 
 WIDTH, HEADS, LENGTH = 12, 3, 5
 
@@ -119,7 +120,7 @@ class Encoder(nn.Module):
         return self.head(self.encoder(x, src_key_padding_mask=padding))
 
 
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("padded", thinned([True, False], 2))
 def test_heads_of_an_encoder_go(padded: bool, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model: Any = Encoder().double().eval()
@@ -153,7 +154,7 @@ def test_heads_of_an_encoder_go(padded: bool, tmp_path: Path) -> None:
         load_pruned(lambda: again, tmp_path / "small.safetensors")
 
 
-@pytest.mark.parametrize("how", ["compile", "export"])
+@pytest.mark.parametrize("how", telling(["compile", "export"], ["compile"]))
 def test_a_pruned_one_compiles_and_exports(how: str) -> None:
     model = Self(options={"need_weights": False}, batch_first=True).eval()
     x = torch.randn(2, LENGTH, WIDTH)
@@ -173,7 +174,7 @@ def test_a_head_whose_weights_are_given_out_stays() -> None:
     assert "aten::mean" in reason
 
 
-@pytest.mark.parametrize("where", ["gated", "pruned", "pickled"])
+@pytest.mark.parametrize("where", telling(["gated", "pruned", "pickled"], ["gated", "pickled"]))
 def test_another_call_than_the_examples_is_refused(where: str) -> None:
     def refused(expected: str, options: dict[str, Any], other: dict[str, Any]) -> None:
         model: Any = Self(options=options, batch_first=True).eval()

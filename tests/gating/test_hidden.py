@@ -23,7 +23,7 @@ from l0fast import (
 from l0fast.graph.calls import Example
 from l0fast.pruning.shrink import plan_removal, remove_
 from tests.helpers.rms_models import NORMS, Decomposed, Language, tokens
-from tests.helpers.thinned import thinned
+from tests.helpers.thinned import thinned, thinned_product
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -43,8 +43,7 @@ def width(model: Any) -> int:
     return int((gates(model).layers["norm"].evaluation_gates() > 0).sum())
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("norm", "tied"), thinned_product(2, NORMS, [True, False]))
 def test_closed_channels_are_gone_and_nothing_else_changes(norm: str, tied: bool) -> None:
     model = gated(norm=NORMS[norm], tied=tied, post=norm == "gemma")
     small: Any = prune(model, tokens())

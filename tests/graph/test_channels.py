@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from l0fast.graph.channels import IGNORED, JOINS, RULES, rule_for
 from l0fast.graph.nodes import op_name, shape_of
 from l0fast.graph.units import Units, unknown
+from tests.helpers.thinned import thinned_product
 
 CONSTANT = (0.0, 0.75, -1.5)
 """What the first channels are everywhere; the others vary."""
@@ -284,8 +285,7 @@ SPATIAL: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
 }
 
 
-@pytest.mark.parametrize("name", SPATIAL)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("name", "batch"), thinned_product(2, SPATIAL, [1, 2]))
 def test_dimensions(name: str, batch: int) -> None:
     dims, function = SPATIAL[name]
     units, classes = assert_true(function, example((batch, 5, *[6] * dims), 1), 1)

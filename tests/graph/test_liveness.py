@@ -18,6 +18,7 @@ from l0fast.graph.sites import Site
 from l0fast.graph.views import sizes_in
 from l0fast.graph.walk import Walk
 from l0fast.layers.handle import gated_layers
+from tests.helpers.thinned import thinned_product
 
 
 class Functional(nn.Module):
@@ -353,8 +354,7 @@ LINEAR_NETS: dict[str, Callable[[Any, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("name", LINEAR_NETS)
-@pytest.mark.parametrize("gates", ["input", "output"])
+@pytest.mark.parametrize(("name", "gates"), thinned_product(2, LINEAR_NETS, ["input", "output"]))
 def test_any_arrangement_stays_the_same_function(name: str, gates: str) -> None:
     model = sparsify_(Functional(LINEAR_NETS[name]).double(), gates=gates).eval()
     used = {"a", "b"} | ({"c"} if "branches" in name or "readers" in name else set())

@@ -56,10 +56,11 @@ def kernel_test(test: TestFunction) -> TestFunction:
         if RUNS_HERE:
             test(**arguments)
             return
+        found = outcomes(request.config.option.markexpr)
         try:
-            kind, text = outcomes()[f"{file.stem}::{request.node.name}"]
+            kind, text = found[f"{file.stem}::{request.node.name}"]
         except KeyError:
-            said = outcomes().get(f"{file.stem}::", ["", f"{request.node.name} was not run"])[1]
+            said = found.get(f"{file.stem}::", ["", f"{request.node.name} was not run"])[1]
             pytest.fail(f"{file.name} in the interpreter: {said}")
         if kind == "skipped":
             pytest.skip(text)
@@ -74,15 +75,16 @@ def kernel_test(test: TestFunction) -> TestFunction:
 
 
 @functools.cache
-def outcomes() -> dict[str, list[str]]:
-    """What each kernel test did in the interpreter: [kind, text], by its file and name."""
-    return once_a_run("interpreter", lambda: _run(sorted(_kernel_tests)))
+def outcomes(marks: str) -> dict[str, list[str]]:
+    """What each kernel test did in the interpreter: [kind, text], by its file and name; of those
+    that pytest's option -m selects."""
+    return once_a_run("interpreter", lambda: _run(sorted(_kernel_tests), marks))
 
 
-def _run(files: list[Path]) -> dict[str, list[str]]:
+def _run(files: list[Path], marks: str) -> dict[str, list[str]]:
     """Runs the kernel tests of some files; if they take their process along, file by file."""
     names = [name for file in files for name in _kernel_tests[file]]
-    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         try:
@@ -113,5 +115,5 @@ def _run(files: list[Path]) -> dict[str, list[str]]:
         return found
     # A kernel that writes out of bounds may take its process along.
     if len(files) > 1:
-        return dict(pair for file in files for pair in _run([file]).items())
+        return dict(pair for file in files for pair in _run([file], marks).items())
     return {f"{files[0].stem}::": ["failed", said]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import pytest
@@ -15,6 +15,19 @@ def thinned(cases: Iterable[Any], every: int) -> list[Any]:
         _case(case if isinstance(case, tuple) else (case,), place % every)
         for place, case in enumerate(cases)
     ]
+
+
+def telling(cases: Iterable[Any], kept: Collection[Any]) -> list[Any]:
+    """The cases for pytest.mark.parametrize: all but those of `kept` are marked exhaustive.
+
+    Raises:
+        ValueError: one of `kept` is no case.
+    """
+    found = list(cases)
+    for one in kept:
+        if one not in found:
+            raise ValueError(f"kept: got {one!r}; expected one of the cases")
+    return [_case(case if isinstance(case, tuple) else (case,), case not in kept) for case in found]
 
 
 def thinned_product(every: int, first: Iterable[Any], *others: Iterable[Any]) -> list[Any]:

@@ -292,18 +292,22 @@ def canary() -> str:
     return checksum([*found, ("dot", torch.dot(u, u)), ("matrix", u[:, None] @ u[None])])
 
 
-def measured() -> dict[str, Any]:
-    """All that this machine finds, as same_bits.json holds it."""
+def measured(names: Iterable[str] = TRAININGS) -> dict[str, Any]:
+    """What this machine finds of some trainings, as same_bits.json holds it of all."""
     torch.set_num_threads(1)
-    trainings = {name: described(train()) for name, train in TRAININGS.items()}
+    trainings = {name: described(TRAININGS[name]()) for name in names}
     return {"canary": canary(), "torch": torch.__version__, "trainings": trainings}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.house.same_bits", description=__doc__)
-    parser.add_argument("--write", action="store_true", help=f"into {PATH.name}; else print")
-    text = json.dumps(measured(), indent=1) + "\n"
-    if parser.parse_args().write:
+    parser.add_argument("names", nargs="*", help="of the trainings to print; all by default")
+    parser.add_argument("--write", action="store_true", help=f"all into {PATH.name}; else print")
+    arguments = parser.parse_args()
+    if arguments.write and arguments.names:
+        parser.error("--write takes no names")
+    text = json.dumps(measured(arguments.names or TRAININGS), indent=1) + "\n"
+    if arguments.write:
         PATH.write_text(text, encoding="utf-8")
     else:
         print(text, end="")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.thinned import thinned, thinned_product
+from tests.helpers.thinned import telling, thinned, thinned_product
 
 
 def kept(cases: list[object]) -> list[object]:
@@ -15,6 +15,12 @@ def test_each_third_stays_and_the_others_are_exhaustive() -> None:
     cases = thinned(["a", ("b", 1), "c", "d"], 3)
     assert kept(cases) == [("a",), ("d",)]
     assert {mark.name for case in cases for mark in case.marks} == {"exhaustive"}
+
+
+def test_those_that_are_named_stay() -> None:
+    assert kept(telling(["a", ("b", 1), "c"], ["c", ("b", 1)])) == [("b", 1), ("c",)]
+    with pytest.raises(ValueError, match="kept: got 'd'; expected one of the cases"):
+        telling(["a"], ["d"])
 
 
 @pytest.mark.parametrize(("every", "lengths"), [(3, (9, 6)), (3, (3, 3)), (5, (10, 3, 2))])

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import pytest
 
 from tests import ROOT
+from tests.helpers.thinned import telling
 
 
 class Wanted(NamedTuple):
@@ -37,9 +38,8 @@ WANTED = {
     "tabular_inputs": Wanted(1 / 3, 0.93),
     "single_weights": Wanted(0.1, 0.86),
 }
-LONG = {name for name in WANTED if name.startswith("loop_")} - {"loop_plain"}
-LONG |= {"resnet_macs", "vit_latency", "decoder_trainer"}
-"""They run in `make test-all`, and as pages of the site in `make docs`."""
+SHORT = "loop_plain"
+"""The others run in `make test-all`, and as pages of the site in `make docs`."""
 LAST = re.compile(r"(accuracy|loss) ([\d.]+), [a-zA-Z ]+ ([\d.]+) -> ([\d.]+)")
 EXAMPLES = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
 
@@ -53,7 +53,7 @@ def test_each_is_short_and_has_a_target() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(name, marks=[pytest.mark.exhaustive] * (name in LONG)) for name in WANTED],
+    telling(WANTED, [SHORT]),
 )
 def test_it_runs(name: str, tmp_path: os.PathLike[str]) -> None:
     wanted = WANTED[name]

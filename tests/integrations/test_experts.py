@@ -126,14 +126,15 @@ def test_closed_experts_are_gone_exactly(build: Any, tmp_path: Path) -> None:
 def test_what_is_left_is_reckoned(build: Any) -> None:
     model = gated(build)
     close(model)
+    expected: dict[str, float] = {}
     for measure in ("params", "macs", "memory"):
         constraint = DensityConstraint(model, 1.0, measure=measure, example_inputs=EXAMPLE)
-        expected = constraint.realised()["model"]
-        pruned: Any = prune(model, EXAMPLE)
-        after, before = getattr(pruned.report, measure)
-        assert after / before == pytest.approx(expected, abs=1e-12)
+        expected[measure] = constraint.realised()["model"]
         del constraint
     small: Any = prune(model, EXAMPLE)
+    for measure, share in expected.items():
+        after, before = getattr(small.report, measure)
+        assert after / before == pytest.approx(share, abs=1e-12), measure
     after, before = small.report.macs
     assert before - after == 2 * 24 * 32 * 2  # closed experts in two layers, tokens, inputs
 
@@ -145,9 +146,10 @@ def test_products_of_experts_count() -> None:
     assert macs["model.layers.0.mlp.experts"] == 24 * 2 * 3 * 32 * 48  # two experts a token
 
 
+@pytest.mark.filterwarnings("ignore:attach. .* steps are few")
 @pytest.mark.parametrize("options", thinned([{"uniform": True}, {}], 2))
 def test_a_training_a_state_and_other_axes(options: Any, tmp_path: Path) -> None:
-    model, steps = gated(mixtral, depth=True, **options), 200
+    model, steps = gated(mixtral, depth=True, **options), 60
     optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3, steps=steps))
     constraint = DensityConstraint(
         model, 0.5, measure="params", example_inputs=EXAMPLE, steps=steps

@@ -175,9 +175,11 @@ def test_a_constraint_of_the_users_own_and_what_is_refused(tmp_path: Path) -> No
         again.train()
 
 
+@pytest.mark.filterwarnings("ignore:(attach. .* steps are few|settle. the expected density)")
 def test_restoring_callbacks_from_a_checkpoint_is_refused_on_resume(tmp_path: Path) -> None:
     """The Trainer makes them anew from their states, before they are told of the training."""
-    fit(tmp_path, prepared(), callback(), save_strategy="steps", save_steps=100).train()
+    short: dict[str, Any] = {"max_steps": 20, "save_strategy": "steps", "save_steps": 10}
+    fit(tmp_path, prepared(), callback(), **short).train()
     trainer = fit(tmp_path, prepared(), callback(), restore_callback_states_from_checkpoint=True)
     words = "or restore_callback_states_from_checkpoint=False where a training is resumed"
     with pytest.raises(ValueError, match=words):
@@ -194,9 +196,10 @@ class Seen(transformers.TrainerCallback):
         self.rows.append(dict(kwargs["logs"]))
 
 
+@pytest.mark.filterwarnings("ignore:(attach. .* steps are few|settle. the expected density)")
 def test_callbacks_after_it_see_its_numbers(tmp_path: Path) -> None:
     made, seen = callback(), Seen()
-    trainer = fit(tmp_path, prepared(), made)
+    trainer = fit(tmp_path, prepared(), made, max_steps=60, logging_steps=20)
     trainer.add_callback(seen)
     trainer.train()
     rows = [row for row in seen.rows if "loss" in row]
@@ -206,6 +209,7 @@ def test_callbacks_after_it_see_its_numbers(tmp_path: Path) -> None:
         assert row == {key: logged[key] for key in row}
 
 
+@pytest.mark.exhaustive
 def test_bf16_leaves_no_wrapper_and_prunes(tmp_path: Path) -> None:
     net = prepared()
     trainer = fit(tmp_path, net, callback(), bf16=True)
@@ -257,6 +261,7 @@ def test_a_callback_serves_a_second_training(interrupted: bool, tmp_path: Path) 
     assert_within(net)
 
 
+@pytest.mark.exhaustive
 def test_it_goes_on_from_a_checkpoint_without_it(tmp_path: Path) -> None:
     before = InOrder(
         Seeded(prepared()), arguments(tmp_path, save_strategy="steps", save_steps=10, max_steps=10)

@@ -306,14 +306,14 @@ def _run(*command: object) -> str:
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout
 
 
-def counted(program: str) -> list[dict[str, Any]]:
-    """What a program of this folder counts, in a child whose Triton compiles even if this
-    process's interprets."""
+def counted(program: str, architecture: int) -> list[dict[str, Any]]:
+    """What a program of this folder counts of one architecture, in a child whose Triton compiles
+    even if this process's interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = [str(ROOT), str(ROOT / "kernels"), environment.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     done = subprocess.run(
-        [sys.executable, "-m", f"tests.kernels.{program}", "--json"],
+        [sys.executable, "-m", f"tests.kernels.{program}", "--json", str(architecture)],
         env=environment,
         capture_output=True,
         text=True,
@@ -325,10 +325,10 @@ def counted(program: str) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Count every kernel on every architecture, and print."""
+    """Count every kernel on every architecture, or on those that are named, and print."""
     counts = [
         count(name, build(), architecture)
-        for architecture in ARCHITECTURES
+        for architecture in [int(word) for word in sys.argv[1:] if word.isdigit()] or ARCHITECTURES
         for name, build in builds().items()
         if architecture == 90 or (name.startswith(("gated_weight", "naive")) and "," not in name)
     ]

@@ -199,10 +199,10 @@ def count(name: str, build: Build, architecture: int) -> Work:
 
 
 def main() -> None:
-    """Count every kernel on every architecture, and print."""
+    """Count every kernel on every architecture, or on those that are named, and print."""
     counts = [
         count(name, build(), architecture)
-        for architecture in ARCHITECTURES
+        for architecture in [int(word) for word in sys.argv[1:] if word.isdigit()] or ARCHITECTURES
         for name, build in builds(architecture).items()
     ]
     if "--json" in sys.argv:

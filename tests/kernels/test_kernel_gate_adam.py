@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from l0fast import DensityConstraint, autograd, param_groups, sparsify_
 from l0fast.maths.lagrangian import Falling, lagrangian
 from tests.helpers.interpreter import DEVICE, kernel_test
+from tests.helpers.thinned import thinned_product
 from tests.helpers.tolerance import assert_no_more_wrong
 from tests.kernels.kernel_checks import DISTRIBUTION, constants
 
@@ -78,8 +79,9 @@ def of_kernel(given: dict[str, Any], pulled: bool) -> Found:
 
 
 @kernel_test
-@pytest.mark.parametrize("parts", ["both", "grad", "pull"])
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "parts"), thinned_product(3, SIZES, ["both", "grad", "pull"]), ids=str
+)
 def test_steps_are_no_more_wrong_than_those_of_pytorch(sizes: tuple[int, ...], parts: str) -> None:
     layers, n = len(sizes), sum(sizes)
     given: dict[str, Any] = {

@@ -11,6 +11,7 @@ from torch import Tensor
 from l0fast.maths import philox
 from l0fast.maths.hard_concrete import HardConcrete
 from tests.helpers.interpreter import DEVICE, kernel_test
+from tests.helpers.thinned import thinned_product
 from tests.helpers.tolerance import assert_no_more_wrong
 from tests.kernels.kernel_checks import (
     DISTRIBUTION,
@@ -124,8 +125,9 @@ def test_forward_is_no_more_wrong_than_the_reference(
 
 @kernel_test
 @pytest.mark.parametrize("distribution", [DISTRIBUTION, OTHER])
-@pytest.mark.parametrize("sizes", SEGMENTS, ids=str)
-@pytest.mark.parametrize("given", ["both", "dz", "dopen"])
+@pytest.mark.parametrize(
+    ("given", "sizes"), thinned_product(2, ["both", "dz", "dopen"], SEGMENTS), ids=str
+)
 def test_backward_is_no_more_wrong_than_the_reference(
     sizes: tuple[int, ...],
     given: str,
@@ -242,7 +244,11 @@ def test_no_segments_at_all() -> None:
 
 
 @kernel_test
-@pytest.mark.parametrize("sizes", [(300, 0, 100, 784), (5, 16390), (1, 2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [(300, 0, 100, 784), (1, 2, 3), pytest.param((5, 16390), marks=pytest.mark.exhaustive)],
+    ids=str,
+)
 def test_layers_apart_are_drawn_as_end_to_end(
     sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:

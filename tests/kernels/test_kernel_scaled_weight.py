@@ -7,6 +7,7 @@ import torch
 
 from l0fast.maths.gated_weight import along as along_dimension
 from tests.helpers.interpreter import DEVICE, kernel_test
+from tests.helpers.thinned import telling
 from tests.helpers.tolerance import assert_no_more_wrong
 from tests.kernels.kernel_checks import DTYPES, assert_written, gate, guarded
 
@@ -31,11 +32,15 @@ STRUCTURED = [
     ((4, 0), 0),
     ((4, 0), 1),
 ]
+LARGE = [((50, 20, 5, 5), 1), ((30, 784), 0), ((30, 784), 1), ((67, 1104), 1)]
+"""They are like others, and run in `make test-all`."""
 
 
 @kernel_test
 @pytest.mark.parametrize(("dtype", "out_dtype"), DTYPES)
-@pytest.mark.parametrize(("shape", "dim"), STRUCTURED, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dim"), telling(STRUCTURED, [one for one in STRUCTURED if one not in LARGE]), ids=str
+)
 def test_scaling_is_no_more_wrong_than_the_reference(
     shape: tuple[int, ...],
     dim: int,

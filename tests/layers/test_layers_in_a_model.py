@@ -30,6 +30,7 @@ from l0fast.layers.linear import L0Linear
 from l0fast.layers.sampling import attach_draw, detach
 from l0fast.maths.hard_concrete import HardConcrete
 from tests.helpers.processes import run_processes
+from tests.helpers.thinned import thinned_product
 
 
 def net() -> nn.Sequential:
@@ -485,8 +486,9 @@ def test_autocast_with_a_constraint() -> None:
 
 # torch.compile looks at the draw's tensors, and hides this warning only where it is no error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("gates", ["auto", "weight"])
+@pytest.mark.parametrize(
+    ("gates", "training"), thinned_product(2, ["auto", "weight"], [True, False])
+)
 def test_compile_traces_a_model_once_for_all_steps(gates: str, training: bool) -> None:
     model = gated(gates=gates).train(training)
     constraint = DensityConstraint(model, 0.5)

@@ -205,7 +205,7 @@ def test_they_are_kept_or_closed_together(target: float, round_to: int) -> None:
     assert [group["forced"] for group in small.report.groups.values()] == [forced]
 
 
-@pytest.mark.parametrize("name", thinned(["residual", "efficientnet", "inception", "mobilenet"], 2))
+@pytest.mark.parametrize("name", thinned(["residual", "efficientnet", "inception", "mobilenet"], 4))
 def test_sizes_are_the_pruned_models(name: str) -> None:
     torch.manual_seed(0)
     build, draw = ZOO[name]

@@ -15,6 +15,7 @@ from PIL import Image
 from l0fast._files import write_atomically
 from l0fast.plots import dynamics
 from tests.helpers.histories import LAYERS, history
+from tests.helpers.thinned import telling, thinned
 
 
 def targets(kind: str, layers: dict[str, int] = LAYERS) -> dict[str, float] | None:
@@ -55,7 +56,7 @@ def draw(kind: str, epochs: int = 30, layers: dict[str, int] = LAYERS) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("kind", "epochs"), [("model", 1), ("layers", 30), ("penalty", 30), ("dense", 1)]
+    ("kind", "epochs"), thinned([("model", 1), ("layers", 30), ("penalty", 30), ("dense", 1)], 3)
 )
 def test_it_is_a_picture(kind: str, epochs: int, tmp_path: Path) -> None:
     path = tmp_path / "dynamics.png"
@@ -73,7 +74,7 @@ def test_it_is_a_picture(kind: str, epochs: int, tmp_path: Path) -> None:
         assert len({color for count, color in tones if len(set(color)) > 1 and count > 20}) > 2
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", telling(KINDS, ["layers", "params"]))
 def test_the_curves_are_the_metrics(kind: str, figures: list[Figure]) -> None:
     draw(kind)
     rows = history(30, kind)
@@ -96,7 +97,9 @@ def test_the_curves_are_the_metrics(kind: str, figures: list[Figure]) -> None:
     assert levels >= set((targets(kind) or {}).values())
 
 
-@pytest.mark.parametrize(("kind", "pruned"), [("model", 0.2987), ("params", 0.2345)])
+@pytest.mark.parametrize(
+    ("kind", "pruned"), telling([("model", 0.2987), ("params", 0.2345)], [("params", 0.2345)])
+)
 def test_the_measure_names_the_density_and_the_result(
     kind: str, pruned: float, figures: list[Figure]
 ) -> None:
@@ -119,7 +122,8 @@ MANY = {f"transformer.blocks.{i}.mlp.linear_in": 100 + i for i in range(30)}
 
 
 @pytest.mark.parametrize(
-    ("kind", "layers"), [*((kind, LAYERS) for kind in KINDS), ("layers", MANY)]
+    ("kind", "layers"),
+    [*telling([(kind, LAYERS) for kind in KINDS], [("dense", LAYERS)]), ("layers", MANY)],
 )
 def test_no_text_lies_on_another_or_outside(
     kind: str, layers: dict[str, int], figures: list[Figure]

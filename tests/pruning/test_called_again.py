@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from l0fast import DensityConstraint, prune, sparsify_
 from l0fast.layers.handle import gated_layers
+from tests.helpers.thinned import thinned_product
 
 
 class Siamese(nn.Module):
@@ -108,8 +109,7 @@ def test_what_all_calls_agree_on_goes(name: str) -> None:
     torch.testing.assert_close(small(*fresh), model(*fresh), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("measure", ["params", "macs"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("name", "measure"), thinned_product(2, MODELS, ["params", "macs"]))
 def test_each_gate_counts_once_and_each_call_costs(name: str, measure: str) -> None:
     build, example, _ = MODELS[name]
     x = example()

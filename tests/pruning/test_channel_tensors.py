@@ -24,6 +24,7 @@ from l0fast.graph.calls import Example
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.shrink import plan_removal, remove_
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed
+from tests.helpers.thinned import thinned_product
 
 
 class Frozen(nn.Module):
@@ -81,8 +82,7 @@ def image(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 8, 8, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("padding", [0, 1])
-@pytest.mark.parametrize("name", BETWEEN)
+@pytest.mark.parametrize(("name", "padding"), thinned_product(2, BETWEEN, [0, 1]))
 def test_they_go_with_the_channels(name: str, padding: int) -> None:
     torch.manual_seed(0)
     model, x = Scaled(BETWEEN[name], padding), image()

@@ -13,7 +13,7 @@ from torch import nn
 import tests.helpers.plain_models as plain
 from l0fast import prune, sparsify_
 from l0fast.layers.handle import gated_layers
-from tests.helpers.thinned import thinned
+from tests.helpers.thinned import telling
 from tests.helpers.zoo import ZOO
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra onnx")
@@ -38,7 +38,7 @@ def pruned(build: Any, args: tuple[Any, ...], **options: Any) -> Any:
     return prune(model, args).eval()
 
 
-@pytest.mark.parametrize("name", thinned(CASES, 2))
+@pytest.mark.parametrize("name", telling(CASES, ["called twice"]))
 def test_onnxruntime_computes_the_same(name: str, tmp_path: Path) -> None:
     build, example, options = CASES[name]
     args = example()

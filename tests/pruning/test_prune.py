@@ -32,6 +32,7 @@ from l0fast.pruning.edits import Edit, edited, gather, scatter
 from l0fast.pruning.report import Report
 from l0fast.training.models import mlp
 from tests import ROOT
+from tests.helpers.thinned import thinned_product
 
 
 def with_gates(model: Any, mean: float = -1.0, std: float = 1.5, **options: Any) -> Any:
@@ -401,7 +402,9 @@ def test_nothing_of_ours_is_inside(everything: Any, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "export", "compile"])
 def test_the_result_copies_compiles_and_exports(how: str, everything: Any) -> None:
-    for name, (small, inputs) in everything.items():
+    named = everything if how in ("deepcopy", "pickle") else ("lenet", "twice")
+    for name in named:
+        small, inputs = everything[name]
         again: Any
         if how == "deepcopy":
             again = copy.deepcopy(small)
@@ -507,8 +510,10 @@ def test_the_model_is_not_touched() -> None:
 # --- other models ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("activation", [nn.Sigmoid(), nn.Softplus(), nn.ReLU(), nn.GELU()])
-@pytest.mark.parametrize("gates", ["input", "output"])
+@pytest.mark.parametrize(
+    ("activation", "gates"),
+    thinned_product(2, [nn.Sigmoid(), nn.Softplus(), nn.ReLU(), nn.GELU()], ["input", "output"]),
+)
 def test_activations(activation: nn.Module, gates: str) -> None:
     model = with_gates(
         nn.Sequential(nn.Linear(5, 16), activation, nn.Linear(16, 12), nn.Linear(12, 3)),
@@ -545,19 +550,23 @@ def conv_case(dims: int, **options: Any) -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ("dims", "options"),
-    [
-        (1, {}),
-        (2, {}),
-        (3, {}),
-        (2, {"padding": 1, "stride": 2}),
-        (1, {"padding": "same"}),
-        (2, {"padding": 2, "padding_mode": "circular"}),
-        (3, {"padding": 1, "padding_mode": "replicate", "dilation": 2}),
-    ],
+    ("case", "gates"),
+    thinned_product(
+        2,
+        [
+            (1, {}),
+            (2, {}),
+            (3, {}),
+            (2, {"padding": 1, "stride": 2}),
+            (1, {"padding": "same"}),
+            (2, {"padding": 2, "padding_mode": "circular"}),
+            (3, {"padding": 1, "padding_mode": "replicate", "dilation": 2}),
+        ],
+        ["auto", "input"],
+    ),
 )
-@pytest.mark.parametrize("gates", ["auto", "input"])
-def test_convolutions(dims: int, options: dict[str, Any], gates: str) -> None:
+def test_convolutions(case: tuple[int, dict[str, Any]], gates: str) -> None:
+    dims, options = case
     model = with_gates(conv_case(dims, **options), gates=gates)
     x = torch.randn(2, 3, *[8] * dims, dtype=torch.float64)
     small: Any = prune(model, x)

@@ -21,6 +21,7 @@ from l0fast import _digest, load_pruned, prune, save_pruned, sparsify_
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.saving import KEY
 from tests import ROOT
+from tests.helpers.thinned import thinned_product
 
 IMAGE, ROW, TOKENS = torch.randn(2, 1, 28, 28), torch.randn(4, 6), torch.arange(10).view(2, 5)
 
@@ -66,8 +67,7 @@ def pruned(build: Callable[[], nn.Module], gates: str, x: Tensor, dtype: Any = N
     return prune(model.eval(), x.to(dtype) if dtype and x.is_floating_point() else x)
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize(("case", "dtype"), thinned_product(2, CASES, [None, torch.bfloat16]))
 def test_back_bit_for_bit(case: str, dtype: Any, tmp_path: Path) -> None:
     build, gates, x = CASES[case]
     small = pruned(build, gates, x, dtype)

@@ -15,6 +15,7 @@ from l0fast.layers.expected import expected_open
 from l0fast.layers.handle import gated_layers
 from l0fast.pruning.shrink import plan_removal, remove_
 from tests.helpers.half_closed import assert_merged, assert_same, half_closed
+from tests.helpers.thinned import thinned_product
 
 
 class Grouped(nn.Module):
@@ -137,8 +138,7 @@ def test_a_unit_at_two_places_goes_during_training() -> None:
     torch.testing.assert_close(model(x), before, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize(("written", "affine"), thinned_product(2, [False, True], [False, True]))
 def test_groups_that_a_function_normalises(written: bool, affine: bool) -> None:
     torch.manual_seed(0)
     model, x = Function(written, affine), image()

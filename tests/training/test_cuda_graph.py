@@ -26,6 +26,7 @@ from l0fast.training.settings import TrainerSettings
 from l0fast.training.trainer import Trainer
 from tests.helpers.capture import Stand
 from tests.helpers.draws import drawn as of_latest
+from tests.helpers.thinned import telling, thinned
 
 BATCH = 32
 SETTINGS = TrainerSettings(density=0.4, epochs=2, batch_size=BATCH, lr=1e-2, settle=0, start=0)
@@ -61,7 +62,7 @@ def same(one: Trainer, other: Trainer) -> None:
         assert torch.equal(got, expected)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", telling(MODELS, ["mlp"]))
 def test_a_replayed_step_is_the_step(
     model: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,7 +105,7 @@ KINDS: list[dict[str, Any]] = [
 """Settings of a run, one for each thing that a step does."""
 
 
-@pytest.mark.parametrize("changes", KINDS, ids=str)
+@pytest.mark.parametrize("changes", thinned(KINDS, 2), ids=str)
 def test_a_captured_run_is_the_ordinary_one(
     changes: dict[str, Any], data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +215,7 @@ def test_what_was_replaced_is_captured_again(
     assert stand.captured == 2
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", telling(MODELS, ["mlp"]))
 def test_a_model_that_shrinks_is_captured_again(
     model: str, data: Data, monkeypatch: pytest.MonkeyPatch
 ) -> None:

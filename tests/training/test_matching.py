@@ -28,6 +28,7 @@ from l0fast.training.settings import BEFORE
 from tests.helpers.fuzz import replaced, unnoticed, write_checkpoint, wrong_entries
 from tests.helpers.runs import small_mlp, trainer
 from tests.helpers.same_run import assert_same
+from tests.helpers.thinned import telling
 
 CPU = torch.device("cpu")
 TRIES = int(os.environ.get("L0FAST_FUZZ", "60"))
@@ -54,7 +55,7 @@ CASES: dict[str, dict[str, Any]] = {
 """Settings of runs whose checkpoints have different entries."""
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=telling(CASES, ["constrained", "shrinking"]))
 def saved(
     request: pytest.FixtureRequest, digits: Data, tmp_path_factory: pytest.TempPathFactory
 ) -> Any:

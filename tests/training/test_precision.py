@@ -66,14 +66,19 @@ def weights(one: Trainer) -> Tensor:
     "changes",
     [
         {"precision": "bf16", "accumulate": 3, "ema": 0.8, "warmup": 0.5, "clip_grad_norm": 0.5},
-        {
-            "precision": "fp16",
-            "ema": 0.9,
-            "select": "best",
-            "dual": "augmented",
-            "clip_grad_norm": 1,
-        },
-        {"compile": "aot_eager", "batch_size": 110, "ema": 0.5},
+        pytest.param(
+            {
+                "precision": "fp16",
+                "ema": 0.9,
+                "select": "best",
+                "dual": "augmented",
+                "clip_grad_norm": 1,
+            },
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            {"compile": "aot_eager", "batch_size": 110, "ema": 0.5}, marks=pytest.mark.exhaustive
+        ),
     ],
     ids=str,
 )

@@ -34,7 +34,7 @@ from l0fast.training.tensorboard import TENSORBOARD
 from tests import ROOT
 from tests.helpers.plain_models import Noisy
 from tests.helpers.same_run import Stop, assert_same_run, summary
-from tests.helpers.thinned import thinned
+from tests.helpers.thinned import telling, thinned
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -257,27 +257,27 @@ def test_killed_at_random_moments(server: Server, tmp_path: Path) -> None:
 
 @needs_fork
 @pytest.mark.slow
-def test_killed_at_every_write(server: Server, tmp_path: Path) -> None:
+@pytest.mark.parametrize("writes", telling(range(MAIN_WRITES + 1), [3, 7, MAIN_WRITES]))
+def test_killed_at_every_write(server: Server, tmp_path: Path, writes: int) -> None:
     """A kill just before each file gets its place: the moments that chance would seldom hit."""
-    wanted = server.undisturbed("2")
-    writes = 0
-    while True:
-        out = tmp_path / f"run-{writes}"
-        code, _ = server.run(out, "2", writes=writes)
-        if code == 0:
-            break
+    out, wanted = tmp_path / "out", server.undisturbed("2")
+    code, _ = server.run(out, "2", writes=writes)
+    if writes == MAIN_WRITES:  # there are no more
+        assert code == 0
+    else:
+        assert code == -signal.SIGKILL
         assert_whole(out)
         assert len(list(out.glob(PARTS))) == 1
         code, _ = server.run(out, "2")
         assert code == 0
-        assert_same_run(out, wanted)
-        writes += 1
-    assert writes == MAIN_WRITES
+    assert_same_run(out, wanted)
 
 
 @needs_fork
 @pytest.mark.slow
-@pytest.mark.parametrize("writes", thinned([-1, MAIN_WRITES, MAIN_WRITES + 3, -2], 2))
+@pytest.mark.parametrize(
+    "writes", telling([-1, MAIN_WRITES, MAIN_WRITES + 3, -2], [MAIN_WRITES + 3])
+)
 def test_killed_in_the_baseline(server: Server, tmp_path: Path, writes: int) -> None:
     """The same for the dense model of --compare-dense, after the main run is whole."""
     out, argv = tmp_path / "out", ["2", "--compare-dense"]
