@@ -215,7 +215,7 @@ def _written(family: Family, model: Any, cache: bool) -> Tensor:
     start = given.pop("decoder_input_ids", None)
     options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": cache}
     if start is not None:
-        options["decoder_input_ids"] = start[:, :1]
+        options |= {"decoder_input_ids": start[:, :1], "decoder_start_token_id": 1}
     return GenerationMixin.generate(model, **given, **options)
 
 
