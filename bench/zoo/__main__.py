@@ -13,23 +13,21 @@ import argparse
 import importlib.util
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bench import ROOT, environment, report
+from bench import ROOT, report
 from bench.zoo.held_out import HELD_OUT
 from bench.zoo.measure import Result
 from bench.zoo.models import ZOO
 from bench.zoo.names import check, library_of
+from bench.zoo.process import row_of
 from bench.zoo.table import LIBRARIES, as_csv, as_json, markdown
 
 EQUAL = {"error_float64": 1e-10, "error_float32": 1e-5}
 """The largest relative errors of a model that counts as the same function."""
-LAST_LINES = 12
-"""How much is kept of what a process that failed has printed."""
 TITLES = {"zoo": "The zoo", "held_out": "The held-out models"}
 
 
@@ -82,27 +80,9 @@ def _one(name: str, arguments: argparse.Namespace) -> Result:
     if importlib.util.find_spec(library) is None:
         return Result(name, arguments.seed, f"{library} is not installed (pip install .[zoo])")
     mode = "untimed" if arguments.untimed else "timed"
-    options = [name, str(arguments.seed), mode, str(arguments.limit)]
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.zoo.measure", *options],
-        cwd=ROOT,
-        env=environment(1),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        said = done.stderr.replace(f"{ROOT}/", "")
-        lines = said.strip().splitlines() or [f"exit code {done.returncode}"]
-        late = [place for place, line in enumerate(lines) if line.startswith("Timeout (")]
-        if late:
-            failure = f"did not end within {arguments.limit:.0f} s"
-            # The call that was running comes first; of those around it, what is ours.
-            ours = [line for line in lines[late[0] + 3 :] if 'File "/' not in line]
-            where = lines[late[0] + 2 : late[0] + 3] + ours[:LAST_LINES]
-            return Result(name, arguments.seed, failure, last_lines=where)
-        return Result(name, arguments.seed, lines[-1][:300], last_lines=lines[-LAST_LINES:])
-    return Result(**json.loads(done.stdout))
+    options = [name, str(arguments.seed), mode]
+    found = row_of("bench.zoo.measure", options, arguments.limit)
+    return Result(**({"name": name, "seed": arguments.seed} | found))
 
 
 def _equal(row: Result) -> bool:

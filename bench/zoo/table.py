@@ -65,7 +65,7 @@ def _cells(row: Result) -> tuple[str, ...]:
     )
 
 
-def _alike(reasons: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
+def alike(reasons: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
     """(the first of some reasons that differ in names and numbers alone, the layers of all)."""
     found: dict[str, tuple[str, list[str]]] = {}
     for why, names in reasons.items():
@@ -74,7 +74,7 @@ def _alike(reasons: Mapping[str, list[str]]) -> list[tuple[str, list[str]]]:
     return list(found.values())
 
 
-def _named(names: Sequence[str], most: int = 4) -> str:
+def named(names: Sequence[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -116,7 +116,7 @@ def markdown(rows: Sequence[Result], about: Facts, title: str) -> str:
         if row.failure or row.gone == row.dead:
             continue
         lines.append(f"- {row.name}: {row.dead - row.gone:,} of {row.dead:,}")
-        lines += [f"  - {_named(names)}: {why}" for why, names in _alike(row.not_removed)]
+        lines += [f"  - {named(names)}: {why}" for why, names in alike(row.not_removed)]
         lines += [f"  - {note}" for note in row.notes]
     lines += [
         "",
@@ -126,7 +126,7 @@ def markdown(rows: Sequence[Result], about: Facts, title: str) -> str:
         "",
     ]
     for row in (row for row in rows if row.without_gates):
-        found = sorted(_alike(row.without_gates), key=lambda pair: -len(pair[1]))
+        found = sorted(alike(row.without_gates), key=lambda pair: -len(pair[1]))
         lines += [f"- {row.name}", *(f"  - {len(names)}: {why}" for why, names in found)]
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,7 @@ from l0fast import _checks
 from l0fast.gating.table import GateRow
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import LAYERS
-from l0fast.graph.compare import relative_error, tolerance_of, values_of
+from l0fast.graph.compare import Precision, relative_error, values_of
 from l0fast.graph.cuts import Cut, cut_
 from l0fast.graph.fewer import Fewer, parameters_of
 from l0fast.graph.mixtures import mixtures_of
@@ -53,10 +53,10 @@ def _holds(plain: nn.Module, mixtures: list[Mixture], example: Example) -> bool:
     try:
         cut = Cut(experts=tuple(Fewer(one, _some(one), False) for one in mixtures))
         for model in (_closed(plain, mixtures), cut_(light_copy(plain), cut)):
-            with own_randomness(model, SEED), torch.no_grad():
+            with own_randomness(model, SEED), torch.no_grad(), Precision() as precision:
                 given.append(values_of(example.copy().call(model)))
         finite = all(bool(torch.isfinite(one).all()) for one in given[0])
-        return finite and relative_error(given[1], given[0]) <= tolerance_of(plain)
+        return finite and relative_error(given[1], given[0]) <= precision.tolerance
     except Exception:  # it goes by sizes that no attribute says
         return False
 

@@ -185,8 +185,11 @@ class Branches:
         ]
         for node in filter(self._is_heavy, one.nodes):
             caller = self.trace.callers[node]
-            if not any(_inside(caller, stand.name) for stand in found):
-                raise _Refused(f"{op_name(node)} is written out in the forward of {caller!r}")
+            if any(_inside(caller, stand.name) for stand in found):
+                continue
+            if caller and self._per_module(one.nodes | one.sums)[caller] < self.number[caller]:
+                raise _Refused(f"something that {caller!r} computes is read outside of the branch")
+            raise _Refused(f"{op_name(node)} is written out in the forward of {caller!r}")
         return found
 
     def _is_heavy(self, node: Node) -> bool:
@@ -235,6 +238,9 @@ class Branches:
         found: dict[str, tuple[StandIn, tuple[str, ...]]] = {}
         for name, hosts in around.items():
             nodes = set[Node]().union(*(made[host].nodes | made[host].sums for host in hosts))
+            for node in reversed(self.trace.nodes):  # a norm that several of them read
+                if node.users and nodes.issuperset(node.users):
+                    nodes |= {node} if _inside(self.trace.callers.get(node, ""), name) else set()
             if not name or self._per_module(nodes)[name] != self.number[name]:
                 continue
             stand = stand_in(name, self.modules[name], self.calls.get(name), False)

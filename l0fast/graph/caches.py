@@ -15,6 +15,8 @@ INDEX = "layer_idx"
 """The attribute by which a decoder's attention knows its place in a cache."""
 KINDS = "layer_types"
 """What a configuration says of the kinds of its layers."""
+KIND = "attention_type"
+"""The attribute by which some blocks know their kind."""
 _OF_ATTENTIONS = frozenset(("full_attention", "sliding_attention", "chunked_attention"))
 
 
@@ -79,8 +81,12 @@ def _of_blocks_(config: Any, blocks: Sequence[nn.Module], indexed: Sequence[nn.M
     full = [i for i, one in enumerate(blocks) if any(id(m) in own for m in one.modules())]
     if not full:
         return
-    kinds, places = in_places(getattr(config, KINDS), full)
+    before = getattr(config, KINDS)
+    kinds, places = in_places(before, full)
     setattr(config, KINDS, kinds)
+    for block, old, kind in zip(blocks, before, kinds, strict=True):
+        if kind != old and vars(block).get(KIND) == old:
+            setattr(block, KIND, kind)
     for place, block in enumerate(blocks):
         for module in block.modules():
             if type(vars(module).get(INDEX)) is int:

@@ -15,6 +15,7 @@ from l0fast.graph.computed import own_weights
 from l0fast.graph.exporting import (
     LOCK,
     FixedSizes,
+    as_linears,
     plain,
     quietly,
     read_nodes,
@@ -214,7 +215,8 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
     hook = model.register_forward_hook(lambda _model, _args, given: plain(given))
     try:
         # One at a time: it changes what all threads of a process share.
-        with LOCK, quietly(), without_validation(), torch.no_grad(), FixedSizes():
+        fixed, linears = FixedSizes(), as_linears(model)
+        with LOCK, quietly(), without_validation(), linears, torch.no_grad(), fixed:
             program = torch.export.export(model, example.args, dict(example.kwargs), strict=False)
     finally:
         hook.remove()

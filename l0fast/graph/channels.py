@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from l0fast.graph.joins import at_places, attention, einsum, join, matmul, shaped_like
+from l0fast.graph.joins import (
+    added_product,
+    at_places,
+    attention,
+    einsum,
+    join,
+    matmul,
+    shaped_like,
+)
 from l0fast.graph.mixing import along, glu, group_norm, instance_norm, norm, reduction
 from l0fast.graph.nodes import op_name
 from l0fast.graph.rules import (
@@ -103,6 +111,7 @@ RULES: dict[str, Rule] = {
     "aten::group_norm": group_norm,
     "aten::instance_norm": instance_norm,
     **dict.fromkeys(_aten("bmm matmul mm"), matmul),
+    "aten::baddbmm": added_product,
     "aten::scaled_dot_product_attention": attention,
 }
 """Op -> rule."""
@@ -116,9 +125,9 @@ JOINS = _aten(
 """Ops on each element of several tensors."""
 
 _SEVERAL = _aten(
-    "bmm cat einsum embedding expand_as gather group_norm index index_add index_select layer_norm "
-    "matmul mm prelu reshape_as rms_norm scaled_dot_product_attention scatter_add stack type_as "
-    "view_as"
+    "baddbmm bmm cat einsum embedding expand_as gather group_norm index index_add index_select "
+    "layer_norm matmul mm prelu reshape_as rms_norm scaled_dot_product_attention scatter_add stack "
+    "type_as view_as"
 )
 """Ops with a rule that may have several tensors."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 TOLERANCE = {
     torch.float64: 1e-10,
@@ -18,12 +19,6 @@ TOLERANCE = {
     torch.bfloat16: 5e-2,
 }
 """Largest relative error by the least precise dtype that a model computes in."""
-
-
-def tolerance_of(model: nn.Module) -> float:
-    """The largest relative error for the dtypes of a model's parameters."""
-    dtypes = {parameter.dtype for parameter in model.parameters()}
-    return max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -37,6 +32,30 @@ def tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, (tuple, list)):
         return [tensor for part in value for tensor in tensors_of(part)]
     return []
+
+
+class Precision(TorchDispatchMode):
+    """Notes the least precise floating dtype among the results of all ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.least = torch.float64
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_of(result):
+            if tensor.is_floating_point():
+                eps = torch.finfo(tensor.dtype).eps
+                if eps > torch.finfo(self.least).eps:
+                    self.least = tensor.dtype
+        return result
+
+    @property
+    def tolerance(self) -> float:
+        """The largest relative error for that dtype."""
+        return TOLERANCE.get(self.least, TOLERANCE[torch.bfloat16])
 
 
 _EMPTY = (str, bytes, type(None), type, nn.Module, FunctionType, MethodType)

@@ -169,6 +169,16 @@ def matmul(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
     return Units(_product(first, second, shape, op_name(node), ties), unknown(shape).constant)
 
 
+def added_product(node: Node, units: Mapping[Node, Units], ties: Ties) -> Units | None:
+    """baddbmm: y = beta * x + alpha * a @ b."""
+    added, first, second = (units[source].labels for source in node.args[:3])  # type: ignore[index]
+    name, shape = op_name(node), shape_of(node)
+    if shape is None:
+        return None
+    made = _product(first, second, shape, name, ties)
+    return Units(_joined([added, made], shape, name, ties), unknown(shape).constant)
+
+
 def _repeated(labels: Tensor, times: int) -> Tensor:
     """labels.repeat_interleave(times, -3), without a copy of what repeats."""
     *outer, heads, rows, columns = labels.shape

@@ -12,6 +12,7 @@ from l0fast.graph.capture import Trace
 from l0fast.graph.nodes import op_name, shape_of, writes_in_place
 
 ADDS = ("aten::add", "aten::add_")
+_DROPOUTS = ("aten::dropout", "aten::dropout_")
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,7 +25,7 @@ class Residual:
     nodes: set[Node]
     """Of f."""
     sums: frozenset[Node]
-    """The additions by which it gets to x, of which `add` is the first."""
+    """The additions by which it gets to x, of which `add` is the first, and dropouts between."""
 
 
 def only_for(last: Node) -> set[Node]:
@@ -62,7 +63,10 @@ def _parts(
 ) -> Iterator[Residual]:
     """The branch that ends in a node; or those of which it is the sum, as where an attention and an
     MLP read the same: y = x + (f(x) + g(x))."""
-    both: Any = last.args[:2] if op_name(last) in ADDS else ()
+    end, through = last, tuple[Node, ...]()
+    while op_name(end) in _DROPOUTS and len(end.all_input_nodes[0].users) == 1:
+        end, through = end.all_input_nodes[0], (end, *through)
+    both: Any = end.args[:2] if op_name(end) in ADDS else ()
     inner = [
         (part, only_for(part))
         for part in both
@@ -73,7 +77,7 @@ def _parts(
     ]
     if len(inner) == 2 and all(_layers(trace, some) for _, some in inner):
         for part, some in inner:
-            yield from _parts(trace, part, some, (last, *sums))
+            yield from _parts(trace, part, some, (end, *through, *sums))
     else:
         yield Residual(sums[0], last, nodes, frozenset(sums))
 

@@ -30,6 +30,8 @@ class Call:
     """Shape of the first tensor that it gave; None where it gave none."""
     form: tuple[int, int] | None
     """Where that tensor is in a tuple, and of how many; None where it gave the tensor alone."""
+    passed: tuple[tuple[int, str], ...] = ()
+    """(place in that tuple, parameter) of the other tensors that it gave as it had taken them."""
 
 
 def _noted(module: nn.Module, args: Any, kwargs: Any, given: Any, number: int) -> Call:
@@ -54,7 +56,9 @@ def _noted(module: nn.Module, args: Any, kwargs: Any, given: Any, number: int) -
     if type(given) in (tuple, list):
         for place, part in enumerate(given):
             if isinstance(part, Tensor):
-                return Call(number, takes, before, tuple(part.shape), (place, len(given)))
+                later = enumerate(given[place + 1 :], place + 1)
+                passed = tuple((i, n) for i, one in later for n in takes if bound[n] is one)
+                return Call(number, takes, before, tuple(part.shape), (place, len(given)), passed)
     return Call(number, takes, before, None, None)
 
 
@@ -93,15 +97,21 @@ class StandIn:
     kind: str
     """Its class."""
     takes: tuple[str, ...]
-    """Parameters of its forward, up to the one that it reads."""
+    """Parameters of its forward, up to the last one that it reads."""
     zeros: bool
     """Whether it gives zeros; else what it reads."""
     form: tuple[int, int] | None = None
-    """As of `Call`; the other parts are None."""
+    """As of `Call`; the other parts are None, but those of `passed`."""
+    passed: tuple[tuple[int, str], ...] = ()
+    """As of `Call`."""
+    reads: str = ""
+    """The parameter that it gives, or zeros like it; "" for the last of `takes`."""
 
     def as_json(self) -> dict[str, Any]:
         """A dict that `from_json` takes."""
-        return {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
+        given = {key: list(v) if isinstance(v, tuple) else v for key, v in vars(self).items()}
+        more = {"passed": {str(i): name for i, name in self.passed}, "reads": self.reads}
+        return given | more if self.passed else {k: v for k, v in given.items() if k not in more}
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> StandIn:
@@ -111,24 +121,27 @@ class StandIn:
             ValueError, TypeError, KeyError: it is none.
         """
         values: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
-        found = cls(**values)
-        if found.as_json() != dict(entry) or not all(map(str.isidentifier, found.takes)):
+        passed = values.pop("passed", {}).items()
+        found = cls(**values, passed=tuple((int(place), name) for place, name in passed))
+        read = {*(name for _, name in found.passed), found.reads} - {""}
+        known = all(map(str.isidentifier, found.takes)) and read <= {*found.takes}
+        if found.as_json() != dict(entry) or not known:
             raise ValueError("an entry that contradicts itself")
         return found
 
     def module(self) -> fx.GraphModule:
-        """The module: it ignores all arguments but one."""
+        """The module: it ignores all arguments but those that it reads."""
         graph = fx.Graph()
-        for name in self.takes[:-1]:
-            graph.placeholder(name, default_value=None)
-        x: Any = graph.placeholder(self.takes[-1], default_value=None)
+        given = {name: graph.placeholder(name, default_value=None) for name in self.takes}
+        x: Any = given[self.reads or self.takes[-1]]
         graph.placeholder("*args")
         graph.placeholder("**kwargs")
         if self.zeros:
             x = graph.call_function(torch.zeros_like, (x,))
         if self.form is not None:
             place, number = self.form
-            x = tuple(x if one == place else None for one in range(number))
+            parts = {i: given[name] for i, name in self.passed} | {place: x}
+            x = tuple(map(parts.get, range(number)))
         graph.output(x)
         return fx.GraphModule({}, graph, class_name="Zeros" if self.zeros else "Pass")
 
@@ -146,5 +159,8 @@ def stand_in(name: str, module: nn.Module, call: Call | None, zeros: bool) -> St
     if not same and (not is_site(module) or call.form is not None):
         return None
     for parameter in [*same, *call.takes]:
-        return StandIn(name, kind, call.before[parameter], zeros, call.form)
+        takes = max((call.before[one] for _, one in call.passed), key=len, default=())
+        takes = max(takes, call.before[parameter], key=len)
+        reads = parameter if call.passed else ""
+        return StandIn(name, kind, takes, zeros, call.form, call.passed, reads)
     return None

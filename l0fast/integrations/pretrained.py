@@ -30,7 +30,7 @@ from l0fast.pruning.saving import load_pruned, save_pruned
 WIDTHS = (
     *("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"),
     *("d_model", "ffn_dim", "encoder_ffn_dim", "decoder_ffn_dim", "num_hidden_layers"),
-    *("moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("moe_intermediate_size", "ffn_hidden_size", "shared_expert_intermediate_size"),
 )
 """Attributes of configurations that are sizes."""
 EPS = ("rms_norm_eps", "layer_norm_epsilon", "layer_norm_eps", "norm_eps", "norm_epsilon")
@@ -214,6 +214,9 @@ def _configs(small: Any, before: Any, wanted: Any) -> Iterator[Any]:
         value = getattr(config, key)
         width = config.head_dim if "heads" in key and heads else 1
         found = {new // width for new in became.get(value * width, set()) if not new % width}
+        if key == "num_key_value_heads":  # where queries, keys and values are one layer
+            fewer = (new for some in each for name, new in some if name == "num_attention_heads")
+            found |= {value * new // heads for new in fewer if not value * new % heads}
         each.append([(key, number) for number in sorted({value, *found})])
     _follow_eps(small, config)
     for chosen in product(*each):

@@ -25,8 +25,22 @@ _IN_OUT = ("transformers.pytorch_utils.Conv1D",)
 [nx, nf]. They are known by their names: no library is imported for them."""
 
 
+_LINEAR = ("transformers.models.falcon.modeling_falcon.FalconLinear",)
+"""Subclasses of nn.Linear with a forward of their own that computes the same; known by their
+names, too."""
+
+
+def _named(kind: type, names: tuple[str, ...]) -> bool:
+    return f"{kind.__module__}.{kind.__qualname__}" in names
+
+
 def _is_in_out(kind: type) -> bool:
-    return f"{kind.__module__}.{kind.__qualname__}" in _IN_OUT
+    return _named(kind, _IN_OUT)
+
+
+def is_rewritten(module: nn.Module) -> bool:
+    """Whether a module is a Linear in other ops than that of nn.Linear."""
+    return _named(type(module), _LINEAR)
 
 
 def dense_type_of(kind: type[nn.Module]) -> type[nn.Module] | None:
@@ -34,6 +48,8 @@ def dense_type_of(kind: type[nn.Module]) -> type[nn.Module] | None:
     which keeps its forward; None for others, and for lazy ones, which have no weight."""
     if issubclass(kind, LazyModuleMixin):
         return None
+    if _named(kind, _LINEAR):
+        return nn.Linear
     for dense in filter(_is_in_out, kind.__mro__):
         return dense if kind.forward is dense.forward else None
     for dense in LAYERS:

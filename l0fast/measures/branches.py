@@ -38,7 +38,11 @@ def parts_of(needs: GateDependencies) -> list[Part]:
     blocks: dict[str, Branch] = {}
     for gate, branch in needs.branches:
         host = [other for other in needs.around(branch.name) if other != gate]
-        found.append(([stand.name for stand in branch.modules], [*host, gate], []))
+        names = [stand.name for stand in branch.modules]
+        block = [] if branch.block is None else [branch.block.name]
+        # A norm before the block may be of the branch, too.
+        halves = [[n for n in names if _inside(n, block) == within] for within in (False, True)]
+        found += [(half, [*host, gate], []) for half in halves if half]
         if branch.block is not None:
             blocks[branch.block.name] = branch
     for name, branch in blocks.items():

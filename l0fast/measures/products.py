@@ -16,7 +16,7 @@ from l0fast.graph.units import STAYS, narrowed
 from l0fast.graph.walk import Walk
 
 ATTENTION = "aten::scaled_dot_product_attention"
-PRODUCTS = ("aten::matmul", "aten::bmm", ATTENTION)
+PRODUCTS = ("aten::matmul", "aten::bmm", "aten::baddbmm", ATTENTION)
 """Ops that are reckoned. What they sum over vanishes with what they give (see `rules`), so
 that each element of the result costs the same, however many are left."""
 
@@ -52,9 +52,9 @@ def products(walk: Walk) -> list[Product]:
 def _of_an_element(node: Node) -> tuple[float, float]:
     """MACs, and elements given, for each element of the result."""
     shapes: Any = [shape_of(source) for source in node.args if isinstance(source, Node)]
-    inner = shapes[0][-1]
     if op_name(node) != ATTENTION:
-        return inner, 1.0
+        return shapes[-2][-1], 1.0  # one more tensor comes first, where the product is added to it
+    inner = shapes[0][-1]
     keys, size = shapes[1][-2], shapes[2][-1]  # scores = q @ k^T for each key, then scores @ v
     return keys * (1 + inner / size), 1 + keys / size
 

@@ -6,16 +6,14 @@ from __future__ import annotations
 from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import product
-from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from l0fast import _checks
 from l0fast.graph.calls import Example, evaluating, own_randomness
 from l0fast.graph.capture import layer_size, train_but_norms
-from l0fast.graph.compare import TOLERANCE, tensors_of
+from l0fast.graph.compare import Precision
 from l0fast.layers.substitute import with_log_alpha
 from l0fast.pruning.draft import Draft
 from l0fast.pruning.gate_values import GateValues
@@ -28,25 +26,6 @@ from l0fast.pruning.precision import (
     widened,
 )
 from l0fast.pruning.probes import SEED, Probe, groups_of_probes, perturbed
-
-
-class _Precision(TorchDispatchMode):
-    """Notes the least precise floating dtype among the results of all ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.least = torch.float64
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tensors_of(result):
-            if tensor.is_floating_point():
-                eps = torch.finfo(tensor.dtype).eps
-                if eps > torch.finfo(self.least).eps:
-                    self.least = tensor.dtype
-        return result
 
 
 class Proof:
@@ -142,9 +121,9 @@ class Proof:
 
     def _first(self, model: nn.Module, example: Example) -> None:
         probe = Probe("the example", example)
-        with _Precision() as precision:
+        with Precision() as precision:
             self._seen = [(probe, self._run(model, probe))]
-        self.tolerance = TOLERANCE.get(precision.least, TOLERANCE[torch.bfloat16])
+        self.tolerance = precision.tolerance
 
     def _run(
         self,

@@ -93,16 +93,25 @@ def _cut(
     for name, gate in experts.items():
         opened[name][max(gate.least, gate.all_gates // 2) :] = False
     lost = lost_experts(model, GateValues(layers, opened))
-    way = plan_cut(model, closed_in(layers, opened), drop=True, experts=lost)
-    small, names = cut_out(model, way)
-    rest = gates(small).layers
-    plain = Draft(small, GateValues(rest, all_gates(rest)), structure.raw(layers), fake).model
-    left = {name: widths for name, widths in full.items() if not way.takes(name)}
-    for one in way.experts:
-        router = one.mixture.path(one.mixture.router)
-        if router in left:
-            left[router] = left[router][0], len(one.kept)
-    return opened, by_old_names(counted({}, plain), names, model, left)
+    closed = closed_in(layers, opened)
+    ways = [plan_cut(model, closed, drop, experts=lost) for drop in (True, False)]
+    for way in ways:
+        small, names = cut_out(model, way)
+        rest = gates(small).layers
+        plain = Draft(small, GateValues(rest, all_gates(rest)), structure.raw(layers), fake).model
+        try:
+            counts = counted({}, plain)
+        except Exception:  # it reads a list of modules by their places
+            if way is ways[-1]:
+                raise
+            continue
+        left = {name: widths for name, widths in full.items() if not way.takes(name)}
+        for one in way.experts:
+            router = one.mixture.path(one.mixture.router)
+            if router in left:
+                left[router] = left[router][0], len(one.kept)
+        return opened, by_old_names(counts, names, model, left)
+    return None
 
 
 def _shares(
