@@ -17,6 +17,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from bench import ROOT, report
 from bench.zoo.held_out import HELD_OUT
@@ -81,8 +82,8 @@ def _one(name: str, arguments: argparse.Namespace) -> Result:
         return Result(name, arguments.seed, f"{library} is not installed (pip install .[zoo])")
     mode = "untimed" if arguments.untimed else "timed"
     options = [name, str(arguments.seed), mode]
-    found = row_of("bench.zoo.measure", options, arguments.limit)
-    return Result(**({"name": name, "seed": arguments.seed} | found))
+    entries: dict[str, Any] = {"name": name, "seed": arguments.seed}
+    return Result(**entries | row_of("bench.zoo.measure", options, arguments.limit))
 
 
 def _equal(row: Result) -> bool:

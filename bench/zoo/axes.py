@@ -15,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from bench import ROOT, report
 from bench.zoo.axes_row import AXES, PLAIN, SAME, Row
@@ -129,13 +130,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in names:
         if name not in rows:
             options = [name, str(arguments.seed)]
-            found = row_of("bench.zoo.axes_row", options, arguments.limit)
-            row = Row(**({"name": name, "seed": arguments.seed} | found))
+            entries: dict[str, Any] = {"name": name, "seed": arguments.seed}
+            row = Row(**entries | row_of("bench.zoo.axes_row", options, arguments.limit))
             rows[name] = replace(row, commit=commit)
         print(" | ".join(_cells(rows[name])), flush=True)
         done = [rows[known] for known in FAMILIES if known in rows]
-        entries = ",\n".join(json.dumps(asdict(row)) for row in done)
-        whole = f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{entries}\n]}}\n'
+        lines = ",\n".join(json.dumps(asdict(row)) for row in done)
+        whole = f'{{"about": {json.dumps(about, indent=1)},\n"rows": [\n{lines}\n]}}\n'
         out.mkdir(parents=True, exist_ok=True)
         write_text(out / "axes.json", whole)
         write_text(out / "axes.md", markdown(done, about))

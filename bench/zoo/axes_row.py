@@ -216,7 +216,7 @@ def _written(family: Family, model: Any, cache: bool) -> Tensor:
     options: dict[str, Any] = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "use_cache": cache}
     if start is not None:
         options |= {"decoder_input_ids": start[:, :1], "decoder_start_token_id": 1}
-    generate: Any = GenerationMixin.generate  # Whisper's own is of long sounds
+    generate: Any = vars(GenerationMixin)["generate"]  # Whisper's own is of long sounds
     return generate(model, **given, **options)
 
 

@@ -206,9 +206,8 @@ def _configs(small: Any, before: Any, wanted: Any) -> Iterator[Any]:
             became.setdefault(old, set()).add(new)
     heads = getattr(config, "num_attention_heads", None)
     if heads and getattr(config, "head_dim", None) is None:
-        config.head_dim = (
-            config.hidden_size // heads
-        )  # or else it would be computed from the new sizes
+        # Or else it would be computed from the new sizes.
+        config.head_dim = config.hidden_size // heads
     each: list[list[tuple[str, int]]] = []
     for key in (key for key in WIDTHS if isinstance(getattr(config, key, None), int)):
         value = getattr(config, key)
