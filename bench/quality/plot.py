@@ -45,5 +45,11 @@ def draw(shown: dict[Place, dict[str, Cell]], path: Path) -> None:
         axis.grid(alpha=0.25, which="both")
     for axis in axes[::columns]:
         axis.set_ylabel("test error, %")
-    axes[0].legend(frameon=False, fontsize=7)
+    found = [axis.get_legend_handles_labels() for axis in axes]
+    lines = {
+        label: line
+        for handles, labels in found
+        for line, label in zip(handles, labels, strict=True)
+    }
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)

@@ -132,13 +132,17 @@ def test_the_page_compares_each_kind_of_training() -> None:
 
 def test_a_method_has_one_colour_in_all_panels(figures: list[Figure], tmp_path: Path) -> None:
     """Also where the rows of a place come in another order."""
-    other = [one | {"task": TASK + FINE_TUNED} for one in reversed(ROWS)]
+    task = TASK + FINE_TUNED
+    other = [one | {"task": task} for one in reversed(ROWS)]
+    other.append(row("one-shot magnitude", 0, 5.0) | {"task": task})  # in the second panel alone
     draw(cells([*ROWS, *other]), tmp_path / "quality.png")
     seen: dict[str, set[str]] = {}
     for axis in figures[0].axes:
         for line in axis.get_lines():
             seen.setdefault(str(line.get_label()), set()).add(str(line.get_color()))
-    assert set(seen) == {DENSE, DEFAULT, SCRATCH, "gradual magnitude", PENALISED_BEST}
+    methods = {DENSE, DEFAULT, SCRATCH, "gradual magnitude", "one-shot magnitude", PENALISED_BEST}
+    assert set(seen) == methods
+    assert {text.get_text() for text in figures[0].legends[0].get_texts()} == methods
     assert all(len(colours) == 1 for colours in seen.values())
     assert len(set.union(*seen.values())) == len(seen)
 

@@ -43,7 +43,7 @@ def examples(name: str, documented: Any) -> list[doctest.DocTest]:
 def failures(test: doctest.DocTest) -> str:
     """What the examples print that their docstring does not say."""
     words: list[str] = []
-    doctest.DocTestRunner(optionflags=FLAGS).run(test, out=words.append)
+    doctest.DocTestRunner(verbose=False, optionflags=FLAGS).run(test, out=words.append)
     return "".join(words)
 
 
