@@ -75,7 +75,7 @@ format: $(STAMP)
 
 docs: $(STAMP)
 	$(PY) -m pip install --quiet -c constraints.txt -e ".[docs]"
-	$(PY) -m sphinx -W --keep-going -b html docs docs/_build/html -d docs/_build/doctrees
+	OMP_NUM_THREADS=1 $(PY) -m sphinx -W --keep-going -b html docs docs/_build/html -d docs/_build/doctrees
 
 release: $(STAMP)
 	rm -rf dist
