@@ -198,6 +198,16 @@ def resize_(layer: Any, inputs: int, outputs: int) -> None:
     setattr(layer, f"out_{unit}", outputs)
 
 
+def _names_of_tensors(signature: Any) -> set[str]:
+    """The names of the nodes that stand for inputs that are tensors: the text of another input may
+    be the name of any node."""
+    return {
+        spec.arg.name
+        for spec in signature.input_specs
+        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    }
+
+
 def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -> Trace:
     """The graph of one forward of `model` on an example, in evaluation.
 
@@ -278,15 +288,9 @@ def export(model: nn.Module, example: Example, whole: nn.Module | None = None) -
         foreign = (user for user in node.users if user not in calls)
         if any(isinstance(user.target, torch._ops.OpOverload) for user in foreign):
             read_outside.add(names[id(held_by[0])])
-    # Those that are tensors: the text of another one may be the name of any node.
-    given = {
-        spec.arg.name
-        for spec in signature.input_specs
-        if spec.kind is InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
-    }
-    inputs = {node for node in program.graph.nodes if node.name in given}
+    given, nodes = _names_of_tensors(signature), list(program.graph.nodes)
+    inputs = {node for node in nodes if node.name in given}
     unread = {name for node, name in calls.items() if node not in read}
-    nodes = list(program.graph.nodes)
     held = channel_tensors(whole, nodes, held_at, inputs, lambda module: id(module) in sites)
     tensors = {node: held_at[node.name] for node in nodes if node.name in held_at}
     filled = sized_by_attributes({node: modules[callers[node]] for node in nodes})

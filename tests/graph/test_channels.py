@@ -455,6 +455,14 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
         [1, 2, 3, 4],
     ),
     "a product of batches": (lambda x: torch.bmm(x.transpose(1, 2), x), [1, 1, 1, 1]),
+    "beside a product": (
+        lambda x: torch.baddbmm(x, x, torch.ones(2, 6, 6, dtype=x.dtype)),
+        [1, 2, 3, 4],
+    ),
+    "added to a product": (
+        lambda x: torch.baddbmm(torch.zeros(2, 6, 6, dtype=x.dtype), x.transpose(1, 2), x),
+        [1, 1, 1, 1],
+    ),
     "attention in heads": (
         lambda x: F.scaled_dot_product_attention(
             x.view(2, 4, 3, 2), x.view(2, 4, 3, 2), x.view(2, 4, 3, 2)
