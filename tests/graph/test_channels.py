@@ -455,12 +455,8 @@ TIES: dict[str, tuple[Callable[[Tensor], Tensor], list[int]]] = {
         [1, 2, 3, 4],
     ),
     "a product of batches": (lambda x: torch.bmm(x.transpose(1, 2), x), [1, 1, 1, 1]),
-    "beside a product": (
-        lambda x: torch.baddbmm(x, x, torch.ones(2, 6, 6, dtype=x.dtype)),
-        [1, 2, 3, 4],
-    ),
     "added to a product": (
-        lambda x: torch.baddbmm(torch.zeros(2, 6, 6, dtype=x.dtype), x.transpose(1, 2), x),
+        lambda x: torch.baddbmm(x @ x.transpose(1, 2), x, x.transpose(1, 2)),
         [1, 1, 1, 1],
     ),
     "attention in heads": (
