@@ -174,3 +174,38 @@ def test_packed_sequences_keep_their_width() -> None:
     small: Any = prune(model, x.double())
     assert small.recurrent.input_size == 12
     torch.testing.assert_close(small(x.double()), model.eval()(x.double()), rtol=1e-12, atol=1e-12)
+
+
+class Behind(Heard):
+    """What a batch norm, a view of channels and frequencies, or a projection is beside."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__("LSTM", **({"proj_size": 4} if kind == "projection" else {}))
+        self.kind = kind
+        self.norm = nn.BatchNorm1d(12)
+        self.image = nn.Conv2d(1, 3, 3, padding=1)
+        self.head = nn.Linear(4 if kind == "projection" else 8, 3)
+        self.wide = nn.GRU(3 * 5, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kind == "view":
+            seen = self.image(x[:, None]).relu().permute(0, 3, 1, 2).flatten(2)
+            return self.head(self.wide(seen)[0])
+        y = self.second(self.first(x).relu())
+        y = self.norm(y) if self.kind == "norm" else y
+        return self.head(self.recurrent(y.relu().transpose(1, 2))[0])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(("kind", "left"), [("norm", 12), ("view", 5), ("projection", 6)])
+def test_what_is_around_it(kind: str, left: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 7)
+    model: Any = sparsify_(Behind(kind).eval(), example_inputs=x).double()
+    nn.init.normal_(model.norm.bias)
+    half_closed(model)
+    small: Any = prune(model, x.double())
+    recurrent = small.wide if kind == "view" else small.recurrent
+    assert recurrent.input_size == left
+    fresh = torch.randn(2, 5, 9, dtype=torch.float64)
+    torch.testing.assert_close(small(fresh), model.eval()(fresh), rtol=1e-12, atol=1e-12)
