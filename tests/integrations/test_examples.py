@@ -35,10 +35,14 @@ WANTED = {
     "vit_latency": Wanted(0.5, 0.8, ("torchvision",)),
     "decoder_params": Wanted(150_000, 2.1, ("transformers",)),
     "decoder_trainer": Wanted(75_000, 2.9, ("transformers", "accelerate")),
+    "encoder_classifier": Wanted(0.5, 0.58, ("transformers",)),
     "tabular_inputs": Wanted(1 / 3, 0.93),
     "single_weights": Wanted(0.1, 0.86),
 }
-SHORT = "loop_plain"
+ALWAYS = [
+    *("loop_plain", "resnet_macs", "vit_latency"),
+    *("decoder_params", "tabular_inputs", "single_weights"),
+]
 """The others run in `make test-all`, and as pages of the site in `make docs`."""
 LAST = re.compile(r"(accuracy|loss) ([\d.]+), [a-zA-Z ]+ ([\d.]+) -> ([\d.]+)")
 EXAMPLES = {path.stem: path for path in (ROOT / "examples").glob("*.py")}
@@ -51,10 +55,7 @@ def test_each_is_short_and_has_a_target() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    telling(WANTED, [SHORT]),
-)
+@pytest.mark.parametrize("name", telling(WANTED, ALWAYS))
 def test_it_runs(name: str, tmp_path: os.PathLike[str]) -> None:
     wanted = WANTED[name]
     for package in wanted.needs:
