@@ -78,6 +78,7 @@ class Row:
     kept: dict[str, list[str]] = field(default_factory=dict)
     """Why something has no gates, or stays though they are closed -> its names."""
     last_lines: list[str] = field(default_factory=list)
+    """Of what the process printed, where it failed."""
 
 
 def gates_once(model: nn.Module) -> dict[str, tuple[Any, list[str]]]:
@@ -237,7 +238,7 @@ def _folder(row: Row, family: Family, small: Any, folder: Path) -> None:
 
 
 def _pruned(gated: nn.Module, family: Family, even: bool) -> Any:
-    """(a copy of a gated model whose gates are closed, what is left of it)."""
+    """A copy of a gated model whose gates are closed, and what is left of it."""
     model = copy.deepcopy(gated)
     close(model, even)
     model.eval()

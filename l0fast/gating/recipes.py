@@ -67,8 +67,8 @@ def by_structure(
       them: each has its own part of one set of gates. Linears alone have gates of their own there.
     - Units that vanish together and lie in blocks of several sizes, or at several places, have one
       gate, which each of these inputs names.
-    - A Linear that reads the model's own inputs has a gate on each; one before a recurrent layer,
-      which has no gates, has gates on its outputs.
+    - A Linear that reads the model's own inputs has a gate on each. It has gates on its outputs if
+      a recurrent layer reads them, since that layer has no gates.
     - No gates where nothing would get smaller: on what a residual stream or the output keeps.
     """
     tied = {

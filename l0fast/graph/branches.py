@@ -239,8 +239,9 @@ class Branches:
         for name, hosts in around.items():
             nodes = set[Node]().union(*(made[host].nodes | made[host].sums for host in hosts))
             for node in reversed(self.trace.nodes):  # a norm that several of them read
-                if node.users and nodes.issuperset(node.users):
-                    nodes |= {node} if _inside(self.trace.callers.get(node, ""), name) else set()
+                inside = _inside(self.trace.callers.get(node, ""), name)
+                if inside and node.users and nodes.issuperset(node.users):
+                    nodes.add(node)
             if not name or self._per_module(nodes)[name] != self.number[name]:
                 continue
             stand = stand_in(name, self.modules[name], self.calls.get(name), False)

@@ -1,5 +1,4 @@
-"""PyTorch's RNN, GRU and LSTM: they lose the columns of what they read, where that goes. What they
-give stays."""
+"""PyTorch's RNN, GRU and LSTM: they lose the weights of inputs that are gone, and no outputs."""
 
 from __future__ import annotations
 

@@ -118,7 +118,7 @@ class StandIn:
         """The stand-in of such a dict.
 
         Raises:
-            ValueError, TypeError, KeyError: it is none.
+            ValueError, TypeError, KeyError, AttributeError: it is none.
         """
         values: Any = {key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}
         passed = values.pop("passed", {}).items()

@@ -153,7 +153,7 @@ class Walk(Followed):
             nothing, dim = unknown(node.meta["val"].shape), self.trace.filled[node]
             labels = self._filled[node].view(-1, *[1] * (nothing.labels.dim() - 1 - dim))
             self.values[node] = replace(nothing, labels=labels.expand(nothing.labels.shape))
-        elif self.sites.keys() >= set(self.trace.recurrent.get(node, "?")):
+        elif self._reads_by_sites(node):
             self._recur(node)
         elif node.op == "call_function":
             self._op(node)
@@ -217,6 +217,11 @@ class Walk(Followed):
             self.lost[node] = self.sources[site.name] or f"{site.name!r}"
         if site.fixed:
             self.pin(labels, site.fixed)
+
+    def _reads_by_sites(self, node: Node) -> bool:
+        """Whether a node is a recurrent layer's own call, whose input weights are sites."""
+        names = self.trace.recurrent.get(node, ())
+        return bool(names) and all(name in self.sites for name in names)
 
     def _recur(self, node: Node) -> None:
         """A recurrent layer's own call: reads the units of its input, and gives none."""

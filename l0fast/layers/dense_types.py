@@ -39,7 +39,7 @@ def _is_in_out(kind: type) -> bool:
 
 
 def is_rewritten(module: nn.Module) -> bool:
-    """Whether a module is a Linear in other ops than that of nn.Linear."""
+    """Whether a module is a Linear whose class computes the same in several ops."""
     return _named(type(module), _LINEAR)
 
 

@@ -20,8 +20,9 @@ def element_size(model: nn.Module) -> int:
     return next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
 
 
-LITTLE = 2**27
-"""Parameters times numbers of the example. Below, numbers cost less than to do without them."""
+SMALL_WORK = 2**27
+"""Parameters times numbers of the example. Below it, a real forward is faster than one for the
+shapes alone."""
 
 
 def _is_small(model: nn.Module, example: Example) -> bool:
@@ -29,7 +30,7 @@ def _is_small(model: nn.Module, example: Example) -> bool:
     params, given = list(model.parameters()), example.tensors()
     if any(tensor.device.type != "cpu" for tensor in (*params, *given)):
         return False
-    return sum(p.numel() for p in params) * sum(x.numel() for x in given) < LITTLE
+    return sum(p.numel() for p in params) * sum(x.numel() for x in given) < SMALL_WORK
 
 
 def _without_numbers(model: nn.Module, example: Example) -> Ops:
@@ -38,7 +39,7 @@ def _without_numbers(model: nn.Module, example: Example) -> Ops:
         return count_ops(model, example)
     if _is_small(model, example):
         with torch.random.fork_rng(devices=[]):
-            return count_ops(model, example)
+            return count_ops(model, example.copy())  # a forward may write into it
     try:
         with quietly(), FakeTensorMode(allow_non_fake_inputs=True) as fake:
             return count_ops(model, example.map(fake.from_tensor))

@@ -82,12 +82,14 @@ def _without_gradients(model: nn.Module) -> Generator[None]:
 @contextmanager
 def _recurrent_in_steps(model: nn.Module) -> Generator[None]:
     """Inside, an LSTM is computed step by step: one fused op would count for nothing."""
+    if not any(isinstance(module, nn.RNNBase) for module in model.modules()):
+        yield
+        return
     fused: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
     before = [library.enabled for library in fused]
     try:
-        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            for library in fused:
-                library.enabled = False
+        for library in fused:
+            library.enabled = False
         yield
     finally:
         for library, enabled in zip(fused, before, strict=True):

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from l0fast.graph.calls import Example
 from l0fast.graph.capture import layer_size, sites_in
-from l0fast.graph.cuts import plan_cut
+from l0fast.graph.cuts import Cut, plan_cut
 from l0fast.graph.dependencies import GateDependencies
 from l0fast.graph.exporting import quietly
 from l0fast.graph.fewer import expert_tensors
@@ -94,35 +94,36 @@ def _cut(
         opened[name][max(gate.least, gate.all_gates // 2) :] = False
     lost = lost_experts(model, GateValues(layers, opened))
     closed = closed_in(layers, opened)
-    ways = [plan_cut(model, closed, drop, experts=lost) for drop in (True, False)]
-    for way in ways:
+
+    def what_is_left(way: Cut) -> Counts:
         small, names = cut_out(model, way)
         rest = gates(small).layers
         plain = Draft(small, GateValues(rest, all_gates(rest)), structure.raw(layers), fake).model
-        try:
-            counts = counted({}, plain)
-        except Exception:  # it reads a list of modules by their places
-            if way is ways[-1]:
-                raise
-            continue
+        counts = counted({}, plain)
         left = {name: widths for name, widths in full.items() if not way.takes(name)}
         for one in way.experts:
             router = one.mixture.path(one.mixture.router)
             if router in left:
                 left[router] = left[router][0], len(one.kept)
-        return opened, by_old_names(counts, names, model, left)
-    return None
+        return by_old_names(counts, names, model, left)
+
+    dropped, kept = (plan_cut(model, closed, drop, experts=lost) for drop in (True, False))
+    try:
+        return opened, what_is_left(dropped)
+    except Exception:  # its forward may read a list of modules by their places
+        return opened, what_is_left(kept)
 
 
 def _shares(
     model: nn.Module, needs: GateDependencies, dense: Counts, structure: Structure
 ) -> dict[str, dict[str, float]]:
-    """Measure -> what modules, other than layers, have for each expert, by `share_of`; other
-    experts do what a closed one did. And the MACs of the weights of recurrent layers' inputs."""
+    """Measure -> what is counted apart from layers: for each expert, by `share_of` (other experts
+    do what a closed one did), and the MACs of recurrent layers' input weights, by their names."""
     found: dict[str, dict[str, float]] = {"params": {}, "macs": {}, "memory": {}}
     for node, names in {} if structure.trace is None else structure.trace.recurrent.items():
         given: Any = node.args[0]
-        places = math.prod((shape_of(given) or (0,))[:-1])
+        *outer, _ = shape_of(given) or (0, 0)
+        places = math.prod(outer)
         for name in names:
             weight: Any = channel_tensor(model, name)
             found["macs"][name] = places * weight.tensor.numel()

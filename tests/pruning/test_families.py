@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from l0fast import DensityConstraint, gates, prune, sparsify_
+from l0fast.graph.exporting import as_linears
 from tests.helpers.branches import branches, close
 from tests.helpers.thinned import thinned
 
@@ -82,7 +83,9 @@ def test_depth(kind: str, closed: tuple[str, ...], left: int) -> None:
     model, example, small = pruned(kind, closed)
     same(model, small, example)
     assert small.config.num_hidden_layers == left
-    before, after = ({n for n, _ in one.named_parameters()} for one in (model, small))
+    before, after = (
+        {n for n in one.state_dict() if "log_alpha" not in n} for one in (model, small)
+    )
     assert len(after) < len(before)
 
 
@@ -146,3 +149,18 @@ def test_what_is_no_longer_alone_is_told() -> None:
     assert any("is read outside of the branch" in reason for reason in reasons["T5"])
     assert not any("is read outside of the branch" in reason for reason in reasons["Bloom"])
     assert any("is written out in the forward of" in reason for reason in reasons["Bloom"])
+
+
+def test_a_forward_that_a_module_was_given_stays_its_own() -> None:
+    falcon = pytest.importorskip("transformers.models.falcon.modeling_falcon")
+    model = torch.nn.Sequential(falcon.FalconLinear(3, 3), falcon.FalconLinear(3, 3))
+
+    def own(x: Any) -> Any:
+        return x
+
+    model[0].forward = own
+    with as_linears(model):
+        assert model[0].forward is own
+        assert "forward" in vars(model[1])
+    assert model[0].forward is own
+    assert "forward" not in vars(model[1])

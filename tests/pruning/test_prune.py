@@ -1142,3 +1142,19 @@ def test_a_constraint_on_a_layer_that_is_gone_is_refused() -> None:
     model.fc3 = nn.Linear(100, 10).double()
     with pytest.raises(ValueError, match="the model's constraint names 'fc3', which has no gates"):
         prune(model, torch.randn(1, 784, dtype=torch.float64))
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.mul_(2)).relu())
+
+
+def test_the_example_is_not_written_into() -> None:
+    model = sparsify_(WritesIntoItsInput(), example_inputs=torch.ones(2, 6))
+    x = torch.ones(2, 6)
+    prune(model, x)
+    assert torch.equal(x, torch.ones(2, 6))
